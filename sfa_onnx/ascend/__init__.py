@@ -1,0 +1,1 @@
+"""From a fused model to an Ascend NPU; needs no CANN, uses it when present."""

@@ -1,0 +1,161 @@
+"""What a contract is made of: the vocabulary of the tables in `sfa_onnx.op`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from sfa_onnx.errors import ContractError
+
+AttributeValue = float | int | str
+Kind = Literal["float", "int", "string"]
+
+# Type strings as onnx spells them.
+FLOAT, HALF, BF16 = "tensor(float)", "tensor(float16)", "tensor(bfloat16)"
+INT8, INT32 = "tensor(int8)", "tensor(int32)"
+FLOATS: Final = (FLOAT, HALF, BF16)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output: its name, legal types and shape (a doc string, axes as above).
+
+    `types` may be a type variable ("T") that `OpContract.type_variables` resolves.
+    """
+
+    name: str
+    types: str | tuple[str, ...]
+    shape: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute. `default` None: required.
+
+    `cpu` and `npu` are the legal values where they are a fixed set (None: a rule decides, or any).
+    `write` is what our passes write (None: decided per site).
+    """
+
+    name: str
+    kind: Kind
+    default: AttributeValue | None = None
+    cpu: tuple[AttributeValue, ...] | None = None
+    npu: tuple[AttributeValue, ...] | None = None
+    write: AttributeValue | None = None
+
+    @property
+    def required(self) -> bool:
+        """Whether a node without this attribute is invalid."""
+        return self.default is None
+
+
+@dataclass(frozen=True)
+class OpContract:
+    """The whole contract of one ONNX operator type."""
+
+    name: str
+    domain: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: tuple[Attribute, ...]
+    type_variables: tuple[tuple[str, tuple[str, ...]], ...]
+    doc: str
+    version: int = 1
+    # The same call under other names, understood on input: (domain, op_type).
+    spellings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(domain, op_type), the way a node names this operator."""
+        return (self.domain, self.name)
+
+    def input_index(self, name: str) -> int:
+        """Position of input `name`."""
+        return [t.name for t in self.inputs].index(name)
+
+    def attribute(self, name: str) -> Attribute:
+        """The attribute called `name`."""
+        return next(a for a in self.attributes if a.name == name)
+
+    def types_of(self, tensor: Tensor) -> tuple[str, ...]:
+        """The onnx type strings legal for `tensor`, type variables resolved."""
+        if isinstance(tensor.types, tuple):
+            return tensor.types
+        return dict(self.type_variables).get(tensor.types, (tensor.types,))
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Byte layout of one packed row: nope int8 | rope (query dtype) | float32 scale per tile.
+
+    656 bytes for 512/64/128 in a 16-bit query dtype, 784 in float32.
+    """
+
+    nope: int = 512
+    rope: int = 64
+    tile: int = 128
+    itemsize: int = 2
+
+    def __post_init__(self) -> None:
+        if self.nope <= 0 or self.rope < 0 or self.tile <= 0 or self.nope % self.tile:
+            raise ContractError(
+                f"packed row: nope {self.nope}, rope {self.rope}, tile_size {self.tile}: expected"
+                " nope > 0, rope >= 0 and tile_size dividing nope"
+            )
+        if self.itemsize not in (2, 4):
+            raise ContractError(f"packed row: rope item size is 2 or 4 bytes, got {self.itemsize}")
+
+    @property
+    def tiles(self) -> int:
+        """Number of scales in a row."""
+        return self.nope // self.tile
+
+    @property
+    def rope_offset(self) -> int:
+        """Byte offset of the rope part."""
+        return self.nope
+
+    @property
+    def scale_offset(self) -> int:
+        """Byte offset of the scales."""
+        return self.nope + self.rope * self.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """D, the row's size in bytes."""
+        return self.scale_offset + 4 * self.tiles
+
+    @classmethod
+    def of(cls, row_bytes: int, query_dim: int, rope: int, tile: int) -> PackedRow:
+        """Deduce the layout from D, the query's last dim and two attributes; refuse what cannot be.
+
+        Raises:
+            ContractError: no item size of 2 or 4 gives `row_bytes`.
+        """
+        nope = query_dim - rope
+        for itemsize in (2, 4):
+            if nope > 0 and tile > 0 and nope % tile == 0:
+                row = cls(nope, rope, tile, itemsize)
+                if row.bytes == row_bytes and (rope or itemsize == 2):
+                    return row
+        raise ContractError(
+            f"key rows of {row_bytes} bytes do not fit query dim {query_dim}, rope_head_dim {rope},"
+            f" tile_size {tile}: expected nope + rope*2 (or *4) + 4*nope/tile_size bytes"
+        )
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How one canonical node becomes one GE operator when the ATC flavour is written.
+
+    `contract` carries the attribute order of the node type written into the ATC flavour;
+    `ge_outputs` names every output of the GE prototype (the canonical node has only the first).
+    """
+
+    name: str
+    contract: OpContract
+    atc_type: str
+    ge_type: str
+    ge_outputs: tuple[str, ...]
+    since: str

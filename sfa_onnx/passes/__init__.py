@@ -1,0 +1,1 @@
+"""Recognition: find, bind, verify, splice. One file per pass."""

@@ -1,0 +1,104 @@
+"""What fusing, comparing and checking found: plain dataclasses, rendered elsewhere.
+
+Library code returns these; only the command prints. `to_json` is the versioned form of all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+__all__ = ["FuseReport", "ProbeResult", "SiteReport", "VerifyRecord", "to_json"]
+
+JSON_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One probe of one site: its name, the largest relative error seen and the bound it had."""
+
+    name: str
+    error: float
+    bound: float
+    draws: int = 1
+
+
+@dataclass(frozen=True)
+class VerifyRecord:
+    """What was verified for a class of equal sites; no site is fused without one."""
+
+    probes: tuple[ProbeResult, ...]
+    sizes: dict[str, int]  # axis label -> size probed ("B", "S1", "N1", "S2", "K" ...)
+    shrunk: tuple[str, ...]  # axes that were probed at less than true size
+    assumptions: tuple[str, ...]  # "sparse_indices are distinct: discharged by TopK /layers.0/TopK"
+    constants_read: tuple[str, ...]  # structural constants whose bytes were read
+    own_rounding: float | None = None  # error of the region in the model's own dtype, informative
+    shared_with: str | None = None  # anchor of the equal site that was probed in its place
+    seconds: float = 0.0
+
+
+@dataclass
+class SiteReport:
+    """One candidate: fused or refused, with the reason a person can act on."""
+
+    site_id: str  # stable across runs: used by plans
+    anchor: str  # node name (or output name when the node is unnamed)
+    status: Literal["fused", "refused"]
+    op_type: str = ""
+    layer: str = ""  # "model.layers.12.self_attn" where the exporter's metadata tells
+    reason: str = ""
+    hint: str = ""  # what would make it fuse
+    stopped_at: str = ""  # the tensor or node where recognition ended
+    family: str = ""
+    npu_limits: tuple[str, ...] = ()
+    record: VerifyRecord | None = None
+    removed: tuple[str, ...] = ()  # node names (or outputs) replaced
+    added: tuple[str, ...] = ()
+    cost: dict[str, float] = field(default_factory=dict)  # flops/bytes before and after
+
+
+@dataclass
+class FuseReport:
+    """The outcome of `fuse`: the model and everything that was decided on the way."""
+
+    model: onnx.ModelProto
+    sites: list[SiteReport]
+    path: Path | None = None
+    nodes_before: int = 0
+    nodes_after: int = 0
+    weights_bytes_read: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # per stage
+    notes: list[str] = field(default_factory=list)
+    changed_inputs: list[str] = field(default_factory=list)
+    changed_outputs: list[str] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[SiteReport]:
+        """The sites that were fused."""
+        return [s for s in self.sites if s.status == "fused"]
+
+    @property
+    def refused(self) -> list[SiteReport]:
+        """The candidates that were not, each with a reason."""
+        return [s for s in self.sites if s.status == "refused"]
+
+
+def to_json(report: Any) -> Any:
+    """A JSON-ready copy of any report: models are left out, paths become strings."""
+    if isinstance(report, onnx.ModelProto):
+        return None
+    if dataclasses.is_dataclass(report) and not isinstance(report, type):
+        pairs = ((f.name, getattr(report, f.name)) for f in dataclasses.fields(report))
+        return {k: to_json(v) for k, v in pairs if not isinstance(v, onnx.ModelProto)}
+    if isinstance(report, dict):
+        return {str(k): to_json(v) for k, v in report.items()}
+    if isinstance(report, list | tuple | set | frozenset):
+        return [to_json(v) for v in report]
+    if isinstance(report, enum.Enum):
+        return report.value
+    return str(report) if isinstance(report, Path) else report

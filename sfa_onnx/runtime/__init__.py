@@ -1,0 +1,1 @@
+"""Running and comparing models in onnxruntime with our operator library."""

@@ -1,0 +1,1 @@
+"""Optional torch side: the operators as torch ops, and their export."""
