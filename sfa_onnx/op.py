@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Final
 
 from sfa_onnx.contract import (
-    BF16,
     FLOAT,
     FLOATS,
     HALF,
@@ -307,21 +306,6 @@ BINDINGS: Final = (
         "CANN 8.5.0 (built in)",
     ),
 )
-
-
-@dataclass(frozen=True)
-class NpuLimits:
-    """What the NPU kernels accept beyond attribute values (documented superset, A2 and A3)."""
-
-    nope: int = 512
-    rope: int = 64
-    heads: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    query_types: tuple[str, ...] = (HALF, BF16)
-    block_size_multiple: int = 16
-    block_size_max: int = 1024
-    indexer_heads: int = 64
-    indexer_dim: int = 128
-    sparse_count_max: int = 2048
 
 
 NPU: Final = NpuLimits()
