@@ -14,7 +14,7 @@ import onnx
 
 from sfa_onnx.contract import OpContract
 
-__all__ = ["Candidate", "Domain", "Operand", "Refusal", "Role"]
+__all__ = ["Candidate", "Domain", "Operand", "Refusal", "RefusedSite", "Role"]
 
 
 class Role(enum.StrEnum):
@@ -76,12 +76,29 @@ class Refusal:
     hint: str = ""
 
 
+@dataclass(frozen=True)
+class RefusedSite:
+    """A candidate that could not be bound: where it is, how far recognition got, and why it ended.
+
+    `bound` tells what was understood before ("scores", "scale 0.13", "indices TopK ..."), in order.
+    """
+
+    anchor: int
+    layer: str
+    refusal: Refusal
+    bound: tuple[str, ...] = ()
+    family: str = ""
+
+
 @dataclass
 class Candidate:
     """A bound site, ready to be verified and spliced.
 
     `nodes` are removed; `support` are upstream nodes that the verifier must also evaluate (shape
-    chains, masks, constants) but that stay in the graph. Both are indices into the graph's nodes.
+    chains, masks, constants) but that stay in the graph because others read them. Both are indices
+    into the graph's nodes. A support node shared by two sites may be dead once both are replaced:
+    splice deletes what nobody reads any more among the nodes and support of all sites.
+    The replacement may read any operand and any value that `support` makes.
     """
 
     graph: onnx.GraphProto
