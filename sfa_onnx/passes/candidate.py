@@ -48,6 +48,7 @@ class Domain:
     low: int | None = None  # inclusive
     high: str | int | None = None  # exclusive: an axis label ("S2") or a number
     negative_allowed: bool = False
+    valid_first: bool = False  # in a row, entries the attention sees precede those it masks
     values: tuple[float, ...] | None = None  # e.g. (0.0, -inf) for an additive mask
     assumption: str = ""
     discharged_by: str = ""
