@@ -1,0 +1,105 @@
+#include "attention.h"
+
+#include <stdlib.h>
+
+namespace sfa {
+namespace {
+
+constexpr const char* kRoleNames[kRoles] = {
+    "query",
+    "key",
+    "value",
+    "sparse_indices",
+    "key_dequant_scale",
+    "value_dequant_scale",
+    "block_table",
+    "actual_seq_lengths_query",
+    "actual_seq_lengths_kv",
+    "query_rope",
+    "key_rope",
+};
+
+// A node's kernel: nothing but its attributes. Scratch belongs to the core, process-wide.
+struct AttentionKernel {
+  const OrtApi* api;
+  AttentionAttributes attributes;
+};
+
+// `value` is never looked at: V is the latent part of the key rows.
+OrtStatus* ReadInputs(const AttentionKernel& kernel, const OrtKernelContext* context, Tensor* in) {
+  for (int role = 0; role < kRoles; ++role) in[role] = Tensor{};
+  const Role* roles = InputsOf(kernel.attributes.op);
+  for (int i = 0; i < kAttentionInputs; ++i) {
+    const Role role = roles[i];
+    if (role == kValue) continue;
+    SFA_ORT_TRY(ReadInput(kernel.api, context, i, kRoleNames[role], &in[role]));
+  }
+  return nullptr;
+}
+
+OrtStatus* CoreError(const OrtApi* api, const sfa_core_error& error) {
+  char text[512];
+  sfa_core_describe(&error, text, sizeof text);
+  const bool callers = error.status != SFA_CORE_NO_MEMORY;
+  return api->CreateStatus(callers ? ORT_INVALID_ARGUMENT : ORT_FAIL, text);
+}
+
+void RunTask(void* call, size_t task) {
+  sfa_core_run_task(static_cast<sfa_core_call*>(call), static_cast<int64_t>(task));
+}
+
+// The pool's size cannot be asked for, so every task is its own batch and the pool's threads take
+// them one by one.
+OrtStatus* RunOnPool(const OrtApi* api, const OrtKernelContext* context,
+                     const sfa_core_params& params) {
+  sfa_core_error error = {};
+  sfa_core_call* call = nullptr;
+  if (sfa_core_begin(&params, &call, &error) != SFA_CORE_OK) return CoreError(api, error);
+  const size_t tasks = static_cast<size_t>(sfa_core_num_tasks(call));
+  OrtStatus* status = nullptr;
+  if (tasks == 1) {
+    RunTask(call, 0);
+  } else if (tasks > 1) {
+    status = api->KernelContext_ParallelFor(context, RunTask, tasks, tasks, call);
+  }
+  const int result = sfa_core_end(call, &error);
+  if (status != nullptr || result == SFA_CORE_OK) return status;
+  return CoreError(api, error);
+}
+
+}  // namespace
+
+OrtStatusPtr CreateAttention(const OrtApi* api, const OrtKernelInfo* info, AttentionOp op,
+                             void** kernel) {
+  Message error;
+  AttentionAttributes attributes;
+  if (!ReadAttributes(api, info, op, &attributes, &error)) return Refuse(api, error);
+  auto* made = static_cast<AttentionKernel*>(malloc(sizeof(AttentionKernel)));
+  if (made == nullptr) return api->CreateStatus(ORT_FAIL, "out of memory");
+  *made = AttentionKernel{api, attributes};
+  *kernel = made;
+  return nullptr;
+}
+
+OrtStatusPtr ComputeAttention(void* kernel, OrtKernelContext* context) {
+  const auto& self = *static_cast<const AttentionKernel*>(kernel);
+  Tensor in[kRoles];
+  SFA_ORT_TRY(ReadInputs(self, context, in));
+  sfa_core_params params;
+  Message error;
+  if (!DescribeCall(self.attributes, in, &params, &error)) return Refuse(self.api, error);
+
+  const Tensor& query = in[kQuery];
+  int64_t shape[kMaxRank];
+  for (size_t i = 0; i < query.rank; ++i) shape[i] = query.dims[i];
+  shape[query.rank - 1] = params.nope_dim;
+  OrtValue* out = nullptr;
+  SFA_ORT_TRY(self.api->KernelContext_GetOutput(context, 0, shape, query.rank, &out));
+  SFA_ORT_TRY(self.api->GetTensorMutableData(out, &params.out));
+  if (params.query_t == 0 || params.num_heads == 0) return nullptr;
+  return RunOnPool(self.api, context, params);
+}
+
+void DestroyAttention(void* kernel) { free(kernel); }
+
+}  // namespace sfa

@@ -1,0 +1,227 @@
+// The ops' faces towards the runtime, and the one symbol that it looks up.
+#include <stdlib.h>
+
+#include "attention.h"
+#include "kv_cache_pack.h"
+#include "message.h"
+#include "ort_abi.h"
+#include "shape_inference.h"
+
+namespace sfa {
+namespace {
+
+constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+constexpr auto kBFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+constexpr auto kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+constexpr auto kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+
+// Shape functions get no table; the runtime's is the same for the whole process.
+const OrtApi* g_api = nullptr;
+
+// One op for one choice of element types. The runtime merges entries of one name into one schema.
+struct Op : OrtCustomOp {
+  const char* name;
+  AttentionOp attention;
+  ONNXTensorElementDataType first;   // query | nope
+  ONNXTensorElementDataType second;  // key and value | rope
+};
+
+const Op& Self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
+
+const char* Name(const OrtCustomOp* op) { return Self(op).name; }
+// Named, because without a provider old runtimes log a warning per op.
+const char* Provider(const OrtCustomOp*) { return "CPUExecutionProvider"; }
+size_t One(const OrtCustomOp*) { return 1; }
+OrtCustomOpInputOutputCharacteristic Required(const OrtCustomOp*, size_t) {
+  return INPUT_OUTPUT_REQUIRED;
+}
+OrtMemType DefaultMemory(const OrtCustomOp*, size_t) { return OrtMemTypeDefault; }
+int NoVariadic(const OrtCustomOp*) { return 0; }
+int FirstVersion(const OrtCustomOp*) { return 1; }
+int LastVersion(const OrtCustomOp*) { return INT32_MAX; }
+
+// ---- attention ----
+
+size_t AttentionInputCount(const OrtCustomOp*) { return kAttentionInputs; }
+
+ONNXTensorElementDataType AttentionInputType(const OrtCustomOp* op, size_t index) {
+  switch (InputsOf(Self(op).attention)[index]) {
+    case kQuery:
+    case kQueryRope:
+      return Self(op).first;
+    case kKey:
+    case kValue:
+    case kKeyRope:
+      return Self(op).second;
+    case kKeyScale:
+    case kValueScale:
+      return kFloat;
+    default:
+      return kInt32;
+  }
+}
+
+OrtCustomOpInputOutputCharacteristic AttentionInputKind(const OrtCustomOp*, size_t index) {
+  return index < 4 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
+
+ONNXTensorElementDataType AttentionOutputType(const OrtCustomOp* op, size_t) {
+  return Self(op).first;
+}
+
+OrtStatusPtr NewAttention(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
+                          void** kernel) {
+  return CreateAttention(api, info, Self(op).attention, kernel);
+}
+
+OrtStatusPtr AttentionShape(const OrtCustomOp* op, OrtShapeInferContext* context) {
+  return InferAttention(g_api, context, Self(op).attention);
+}
+
+// ---- KvCachePack ----
+
+size_t PackInputCount(const OrtCustomOp*) { return kPackInputs; }
+
+ONNXTensorElementDataType PackInputType(const OrtCustomOp* op, size_t index) {
+  return index == kNope ? Self(op).first : index == kRope ? Self(op).second : kFloat;
+}
+
+OrtCustomOpInputOutputCharacteristic PackInputKind(const OrtCustomOp*, size_t index) {
+  return index == kNope ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
+
+ONNXTensorElementDataType PackOutputType(const OrtCustomOp*, size_t) { return kInt8; }
+
+OrtStatusPtr NewPack(const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info,
+                     void** kernel) {
+  return CreatePack(api, info, kernel);
+}
+
+OrtStatusPtr PackShape(const OrtCustomOp*, OrtShapeInferContext* context) {
+  return InferPack(g_api, context);
+}
+
+// ---- the tables ----
+
+constexpr Op Common(const char* name, ONNXTensorElementDataType first,
+                    ONNXTensorElementDataType second) {
+  Op op{};
+  op.version = kOrtApiFloor;
+  op.name = name;
+  op.first = first;
+  op.second = second;
+  op.GetName = Name;
+  op.GetExecutionProviderType = Provider;
+  op.GetOutputTypeCount = One;
+  op.GetOutputCharacteristic = Required;
+  op.GetInputMemoryType = DefaultMemory;
+  op.GetVariadicInputMinArity = NoVariadic;
+  op.GetVariadicInputHomogeneity = NoVariadic;
+  op.GetVariadicOutputMinArity = NoVariadic;
+  op.GetVariadicOutputHomogeneity = NoVariadic;
+  op.GetStartVersion = FirstVersion;
+  op.GetEndVersion = LastVersion;
+  return op;
+}
+
+constexpr Op Attention(const char* name, AttentionOp which, ONNXTensorElementDataType type,
+                       bool infer_shapes) {
+  Op op = Common(name, type, which == AttentionOp::kFloatCache ? type : kInt8);
+  op.attention = which;
+  op.GetInputType = AttentionInputType;
+  op.GetInputTypeCount = AttentionInputCount;
+  op.GetInputCharacteristic = AttentionInputKind;
+  op.GetOutputType = AttentionOutputType;
+  op.CreateKernelV2 = NewAttention;
+  op.KernelComputeV2 = ComputeAttention;
+  op.KernelDestroy = DestroyAttention;
+  op.InferOutputShapeFn = infer_shapes ? AttentionShape : nullptr;
+  return op;
+}
+
+constexpr Op Pack(ONNXTensorElementDataType nope, ONNXTensorElementDataType rope,
+                  bool infer_shapes) {
+  Op op = Common("KvCachePack", nope, rope);
+  op.GetInputType = PackInputType;
+  op.GetInputTypeCount = PackInputCount;
+  op.GetInputCharacteristic = PackInputKind;
+  op.GetOutputType = PackOutputType;
+  op.CreateKernelV2 = NewPack;
+  op.KernelComputeV2 = ComputePack;
+  op.KernelDestroy = DestroyPack;
+  op.InferOutputShapeFn = infer_shapes ? PackShape : nullptr;
+  return op;
+}
+
+constexpr ONNXTensorElementDataType kFloats[] = {kFloat, kHalf, kBFloat16};
+constexpr ONNXTensorElementDataType kNopeTypes[] = {kFloat, kHalf, kBFloat16, kInt8};
+constexpr int kAttentionOps = 9, kPackOps = 12;
+
+struct Table {
+  Op attention[kAttentionOps];
+  Op pack[kPackOps];
+};
+
+constexpr Table MakeTable(bool infer_shapes) {
+  Table table{};
+  for (int t = 0; t < 3; ++t) {
+    Op* row = &table.attention[3 * t];
+    row[0] = Attention("NPUSparseFlashAttentionAntiquant", AttentionOp::kAntiquant, kFloats[t],
+                       infer_shapes);
+    row[1] = Attention("NPUKvQuantSparseFlashAttention", AttentionOp::kKvQuant, kFloats[t],
+                       infer_shapes);
+    row[2] =
+        Attention("NPUSparseFlashAttention", AttentionOp::kFloatCache, kFloats[t], infer_shapes);
+  }
+  for (int i = 0; i < kPackOps; ++i) {
+    table.pack[i] = Pack(kNopeTypes[i / 3], kFloats[i % 3], infer_shapes);
+  }
+  return table;
+}
+
+constexpr Table kWithShapes = MakeTable(true);
+constexpr Table kWithoutShapes = MakeTable(false);
+
+// The domain is deliberately never released: sessions keep pointers into it, and the session
+// options that could tell us when the last one goes do not.
+OrtStatus* AddDomain(const OrtApi* api, OrtSessionOptions* options, const char* name, const Op* ops,
+                     int count) {
+  OrtCustomOpDomain* domain = nullptr;
+  SFA_ORT_TRY(api->CreateCustomOpDomain(name, &domain));
+  for (int i = 0; i < count; ++i) SFA_ORT_TRY(api->CustomOpDomain_Add(domain, &ops[i]));
+  return api->AddCustomOpDomain(options, domain);
+}
+
+// Runtimes 1.17 to 1.23 crash at session load when an op with a shape function has an input left
+// out in the middle, and ours always has.
+bool ShapeInferenceIsSafe(const char* version) {
+  char* end = nullptr;
+  const long major = strtol(version, &end, 10);
+  const long minor = *end == '.' ? strtol(end + 1, nullptr, 10) : 0;
+  return major > 1 || (major == 1 && minor >= 24);
+}
+
+OrtStatus* TooOld(const OrtApiBase* base, const char* version) {
+  const OrtApi* oldest = base->GetApi(1);  // makes the status; every runtime has it
+  if (oldest == nullptr) abort();
+  Message m;
+  m.Add("sfa_onnx needs onnxruntime 1.%u or newer, this is %s: pip install -U onnxruntime",
+        kOrtApiFloor, version);
+  return oldest->CreateStatus(ORT_NOT_IMPLEMENTED, m.text());
+}
+
+}  // namespace
+}  // namespace sfa
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
+    OrtSessionOptions* options, const OrtApiBase* base) {
+  const char* version = base->GetVersionString();
+  const OrtApi* api = base->GetApi(kOrtApiFloor);
+  if (api == nullptr) return sfa::TooOld(base, version);
+  __atomic_store_n(&sfa::g_api, api, __ATOMIC_RELEASE);
+  const sfa::Table& ops =
+      sfa::ShapeInferenceIsSafe(version) ? sfa::kWithShapes : sfa::kWithoutShapes;
+  SFA_ORT_TRY(sfa::AddDomain(api, options, "npu", ops.attention, sfa::kAttentionOps));
+  return sfa::AddDomain(api, options, "sfa_onnx", ops.pack, sfa::kPackOps);
+}

@@ -1,0 +1,15 @@
+// Output shapes at session load, symbolic dimensions kept.
+#ifndef SFA_ONNX_KERNELS_ORT_SHAPE_INFERENCE_H_
+#define SFA_ONNX_KERNELS_ORT_SHAPE_INFERENCE_H_
+
+#include "attention.h"
+#include "ort_abi.h"
+
+namespace sfa {
+
+OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, AttentionOp op);
+OrtStatusPtr InferPack(const OrtApi* api, OrtShapeInferContext* context);
+
+}  // namespace sfa
+
+#endif  // SFA_ONNX_KERNELS_ORT_SHAPE_INFERENCE_H_
