@@ -1,0 +1,100 @@
+"""What a person sees: tables, progress, errors. Data goes to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import json as json_lib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import rich.console
+import rich.table
+import rich.text
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sfa_onnx.report import to_json
+
+__all__ = ["Console", "human_bytes"]
+
+JSON_VERSION = 1
+
+
+def human_bytes(count: float) -> str:
+    """A byte count for people: '1.34 MB' (powers of 1000, as storage is sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+class Console:
+    """Prints for a person on a terminal, or one JSON document for a program."""
+
+    def __init__(self, *, json: bool = False, verbose: bool = False) -> None:
+        self.is_json = json
+        self.verbose = verbose
+        self.out = rich.console.Console(file=sys.stdout, highlight=False, soft_wrap=False)
+        self.err = rich.console.Console(file=sys.stderr, highlight=False)
+
+    def say(self, text: str = "", *, style: str | None = None) -> None:
+        """One line for a person; silent in JSON mode."""
+        if not self.is_json:
+            self.out.print(rich.text.Text.from_markup(text, style=style or ""))
+
+    def title(self, text: str) -> None:
+        """A section heading."""
+        if not self.is_json:
+            self.out.rule(f"[bold]{text}[/bold]", align="left", style="dim")
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()
+    ) -> None:
+        """A table; `right` names the columns (by index) that are numbers."""
+        if self.is_json:
+            return
+        table = rich.table.Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        self.out.print(table)
+
+    def result(self, kind: str, report: Any) -> None:
+        """The machine-readable result; printed only in JSON mode."""
+        if self.is_json:
+            document = {"schema": f"sfa-onnx/{kind}", "version": JSON_VERSION, **to_json(report)}
+            sys.stdout.write(json_lib.dumps(document, indent=2, default=str) + "\n")
+
+    def error(self, error: Exception) -> None:
+        """One readable paragraph on stderr, or a JSON document."""
+        if self.is_json:
+            document = {"schema": "sfa-onnx/error", "version": JSON_VERSION}
+            document |= {"error": type(error).__name__, "message": str(error)}
+            sys.stdout.write(json_lib.dumps(document, indent=2) + "\n")
+        self.err.print(rich.text.Text.assemble(("error: ", "bold red"), str(error)))
+
+    def unexpected(self, error: Exception) -> None:
+        """A fault of ours, not of the input: say so and how to see more."""
+        self.error(error)
+        self.err.print(f"({type(error).__name__}; run again with --debug for the traceback)")
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[str, float], None]]:
+        """A bar on stderr that shows only when the work takes more than a second or so."""
+        bar = Progress(
+            TextColumn("[dim]{task.description}"),
+            BarColumn(bar_width=28),
+            TimeElapsedColumn(),
+            console=self.err,
+            transient=True,
+            disable=self.is_json or not self.err.is_terminal,
+        )
+        with bar:
+            task = bar.add_task(label, total=1.0)
+
+            def update(stage: str, fraction: float) -> None:
+                bar.update(task, description=f"{label}: {stage}", completed=fraction)
+
+            yield update

@@ -1,0 +1,99 @@
+"""`sfa-onnx demo`: the main job on a small model that ships with the package."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sfa_onnx.cli import show
+from sfa_onnx.cli.console import Console
+from sfa_onnx.errors import VerificationError
+
+__all__ = ["add_verbs"]
+
+SOC = "Ascend910B2"
+REPEAT = 30
+
+
+def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add this module's sub-parser."""
+    demo = verbs.add_parser("demo", parents=[common], help="the whole road on a small model")
+    demo.add_argument("-o", "--output", type=Path, help="keep the files in this (new) folder")
+    demo.set_defaults(action=_demo)
+
+
+def _demo(args: argparse.Namespace, console: Console) -> int:
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        return _tour(args.output, console)
+    with tempfile.TemporaryDirectory(prefix="sfa-onnx-demo-") as folder:
+        return _tour(Path(folder), console)
+
+
+def _tour(folder: Path, console: Console) -> int:
+    import sfa_onnx
+    from sfa_onnx import demo
+    from sfa_onnx.kv_convert import convert
+    from sfa_onnx.runtime.compare import compare
+    from sfa_onnx.summary import summarise
+
+    model = demo.materialise(folder)
+    console.title("1. inspect: a DeepSeek-V3.2-style decode layer, exported by torch")
+    show.summary(console, model, summarise(model))
+
+    console.title("2. fuse: find, bind, verify in float64, splice")
+    fused = folder / "decode_layer.sfa.onnx"
+    report = sfa_onnx.fuse(model, fused, force=True)
+    show.fuse_report(console, model, report)
+
+    console.title("3. convert the float cache to packed int8 rows")
+    int8 = folder / "decode_layer.int8.onnx"
+    converted = convert(fused, int8, to="packed-int8", force=True)
+    show.kv_report(console, converted)
+
+    console.title("4. compare with the original, in onnxruntime")
+    compared = compare(model, fused)
+    show.compare_report(console, compared)
+    compared_int8 = compare(model, int8)
+    show.compare_report(console, compared_int8)
+
+    console.title("5. time before and after (this machine, one decode token)")
+    times = _times(console, {"original": model, "fused": fused, "packed int8": int8})
+
+    console.title(f"6. hand over to Ascend's compiler ({SOC})")
+    handed = _hand_over(folder, int8, console)
+    console.result(
+        "demo",
+        {"fuse": report, "kv_cache": converted, "compare": compared, "compare_int8": compared_int8}
+        | {"times_ms": times, "atc": handed},
+    )
+    if not (report.fused and compared.passed and compared_int8.passed):
+        raise VerificationError("the demo did not reproduce the original model: please report this")
+    return 0
+
+
+def _times(console: Console, models: dict[str, Path]) -> dict[str, float]:
+    from sfa_onnx import runtime
+    from sfa_onnx.runtime.feeds import random_feeds
+    from sfa_onnx.runtime.timing import time_session
+
+    times: dict[str, float] = {}
+    for name, path in models.items():
+        session = runtime.session(path)
+        times[name] = time_session(session, random_feeds(session, seed=0), REPEAT).median_ms
+    first = next(iter(times.values()))
+    rows = [(name, f"{ms:.2f}", f"{first / ms:.1f}x") for name, ms in times.items()]
+    console.table(("model", "median ms", "speed-up"), rows, right=(1, 2))
+    return times
+
+
+def _hand_over(folder: Path, model: Path, console: Console) -> Any:
+    from sfa_onnx.ascend import handover
+
+    report = handover.write(
+        model, folder / "atc", soc_version=SOC, binding="kv-quant", npu_dtype="bf16", force=True
+    )
+    show.handover_report(console, report)
+    return report

@@ -1,0 +1,119 @@
+"""Verbs on the way to a device: check, atc, doctor."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sfa_onnx.cli import show
+from sfa_onnx.cli.console import Console
+from sfa_onnx.errors import UsageError
+
+__all__ = ["add_verbs"]
+
+CANN = ("8.5", "9.0", "9.1", "9.2")
+NOT_MET = 3
+
+
+def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add this module's sub-parsers."""
+    check = verbs.add_parser("check", parents=[common], help="would ATC take it?")
+    check.add_argument("model", type=Path, help="the ONNX model")
+    check.add_argument("--cann", choices=CANN, default="9.1", help="CANN release to check for")
+    check.add_argument("--soc-version", help="exact chip, e.g. Ascend910B2, Ascend910_9391")
+    check.add_argument("--fix", action="store_true", help="apply mechanical fixes, verified")
+    check.add_argument("-o", "--output", type=Path, help="where --fix writes (*.fixed.onnx)")
+    check.add_argument("--certificate", type=Path, help="check a fusion certificate instead")
+    check.add_argument("--before", type=Path, help="the original model of --certificate")
+    check.add_argument("--force", action="store_true", help="overwrite the output")
+    check.set_defaults(action=_check)
+    _add_atc(verbs, common)
+    doctor = verbs.add_parser("doctor", parents=[common], help="versions, libraries, CANN, weights")
+    doctor.add_argument("model", type=Path, nargs="?", help="also look at this model's weights")
+    doctor.set_defaults(action=_doctor)
+
+
+def _add_atc(verbs: Any, common: argparse.ArgumentParser) -> None:
+    parser = verbs.add_parser("atc", parents=[common], help="hand over to Ascend's compiler")
+    parser.add_argument("model", type=Path, help="the fused ONNX model")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--soc-version", required=True, help="e.g. Ascend910B2, Ascend910_9391")
+    parser.add_argument("--cann", choices=CANN, default="9.1", help="CANN release")
+    parser.add_argument("--binding", choices=("kv-quant", "recipes"), default="kv-quant")
+    parser.add_argument("--npu-dtype", choices=("bf16", "fp16"), help="cast float32 queries")
+    parser.add_argument("--dim", action="append", default=[], metavar="NAME=N", help="bind a dim")
+    parser.add_argument("--scope", help="layer:N or stage:A-B: cut out the part to convert")
+    parser.add_argument("--force", action="store_true", help="overwrite files in the folder")
+    parser.set_defaults(action=_atc)
+
+
+def _check(args: argparse.Namespace, console: Console) -> int:
+    if args.certificate:
+        return _check_certificate(args, console)
+    from sfa_onnx.ascend import checks
+
+    report = checks.check(args.model, cann=args.cann, soc_version=args.soc_version)
+    if args.fix:
+        output = args.output or args.model.with_name(args.model.stem + ".fixed.onnx")
+        fixed = checks.fix_file(args.model, report, output, force=args.force)
+        for line in fixed.applied:
+            console.say(f"fixed: {line}")
+        console.say(f"written: [bold]{output}[/bold]")
+        report = checks.check(output, cann=args.cann, soc_version=args.soc_version)
+    show.check_report(console, report)
+    console.result("check", report)
+    return 0 if report.passed else NOT_MET
+
+
+def _check_certificate(args: argparse.Namespace, console: Console) -> int:
+    from sfa_onnx.passes.certificate import check_certificate
+
+    if args.before is None:
+        raise UsageError("check --certificate needs --before ORIGINAL.onnx besides the fused model")
+    result = check_certificate(args.certificate, args.before, args.model)
+    console.say(
+        "[green]certificate holds[/green]" if result.holds else "[red]it does not hold[/red]"
+    )
+    for line in result.problems:
+        console.say(f"  {line}")
+    console.result("certificate", result)
+    return 0 if result.holds else NOT_MET
+
+
+def _dims(pairs: list[str]) -> dict[str, str]:
+    bound = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not (name and sign and value):
+            raise UsageError(f"--dim {pair}: expected NAME=N, e.g. --dim batch=4")
+        bound[name] = value
+    return bound
+
+
+def _atc(args: argparse.Namespace, console: Console) -> int:
+    from sfa_onnx.ascend import handover
+
+    report = handover.write(
+        args.model,
+        args.output,
+        soc_version=args.soc_version,
+        cann=args.cann,
+        binding=args.binding,
+        npu_dtype=args.npu_dtype,
+        dims=_dims(args.dim),
+        scope=args.scope,
+        force=args.force,
+    )
+    show.handover_report(console, report)
+    console.result("atc", report)
+    return 0 if report.passed else NOT_MET
+
+
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    from sfa_onnx.doctor import examine
+
+    report = examine(args.model)
+    show.doctor_report(console, report)
+    console.result("doctor", report)
+    return 0

@@ -1,0 +1,98 @@
+"""Verbs that execute models in onnxruntime: compare, run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfa_onnx.cli import show
+from sfa_onnx.cli.console import Console
+from sfa_onnx.errors import UsageError
+
+__all__ = ["add_verbs", "load_inputs"]
+
+NOT_MET = 3
+
+
+def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add this module's sub-parsers."""
+    compare = verbs.add_parser("compare", parents=[common], help="is the fused model the same?")
+    compare.add_argument("before", type=Path, help="the original model")
+    compare.add_argument("after", type=Path, nargs="?", help="the fused model")
+    compare.add_argument("--against", type=Path, metavar="DIR", help="outputs of an .om run")
+    compare.add_argument("--inputs", type=Path, help="inputs.npz (default: realistic random ones)")
+    compare.add_argument("--atol", type=float, help="absolute tolerance")
+    compare.add_argument("--rtol", type=float, help="relative tolerance")
+    compare.add_argument("--seed", type=int, default=0, help="seed of random inputs")
+    compare.set_defaults(action=_compare)
+    run = verbs.add_parser("run", parents=[common], help="run a model with our operators")
+    run.add_argument("model", type=Path, help="the ONNX model")
+    run.add_argument("--inputs", type=Path, help="inputs.npz (default: realistic random ones)")
+    run.add_argument("-o", "--output", type=Path, help="write the outputs to this .npz")
+    run.add_argument("--repeat", type=int, default=0, metavar="N", help="time N further runs")
+    run.add_argument("--seed", type=int, default=0, help="seed of random inputs")
+    run.add_argument("--force", action="store_true", help="overwrite the output")
+    run.set_defaults(action=_run)
+
+
+def load_inputs(path: Path | None) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz, by name."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; --inputs takes an .npz with one array per input")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path}: not an .npz of plain arrays ({error})") from error
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    if (args.after is None) == (args.against is None):
+        raise UsageError("compare: give a second model, or --against DIR with outputs of a device")
+    inputs = load_inputs(args.inputs)
+    if args.against is not None:
+        from sfa_onnx.ascend.handover import compare_against
+
+        report = compare_against(args.before, args.against, atol=args.atol, rtol=args.rtol)
+    else:
+        from sfa_onnx.runtime.compare import compare
+
+        with console.progress("compare"):
+            report = compare(
+                args.before,
+                args.after,
+                inputs=inputs,
+                atol=args.atol,
+                rtol=args.rtol,
+                seed=args.seed,
+            )
+    show.compare_report(console, report)
+    console.result("compare", report)
+    return 0 if report.passed else NOT_MET
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    from sfa_onnx import runtime
+    from sfa_onnx.runtime.feeds import random_feeds
+    from sfa_onnx.runtime.timing import time_session
+
+    if args.output and args.output.exists() and not args.force:
+        raise UsageError(f"{args.output} exists; use --force to overwrite it")
+    session = runtime.session(args.model)
+    feeds = load_inputs(args.inputs) or random_feeds(session, seed=args.seed)
+    outputs = runtime.run(session, feeds)
+    rows = [(n, f"{v.dtype}{list(v.shape)}", show.spread(v)) for n, v in outputs.items()]
+    console.table(("output", "type", "values"), rows)
+    timing = time_session(session, feeds, args.repeat) if args.repeat else None
+    if timing:
+        console.say(f"median {timing.median_ms:.3f} ms, best {timing.best_ms:.3f} ms")
+    if args.output:
+        show.save_npz(args.output, outputs)
+        console.say(f"outputs written to {args.output}")
+    console.result("run", {"outputs": {r[0]: r[1] for r in rows}, "timing": timing})
+    return 0

@@ -1,0 +1,188 @@
+"""Reports -> what a person reads on a terminal. Nothing is decided here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfa_onnx.cli.console import Console, human_bytes
+from sfa_onnx.errors import UsageError
+from sfa_onnx.report import FuseReport, SiteReport
+from sfa_onnx.summary import Summary
+
+__all__ = [
+    "doctor_report",
+    "fuse_report",
+    "kv_report",
+    "pick_sites",
+    "save_npz",
+    "sites",
+    "spread",
+    "summary",
+]
+
+SHOWN_OPS = 12
+MARKS = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
+
+
+def spread(values: np.ndarray[Any, Any]) -> str:
+    """'mean 0.01, max |x| 3.2' of an output, NaN and Inf counted."""
+    if values.size == 0:
+        return "empty"
+    wide = np.asarray(values).astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    text = f"mean {finite.mean():.4g}, max |x| {np.abs(finite).max():.4g}" if finite.size else ""
+    odd = wide.size - finite.size
+    return text + (f", {odd} not finite" if odd else "")
+
+
+def save_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write an .npz atomically; bfloat16 is stored as float32, which .npz can hold."""
+    plain = {
+        name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+        for name, array in arrays.items()
+    }
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as stream:
+        np.savez(stream, **plain)  # type: ignore[arg-type]
+    partial.replace(path)
+
+
+def summary(console: Console, path: Path, found: Summary) -> None:
+    """Header of `inspect`."""
+    opsets = ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())
+    where = f" in {', '.join(found.external_files[:3])}" if found.external_files else ""
+    console.say(
+        f"[bold]{path.name}[/bold]  {human_bytes(found.file_bytes)}, opset {opsets},"
+        f" by {found.producer or 'unknown'}"
+    )
+    console.say(
+        f"{found.nodes} nodes, {found.initializers} initializers"
+        f" ({human_bytes(found.weight_bytes)}{where}; 0 B read)"
+    )
+    console.say(f"inputs   {', '.join(found.inputs)}", style="dim")
+    console.say(f"outputs  {', '.join(found.outputs)}", style="dim")
+    top = list(found.op_counts.items())
+    text = "  ".join(f"{name} {count}" for name, count in top[:SHOWN_OPS])
+    more = f"  … {len(top) - SHOWN_OPS} more" if len(top) > SHOWN_OPS else ""
+    console.say(f"ops      {text}{more}", style="dim")
+
+
+def pick_sites(found: Sequence[SiteReport], wanted: str | None) -> list[SiteReport]:
+    """All sites, or the one with this id or (1-based) number."""
+    if wanted is None:
+        return list(found)
+    chosen = [s for n, s in enumerate(found, 1) if wanted in (s.site_id, str(n), s.anchor)]
+    if not chosen:
+        raise UsageError(f"no site {wanted!r}; there are {len(found)}, see `sfa-onnx inspect`")
+    return chosen
+
+
+def sites(console: Console, found: Sequence[SiteReport], *, explain: bool = False) -> None:
+    """One row per candidate; refusals in full with `explain`."""
+    if not found:
+        console.say("no softmax over selected keys in this graph: no sparse-attention candidate")
+        return
+    rows = []
+    for number, site in enumerate(found, 1):
+        state = "[green]■ fuses[/green]" if site.status == "fused" else "[red]□ refused[/red]"
+        what = site.family or site.op_type if site.status == "fused" else site.reason
+        rows.append((number, site.site_id, state, site.layer or site.anchor, what))
+    console.table(("#", "site", "", "where", "what"), rows, right=(0,))
+    for site in found:
+        for limit in site.npu_limits:
+            console.say(f"  NPU limit at {site.site_id}: {limit}", style="yellow")
+        if explain:
+            _explain(console, site)
+
+
+def _explain(console: Console, site: SiteReport) -> None:
+    console.say(f"\n[bold]{site.site_id}[/bold]  {site.layer or site.anchor}")
+    for label, text in (
+        ("anchor", site.anchor),
+        ("family", site.family),
+        ("reason", site.reason),
+        ("stopped at", site.stopped_at),
+        ("would fuse if", site.hint),
+    ):
+        if text:
+            console.say(f"  {label:14}{text}")
+    if site.record:
+        worst = max((p.error for p in site.record.probes), default=0.0)
+        console.say(f"  {'verified':14}{len(site.record.probes)} probes, worst {worst:.1e}")
+        for assumption in site.record.assumptions:
+            console.say(f"  {'assumes':14}{assumption}")
+
+
+def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
+    """The outcome of fuse: the layer strip, refusals by reason, what was left alone."""
+    strip = "".join("■" if s.status == "fused" else "□" for s in report.sites)
+    console.say(f"{len(report.fused)}/{len(report.sites)} sites fused: [green]{strip}[/green]")
+    for op_type, count in Counter(s.op_type for s in report.fused).items():
+        console.say(f"  {count} x {op_type}")
+    _verified(console, report)
+    for reason, count in Counter(s.reason for s in report.refused).most_common():
+        console.say(f"  [red]refused[/red] {count} x {reason}")
+    for limit, count in Counter(x for s in report.fused for x in s.npu_limits).items():
+        console.say(f"  [yellow]NPU limit[/yellow] {count} x {limit}")
+    console.say(
+        f"nodes {report.nodes_before} -> {report.nodes_after};"
+        f" weights read: {human_bytes(report.weights_bytes_read)}"
+    )
+    for note in (*report.notes, *_changed(report)):
+        console.say(f"note: {note}")
+    stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
+    if stages:
+        console.say(stages, style="dim")
+    if report.path:
+        console.say(f"written: [bold]{report.path}[/bold]")
+    if not report.fused:
+        console.say(f"see why: sfa-onnx inspect {path} --explain", style="dim")
+
+
+def _verified(console: Console, report: FuseReport) -> None:
+    records = [s.record for s in report.fused if s.record]
+    probes = [p for r in records if not r.shared_with for p in r.probes]
+    if probes:
+        worst = max(p.error for p in probes)
+        classes = sum(1 for r in records if not r.shared_with)
+        console.say(
+            f"  verified in float64: {classes} class{'es' if classes != 1 else ''},"
+            f" {len(probes)} probes, worst relative error {worst:.1e}"
+        )
+    elif report.fused:
+        console.say("  [yellow]not verified by execution[/yellow]")
+
+
+def _changed(report: FuseReport) -> list[str]:
+    return [f"interface: {line}" for line in (*report.changed_inputs, *report.changed_outputs)]
+
+
+def kv_report(console: Console, report: Any) -> None:
+    """The outcome of kv-cache."""
+    console.say(f"{report.sites} site(s) -> NPUSparseFlashAttentionAntiquant, form {report.form}")
+    for label, old, new in (
+        ("inputs", report.removed_inputs, report.added_inputs),
+        ("outputs", report.removed_outputs, report.added_outputs),
+    ):
+        if old or new:
+            console.say(f"  {label}: {', '.join(old) or '-'} -> {', '.join(new) or '-'}")
+    if report.bytes_per_token_before:
+        console.say(
+            f"  cache: {report.bytes_per_token_before} -> {report.bytes_per_token_after}"
+            " bytes per token"
+        )
+    for note in report.notes:
+        console.say(f"  note: {note}")
+
+
+def doctor_report(console: Console, report: Any) -> None:
+    """The outcome of doctor."""
+    rows = [(p.topic, p.name, MARKS.get(p.state, "[dim]·[/dim]"), p.text) for p in report.probes]
+    console.table(("", "", "", ""), rows)
+    if not report.healthy:
+        console.say("[red]something needed is missing[/red]; see the ✗ lines above")

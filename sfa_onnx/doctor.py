@@ -1,0 +1,112 @@
+"""`sfa-onnx doctor`: what this machine has, guarded so that no probe can break the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sfa_onnx
+
+__all__ = ["DoctorReport", "Probe", "examine"]
+
+State = Literal["ok", "warning", "missing", "info"]
+PACKAGES = (
+    ("numpy", True),
+    ("ml_dtypes", True),
+    ("onnx", True),
+    ("onnxruntime", True),
+    ("onnx-graphsurgeon", True),
+    ("rich", True),
+    ("torch", False),
+    ("onnxscript", False),
+    ("torch_npu", False),
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing looked at."""
+
+    topic: str
+    name: str
+    state: State
+    text: str
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """Everything `doctor` found; for people and for bug reports."""
+
+    probes: tuple[Probe, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing that this package needs is missing."""
+        return all(probe.state != "missing" for probe in self.probes)
+
+
+def examine(model: Path | None = None) -> DoctorReport:
+    """Look at versions, the compiled library, an installed CANN and a model's weights."""
+    groups: list[tuple[str, Callable[[], list[Probe]]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("library", _library),
+        ("cann", _cann),
+    ]
+    if model is not None:
+        groups.append(("weights", lambda: _weights(model)))
+    return DoctorReport(tuple(probe for topic, look in groups for probe in _guarded(topic, look)))
+
+
+def _guarded(topic: str, look: Callable[[], list[Probe]]) -> list[Probe]:
+    try:
+        return look()
+    except Exception as error:
+        return [Probe(topic, "probe failed", "warning", f"{type(error).__name__}: {error}")]
+
+
+def _python() -> list[Probe]:
+    where = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    own = Probe("python", "sfa-onnx", "ok", sfa_onnx.__version__)
+    return [own, Probe("python", "python", "ok", where)]
+
+
+def _packages() -> list[Probe]:
+    probes = []
+    for name, needed in PACKAGES:
+        try:
+            probes.append(Probe("packages", name, "ok", importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            state: State = "missing" if needed else "info"
+            text = "not installed" if needed else "not installed (optional)"
+            probes.append(Probe("packages", name, state, text))
+    return probes
+
+
+def _library() -> list[Probe]:
+    from sfa_onnx import runtime
+
+    path = runtime.library_path()
+    if not path.is_file():
+        text = f"not built: {path}; reinstall with a C++ compiler at hand"
+        return [Probe("library", "operator library", "missing", text)]
+    return [
+        Probe("library", "operator library", "ok", str(path)),
+        Probe("library", "kernel path", "ok", runtime.kernel_isa()),
+    ]
+
+
+def _cann() -> list[Probe]:
+    from sfa_onnx.ascend import doctor
+
+    return [Probe("cann", p.name, p.state, p.text) for p in doctor.examine_cann()]
+
+
+def _weights(model: Path) -> list[Probe]:
+    from sfa_onnx.model import weights_findings
+
+    return [Probe("weights", f.name, f.state, f.text) for f in weights_findings(model)]

@@ -1,0 +1,103 @@
+"""Float latent caches -> int8 packed rows: `NPUSparseFlashAttention` -> `...Antiquant`.
+
+Three forms:
+    int8          `KvCachePack` in front of the operator; the interface stays. For accuracy work.
+    packed-int8   the cache inputs and outputs become int8 [B, S, 1, D]; new rows are packed once.
+    paged-int8    pages [block_num, block_size, 1, D] with `block_table`, `actual_seq_lengths_kv`
+                  and `slot_mapping`: static cache shapes, the form ATC can take.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+
+from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
+from sfa_onnx.kv_convert.rewire import Conversion, float_sites
+
+__all__ = ["FORMS", "KvReport", "convert"]
+
+FORMS = ("int8", "packed-int8", "paged-int8")
+
+
+@dataclass
+class KvReport:
+    """What a conversion changed. Sizes are bytes per cached token, over all layers."""
+
+    model: onnx.ModelProto
+    form: str
+    sites: int
+    removed_inputs: list[str] = field(default_factory=list)
+    added_inputs: list[str] = field(default_factory=list)
+    removed_outputs: list[str] = field(default_factory=list)
+    added_outputs: list[str] = field(default_factory=list)
+    bytes_per_token_before: int = 0
+    bytes_per_token_after: int = 0
+    notes: list[str] = field(default_factory=list)
+    path: Path | None = None
+
+
+def convert(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    to: str,
+    block_size: int = 128,
+    tile_size: int = 128,
+    force: bool = False,
+) -> KvReport:
+    """Convert every float-cache site of a model to the int8 operator.
+
+    A model that was not fused yet is fused first.
+
+    Args:
+        model: a path or a model; never modified.
+        output: where to write the result, beside the weights; None: nowhere.
+        to: "int8", "packed-int8" or "paged-int8".
+        block_size: tokens per page (paged-int8).
+        tile_size: latent columns that share a scale; narrowed to the latent width when that is
+            not a multiple of it.
+        force: overwrite `output`.
+
+    Raises:
+        UsageError: unknown form or an existing output.
+        ModelError: no float-cache site, or a cache has a reader that cannot take packed rows.
+    """
+    from sfa_onnx.model import load_model, save_model
+
+    if to not in FORMS:
+        raise UsageError(f"kv-cache form {to!r}: expected one of {', '.join(FORMS)}")
+    if block_size <= 0:
+        raise UsageError(f"block size {block_size}: expected a positive number of tokens per page")
+    source = load_model(model)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(_fused(source))
+    conversion = Conversion(copy, to, block_size, tile_size)
+    report = conversion.run()
+    write_interface(copy, Interface(to, block_size, tuple(conversion.entries)))
+    result = KvReport(copy, to, len(conversion.sites), **report)
+    if output is not None:
+        folder = None if isinstance(model, onnx.ModelProto) else Path(model).parent
+        result.path = save_model(copy, output, source_dir=folder, force=force)
+    return result
+
+
+def _fused(model: onnx.ModelProto) -> onnx.ModelProto:
+    if read_interface(model) is not None:
+        raise ModelError("this model's caches were converted already (see its metadata)")
+    if float_sites(model.graph):
+        return model
+    from sfa_onnx.fuse import fuse
+
+    report = fuse(model)
+    if float_sites(report.model.graph):
+        return report.model
+    reasons = "; ".join(f"{s.anchor}: {s.reason}" for s in report.refused)
+    raise ModelError(
+        "no sparse attention over a float cache in this model, so there is nothing to convert"
+        + (f" (refused: {reasons})" if reasons else "")
+    )

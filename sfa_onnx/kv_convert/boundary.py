@@ -1,0 +1,234 @@
+"""The model's interface: float caches out, packed ones in, and readers of shapes served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from sfa_onnx.errors import ModelError
+from sfa_onnx.kv_convert.emit import Emitter
+from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING, CacheEntry
+from sfa_onnx.kv_convert.trace import Stream
+from sfa_onnx.kv_convert.translate import Translated, Translator
+from sfa_onnx.passes.index import GraphIndex
+
+__all__ = ["Boundary"]
+
+_VIEWS = frozenset(("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Cast"))
+
+
+class Boundary:
+    """Rewrites graph inputs and outputs once all sites are translated."""
+
+    def __init__(
+        self, graph: onnx.GraphProto, index: GraphIndex, emit: Emitter, form: str, block_size: int
+    ) -> None:
+        self.graph, self.index, self.emit = graph, index, emit
+        self.form, self.block_size = form, block_size
+        self.latents: dict[str, tuple[Translator, Translated]] = {}
+        self.ropes: dict[str, tuple[Translator, Translated]] = {}
+        self.old_inputs: set[str] = set()
+
+    def convert(self, translators: list[Translator]) -> list[CacheEntry]:
+        """Change inputs, outputs and shape readers; returns the new interface's entries."""
+        for translator in translators:
+            for done in translator.done.values():
+                self.latents[done.latent.value] = translator, done
+                if done.rope:
+                    self.ropes[done.rope.value] = translator, done
+        outputs = self._outputs()
+        self._shapes()
+        self._inputs(translators)
+        return self._entries(outputs)
+
+    # -- outputs ----------------------------------------------------------------------------------
+
+    def _peeled(self, name: str) -> str:
+        while name not in self.latents and name not in self.ropes:
+            node = self.index.node_of(name)
+            if node is None or node.op_type not in _VIEWS:
+                break
+            name = node.input[0]
+        return name
+
+    def _outputs(self) -> dict[str, list[tuple[str, str]]]:
+        """Packed outputs at the latents' places; (float name, kind) by base value."""
+        kept: list[onnx.ValueInfoProto] = []
+        found: dict[str, list[tuple[str, str]]] = {}
+        for output in self.graph.output:
+            base = self._peeled(output.name)
+            if base in self.latents:
+                translator, done = self.latents[base]
+                name = f"{output.name}_packed"
+                node = helper.make_node("Identity", [done.packed], [name], name=name)
+                self.emit.nodes.append(node)
+                kept.append(self._info(name, output.name, translator.row.bytes))
+                found.setdefault(base, []).append((output.name, "latent"))
+            elif base in self.ropes:
+                found.setdefault(base, []).append((output.name, "rope"))
+            else:
+                kept.append(output)
+        del self.graph.output[:]
+        self.graph.output.extend(kept)
+        return found
+
+    def _info(self, name: str, prefix: str, row_bytes: int) -> onnx.ValueInfoProto:
+        if self.form == "paged-int8":
+            dims: list[Any] = [f"{prefix}_block_num", self.block_size, 1, row_bytes]
+        else:
+            dims = [f"{prefix}_batch", f"{prefix}_length", 1, row_bytes]
+        return helper.make_tensor_value_info(name, TensorProto.INT8, dims)
+
+    # -- inputs -----------------------------------------------------------------------------------
+
+    def _inputs(self, translators: list[Translator]) -> None:
+        caches = {c.latent.value: (t, c) for t in translators for c in t.caches.values()}
+        ropes = {c.rope.value for _, c in caches.values() if c.rope} - set(caches)
+        self.old_inputs = set(caches) | ropes
+        kept: list[onnx.ValueInfoProto] = []
+        for value in self.graph.input:
+            if value.name in caches:
+                translator, cache = caches[value.name]
+                kept.append(self._packed_input(value, cache.latent, translator.row.bytes))
+            elif value.name not in ropes:
+                kept.append(value)
+        if self.form == "paged-int8":
+            kept.extend(self._page_inputs(kept))
+        del self.graph.input[:]
+        self.graph.input.extend(kept)
+
+    def _packed_input(
+        self, value: onnx.ValueInfoProto, stream: Stream, row_bytes: int
+    ) -> onnx.ValueInfoProto:
+        name = f"{value.name}_packed"
+        shape = self.index.shape(value.name)
+        if self.form == "paged-int8" or shape is None:
+            return self._info(name, value.name, row_bytes)
+        dims = [shape[stream.axis(label)] if stream.axis(label) >= 0 else 1 for label in ("B", "S")]
+        return helper.make_tensor_value_info(name, TensorProto.INT8, [*dims, 1, row_bytes])
+
+    def _page_inputs(self, present: list[onnx.ValueInfoProto]) -> list[onnx.ValueInfoProto]:
+        names = {value.name for value in present}
+        wanted: dict[str, list[Any]] = {
+            BLOCK_TABLE: ["page_batch", "blocks_per_sequence"],
+            LENGTHS_KV: ["page_batch"],
+        }
+        if any(SLOT_MAPPING in node.input for node in self.emit.nodes):
+            wanted[SLOT_MAPPING] = ["new_rows"]
+        clash = [name for name in wanted if name in names]
+        if clash:
+            raise ModelError(f"the model already has an input called {clash[0]}; rename it first")
+        return [
+            helper.make_tensor_value_info(name, TensorProto.INT32, dims)
+            for name, dims in wanted.items()
+        ]
+
+    # -- readers of shapes ------------------------------------------------------------------------
+
+    def _shapes(self) -> None:
+        """`Shape(float cache)` answers as before, from the packed tensor's dims."""
+        for node in self.graph.node:
+            if node.op_type != "Shape" or node.domain:
+                continue
+            known = self.latents.get(node.input[0]) or self.ropes.get(node.input[0])
+            if known is None:
+                continue
+            translator, done = known
+            is_latent = node.input[0] in self.latents
+            stream = done.latent if is_latent or done.rope is None else done.rope
+            if self._moves_rows(done):
+                self._shape_of(node, stream, translator, done, is_latent)
+
+    @staticmethod
+    def _moves_rows(done: Translated) -> bool:
+        return done.cache is not None
+
+    def _shape_of(
+        self,
+        node: onnx.NodeProto,
+        stream: Stream,
+        translator: Translator,
+        done: Translated,
+        is_latent: bool,
+    ) -> None:
+        row = translator.row
+        declared = self.index.shape(stream.value)
+        width = declared[-1] if declared and isinstance(declared[-1], int) else None
+        columns = width if width is not None else row.nope if is_latent else row.rope
+        sizes = self._batch_and_length(done)
+        parts = {"B": sizes[0], "S": sizes[1]}
+        parts |= {"1": self.emit.constant([1]), "C": self.emit.constant([columns])}
+        whole = self.emit.op("Concat", [parts[label] for label in stream.axes], axis=0)
+        attrs = {a.name: a.i for a in node.attribute}
+        start = attrs.get("start", 0)
+        end = attrs.get("end", len(stream.axes))
+        sliced = self.emit.columns(whole, 0, start, end)
+        node.op_type = "Identity"
+        del node.input[:], node.attribute[:]
+        node.input.append(sliced)
+
+    def _batch_and_length(self, done: Translated) -> tuple[str, str]:
+        emit = self.emit
+        if self.form != "paged-int8":
+            shape = emit.op("Shape", [done.packed])
+            return tuple(emit.op("Gather", [shape, emit.constant([i])]) for i in (0, 1))  # type: ignore[return-value]
+        batch = emit.op("Gather", [emit.op("Shape", [BLOCK_TABLE]), emit.constant([0])])
+        longest = emit.op("ReduceMax", [emit.op("Cast", [LENGTHS_KV], to=7)], keepdims=1)
+        if done.cache is None or done.packed != done.cache.packed:
+            return batch, longest
+        fresh = emit.op("Shape", [SLOT_MAPPING])
+        return batch, emit.op("Sub", [longest, emit.op("Div", [fresh, batch])])
+
+    # -- afterwards -------------------------------------------------------------------------------
+
+    def check_readers(self) -> None:
+        """Refuse when somebody still reads a float cache.
+
+        Raises:
+            ModelError: naming the reader.
+        """
+        for node in self.graph.node:
+            for name in node.input:
+                if name in self.old_inputs:
+                    raise ModelError(
+                        f"{node.name or node.op_type} ({node.op_type}) also reads the float cache"
+                        f" {name}, so it cannot become packed rows; use --to int8, which keeps the"
+                        " interface"
+                    )
+
+    def _entries(self, outputs: dict[str, list[tuple[str, str]]]) -> list[CacheEntry]:
+        entries: dict[str, CacheEntry] = {}
+        for base, names in outputs.items():
+            if base not in self.latents:
+                continue
+            translator, done = self.latents[base]
+            rope_base = done.rope.value if done.rope else ""
+            rope_out = next((n for n, _ in outputs.get(rope_base, [])), "")
+            key = done.cache.packed if done.cache else done.packed
+            entries[key] = _entry(translator, done, names[0][0], rope_out)
+        for translator, done in self.latents.values():
+            if done.cache and done.cache.packed not in entries:
+                entries[done.cache.packed] = _entry(translator, done, "", "")
+        return list(entries.values())
+
+
+def _entry(translator: Translator, done: Translated, latent_out: str, rope_out: str) -> CacheEntry:
+    cache, row = done.cache, translator.row
+    latent = cache.latent if cache else done.latent
+    rope = cache.rope if cache else done.rope
+    return CacheEntry(
+        latent_in=latent.value if cache else "",
+        rope_in=rope.value if cache and rope else "",
+        packed_in=cache.packed if cache else "",
+        latent_out=latent_out,
+        rope_out=rope_out,
+        packed_out=f"{latent_out}_packed" if latent_out else "",
+        latent_axes=latent.axes,
+        rope_axes=rope.axes if rope else (),
+        nope=row.nope,
+        rope=row.rope,
+        tile=row.tile,
+        elem_type=translator.query_type,
+    )

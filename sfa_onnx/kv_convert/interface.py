@@ -1,0 +1,235 @@
+"""The changed interface of a converted model, and feeds and results carried across it.
+
+A converted model says in its metadata which float caches became which packed ones, so that
+`compare` can hand the same data to both models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from sfa_onnx import kv_cache
+from sfa_onnx.contract import PackedRow
+from sfa_onnx.errors import ModelError
+
+__all__ = [
+    "BLOCK_TABLE",
+    "LENGTHS_KV",
+    "METADATA_KEY",
+    "SLOT_MAPPING",
+    "CacheEntry",
+    "Interface",
+    "adapt_feeds",
+    "float_outputs",
+    "read_interface",
+    "write_interface",
+]
+
+METADATA_KEY = "sfa_onnx.kv_cache"
+BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING = "block_table", "actual_seq_lengths_kv", "slot_mapping"
+Array = np.ndarray[Any, np.dtype[Any]]
+_ROPE_TYPES: dict[int, np.dtype[Any]] = {
+    onnx.TensorProto.FLOAT: np.dtype(np.float32),
+    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
+    onnx.TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One layer's cache. Names are graph inputs/outputs, "" where there is none.
+
+    `*_axes` label the float tensors' dims with B, S, C and 1; packed tensors are [B, S, 1, D] or
+    pages [block_num, block_size, 1, D]. A joint cache holds latent and rope side by side in one
+    tensor: then `rope_*` names equal the latent's.
+    """
+
+    latent_in: str
+    rope_in: str
+    packed_in: str
+    latent_out: str
+    rope_out: str
+    packed_out: str
+    latent_axes: tuple[str, ...]
+    rope_axes: tuple[str, ...]
+    nope: int
+    rope: int
+    tile: int
+    elem_type: int  # of rope and query: onnx.TensorProto.DataType
+
+    @property
+    def row(self) -> PackedRow:
+        """The packed row of this cache."""
+        return PackedRow(self.nope, self.rope, self.tile, _ROPE_TYPES[self.elem_type].itemsize)
+
+    @property
+    def joint(self) -> bool:
+        """Whether latent and rope share one tensor."""
+        return bool(self.rope) and self.latent_in == self.rope_in and bool(self.latent_in)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """All converted caches of one model, and the form they have now."""
+
+    form: str
+    block_size: int
+    caches: tuple[CacheEntry, ...]
+
+
+def write_interface(model: onnx.ModelProto, interface: Interface) -> None:
+    """Store `interface` in the model's metadata."""
+    for entry in [e for e in model.metadata_props if e.key == METADATA_KEY]:
+        model.metadata_props.remove(entry)
+    model.metadata_props.add(
+        key=METADATA_KEY, value=json.dumps(dataclasses.asdict(interface), sort_keys=True)
+    )
+
+
+def read_interface(model: onnx.ModelProto) -> Interface | None:
+    """The interface of a converted model; None for any other model.
+
+    Raises:
+        ModelError: the metadata entry is there but not readable.
+    """
+    text = next((e.value for e in model.metadata_props if e.key == METADATA_KEY), None)
+    if text is None:
+        return None
+    try:
+        raw = json.loads(text)
+        caches = tuple(_entry(cache) for cache in raw["caches"])
+        return Interface(raw["form"], int(raw["block_size"]), caches)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model metadata {METADATA_KEY!r} is not readable ({error}); convert the model again"
+        ) from error
+
+
+def _entry(raw: dict[str, Any]) -> CacheEntry:
+    return CacheEntry(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def adapt_feeds(
+    interface: Interface, feeds: dict[str, Array], *, new_tokens: int = 0
+) -> dict[str, Array]:
+    """Feeds of the float model -> feeds of the converted one.
+
+    Args:
+        interface: of the converted model.
+        feeds: arrays of the original model, float caches included.
+        new_tokens: rows that one run appends per sequence (paged form only).
+    """
+    adapted = dict(feeds)
+    lengths: Array | None = None
+    for cache in interface.caches:
+        rows = _packed_rows(cache, feeds)  # [B, S, 1, D]
+        adapted.pop(cache.latent_in, None)
+        adapted.pop(cache.rope_in, None)
+        if rows is None or not cache.packed_in:
+            continue
+        if interface.form != "paged-int8":
+            adapted[cache.packed_in] = rows
+            continue
+        lengths = np.full(rows.shape[0], rows.shape[1] + new_tokens, np.int32)
+        pages, table = kv_cache.page(_roomy(rows, int(lengths.max())), interface.block_size)
+        adapted[cache.packed_in] = pages
+        adapted[BLOCK_TABLE] = table
+    if lengths is not None:
+        adapted[LENGTHS_KV] = lengths
+        adapted[SLOT_MAPPING] = _slots(
+            adapted[BLOCK_TABLE], lengths, new_tokens, interface.block_size
+        )
+    return adapted
+
+
+def float_outputs(
+    interface: Interface, outputs: dict[str, Array], feeds: dict[str, Array] | None = None
+) -> dict[str, Array]:
+    """Outputs of the converted model under the original names, caches dequantised to float32.
+
+    `feeds` of the converted run are needed to read pages back (block table and lengths).
+    """
+    result = dict(outputs)
+    for cache in interface.caches:
+        packed = result.pop(cache.packed_out, None)
+        if packed is None:
+            continue
+        if interface.form == "paged-int8":
+            if feeds is None:
+                continue
+            packed = kv_cache.unpage(packed, feeds[BLOCK_TABLE], feeds[LENGTHS_KV])
+        latent, rope = _dequantised(cache, packed)
+        if cache.joint:
+            latent = np.concatenate([latent, rope], axis=-1)
+        if cache.latent_out:
+            result[cache.latent_out] = _from_canonical(latent, cache.latent_axes)
+        if cache.rope_out and not cache.joint:
+            result[cache.rope_out] = _from_canonical(rope, cache.rope_axes)
+    return result
+
+
+def _dequantised(cache: CacheEntry, packed: Array) -> tuple[Array, Array]:
+    dtype = _ROPE_TYPES[cache.elem_type]
+    nope, rope, scale = kv_cache.unpack(packed, cache.row, dtype)
+    return kv_cache.dequantise(nope, scale), rope.astype(np.float32)
+
+
+def _packed_rows(cache: CacheEntry, feeds: dict[str, Array]) -> Array | None:
+    if cache.latent_in not in feeds:
+        return None
+    latent = _to_canonical(feeds[cache.latent_in], cache.latent_axes)
+    rope: Array | None = None
+    if cache.joint:
+        latent, rope = latent[..., : cache.nope], latent[..., cache.nope :]
+    elif cache.rope_in:
+        rope = _to_canonical(feeds[cache.rope_in], cache.rope_axes)
+    dtype = _ROPE_TYPES[cache.elem_type]
+    rope = None if rope is None else rope.astype(dtype)
+    return kv_cache.pack(latent, rope, tile_size=cache.tile)
+
+
+def _to_canonical(array: Array, axes: tuple[str, ...]) -> Array:
+    """Any labelled float cache -> [B, S, 1, C]."""
+    kept = [i for i, label in enumerate(axes) if label != "1"]
+    squeezed = array.reshape([array.shape[i] for i in kept])
+    labels = [axes[i] for i in kept]
+    if "B" not in labels:
+        squeezed, labels = squeezed[None], ["B", *labels]
+    ordered = squeezed.transpose([labels.index(label) for label in "BSC"])
+    return np.ascontiguousarray(ordered[:, :, None, :])
+
+
+def _from_canonical(array: Array, axes: tuple[str, ...]) -> Array:
+    """[B, S, 1, C] -> the labelled layout of a float cache."""
+    labels = [label for label in axes if label != "1"]
+    bsc = array[:, :, 0, :]
+    if "B" not in labels:
+        bsc, source = bsc[0], ["S", "C"]
+    else:
+        source = ["B", "S", "C"]
+    ordered = bsc.transpose([source.index(label) for label in labels])
+    sizes = iter(ordered.shape)
+    return ordered.reshape([1 if label == "1" else next(sizes) for label in axes])
+
+
+def _roomy(rows: Array, tokens: int) -> Array:
+    """Rows [B, S, 1, D] with zero rows appended up to `tokens` per sequence."""
+    missing = max(0, tokens - rows.shape[1])
+    return np.pad(rows, ((0, 0), (0, missing), (0, 0), (0, 0)))
+
+
+def _slots(table: Array, lengths: Array, new_tokens: int, block_size: int) -> Array:
+    """Physical slots [B * new_tokens] of the last `new_tokens` positions of each sequence."""
+    slots = [
+        int(table[b, p // block_size]) * block_size + p % block_size
+        for b in range(table.shape[0])
+        for p in range(int(lengths[b]) - new_tokens, int(lengths[b]))
+    ]
+    return np.asarray(slots, np.int32)

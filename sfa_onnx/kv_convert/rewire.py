@@ -1,0 +1,185 @@
+"""The conversion of one model: new nodes in, old cache interface out, everything else untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from sfa_onnx.contract import PackedRow
+from sfa_onnx.errors import ModelError
+from sfa_onnx.kv_convert.arrange import Arrangement, declare_domain
+from sfa_onnx.kv_convert.boundary import Boundary
+from sfa_onnx.kv_convert.emit import Emitter
+from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, CacheEntry
+from sfa_onnx.kv_convert.trace import Stream
+from sfa_onnx.kv_convert.translate import Translator
+from sfa_onnx.op import (
+    DOMAIN_OWN,
+    KV_CACHE_PACK,
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+)
+from sfa_onnx.passes.index import GraphIndex
+
+__all__ = ["Conversion", "float_sites"]
+
+_WIDTHS = ("query", "key", "key_rope")
+_BSND = ("B", "S", "1", "C")
+_ITEM: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
+
+
+def float_sites(graph: onnx.GraphProto) -> list[int]:
+    """Indices of the float-cache operators of a graph."""
+    op = SPARSE_FLASH_ATTENTION
+    return [i for i, n in enumerate(graph.node) if (n.domain, n.op_type) == op.key]
+
+
+def _input(node: onnx.NodeProto, name: str) -> str:
+    position = SPARSE_FLASH_ATTENTION.input_index(name)
+    return node.input[position] if position < len(node.input) else ""
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> Any:
+    found = next((a for a in node.attribute if a.name == name), None)
+    if found is None:
+        return SPARSE_FLASH_ATTENTION.attribute(name).default
+    value = helper.get_attribute_value(found)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+class Conversion:
+    """Rewrites `model` in place; `run` returns the report's fields."""
+
+    def __init__(self, model: onnx.ModelProto, form: str, block_size: int, tile: int) -> None:
+        self.model, self.graph = model, model.graph
+        self.form, self.block_size, self.tile = form, block_size, tile
+        self.index = _index_with_shapes(model)
+        opset = self.index.opsets.get("", 13)
+        taken = set(self.index.producer) | {v.name for v in self.graph.input}
+        taken |= set(self.index.initializers)
+        self.emit = Emitter(taken, opset)
+        self.sites = float_sites(self.graph)
+        self.entries: list[CacheEntry] = []
+        self.translators: dict[PackedRow, Translator] = {}
+        self.notes: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """Convert all sites; afterwards the graph is sorted and has no dead nodes of ours."""
+        before = _names(self.graph.input), _names(self.graph.output)
+        arrange = Arrangement(self.graph)
+        for position in self.sites:
+            self._site(self.graph.node[position])
+        if self.form != "int8":
+            boundary = Boundary(self.graph, self.index, self.emit, self.form, self.block_size)
+            self.entries = boundary.convert(list(self.translators.values()))
+        arrange.settle(self.emit)
+        if self.form != "int8":
+            boundary.check_readers()
+        declare_domain(self.model, DOMAIN_OWN, KV_CACHE_PACK.version)
+        after = _names(self.graph.input), _names(self.graph.output)
+        return {
+            "removed_inputs": [n for n in before[0] if n not in after[0]],
+            "added_inputs": [n for n in after[0] if n not in before[0]],
+            "removed_outputs": [n for n in before[1] if n not in after[1]],
+            "added_outputs": [n for n in after[1] if n not in before[1]],
+            "bytes_per_token_before": sum(
+                (e.nope + e.rope) * _ITEM[e.elem_type] for e in self.entries
+            ),
+            "bytes_per_token_after": sum(e.row.bytes for e in self.entries),
+            "notes": self.notes,
+        }
+
+    # -- one site ---------------------------------------------------------------------------------
+
+    def _site(self, node: onnx.NodeProto) -> None:
+        label = node.name or node.output[0]
+        if _attribute(node, "layout_kv") != "BSND" or _attribute(node, "layout_query") != "BSND":
+            raise ModelError(
+                f"{label}: only sites with layout BSND for query and keys are converted; got"
+                f" {_attribute(node, 'layout_query')} / {_attribute(node, 'layout_kv')}"
+            )
+        translator = self._translator(node, label)
+        latent = Stream(_input(node, "key"), _BSND)
+        rope_name = _input(node, "key_rope")
+        rope = Stream(rope_name, _BSND) if rope_name else None
+        if self.form == "int8":
+            packed = translator.pack(latent, rope)
+        else:
+            packed = translator.packed(latent, rope).packed
+            if not translator.caches and self.form == "packed-int8":
+                self.notes.append(f"{label}: keys do not come from a cache input")
+        self._replace(node, packed, translator.row)
+
+    def _translator(self, node: onnx.NodeProto, label: str) -> Translator:
+        nope = self._width(_input(node, "key"), label)
+        rope_name = _input(node, "key_rope")
+        rope = self._width(rope_name, label) if rope_name else 0
+        elem_type = self.index.elem_type(_input(node, "query")) or self.index.elem_type(
+            _input(node, "key")
+        )
+        if elem_type not in _ITEM:
+            raise ModelError(
+                f"{label}: the query's type is not known to the file, so the packed row cannot be"
+                " laid out; run onnx shape inference on the model first"
+            )
+        tile = self.tile if nope % self.tile == 0 else nope
+        row = PackedRow(nope, rope, tile, _ITEM[elem_type])
+        if row not in self.translators:
+            self.translators[row] = Translator(self.index, self.emit, row, self.form)
+            self.translators[row].query_type = elem_type
+        return self.translators[row]
+
+    def _width(self, value: str, label: str) -> int:
+        shape = self.index.shape(value)
+        width = shape[-1] if shape else None
+        if not isinstance(width, int):
+            raise ModelError(
+                f"{label}: the width of {value} is not known to the file; run onnx shape inference"
+                " on the model first"
+            )
+        return width
+
+    def _replace(self, node: onnx.NodeProto, packed: str, row: PackedRow) -> None:
+        op = SPARSE_FLASH_ATTENTION_ANTIQUANT
+        query, rope = _input(node, "query"), _input(node, "query_rope")
+        if rope:
+            query = self.emit.op("Concat", [query, rope], "query", axis=-1)
+        paged = self.form == "paged-int8"
+        inputs = dict.fromkeys((t.name for t in op.inputs), "")
+        inputs |= {"query": query, "key": packed, "value": packed}
+        inputs["sparse_indices"] = _input(node, "sparse_indices")
+        inputs["actual_seq_lengths_query"] = _input(node, "actual_seq_lengths_query")
+        inputs["actual_seq_lengths_kv"] = _input(node, "actual_seq_lengths_kv")
+        if paged:
+            inputs |= {"block_table": BLOCK_TABLE, "actual_seq_lengths_kv": LENGTHS_KV}
+        values = {a.name: a.write for a in op.attributes if a.write is not None}
+        for name in ("scale_value", "sparse_block_size", "layout_query", "sparse_mode"):
+            values[name] = _attribute(node, name)
+        values["layout_kv"] = "PA_BSND" if paged else "BSND"
+        values |= {"tile_size": row.tile, "rope_head_dim": row.rope}
+        node.op_type = op.name
+        del node.input[:], node.attribute[:]
+        names = list(inputs.values())
+        while names and not names[-1]:
+            names.pop()
+        node.input.extend(names)
+        node.attribute.extend(helper.make_attribute(a.name, values[a.name]) for a in op.attributes)
+
+
+def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    return [value.name for value in values]
+
+
+def _index_with_shapes(model: onnx.ModelProto) -> GraphIndex:
+    """An index over the graph; where the file tells no widths, onnx infers them (no weights)."""
+    index = GraphIndex.of(model)
+    wanted = [_input(model.graph.node[i], n) for i in float_sites(model.graph) for n in _WIDTHS]
+    if all(index.shape(v) and isinstance(index.shape(v)[-1], int) for v in wanted if v):  # type: ignore[index]
+        return index
+    inferred = onnx.shape_inference.infer_shapes(model)
+    known = {v.name for v in model.graph.value_info}
+    model.graph.value_info.extend(v for v in inferred.graph.value_info if v.name not in known)
+    return GraphIndex.of(model)

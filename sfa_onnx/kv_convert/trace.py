@@ -1,0 +1,183 @@
+"""Following a float cache back from the operator to the graph input it came in by.
+
+A `Stream` is one component (latent or rope) at one point of the graph: a value, a label per dim
+(B, S, C, or 1 for a unit dim) and, when the tensor is wider than the component, the columns taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+
+from sfa_onnx.passes.index import GraphIndex
+
+__all__ = ["Stream", "peel", "slice_on"]
+
+FLOAT_TYPES = frozenset(
+    (
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.BFLOAT16,
+        onnx.TensorProto.DOUBLE,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A component of the cache as one value of the graph."""
+
+    value: str
+    axes: tuple[str, ...]
+    low: int = 0
+    high: int | None = None  # None: up to the tensor's width
+
+    def axis(self, label: str) -> int:
+        """Position of the dim labelled `label`; -1 when there is none."""
+        return self.axes.index(label) if label in self.axes else -1
+
+
+def attribute_ints(node: onnx.NodeProto, name: str) -> list[int] | None:
+    """An INTS attribute, or None when it is absent."""
+    found = next((a for a in node.attribute if a.name == name), None)
+    return None if found is None else [int(i) for i in found.ints]
+
+
+def attribute_int(node: onnx.NodeProto, name: str, default: int) -> int:
+    """An INT attribute, or its default."""
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
+
+
+def peel(index: GraphIndex, stream: Stream) -> Stream:
+    """Walk back through views, casts and column slices while every label stays whole."""
+    while True:
+        position = index.producer.get(stream.value)
+        if position is None:
+            return stream
+        step = _step(index, index.nodes[position], stream)
+        if step is None:
+            return stream
+        stream = step
+
+
+def _step(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | None:
+    if node.op_type == "Identity":
+        return replace(stream, value=node.input[0])
+    if node.op_type == "Cast":
+        source = index.elem_type(node.input[0])
+        return replace(stream, value=node.input[0]) if source in FLOAT_TYPES else None
+    if node.op_type == "Transpose":
+        perm = attribute_ints(node, "perm") or list(range(len(stream.axes)))[::-1]
+        axes = [""] * len(perm)
+        for out, source_dim in enumerate(perm):
+            axes[source_dim] = stream.axes[out]
+        return replace(stream, value=node.input[0], axes=tuple(axes))
+    if node.op_type in ("Squeeze", "Unsqueeze"):
+        return _unit_dims(index, node, stream)
+    if node.op_type == "Reshape":
+        return _reshape(index, node, stream)
+    if node.op_type in ("Slice", "Split"):
+        return _columns(index, node, stream)
+    return None
+
+
+def _axes_input(index: GraphIndex, node: onnx.NodeProto) -> list[int] | None:
+    listed = attribute_ints(node, "axes")
+    if listed is None and len(node.input) > 1 and node.input[1]:
+        constant = index.constant(node.input[1])
+        listed = None if constant is None else [int(i) for i in np.ravel(constant)]
+    return listed
+
+
+def _unit_dims(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | None:
+    listed = _axes_input(index, node)
+    if listed is None:
+        return None
+    axes = list(stream.axes)
+    if node.op_type == "Unsqueeze":
+        where = {i % len(axes) for i in listed}
+        if any(axes[i] == "C" or axes[i] == "S" for i in where):
+            return None
+        kept = tuple(label for i, label in enumerate(axes) if i not in where)
+        return replace(stream, value=node.input[0], axes=kept)
+    rank = len(axes) + len(listed)
+    where = {i % rank for i in listed}
+    rest = iter(axes)
+    inserted = tuple("1" if i in where else next(rest) for i in range(rank))
+    return replace(stream, value=node.input[0], axes=inserted)
+
+
+def _reshape(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | None:
+    """Only unit dims may come or go: the other dims keep their order."""
+    before = index.shape(node.input[0])
+    if before is None:
+        return None
+    labels = [label for label in stream.axes if label != "1"]
+    solid = [i for i, dim in enumerate(before) if dim != 1]
+    while len(labels) > len(solid) and labels[0] == "B":
+        labels.pop(0)  # a batch of one lives in a unit dim
+    if len(labels) != len(solid):
+        return None
+    axes = ["1"] * len(before)
+    for i, label in zip(solid, labels, strict=True):
+        axes[i] = label
+    missing_batch = "B" in stream.axes and "B" not in labels
+    if missing_batch and "1" in axes:
+        axes[axes.index("1")] = "B"
+    return replace(stream, value=node.input[0], axes=tuple(axes))
+
+
+def _columns(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | None:
+    """A Slice or Split of the last label C narrows the columns taken."""
+    column = stream.axis("C")
+    bounds: tuple[int, int] | None
+    if node.op_type == "Split":
+        bounds = _split_bounds(index, node, stream, column)
+    else:
+        taken = slice_on(index, node)
+        if taken is None or taken[0] % len(stream.axes) != column or taken[3] != 1:
+            return None
+        bounds = _clip(index, node.input[0], column, taken[1], taken[2])
+    if bounds is None:
+        return None
+    high = bounds[1] if stream.high is None else bounds[0] + stream.high
+    return replace(stream, value=node.input[0], low=bounds[0] + stream.low, high=high)
+
+
+def _clip(index: GraphIndex, value: str, axis: int, start: int, end: int) -> tuple[int, int] | None:
+    shape = index.shape(value)
+    width = None if shape is None else shape[axis]
+    if not isinstance(width, int):
+        return None
+    return range(width)[start:end].start, range(width)[start:end].stop
+
+
+def _split_bounds(
+    index: GraphIndex, node: onnx.NodeProto, stream: Stream, column: int
+) -> tuple[int, int] | None:
+    if attribute_int(node, "axis", 0) % len(stream.axes) != column:
+        return None
+    sizes = attribute_ints(node, "split")
+    if sizes is None and len(node.input) > 1 and node.input[1]:
+        constant = index.constant(node.input[1])
+        sizes = None if constant is None else [int(i) for i in constant]
+    if sizes is None:
+        shape = index.shape(node.input[0])
+        width = None if shape is None else shape[column]
+        if not isinstance(width, int) or width % len(node.output):
+            return None
+        sizes = [width // len(node.output)] * len(node.output)
+    position = list(node.output).index(stream.value)
+    return sum(sizes[:position]), sum(sizes[: position + 1])
+
+
+def slice_on(index: GraphIndex, node: onnx.NodeProto) -> tuple[int, int, int, int] | None:
+    """(axis, start, end, step) of a Slice on one axis with constant bounds."""
+    bounds = [index.constant(name) if name else None for name in node.input[1:]]
+    if len(bounds) < 2 or bounds[0] is None or bounds[1] is None or np.size(bounds[0]) != 1:
+        return None
+    axis = 0 if len(bounds) < 3 or bounds[2] is None else int(np.ravel(bounds[2])[0])
+    step = 1 if len(bounds) < 4 or bounds[3] is None else int(np.ravel(bounds[3])[0])
+    return axis, int(np.ravel(bounds[0])[0]), int(np.ravel(bounds[1])[0]), step

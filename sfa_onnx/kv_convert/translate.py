@@ -1,0 +1,236 @@
+"""Latent and rope streams -> one stream of packed rows, through concatenations and writes.
+
+`Translator.packed` answers with a value [B, S, 1, D] (or pages) that holds, as packed int8 rows,
+what the two float streams held. It stops at graph inputs (the cache comes in packed from now on)
+and at anything that is not mere movement of rows (new rows: packed there by `KvCachePack`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx
+
+from sfa_onnx.contract import PackedRow
+from sfa_onnx.kv_convert.emit import Emitter
+from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING
+from sfa_onnx.kv_convert.trace import Stream, attribute_int, peel
+from sfa_onnx.op import DOMAIN_OWN, KV_CACHE_PACK
+from sfa_onnx.passes.index import GraphIndex
+
+__all__ = ["CacheInput", "Translator"]
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """A float cache among the graph inputs, and the packed input that takes its place."""
+
+    latent: Stream
+    rope: Stream | None
+    packed: str
+    elem_type: int
+
+
+@dataclass(frozen=True)
+class Translated:
+    """One pair of float values with its packed counterpart."""
+
+    latent: Stream
+    rope: Stream | None
+    packed: str
+    cache: CacheInput | None  # where the rows come in, when they do
+
+
+class Translator:
+    """Translates the key streams of any number of sites of one graph."""
+
+    def __init__(self, index: GraphIndex, emitter: Emitter, row: PackedRow, form: str) -> None:
+        self.index = index
+        self.emit = emitter
+        self.row = row
+        self.form = form
+        self.done: dict[tuple[str, str], Translated] = {}
+        self.caches: dict[str, CacheInput] = {}
+
+    def packed(self, latent: Stream, rope: Stream | None) -> Translated:
+        """The packed counterpart of two streams (memoised: sites share caches)."""
+        lat = peel(self.index, latent)
+        rot = None if rope is None else peel(self.index, rope)
+        key = (lat.value, rot.value if rot else "")
+        if key not in self.done:
+            self.done[key] = self._translate(lat, rot)
+        return self.done[key]
+
+    def _translate(self, lat: Stream, rot: Stream | None) -> Translated:
+        if self.index.is_graph_input(lat.value) and self._both_inputs(rot):
+            return self._cache_input(lat, rot)
+        node = self.index.node_of(lat.value)
+        other = self.index.node_of(rot.value) if rot else None
+        same_kind = rot is None or (
+            node is not None and other is not None and node.op_type == other.op_type
+        )
+        if node is not None and same_kind:
+            if node.op_type == "Concat":
+                moved = self._concat(node, other, lat, rot)
+            elif node.op_type == "ScatterND":
+                moved = self._scatter(node, other, lat, rot)
+            elif node.op_type == "Slice":
+                moved = self._slice(node, other, lat, rot)
+            else:
+                moved = None
+            if moved is not None:
+                return moved
+        return Translated(lat, rot, self.pack(lat, rot), None)
+
+    def _both_inputs(self, rot: Stream | None) -> bool:
+        return rot is None or self.index.is_graph_input(rot.value)
+
+    # -- where rows come in -----------------------------------------------------------------------
+
+    def _cache_input(self, lat: Stream, rot: Stream | None) -> Translated:
+        known = self.caches.get(lat.value)
+        if known is None:
+            elem_type = self.index.elem_type(lat.value)
+            known = CacheInput(lat, rot, f"{lat.value}_packed", elem_type)
+            self.caches[lat.value] = known
+        return Translated(lat, rot, known.packed, known)
+
+    def pack(self, lat: Stream, rot: Stream | None) -> str:
+        """New rows: one KvCachePack over [B, S, 1, C] (and [B, S, 1, R])."""
+        inputs = [self._component(lat, self.row.nope)]
+        if rot is not None:
+            inputs.append(self._component(rot, self.row.rope))
+        return self.emit.op(
+            KV_CACHE_PACK.name, inputs, "packed", DOMAIN_OWN, tile_size=self.row.tile
+        )
+
+    def _component(self, stream: Stream, width: int) -> str:
+        value = stream.value
+        if stream.high is not None:
+            column = stream.axis("C")
+            value = self.emit.columns(value, column, stream.low, stream.low + width)
+        return self.emit.to_canonical(self._cast(value, stream.value), stream.axes)
+
+    def _cast(self, value: str, source: str) -> str:
+        """Rows are packed in the query's type: casts peeled off on the way are made good."""
+        wanted = self.query_type
+        if wanted and self.index.elem_type(source) not in (0, wanted):
+            return self.emit.op("Cast", [value], to=wanted)
+        return value
+
+    query_type: int = 0
+
+    # -- movement ---------------------------------------------------------------------------------
+
+    def _concat(
+        self, node: onnx.NodeProto, other: onnx.NodeProto | None, lat: Stream, rot: Stream | None
+    ) -> Translated | None:
+        if not _on_sequence(node, lat) or (other and rot and not _on_sequence(other, rot)):
+            return None
+        ropes: list[Stream | None] = [None] * len(node.input)
+        if rot is not None and other is not None:
+            if len(other.input) != len(node.input):
+                return None
+            ropes = [replace(rot, value=name) for name in other.input]
+        pairs = [
+            (replace(lat, value=name), rope) for name, rope in zip(node.input, ropes, strict=True)
+        ]
+        parts = [self.packed(*pair) for pair in pairs]
+        cache = next((part.cache for part in parts if part.cache), None)
+        if self.form == "paged-int8":
+            if parts[0].cache is None:
+                return None
+            fresh = [part.packed for part in parts[1:]]
+            rows = fresh[0] if len(fresh) == 1 else self.emit.op("Concat", fresh, axis=1)
+            return Translated(lat, rot, self.write_pages(parts[0].packed, rows), cache)
+        joined = self.emit.op("Concat", [part.packed for part in parts], axis=1)
+        return Translated(lat, rot, joined, cache)
+
+    def _scatter(
+        self, node: onnx.NodeProto, other: onnx.NodeProto | None, lat: Stream, rot: Stream | None
+    ) -> Translated | None:
+        """Slice assignment or index_copy: the same write over packed rows."""
+        depth_shape = self.index.shape(node.input[1])
+        if depth_shape is None or not isinstance(depth_shape[-1], int):
+            return None
+        depth = depth_shape[-1]
+        if depth == 0 or "C" in lat.axes[:depth] or "S" not in lat.axes[:depth]:
+            return None
+        data = self._pair(lat, rot, node.input[0], other.input[0] if other else "")
+        updates = self._pair(lat, rot, node.input[2], other.input[2] if other else "")
+        before, rows = self.packed(*data), self.packed(*updates)
+        if self.form == "paged-int8":
+            if before.cache is None:
+                return None
+            written = self.write_pages(before.packed, rows.packed)
+            return Translated(lat, rot, written, before.cache)
+        perm = _row_order(lat.axes)
+        if perm is None:
+            return None
+        moved = [self.emit.transpose(v, perm) for v in (before.packed, rows.packed)]
+        written = self.emit.op("ScatterND", [moved[0], node.input[1], moved[1]])
+        back = [perm.index(i) for i in range(4)]
+        return Translated(lat, rot, self.emit.transpose(written, back), before.cache)
+
+    def _slice(
+        self, node: onnx.NodeProto, other: onnx.NodeProto | None, lat: Stream, rot: Stream | None
+    ) -> Translated | None:
+        """A Slice along the sequence, the same for both streams."""
+        axes = self.index.constant(node.input[3]) if len(node.input) > 3 else None
+        if axes is None or axes.size != 1 or lat.axes[int(axes.ravel()[0])] != "S":
+            return None
+        if other is not None and list(other.input[1:3]) != list(node.input[1:3]):
+            return None
+        source = self._pair(lat, rot, node.input[0], other.input[0] if other else "")
+        whole = self.packed(*source)
+        if self.form == "paged-int8":
+            start = self.index.constant(node.input[1])
+            if start is None or int(start.ravel()[0]) != 0:
+                return None
+            return replace(whole, latent=lat, rope=rot)  # the lengths say how far rows are valid
+        steps = [node.input[4]] if len(node.input) > 4 and node.input[4] else []
+        bounds = [node.input[1], node.input[2], self.emit.constant([1]), *steps]
+        return Translated(lat, rot, self.emit.op("Slice", [whole.packed, *bounds]), whole.cache)
+
+    @staticmethod
+    def _pair(
+        lat: Stream, rot: Stream | None, value: str, rope_value: str
+    ) -> tuple[Stream, Stream | None]:
+        return replace(lat, value=value), replace(rot, value=rope_value) if rot else None
+
+    # -- pages ------------------------------------------------------------------------------------
+
+    def write_pages(self, pages: str, rows: str) -> str:
+        """Rows [B, S1, 1, D] into pages [block_num, block_size, 1, D] at `slot_mapping`.
+
+        Two-level indices write into the pages as they are: a run-time that gives input and output
+        the same buffer then moves new rows only.
+        """
+        emit = self.emit
+        slots = emit.op("Cast", [SLOT_MAPPING], to=onnx.TensorProto.INT64)
+        shape = emit.op("Shape", [pages])
+        size = emit.op("Gather", [shape, emit.constant([1])], axis=0)
+        block = emit.op("Div", [slots, size])
+        offset = emit.op("Sub", [slots, emit.op("Mul", [block, size])])
+        pair = emit.op("Concat", [emit.unsqueeze(block, [1]), emit.unsqueeze(offset, [1])], axis=1)
+        flat = emit.op("Reshape", [rows, emit.constant([-1, 1, self.row.bytes])])
+        return emit.op("ScatterND", [pages, pair, flat], "pages")
+
+
+def _on_sequence(node: onnx.NodeProto, stream: Stream) -> bool:
+    axis = attribute_int(node, "axis", 0)
+    return stream.axes[axis] == "S"
+
+
+def _row_order(axes: tuple[str, ...]) -> list[int] | None:
+    """Permutation of [B, S, 1, D] that brings it into the order of `axes` (C stands for D)."""
+    if axes.count("1") > 1 or axes[-1] != "C" or "B" not in axes:
+        return None
+    source = {"B": 0, "S": 1, "1": 2, "C": 3}
+    perm = [source[label] for label in axes]
+    if "1" not in axes:
+        perm.insert(-1, 2)
+    return perm
+
+
+__all__ += ["BLOCK_TABLE", "LENGTHS_KV", "Translated"]

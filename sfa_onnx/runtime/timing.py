@@ -1,0 +1,40 @@
+"""Timing a session as a user would: warm, repeated, median and best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+__all__ = ["Timing", "time_session"]
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per run."""
+
+    runs: int
+    median_ms: float
+    best_ms: float
+
+
+def time_session(
+    session: ort.InferenceSession, feeds: dict[str, np.ndarray[Any, Any]], runs: int
+) -> Timing:
+    """Time `runs` runs after a short warm-up; feeding and fetching arrays included."""
+    from sfa_onnx.runtime import run
+
+    for _ in range(WARM_UP):
+        run(session, feeds)
+    times = []
+    for _ in range(max(1, runs)):
+        start = time.perf_counter()
+        run(session, feeds)
+        times.append(1e3 * (time.perf_counter() - start))
+    return Timing(len(times), statistics.median(times), min(times))

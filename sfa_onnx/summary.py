@@ -1,0 +1,110 @@
+"""What is inside a model file, read without its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from sfa_onnx.op import find_op
+
+__all__ = ["Summary", "summarise", "value_text"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Header facts of one model; sizes in bytes."""
+
+    ir_version: int
+    producer: str
+    opsets: dict[str, int]
+    nodes: int
+    op_counts: dict[str, int]
+    functions: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    initializers: int
+    weight_bytes: int  # as declared by the initializers; nothing is read
+    external_files: tuple[str, ...]
+    own_ops: dict[str, int]  # operators of ours already in the graph
+    file_bytes: int = 0
+
+
+def summarise(path: Path) -> Summary:
+    """Read the graph of `path` (never its weights) and count.
+
+    Raises:
+        ModelError: the file is missing or not an ONNX model.
+    """
+    from sfa_onnx.model import load_model
+
+    model = load_model(path)
+    graph = model.graph
+    counts = Counter(_op_name(node) for node in _nodes(graph))
+    own = Counter(n.op_type for n in _nodes(graph) if find_op(n.domain, n.op_type))
+    return Summary(
+        ir_version=model.ir_version,
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        opsets={entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        nodes=sum(counts.values()),
+        op_counts=dict(counts.most_common()),
+        functions=tuple(f"{f.domain}::{f.name}" for f in model.functions),
+        inputs=tuple(value_text(value) for value in graph.input),
+        outputs=tuple(value_text(value) for value in graph.output),
+        initializers=len(graph.initializer),
+        weight_bytes=sum(_declared_bytes(tensor) for tensor in graph.initializer),
+        external_files=tuple(sorted(_external_files(graph))),
+        own_ops=dict(own),
+        file_bytes=Path(path).stat().st_size,
+    )
+
+
+def value_text(value: onnx.ValueInfoProto) -> str:
+    """'latent float16[batch, 4096, 512]': a graph input or output in one line."""
+    tensor = value.type.tensor_type
+    name = TensorProto.DataType.Name(tensor.elem_type).lower()
+    if not tensor.HasField("shape"):
+        return f"{value.name} {name}[?]"
+    dims = ", ".join(_dim_text(dim) for dim in tensor.shape.dim)
+    return f"{value.name} {name}[{dims}]"
+
+
+def _dim_text(dim: onnx.TensorShapeProto.Dimension) -> str:
+    return str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
+
+
+def _op_name(node: onnx.NodeProto) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        if node.op_type in ("If", "Loop", "Scan"):
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    yield from _nodes(attribute.g)
+
+
+def _declared_bytes(tensor: TensorProto) -> int:
+    count = 1
+    for dim in tensor.dims:
+        count *= dim
+    try:
+        return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (KeyError, ValueError):  # a type this onnx does not know: count it as bytes
+        return count
+
+
+def _external_files(graph: onnx.GraphProto) -> set[str]:
+    return {
+        entry.value
+        for tensor in graph.initializer
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
