@@ -182,7 +182,7 @@ def test_reader_explains_missing_and_short_files(saved):
 def test_reader_rejects_lengths_that_do_not_fit(saved):
     tensor = _external("t", np.zeros(3, np.int64), "w.bin", 0)
     tensor.dims[0] = 2
-    with pytest.raises(WeightsError, match="external length is 24 bytes.*need 16"):
+    with pytest.raises(WeightsError, match=r"external length is 24 bytes.*need 16"):
         ConstantReader(saved.parent).read(tensor)
     tensor.dims[0] = 1 << 20
     with pytest.raises(WeightsError, match="at most"):
