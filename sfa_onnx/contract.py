@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,6 +15,8 @@ Kind = Literal["float", "int", "string"]
 FLOAT, HALF, BF16 = "tensor(float)", "tensor(float16)", "tensor(bfloat16)"
 INT8, INT32 = "tensor(int8)", "tensor(int32)"
 FLOATS: Final = (FLOAT, HALF, BF16)
+
+_PYTHON_TYPES: Final = {"float": (float, int), "int": (int,), "string": (str,)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Attribute:
     """One attribute. `default` None: required.
 
     `cpu` and `npu` are the legal values where they are a fixed set (None: a rule decides, or any).
-    `write` is what our passes write (None: decided per site).
+    `write` is what our passes write (None: decided per site). `minimum` bounds an int from below.
     """
 
     name: str
@@ -43,11 +46,33 @@ class Attribute:
     cpu: tuple[AttributeValue, ...] | None = None
     npu: tuple[AttributeValue, ...] | None = None
     write: AttributeValue | None = None
+    minimum: int | None = None
 
     @property
     def required(self) -> bool:
         """Whether a node without this attribute is invalid."""
         return self.default is None
+
+    @property
+    def usual(self) -> AttributeValue | None:
+        """What a caller who does not say means; None where every call has its own value."""
+        if self.write is not None:
+            return self.write
+        if self.npu and (len(self.npu) == 1 or self.default is None):
+            return self.npu[0]
+        return self.default
+
+    def problem(self, value: AttributeValue | None) -> str | None:
+        """Why `value` is illegal on CPU; None when it is legal."""
+        if value is None:
+            return f"expected a {self.kind}, but it is missing"
+        if not isinstance(value, _PYTHON_TYPES[self.kind]):
+            return f"expected a {self.kind}, got {value!r}"
+        if self.cpu is not None and value not in self.cpu:
+            return f"expected {' or '.join(map(str, self.cpu))}, got {value!r}"
+        if self.minimum is not None and isinstance(value, int) and value < self.minimum:
+            return f"expected >= {self.minimum}, got {value!r}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,6 +108,31 @@ class OpContract:
         if isinstance(tensor.types, tuple):
             return tensor.types
         return dict(self.type_variables).get(tensor.types, (tensor.types,))
+
+    def check_attributes(self, values: Mapping[str, AttributeValue]) -> None:
+        """Refuse attributes that are missing, unknown, of the wrong kind or illegal on CPU.
+
+        Raises:
+            ContractError: naming the attribute, what is legal and what was given.
+        """
+        known = {a.name: a for a in self.attributes}
+        for name in values.keys() - known.keys():
+            raise ContractError(f"{self.name}: no attribute {name!r}; known are {sorted(known)}")
+        for attribute in self.attributes:
+            problem = attribute.problem(values.get(attribute.name, attribute.default))
+            if problem:
+                raise ContractError(f"{self.name}: attribute {attribute.name}: {problem}")
+
+    def complete(self, values: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:
+        """All attributes, checked; those not in `values` as our passes or the NPU have them.
+
+        Raises:
+            ContractError: as `check_attributes`.
+        """
+        usual = {a.name: a.usual for a in self.attributes}
+        filled = {k: v for k, v in usual.items() if v is not None} | dict(values)
+        self.check_attributes(filled)
+        return filled
 
 
 @dataclass(frozen=True)

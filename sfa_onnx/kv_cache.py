@@ -94,7 +94,7 @@ def dequantise(q: Array, scale: Array, dtype: Any = _F32) -> Array:
     tiles = scale.shape[-1]
     work = np.float64 if np.dtype(dtype) == np.float64 else _F32
     x = q.reshape(*q.shape[:-1], tiles, q.shape[-1] // tiles).astype(work)
-    return (x * scale[..., None].astype(work)).reshape(q.shape).astype(dtype)
+    return np.asarray((x * scale[..., None].astype(work)).reshape(q.shape).astype(dtype))
 
 
 def pack(

@@ -1,0 +1,56 @@
+"""The roundings of CANN's A2/A3 kernel, for `mode="npu"` of the reference.
+
+Keys are dequantised to the query's type, products accumulate in float32, the softmax runs over
+chunks of 512 key slots with a running maximum, and the unnormalised weights are rounded to the
+query's type with ties away from zero before they meet the values. One division at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["attend_npu", "half_away", "npu_round"]
+
+Array = NDArray[Any]
+_CHUNK: Final = 512  # key slots that share one running maximum
+_START: Final = np.float32(-2e38)  # of the running maximum
+
+
+def attend_npu(query: Array, keys: Array, values: Array, scale: float, slots: Array) -> Array:
+    """[N1, C+R], [n, C+R], [n, C] -> [N1, C] in float32 on the query type's grid.
+
+    `slots` [n] are the positions in the row of `sparse_indices`, in tokens: they decide the chunk.
+    """
+    q = query.astype(np.float32)
+    top = np.full((len(q), 1), _START)
+    total, out = np.zeros_like(top), np.zeros((len(q), values.shape[-1]), np.float32)
+    for chunk in np.unique(slots // _CHUNK):
+        part = slots // _CHUNK == chunk
+        scores = (q @ keys[part].T) * np.float32(scale)
+        new_top = np.maximum(top, scores.max(-1, keepdims=True))
+        shrink, weights = np.exp(top - new_top), np.exp(scores - new_top)
+        total = total * shrink + weights.sum(-1, keepdims=True)
+        out = out * shrink + half_away(weights, query.dtype) @ values[part]
+        top = new_top
+    return npu_round(out / total, query.dtype)
+
+
+def npu_round(x: Array, dtype: Any) -> Array:
+    """Float32 to a type's grid as the kernel casts: bfloat16 half-even, float16 half-away."""
+    return half_away(x, dtype) if dtype == np.float16 else x.astype(dtype).astype(np.float32)
+
+
+def half_away(x: Array, dtype: Any) -> Array:
+    """Float32 rounded to the grid of a 16-bit type, ties away from zero; wider types unchanged."""
+    if np.dtype(dtype).itemsize > 2:
+        return x
+    info = ml_dtypes.finfo(dtype)
+    exponent = np.maximum(np.frexp(x)[1] - 1, info.minexp) - info.nmant
+    grid = np.ldexp(np.floor(np.ldexp(np.abs(x).astype(np.float64), -exponent) + 0.5), exponent)
+    rounded = np.where(np.isfinite(x), np.copysign(grid, x), x)
+    with np.errstate(over="ignore"):
+        return rounded.astype(dtype).astype(np.float32)
