@@ -1,0 +1,78 @@
+"""Would ATC take this model? CANN's parser rules and operator rules, replayed without CANN.
+
+`check` reports, `fix` changes what is mechanical and proves the change in onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+
+from sfa_onnx.ascend.checks.context import Context
+from sfa_onnx.ascend.checks.facts import CANN_VERSIONS, cann
+from sfa_onnx.ascend.checks.finding import CheckReport, Finding, SupportRow
+from sfa_onnx.ascend.checks.meaning import meaning
+from sfa_onnx.ascend.checks.parser import replay
+from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
+from sfa_onnx.ascend.checks.view import ModelView, contract_of
+from sfa_onnx.errors import UsageError
+
+__all__ = [
+    "CANN_VERSIONS",
+    "OWN_PLUGINS",
+    "CheckReport",
+    "Finding",
+    "Plugin",
+    "SupportRow",
+    "check",
+    "parse_plugin",
+]
+
+
+def check(
+    model: onnx.ModelProto | str | Path,
+    *,
+    cann: str = "9.1",
+    soc_version: str | None = None,
+    base_dir: str | Path | None = None,
+    user_plugins: Iterable[Plugin | str] | None = None,
+    strict: bool = False,
+) -> CheckReport:
+    """Check `model` against the rules of one CANN release.
+
+    Args:
+        model: a model, or the path of one (its weights are not read).
+        cann: "8.5", "9.0", "9.1" or "9.2".
+        soc_version: the chip as ATC spells it ("Ascend910_9391"); None: all families.
+        base_dir: where external data lies; the model's directory when `model` is a path.
+        user_plugins: parser plug-ins that will be installed: `Plugin`s or keys such as
+            "npu::1::MyOp" (see `parse_plugin`); None: ours.
+        strict: `CheckReport.passed` then asks for nothing worse than information.
+
+    Raises:
+        UsageError: unknown CANN version, SoC or plug-in key, or no such file.
+    """
+    if not isinstance(model, onnx.ModelProto):
+        path = Path(model)
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file; give the path of an .onnx model")
+        base_dir = path.parent if base_dir is None else base_dir
+        model = onnx.load(path, load_external_data=False)
+    view = ModelView(model, None if base_dir is None else Path(base_dir))
+    plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
+    parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)
+    ctx = Context(view, _release(cann), parsed, soc_version or "")
+    findings = [*replay(ctx), *meaning(ctx)]
+    return CheckReport(cann, soc_version or "", _flavour(ctx), findings, [], strict)
+
+
+_release = cann
+
+
+def _flavour(ctx: Context) -> str:
+    own = [n.proto for n in ctx.nodes() if contract_of(n.proto) is not None]
+    if not own:
+        return "plain"
+    return "atc" if all(n.domain in ("", "ai.onnx") for n in own) else "canonical"

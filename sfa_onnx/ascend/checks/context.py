@@ -1,0 +1,102 @@
+"""What every rule is given, and small helpers to write findings with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import onnx
+
+from sfa_onnx.ascend.checks.facts import Cann, Registration, registration
+from sfa_onnx.ascend.checks.finding import Finding
+from sfa_onnx.ascend.checks.plugin import Plugin
+from sfa_onnx.ascend.checks.view import ModelView, Scope
+
+__all__ = ["Context", "Node", "NodeRule", "Rule"]
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A node where it stands, with the key the parser looks up (version None: no opset found)."""
+
+    scope: Scope
+    index: int
+    proto: onnx.NodeProto
+    domain: str = "ai.onnx"
+    version: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name the parser gives, with the path of its branch in front."""
+        own = self.scope.names[self.index]
+        return f"{self.scope.path}/{own}" if self.scope.path else own
+
+    @property
+    def op_type(self) -> str:
+        """ONNX op type."""
+        return self.proto.op_type
+
+    @property
+    def key(self) -> str:
+        """`domain::version::OpType`."""
+        return f"{self.domain}::{self.version}::{self.op_type}"
+
+
+@dataclass(eq=False)
+class Context:
+    """A model under check: the release, the plug-ins, the SoC."""
+
+    view: ModelView
+    cann: Cann
+    plugins: tuple[Plugin, ...]
+    soc_version: str = ""
+
+    def __post_init__(self) -> None:
+        self._by_key = {(d, v, p.op_type): p for p in self.plugins for d, v in p.keys}
+        self._nodes: list[Node] | None = None
+
+    def nodes(self) -> list[Node]:
+        """Every node the parser meets, root first."""
+        if self._nodes is None:
+            self._nodes = [self._node(s, i, n) for s, i, n in self.view.nodes()]
+        return self._nodes
+
+    def nodes_of(self, scope: Scope) -> Iterator[Node]:
+        """The nodes of one scope."""
+        return (n for n in self.nodes() if n.scope is scope)
+
+    def _node(self, scope: Scope, index: int, proto: onnx.NodeProto) -> Node:
+        domain, imports = proto.domain, self.view.imports
+        if self.cann.many_domains:
+            merged = {d or "ai.onnx": v for d, v in imports.items()}
+            domain = domain or "ai.onnx"
+            return Node(scope, index, proto, domain, merged.get(domain))
+        version = imports.get(domain) if domain else None
+        if not domain and len(imports) == 1:
+            domain, version = next(iter(imports.items()))
+        return Node(scope, index, proto, domain or "ai.onnx", version)
+
+    def plugin(self, node: Node) -> Plugin | None:
+        """The user plug-in that takes the node; built-in plug-ins come after."""
+        if node.version is None:
+            return None
+        return self._by_key.get((node.domain, node.version, node.op_type))
+
+    def registration(self, node: Node) -> Registration:
+        """Whether anything parses the node. A user's plug-in hides a built-in one of its key."""
+        plugin = self.plugin(node)
+        if plugin is not None:
+            return Registration(True, (plugin.ge_type,) if plugin.ge_type else ())
+        if node.version is None:
+            return Registration(False)
+        return registration(self.cann, node.domain, node.version, node.op_type)
+
+    def builtin(self, node: Node) -> bool:
+        """Whether CANN's own plug-in of a standard op takes the node."""
+        if node.domain != "ai.onnx" or self.plugin(node) is not None:
+            return False
+        return self.registration(node).known is not False
+
+
+Rule = Callable[[Context], Iterator[Finding]]
+NodeRule = Callable[[Context, Node], Iterator[Finding]]

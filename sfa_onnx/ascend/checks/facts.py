@@ -1,0 +1,161 @@
+"""The recorded facts: which ops are registered, which engines are declared, who parses what.
+
+Data files in `sfa_onnx/ascend/data` say where each fact was read. Nothing here is guessed: what
+the files do not say is `None`, and callers turn that into "unknown".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+import onnx
+
+from sfa_onnx.errors import UsageError
+
+__all__ = ["CANN_VERSIONS", "Cann", "Registration", "arity", "cann", "ge_support", "registration"]
+
+_T = onnx.TensorProto
+
+
+@dataclass(frozen=True)
+class Cann:
+    """How one CANN release's ONNX parser behaves where releases differ."""
+
+    version: str
+    facts: tuple[str, ...]  # releases whose recorded facts stand for this one
+    many_domains: bool  # several opset imports are fine (fixed after 9.1)
+    int4: bool  # int4 tensors are known
+    checks_arity: bool  # surplus inputs are refused instead of dropped
+    bad_number_code: str  # a non-numeric external_data value
+    keeps_loose_constants: bool  # a constant that nothing else touches survives
+
+
+_VERSIONS: Final = {
+    "8.5": Cann("8.5", ("8.5",), False, False, False, "E19999", False),
+    # 9.0 was read, not run: its parser is 9.1's but for the older external_data error.
+    "9.0": Cann("9.0", ("8.5", "9.1"), False, False, False, "E19999", False),
+    "9.1": Cann("9.1", ("9.1",), False, False, False, "E10001", False),
+    "9.2": Cann("9.2", ("9.2",), True, True, True, "E10001", True),
+}
+CANN_VERSIONS: Final = tuple(_VERSIONS)
+
+# dtypes the parser maps; anything else is refused as undefined. int4: see Cann.int4.
+DATA_TYPES: Final = frozenset(
+    (_T.FLOAT, _T.FLOAT16, _T.DOUBLE, _T.BFLOAT16, _T.INT8, _T.INT16, _T.INT32, _T.INT64)
+    + (_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64, _T.BOOL, _T.STRING, _T.COMPLEX64, _T.COMPLEX128)
+    + (_T.FLOAT8E4M3FN, _T.FLOAT8E5M2)
+)
+# Known as inputs, but no constant can be made of them.
+NO_CONSTANT: Final = frozenset((_T.FLOAT8E4M3FN, _T.FLOAT8E5M2))
+# Nodes the parser handles itself, without a plug-in and whatever their domain.
+INTERNAL_OPS: Final = frozenset(("Constant", "Input", "FileConstant"))
+# A plug-in registers them, but no prototype was seen in the open repositories.
+NO_PROTOTYPE: Final = frozenset(("CastLike", "Dropout"))
+
+SHORT_NAMES: Final = {
+    _T.FLOAT: "fp32",
+    _T.FLOAT16: "fp16",
+    _T.BFLOAT16: "bf16",
+    _T.DOUBLE: "double",
+    _T.FLOAT8E4M3FN: "float8_e4m3fn",
+    _T.FLOAT8E5M2: "float8_e5m2",
+}
+
+
+def dtype_name(elem_type: int) -> str:
+    """`fp32`, `bf16`, `int64` ...: the spelling of the op repositories."""
+    return SHORT_NAMES.get(elem_type, _T.DataType.Name(elem_type).lower() if elem_type else "?")
+
+
+def cann(version: str) -> Cann:
+    """The release called `version`.
+
+    Raises:
+        UsageError: not one of `CANN_VERSIONS`.
+    """
+    if version not in _VERSIONS:
+        raise UsageError(
+            f"CANN version {version!r} is not known: expected one of {', '.join(_VERSIONS)}"
+        )
+    return _VERSIONS[version]
+
+
+@cache
+def _load(name: str) -> dict[str, Any]:
+    text = resources.files("sfa_onnx.ascend").joinpath("data", name).read_text("utf-8")
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
+def _has(ranges: str, version: int) -> bool:
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        if int(low) <= version <= int(high or low):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Registration:
+    """`known` None: the open sources of that release lack the plug-in, so nobody can say."""
+
+    known: bool | None
+    ge_types: tuple[str, ...] = ()
+
+
+def _ge_types(entry: dict[str, Any], version: int) -> tuple[str, ...]:
+    ge = entry.get("ge", "")
+    if isinstance(ge, dict):
+        ge = next((name for name, ranges in ge.items() if _has(ranges, version)), "")
+    return tuple(ge.split("|")) if ge else ()
+
+
+def _in_release(entry: dict[str, Any], version: int, release: str) -> Registration:
+    source = entry.get("sources", {}).get(release)
+    if source is not None:
+        ge = tuple(source["ge"].split("|"))
+        return Registration(_has(source["versions"], version), ge)
+    if "versions" not in entry:
+        return Registration(False)
+    known: bool | None = _has(entry["versions"], version)
+    if known and release in entry.get("not_open", ()) and release != "9.2":
+        known = None
+    return Registration(known, _ge_types(entry, version))
+
+
+def registration(release: Cann, domain: str, version: int, op_type: str) -> Registration:
+    """Whether `domain::version::op_type` has a built-in plug-in, and its GE types."""
+    entry = _load("registered_ops.json").get(domain, {}).get(op_type)
+    if entry is None:
+        return Registration(False)
+    found = [_in_release(entry, version, fact) for fact in release.facts]
+    known = found[0].known if len({f.known for f in found}) == 1 else None
+    return Registration(known, found[-1].ge_types)
+
+
+def registered_versions(domain: str, op_type: str) -> str:
+    """The opset versions with a plug-in ("8-18"), "" when there is none at all."""
+    entry = _load("registered_ops.json").get(domain, {}).get(op_type, {})
+    return str(entry.get("versions", ""))
+
+
+def arity(ge_type: str) -> tuple[int, int | None, int | None] | None:
+    """(required inputs, all inputs or None, outputs or None) of a GE prototype; None: not read."""
+    entry = _load("ge_arity.json")["arity"].get(ge_type)
+    return None if entry is None else (entry[0], entry[1], entry[2])
+
+
+def ge_types_of(op_type: str) -> tuple[str, ...] | None:
+    """The GE types an ONNX op of a DSA model becomes; None: not recorded."""
+    entry = _load("op_support.json")["onnx_to_ge"].get(op_type)
+    return None if entry is None else tuple(entry)
+
+
+def ge_support(ge_type: str) -> dict[str, Any] | None:
+    """Declared engines and dtypes of a GE type; None: not recorded."""
+    entry: dict[str, Any] | None = _load("op_support.json")["ge"].get(ge_type)
+    return entry

@@ -1,0 +1,112 @@
+"""What a check finds: plain data, rendered elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, Literal, get_args
+
+__all__ = ["STAGES", "CheckReport", "Finding", "ParserVerdict", "Severity", "Stage", "Verdict"]
+
+Severity = Literal["error", "warning", "unknown", "info"]
+# parse: CANN's parser refuses. meaning: it accepts, but the graph is not what the file means.
+# graph: later stages, speed, memory. operator: host checks of the fused operators. support: engines.
+Stage = Literal["parse", "meaning", "graph", "operator", "support"]
+ParserVerdict = Literal["accepted", "rejected", "crash"]
+Verdict = Literal["errors", "unknown", "warnings", "clean"]
+
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found.
+
+    `code` is the CANN error code the finding would become ("" when CANN says nothing at all), `hint`
+    what to do about it, `fixable` whether `fix` can do it. `nodes` lists every node concerned,
+    `node` the first; names are those the parser gives (unnamed nodes: `<OpType>_<n>`).
+    """
+
+    rule: str
+    severity: Severity
+    stage: Stage
+    message: str
+    node: str = ""
+    code: str = ""
+    hint: str = ""
+    fixable: bool = False
+    evidence: str = ""  # recorded | source | declared | documented | contract | model
+    nodes: tuple[str, ...] = ()
+    crash: bool = False  # the parser's process dies instead of reporting
+
+
+@dataclass
+class CheckReport:
+    """What `check` found, in the order the parser would meet it; the A3 conflict comes first."""
+
+    cann: str
+    soc_version: str
+    flavour: Literal["canonical", "atc", "plain"]
+    findings: list[Finding]
+    support: list[SupportRow] = field(default_factory=list)
+    strict: bool = False
+
+    def of(self, severity: Severity) -> list[Finding]:
+        """The findings of one severity."""
+        return [f for f in self.findings if f.severity == severity]
+
+    @property
+    def parser(self) -> ParserVerdict:
+        """What CANN's ONNX parser would do with the file."""
+        first = next(
+            (f for f in self.findings if f.stage == "parse" and f.severity == "error"), None
+        )
+        if first is None:
+            return "accepted"
+        return "crash" if first.crash else "rejected"
+
+    @property
+    def code(self) -> str:
+        """The code the parser would report first; "" when it accepts (or crashes)."""
+        codes = (f.code for f in self.findings if f.stage == "parse" and f.severity == "error")
+        return next(codes, "")
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all findings. Only `clean` may be shown green: unknown is not good news."""
+        names: tuple[tuple[Severity, Verdict], ...] = (
+            ("error", "errors"),
+            ("unknown", "unknown"),
+            ("warning", "warnings"),
+        )
+        for severity, verdict in names:
+            if self.of(severity):
+                return verdict
+        return "clean"
+
+    @property
+    def passed(self) -> bool:
+        """No errors; with `strict`, nothing worse than information."""
+        return self.verdict == "clean" if self.strict else self.verdict != "errors"
+
+    @property
+    def fixable(self) -> list[Finding]:
+        """What `fix` can change."""
+        return [f for f in self.findings if f.fixable]
+
+
+@dataclass(frozen=True)
+class SupportRow:
+    """One row of the support table: an ONNX op with the dtypes seen, and where it would run.
+
+    `engines` maps a SoC family to "AI Core" | "AI CPU" | "unknown" | "none"; `evidence` maps it to
+    declared | documented | unknown (declared: an operator definition lists the SoC; documented:
+    only the op's product table does).
+    """
+
+    op_type: str
+    dtypes: tuple[str, ...]
+    count: int
+    ge_types: tuple[str, ...]
+    engines: dict[str, str]
+    evidence: dict[str, str]
+    note: str = ""

@@ -1,0 +1,416 @@
+"""What CANN's ONNX parser accepts and gets wrong: no error, no warning, another graph.
+
+All of it was seen on the real parser unless the finding's evidence says "source".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+import onnx
+
+from sfa_onnx.ascend.checks.context import Context, Node
+from sfa_onnx.ascend.checks.facts import arity, dtype_name
+from sfa_onnx.ascend.checks.finding import Finding, Severity
+from sfa_onnx.ascend.checks.view import Scope, attribute, contract_of, is_external
+
+__all__ = ["meaning"]
+
+_T = onnx.TensorProto
+_ATC = "`sfa-onnx atc` rewrites this"
+_UNSIGNED: Final = frozenset((_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64, _T.BOOL))
+
+
+def _found(
+    rule: str,
+    severity: Severity,
+    message: str,
+    node: str,
+    hint: str = "",
+    fixable: bool = False,
+    evidence: str = "recorded",
+) -> Finding:
+    return Finding(rule, severity, "meaning", message, node, "", hint, fixable, evidence)
+
+
+def meaning(ctx: Context) -> Iterator[Finding]:
+    """Every silent change of meaning, nodes in graph order, then initializers and outputs."""
+    for node in ctx.nodes():
+        rule = _BY_OP.get(node.op_type)
+        if rule is not None and node.domain == "ai.onnx" and ctx.plugin(node) is None:
+            yield from rule(ctx, node)
+        yield from _inputs(ctx, node)
+    for scope in ctx.view.scopes:
+        yield from _empty_output_trap(ctx, scope)
+        yield from _two_producers(ctx, scope)
+        yield from _tensors(ctx, scope)
+    yield from _loose_outputs(ctx)
+
+
+def _constant(_: Context, node: Node) -> Iterator[Finding]:
+    names = [a.name for a in node.proto.attribute]
+    if isinstance(attribute(node.proto, "value"), onnx.TensorProto):
+        return
+    form = names[0] if names else "no attribute"
+    yield _found(
+        "constant-form",
+        "error",
+        f"Constant given as {form}: it becomes an empty float constant, the value is lost",
+        node.name,
+        f"write it as `value` (a tensor); {_ATC}",
+        fixable=form.startswith(("value_float", "value_int", "value_string")),
+    )
+
+
+def _shape(_: Context, node: Node) -> Iterator[Finding]:
+    start, end = attribute(node.proto, "start", 0), attribute(node.proto, "end")
+    if start or end is not None:
+        yield _found(
+            "shape-slice",
+            "error",
+            f"Shape with start={start}, end={end}: both are ignored, the whole shape comes out",
+            node.name,
+            f"take the whole Shape and Slice it; {_ATC}",
+            fixable=True,
+        )
+
+
+def _scatter_nd(ctx: Context, node: Node) -> Iterator[Finding]:
+    reduction = attribute(node.proto, "reduction", "none")
+    if reduction in ("none", ""):
+        return
+    other = (
+        " (a second built-in plug-in of 9.2 honours add, max and min; which one is loaded first"
+        " decides)"
+        if "PartitionedCall" in ctx.registration(node).ge_types
+        else ""
+    )
+    yield _found(
+        "scatternd-reduction",
+        "error",
+        f"ScatterND with reduction={reduction}: the reduction is ignored, updates overwrite{other}",
+        node.name,
+        "use ScatterElements with that reduction, or add the old value to the updates yourself"
+        " when indices are unique",
+    )
+
+
+def _mod(ctx: Context, node: Node) -> Iterator[Finding]:
+    if ctx.view.dtype(node.scope, node.proto.input[0]) in _UNSIGNED:
+        return
+    values = [ctx.view.constant(node.scope, name) for name in node.proto.input]
+    if all(v is not None and bool(np.all(v >= 0)) for v in values):
+        return
+    yield _found(
+        "mod-sign",
+        "warning",
+        f"Mod with fmod={attribute(node.proto, 'fmod', 0)}: fmod 0 and 1 give the same GE node, so"
+        " the sign of the result is not what ONNX says for negative operands",
+        node.name,
+        "harmless when no operand is ever negative; otherwise compute a - b*floor(a/b)",
+    )
+
+
+def _gather_nd(ctx: Context, node: Node) -> Iterator[Finding]:
+    indices = node.proto.input[1] if len(node.proto.input) > 1 else ""
+    value = ctx.view.constant(node.scope, indices)
+    if value is not None and value.size and int(value.min()) < 0:
+        yield _found(
+            "gathernd-negative",
+            "error",
+            "GatherND with negative indices: GE's GatherNd does not wrap them",
+            node.name,
+            f"add the dim to negative indices; {_ATC}",
+            fixable=True,
+        )
+    elif value is None and not _never_negative(ctx, node.scope, indices):
+        yield _found(
+            "gathernd-negative",
+            "unknown",
+            "GatherND: GE's GatherNd does not wrap negative indices, and nothing here shows that"
+            " these are never negative",
+            node.name,
+            "make sure of it, or add the dim to negative indices",
+        )
+
+
+def _never_negative(ctx: Context, scope: Scope, name: str) -> bool:
+    if ctx.view.dtype(scope, name) in _UNSIGNED:
+        return True
+    through = frozenset(("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Expand", "Tile"))
+    node = ctx.view.origin(scope, name, through | {"Transpose", "Flatten", "Slice"})
+    return node is not None and node.op_type in ("TopK", "ArgMax", "ArgMin", "NonZero", "Shape")
+
+
+def _softmax(_: Context, node: Node) -> Iterator[Finding]:
+    if (node.version or 0) < 13:
+        yield _found(
+            "softmax-coercion",
+            "warning",
+            "Softmax before opset 13 flattens to 2-D; the parser leaves that to a later pass, which"
+            " was not observed",
+            node.name,
+            "convert the model to opset 13 or later",
+        )
+
+
+def _gemm(_: Context, node: Node) -> Iterator[Finding]:
+    alpha = attribute(node.proto, "alpha", 1.0)
+    if alpha != 1.0 and len(node.proto.input) < 3:
+        yield _found(
+            "gemm-alpha",
+            "error",
+            f"Gemm without C drops alpha = {alpha:g}",
+            node.name,
+            "multiply by alpha in a Mul of its own",
+            fixable=True,
+            evidence="source",
+        )
+
+
+def _constant_of_shape(_: Context, node: Node) -> Iterator[Finding]:
+    value = attribute(node.proto, "value")
+    readable = (_T.INT64, _T.INT32, _T.FLOAT, _T.DOUBLE)
+    if not isinstance(value, onnx.TensorProto) or value.raw_data or value.data_type in readable:
+        return
+    yield _found(
+        "constant-of-shape-value",
+        "error",
+        f"ConstantOfShape: a {dtype_name(value.data_type)} value is read from raw_data only; this"
+        " one lies in a typed field and is lost",
+        node.name,
+        "store the value as raw_data",
+        fixable=True,
+        evidence="source",
+    )
+
+
+def _cast(_: Context, node: Node) -> Iterator[Finding]:
+    target = attribute(node.proto, "to", 0)
+    if target > _T.BFLOAT16:
+        yield _found(
+            "cast-dtype",
+            "warning",
+            f"Cast to {dtype_name(target)}: the plug-in maps it to an undefined dtype",
+            node.name,
+            "cast to a dtype the plug-in knows",
+            evidence="source",
+        )
+
+
+def _inputs(ctx: Context, node: Node) -> Iterator[Finding]:
+    """Inputs that stay open: written by nobody, or required and not given."""
+    sparse = {s.values.name for s in node.scope.graph.sparse_initializer}
+    for name in node.proto.input:
+        if name in sparse:
+            yield _found(
+                "sparse-initializer",
+                "error",
+                f"input {name!r} is a sparse initializer, which the parser does not read: the input"
+                " stays open",
+                node.name,
+                "store it dense",
+                fixable=True,
+            )
+        elif name and ctx.view.resolve_scope(node.scope, name) is None:
+            message = f"nothing writes input {name!r}: it stays open, without an error"
+            yield _found("missing-producer", "error", message, node.name, "connect or remove it")
+    required = _required(ctx, node)
+    missing = [i for i in range(required) if not "".join(node.proto.input[i : i + 1])]
+    if missing:
+        yield _found(
+            "missing-input",
+            "error",
+            f"{node.op_type}: required input{'s' if len(missing) > 1 else ''}"
+            f" {', '.join(map(str, missing))} not given; the parser leaves it open",
+            node.name,
+            "give the input",
+        )
+
+
+def _required(ctx: Context, node: Node) -> int:
+    plugin = ctx.plugin(node)
+    if plugin is not None:
+        return plugin.inputs[0] if plugin.inputs else 0
+    if (op := contract_of(node.proto)) is not None:
+        return sum(not t.optional for t in op.inputs)
+    found = [arity(t) for t in ctx.registration(node).ge_types]
+    return min((a[0] for a in found if a), default=0) if all(found) else 0
+
+
+def _empty_output_trap(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    culprit = next((n for n in ctx.nodes_of(scope) if "" in n.proto.output), None)
+    if culprit is None:
+        return
+    hint = f"give the output of {culprit.name} a name; {_ATC}"
+    hit = False
+    for node in ctx.nodes_of(scope):
+        gaps = [i for i, name in enumerate(node.proto.input) if not name]
+        if not gaps or "PartitionedCall" in ctx.registration(node).ge_types:
+            continue  # expanding plug-ins look at the name themselves
+        hit = True
+        yield _found(
+            "empty-output",
+            "error",
+            f"the unnamed output of {culprit.name} ({culprit.op_type}) is wired into the inputs"
+            f" this {node.op_type} leaves out ({', '.join(map(str, gaps))})",
+            node.name,
+            hint,
+            fixable=True,
+        )
+    if not hit:
+        message = f"{culprit.op_type} leaves an output unnamed: it would fill every omitted input"
+        yield _found("empty-output", "info", message, culprit.name, hint, fixable=True)
+
+
+def _two_producers(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    seen = set(scope.inputs) | set(scope.initializers)
+    for node in ctx.nodes_of(scope):
+        for name in node.proto.output:
+            if name and name in seen:
+                message = f"value {name!r} is written twice: the parser wires both to each reader"
+                yield _found("two-producers", "error", message, node.name, evidence="source")
+            seen.add(name)
+
+
+def _tensors(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    for tensor in scope.graph.initializer:
+        yield from _tensor(ctx, scope, tensor, tensor.name)
+    for node in ctx.nodes_of(scope):
+        value = attribute(node.proto, "value") if node.op_type == "Constant" else None
+        if isinstance(value, onnx.TensorProto):
+            yield from _tensor(ctx, scope, value, node.name)
+
+
+def _tensor(ctx: Context, scope: Scope, tensor: onnx.TensorProto, name: str) -> Iterator[Finding]:
+    size = nbytes(tensor)
+    if is_external(tensor):
+        yield from _external(ctx, scope, tensor, name, size)
+    elif tensor.raw_data and size is not None and len(tensor.raw_data) < size:
+        yield _found(
+            "raw-data-short",
+            "error",
+            f"{name!r} holds {len(tensor.raw_data)} bytes, its dims say {size}: not compared",
+            name,
+            "write the tensor again",
+        )
+
+
+def nbytes(tensor: onnx.TensorProto) -> int | None:
+    """Bytes of a dense tensor by dtype and dims; None for strings and unknown dtypes."""
+    bits = {_T.INT4: 4, _T.UINT4: 4, _T.STRING: 0, _T.UNDEFINED: 0}.get(tensor.data_type)
+    if bits is None:
+        try:
+            bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        except (KeyError, TypeError):
+            return None
+    count = int(np.prod([int(d) for d in tensor.dims], dtype=object)) if tensor.dims else 1
+    return -(-count * bits // 8) if bits else None
+
+
+def _external(
+    ctx: Context, scope: Scope, tensor: onnx.TensorProto, name: str, size: int | None
+) -> Iterator[Finding]:
+    entries = {e.key: e.value for e in tensor.external_data}
+    location, length = entries.get("location", ""), entries.get("length")
+    foreign = [k for k in entries if k not in ("location", "offset", "length")]
+    foreign = [k for k in foreign if entries[k][:1].isdigit()]
+    if foreign:
+        message = f"external data of {name!r}: {', '.join(foreign)} is read as the length"
+        hint = "keep location, offset and length only"
+        yield _found("external-key", "error", message, name, hint, fixable=True)
+    if scope is not ctx.view.root:
+        yield _found(
+            "external-in-branch",
+            "error",
+            f"external data of {name!r} lies in a branch, where its path stays relative to wherever"
+            " atc is run",
+            name,
+            "move the initializer to the outer graph",
+            fixable=True,
+        )
+    if location.startswith("/"):
+        message = f"external data of {name!r}: absolute location {location!r} gets the model's"
+        message += " directory in front of it"
+        yield _found("external-absolute", "error", message, name, "use a relative location")
+    elif length is not None and length.isdigit() and size is not None and int(length) != size:
+        message = f"external data of {name!r}: length {length}, but its dims say {size} bytes"
+        yield _found("external-length", "error", message, name, "write the tensor again")
+    elif ctx.view.base_dir is not None and location:
+        yield from _external_file(ctx, entries, name, size)
+
+
+def _external_file(
+    ctx: Context, entries: dict[str, str], name: str, size: int | None
+) -> Iterator[Finding]:
+    assert ctx.view.base_dir is not None
+    path = ctx.view.base_dir / entries["location"]
+    offset = entries.get("offset", "0")
+    start = int(offset) if offset.isdigit() else 0
+    if not path.is_file():
+        message = f"external data of {name!r}: no file {entries['location']!r} beside the model"
+        hint = "put the weight file back; the parser does not look for it"
+        yield _found("external-missing", "error", message, name, hint)
+    elif size is not None and path.stat().st_size < start + size:
+        message = f"external data of {name!r} ends at byte {start + size}, the file before"
+        yield _found("external-short", "error", message, name, "copy the whole weight file")
+
+
+def _loose_outputs(ctx: Context) -> Iterator[Finding]:
+    """Graph outputs that no graph input reaches: the parsed graph starts from the inputs."""
+    root = ctx.view.root
+    reached = _reached(root)
+    for value in root.graph.output:
+        constant = value.name in root.initializers
+        if value.name not in reached and root.known(value.name):
+            keeps = constant and ctx.cann.keeps_loose_constants
+            yield _found(
+                "constant-output",
+                "warning" if keeps else "error",
+                f"output {value.name!r} depends on constants alone"
+                + (": kept by 9.2, dropped before" if keeps else ": it is not in the parsed graph"),
+                value.name,
+                f"drop the output, or make it depend on an input; {_ATC}",
+            )
+
+
+def _reached(scope: Scope) -> set[str]:
+    """Values connected with a graph input, along edges of either direction."""
+    touching: dict[str, list[onnx.NodeProto]] = {}
+    for node in scope.graph.node:
+        for name in _values(node):
+            touching.setdefault(name, []).append(node)
+    reached, queue, done = set(scope.inputs), list(scope.inputs), set()
+    if not queue:
+        return set(touching) | set(scope.initializers)  # the parser then starts from constants
+    while queue:
+        for node in touching.get(queue.pop(), ()):
+            if id(node) not in done:
+                done.add(id(node))
+                fresh = [n for n in _values(node) if n not in reached]
+                reached.update(fresh)
+                queue.extend(fresh)
+    return reached
+
+
+def _values(node: onnx.NodeProto) -> list[str]:
+    names = {*node.input, *node.output}
+    for item in node.attribute:
+        if item.type == onnx.AttributeProto.GRAPH:
+            names.update(*(_values(n) for n in item.g.node), ())
+    return [n for n in names if n]
+
+
+_BY_OP: Final[dict[str, Callable[[Context, Node], Iterator[Finding]]]] = {
+    "Cast": _cast,
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "GatherND": _gather_nd,
+    "Gemm": _gemm,
+    "Mod": _mod,
+    "ScatterND": _scatter_nd,
+    "Shape": _shape,
+    "Softmax": _softmax,
+}

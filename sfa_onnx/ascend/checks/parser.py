@@ -1,0 +1,363 @@
+"""CANN's ONNX parser, replayed: what it refuses, in the order it would notice.
+
+The order matters: the first finding carries the code a user would see. Phases, per graph, outer
+graphs first: inputs and outputs, names and plug-in keys of all nodes, parameters of each node
+(constants among them), wiring, expansion. A branch of an `If` is parsed like a graph of its own
+whose outer values are inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import onnx
+
+from sfa_onnx.ascend.checks import builtin_plugins
+from sfa_onnx.ascend.checks.context import Context, Node
+from sfa_onnx.ascend.checks.facts import (
+    DATA_TYPES,
+    INTERNAL_OPS,
+    NO_CONSTANT,
+    NO_PROTOTYPE,
+    arity,
+    dtype_name,
+    registered_versions,
+)
+from sfa_onnx.ascend.checks.finding import Finding
+from sfa_onnx.ascend.checks.view import Scope, attribute, is_external
+from sfa_onnx.op import find_op
+
+__all__ = ["replay"]
+
+_T = onnx.TensorProto
+_ATC_HINT = "run `sfa-onnx atc`, which writes the ATC flavour"
+_NUMBER = re.compile(r"\s*[+-]?\d+")
+
+
+def _error(rule: str, message: str, code: str, node: str = "", **kwargs: object) -> Finding:
+    evidence = kwargs.pop("evidence", "recorded")
+    return Finding(
+        rule,
+        "error",
+        "parse",
+        message,
+        node,
+        code,
+        evidence=str(evidence),
+        **kwargs,  # type: ignore[arg-type]
+    )
+
+
+def replay(ctx: Context) -> Iterator[Finding]:
+    """Everything the parser would refuse, first what it meets first."""
+    yield from _if_attributes(ctx)
+    for scope in ctx.view.scopes:
+        yield from _interface(ctx, scope)
+        yield from _precheck(ctx, scope)
+        yield from _parameters(ctx, scope)
+        yield from _wiring(ctx, scope)
+        yield from _outputs(ctx, scope)
+        for node in ctx.nodes_of(scope):
+            if ctx.builtin(node):
+                yield from builtin_plugins.expansion(ctx, node)
+
+
+def _if_attributes(ctx: Context) -> Iterator[Finding]:
+    for node in ctx.nodes():
+        names = sorted(a.name for a in node.proto.attribute)
+        if node.op_type == "If" and names != ["else_branch", "then_branch"]:
+            yield _error(
+                "if-attributes",
+                f"If carries the attributes {names}: expected exactly then_branch and else_branch",
+                "E19999",
+                node.name,
+                evidence="source",
+            )
+
+
+def _interface(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    graph = scope.graph
+    if scope is ctx.view.root and not graph.input:
+        message = "the graph has no input: an .om needs at least one"
+        yield _error("no-graph-input", message, "E16001", hint="keep one graph input")
+    if not graph.output:
+        message = f"graph {scope.path or graph.name!r} has no output"
+        yield _error("no-graph-output", message, "E16001", hint="name at least one output")
+
+
+def _precheck(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    """Domains (the first ends the check), then names and keys node by node."""
+    seen: set[str] = set()
+    for node in ctx.nodes_of(scope):
+        if node.op_type not in INTERNAL_OPS and node.version is None:
+            yield _no_opset(ctx, node)
+            return
+        yield from _name(node.name, scope.names[node.index], seen, fixable=True)
+        if node.op_type not in INTERNAL_OPS:
+            yield from _key(ctx, node)
+    generated = [*scope.inputs, *(() if scope.parent is None else scope.outer_values)]
+    generated += [f"{n}_Initializer_{i}" for i, n in enumerate(_parser_order(scope))]
+    for name in generated:
+        yield from _name(name, name, seen, fixable=True)
+
+
+def _parser_order(scope: Scope) -> list[str]:
+    return sorted(scope.initializers, key=lambda n: n.encode())
+
+
+def _name(shown: str, name: str, seen: set[str], fixable: bool) -> Iterator[Finding]:
+    if name in seen:
+        yield _error(
+            "duplicate-name",
+            f"two nodes of one graph are called {name!r} (graph inputs and the generated"
+            " <initializer>_Initializer_<n> count as nodes)",
+            "E13009",
+            shown,
+            hint="give every node a name of its own",
+            fixable=fixable,
+        )
+    seen.add(name)
+
+
+def _no_opset(ctx: Context, node: Node) -> Finding:
+    count = len(ctx.view.imports)
+    if not node.proto.domain and not ctx.cann.many_domains:
+        return _error(
+            "opset-imports",
+            f"the model has {count} opset imports ({', '.join(map(repr, ctx.view.imports))}); CANN"
+            f" {ctx.cann.version} allows exactly one as soon as a node has no domain",
+            "E16005",
+            node.name,
+            hint=_ATC_HINT if count > 1 else "import one opset of the default domain",
+        )
+    return _error(
+        "opset-missing",
+        f"no opset import is spelled {node.domain!r}, the domain of this {node.op_type}",
+        "E19999",
+        node.name,
+        hint=f"import {node.domain!r}, or clear the node's domain; {_ATC_HINT}",
+    )
+
+
+def _key(ctx: Context, node: Node) -> Iterator[Finding]:
+    registered = ctx.registration(node)
+    if registered.known:
+        return
+    if registered.known is None:
+        yield Finding(
+            "plugin-not-open",
+            "unknown",
+            "parse",
+            f"{node.key}: the plug-in is not in the open sources of CANN {ctx.cann.version}, so"
+            " nothing here can say whether that release has it",
+            node.name,
+            hint="try it on the machine that converts, or use a newer CANN",
+            evidence="source",
+        )
+        return
+    message = f"no plug-in parses {node.key}"
+    yield _error("unregistered-op", message, "E13010", node.name, hint=_key_hint(ctx, node))
+
+
+def _key_hint(ctx: Context, node: Node) -> str:
+    versions = registered_versions("ai.onnx", node.op_type)
+    if find_op(node.proto.domain, node.op_type) or find_op("npu", node.op_type):
+        return f"our plug-in takes the ATC form of this op: {_ATC_HINT}"
+    if node.domain == "com.microsoft":
+        return (
+            "a fusion of onnxruntime's optimiser: start from the model as exported, not from one"
+            " that onnxruntime has optimised and saved"
+        )
+    if any(f.domain == node.proto.domain and f.name == node.op_type for f in _functions(ctx)):
+        return f"functions are not expanded by the parser: inline them; {_ATC_HINT}"
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
+        return "QDQ ops have no plug-in: dequantise integer weights with Cast and Mul instead"
+    if node.domain == "ai.onnx" and versions:
+        return f"plug-ins exist for opsets {versions}: convert the model; {_ATC_HINT}"
+    if node.domain == "npu" and registered_versions("npu", node.op_type):
+        return "the plug-in is registered for npu opset 1: import npu with version 1"
+    return f"no release has a plug-in for {node.op_type}: {_ATC_HINT}, or replace the node"
+
+
+def _functions(ctx: Context) -> Iterator[onnx.FunctionProto]:
+    yield from ctx.view.model.functions
+
+
+def _parameters(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    for node in ctx.nodes_of(scope):
+        if node.op_type == "Constant":
+            value = attribute(node.proto, "value")
+            if isinstance(value, onnx.TensorProto):
+                yield from _constant(ctx, value, node.name)
+        elif node.op_type in NO_PROTOTYPE and ctx.builtin(node):
+            yield Finding(
+                "prototype-not-open",
+                "unknown",
+                "parse",
+                f"{node.op_type} has a plug-in, but its GE prototype is not in the open"
+                " repositories: E10501 unless the installed CANN brings it",
+                node.name,
+                hint=f"replace {node.op_type} (Cast for CastLike; Identity for Dropout)",
+                evidence="recorded",
+                fixable=node.op_type == "Dropout",
+            )
+        elif ctx.plugin(node) is not None:
+            yield from _own_plugin(ctx, node)
+        elif ctx.builtin(node):
+            yield from builtin_plugins.parameters(ctx, node)
+    if scope is ctx.view.root:
+        for name, value in scope.inputs.items():
+            yield from _input_dtype(ctx, name, value)
+    for name in _parser_order(scope):
+        yield from _constant(ctx, scope.initializers[name], name)
+
+
+def _dtype_known(ctx: Context, elem_type: int) -> bool:
+    return elem_type in DATA_TYPES or (ctx.cann.int4 and elem_type == _T.INT4)
+
+
+def _input_dtype(ctx: Context, name: str, value: onnx.ValueInfoProto) -> Iterator[Finding]:
+    elem = value.type.tensor_type.elem_type if value.type.HasField("tensor_type") else 0
+    if not _dtype_known(ctx, elem):
+        yield _error(
+            "input-dtype",
+            f"graph input {name!r} has dtype {dtype_name(elem)}, which the parser does not know",
+            "E19999",
+            name,
+            hint="feed it in another dtype and Cast inside the graph",
+        )
+
+
+def _constant(ctx: Context, tensor: onnx.TensorProto, name: str) -> Iterator[Finding]:
+    elem, empty = tensor.data_type, 0 in tensor.dims
+    if not _dtype_known(ctx, elem) or (
+        elem in NO_CONSTANT and not is_external(tensor) and not empty
+    ):
+        yield _error(
+            "constant-dtype",
+            f"constant {name!r} has dtype {dtype_name(elem)}, of which the parser makes no constant",
+            "E19999",
+            name,
+            hint="store it in another dtype and Cast (or Bitcast) in the graph",
+        )
+    elif is_external(tensor):
+        yield from _external(ctx, tensor, name)
+    elif not empty and not _has_data(tensor):
+        message = f"constant {name!r} has dims {list(tensor.dims)} but no data at all"
+        yield _error("constant-no-data", message, "E19999", name, evidence="source")
+
+
+def _has_data(tensor: onnx.TensorProto) -> bool:
+    fields = (tensor.raw_data, tensor.float_data, tensor.int32_data, tensor.int64_data)
+    more = (tensor.string_data, tensor.double_data, tensor.uint64_data)
+    return any(len(f) for f in (*fields, *more))
+
+
+def _external(ctx: Context, tensor: onnx.TensorProto, name: str) -> Iterator[Finding]:
+    entries = {e.key: e.value for e in tensor.external_data}
+    for key, value in entries.items():
+        if key != "location" and not _NUMBER.match(value):
+            yield _error(
+                "external-key",
+                f"external data of {name!r}: {key} = {value!r}; the parser reads every key but"
+                " location as a number",
+                ctx.cann.bad_number_code,
+                name,
+                hint="keep location, offset and length only",
+                fixable=key not in ("offset", "length"),
+            )
+    if not entries.get("location"):
+        message = f"external data of {name!r} names no location"
+        yield _error("external-location", message, "E19999", name, evidence="source")
+
+
+def _own_plugin(ctx: Context, node: Node) -> Iterator[Finding]:
+    """Attributes a user's plug-in refuses; ours refuses unknown ones too."""
+    plugin = ctx.plugin(node)
+    assert plugin is not None
+    kinds = {"int": onnx.AttributeProto.INT, "float": onnx.AttributeProto.FLOAT}
+    given = {a.name: a.type for a in node.proto.attribute}
+    problems = [
+        f"{name} is missing" if name not in given else f"{name} is not {kind}"
+        for name, kind in plugin.required_attributes
+        if given.get(name) != kinds.get(kind, onnx.AttributeProto.STRING)
+    ]
+    if plugin.contract is not None:
+        legal = {a.name for a in plugin.contract.attributes} | plugin.extra_attributes
+        problems += [f"{name} is unknown" for name in given if name not in legal]
+    if problems:
+        yield _error(
+            "plugin-attributes",
+            f"the plug-in of {node.op_type} refuses the attributes: {', '.join(problems)} (an"
+            " installed CANN may print E11010 instead)",
+            "E19999",
+            node.name,
+            hint="write every attribute of the contract, and no other",
+        )
+
+
+def _wiring(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    for node in ctx.nodes_of(scope):
+        yield from _surplus(ctx, node)
+    if scope.parent is not None and "" in scope.outer_values:
+        yield from _branch_gap(ctx, scope)
+
+
+def _surplus(ctx: Context, node: Node) -> Iterator[Finding]:
+    most = input_count(ctx, node)
+    given = [i for i, name in enumerate(node.proto.input) if name]
+    if most is None or not given or given[-1] < most:
+        return
+    message = f"{node.op_type} has {given[-1] + 1} inputs, its GE prototype {most}"
+    if ctx.cann.checks_arity:
+        yield _error("surplus-inputs", message, "E19999", node.name, hint="drop the surplus inputs")
+        return
+    yield Finding(
+        "surplus-inputs",
+        "warning",
+        "meaning",
+        f"{message}: CANN {ctx.cann.version} drops the rest without a word",
+        node.name,
+        hint="drop the surplus inputs",
+        evidence="recorded",
+    )
+
+
+def input_count(ctx: Context, node: Node) -> int | None:
+    """How many inputs the GE prototype has; None: dynamic or not known."""
+    plugin = ctx.plugin(node)
+    if plugin is not None:
+        return plugin.inputs[1] if plugin.inputs else None
+    counts = {arity(t) for t in ctx.registration(node).ge_types}
+    found = counts.pop() if len(counts) == 1 else None
+    return found[1] if found else None
+
+
+def _branch_gap(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    culprit = next((n for n in ctx.nodes_of(scope) if "" in n.proto.input), None)
+    if culprit is None:
+        return  # the sibling branch has the gap and reports it
+    yield _error(
+        "gap-in-branch",
+        f'{culprit.op_type} leaves an optional input out ("") inside a branch of an If: the'
+        ' parser takes "" for a value of the outer graph and does not find it',
+        "E19999",
+        culprit.name,
+        hint="move the node out of the If, or give all its inputs",
+    )
+
+
+def _outputs(ctx: Context, scope: Scope) -> Iterator[Finding]:
+    for value in scope.graph.output:
+        name = value.name
+        if not scope.known(name) and name not in scope.outer_values:
+            where = f"branch {scope.path}" if scope.path else "graph"
+            yield _error(
+                "output-without-producer",
+                f"output {name!r} of the {where} is written by no node",
+                "E19999",
+                name,
+                hint="write it with an Identity, or remove it from the outputs",
+                evidence="source",
+            )

@@ -1,0 +1,74 @@
+"""ONNX parser plug-ins beyond CANN's own: which keys they register and what they refuse."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+from sfa_onnx.contract import OpContract
+from sfa_onnx.errors import UsageError
+from sfa_onnx.op import BINDINGS, DOMAIN_OWN, KV_CACHE_PACK
+
+__all__ = ["OWN_PLUGINS", "Plugin", "parse_plugin"]
+
+_DEFAULT_OPSETS: Final = range(11, 19)
+_KEY = re.compile(r"([\w.]+)::(\d+)(?:\.\.(\d+))?::(\w+)(?:\((\d+)(?:,(\d+))?\))?")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One op type some plug-in registers.
+
+    `inputs` is (required, all) where known. `required_attributes` are those whose absence (or wrong
+    type) the plug-in itself refuses; with `contract`, unknown attributes are refused as well.
+    """
+
+    op_type: str
+    keys: frozenset[tuple[str, int]]  # (domain, opset version)
+    inputs: tuple[int, int] | None = None
+    required_attributes: tuple[tuple[str, str], ...] = ()  # (name, "int" | "float" | "string")
+    contract: OpContract | None = None
+    ge_type: str = ""
+    extra_attributes: frozenset[str] = field(default_factory=frozenset)
+
+
+def _own(op_type: str, domain: str, contract: OpContract, ge_type: str) -> Plugin:
+    keys = {(domain, 1), *(("ai.onnx", v) for v in _DEFAULT_OPSETS)}
+    required = sum(not t.optional for t in contract.inputs)
+    attributes = tuple((a.name, a.kind) for a in contract.attributes)
+    return Plugin(
+        op_type,
+        frozenset(keys),
+        (required, len(contract.inputs)),
+        tuple(p for p in attributes if contract.attribute(p[0]).required),
+        contract,
+        ge_type,
+        frozenset(("scale_value_exact",)),
+    )
+
+
+OWN_PLUGINS: Final = (
+    *(_own(b.atc_type, b.contract.domain, b.contract, b.ge_type) for b in BINDINGS),
+    _own(KV_CACHE_PACK.name, DOMAIN_OWN, KV_CACHE_PACK, "PartitionedCall"),
+)
+
+
+def parse_plugin(text: str) -> Plugin:
+    """A plug-in from its key: `npu::1::Name`, `ai.onnx::11..18::Name`, `npu::1::Name(2,5)`.
+
+    The numbers in parentheses are the required and all inputs of the GE prototype.
+
+    Raises:
+        UsageError: the text is not of that form.
+    """
+    match = _KEY.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            f"plug-in key {text!r}: expected domain::version::OpType, for example"
+            " npu::1::MyOp, ai.onnx::11..18::MyOp or npu::1::MyOp(2,5) with its input counts"
+        )
+    domain, low, high, name, required, most = match.groups()
+    versions = range(int(low), int(high or low) + 1)
+    inputs = None if required is None else (int(required), int(most or required))
+    return Plugin(name, frozenset((domain, v) for v in versions), inputs)
