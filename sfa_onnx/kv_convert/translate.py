@@ -61,6 +61,15 @@ class Translator:
             self.done[key] = self._translate(lat, rot)
         return self.done[key]
 
+    def _fresh(self, latent: Stream, rope: Stream | None) -> Translated:
+        """Rows appended to a cache: never a cache of their own, even when they are fed in."""
+        lat = peel(self.index, latent)
+        rot = None if rope is None else peel(self.index, rope)
+        key = (lat.value, rot.value if rot else "")
+        if key not in self.done:
+            self.done[key] = Translated(lat, rot, self.pack(lat, rot), None)
+        return self.done[key]
+
     def _translate(self, lat: Stream, rot: Stream | None) -> Translated:
         if self.index.is_graph_input(lat.value) and self._both_inputs(rot):
             return self._cache_input(lat, rot)
@@ -135,7 +144,7 @@ class Translator:
         pairs = [
             (replace(lat, value=name), rope) for name, rope in zip(node.input, ropes, strict=True)
         ]
-        parts = [self.packed(*pair) for pair in pairs]
+        parts = [self.packed(*pairs[0]), *(self._fresh(*pair) for pair in pairs[1:])]
         cache = next((part.cache for part in parts if part.cache), None)
         if self.form == "paged-int8":
             if parts[0].cache is None:
@@ -158,7 +167,7 @@ class Translator:
             return None
         data = self._pair(lat, rot, node.input[0], other.input[0] if other else "")
         updates = self._pair(lat, rot, node.input[2], other.input[2] if other else "")
-        before, rows = self.packed(*data), self.packed(*updates)
+        before, rows = self.packed(*data), self._fresh(*updates)
         if self.form == "paged-int8":
             if before.cache is None:
                 return None

@@ -1,0 +1,275 @@
+"""Converting float caches to packed rows: hand-made models in the shapes exporters give them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sfa_onnx import kv_cache
+from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.kv_convert import convert
+from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
+from sfa_onnx.op import DOMAIN_NPU, SPARSE_FLASH_ATTENTION
+
+B, N1, C, R, K, TILE = 2, 4, 64, 16, 8, 32
+SCALE = 0.125
+F32 = TensorProto.FLOAT
+
+
+def attention(prefix: str, key: str, rope: str, out: str) -> onnx.NodeProto:
+    values = {
+        a.name: a.write if a.write is not None else a.default
+        for a in SPARSE_FLASH_ATTENTION.attributes
+    }
+    values |= {"scale_value": SCALE, "sparse_mode": 0}
+    inputs = [f"{prefix}q", key, key, f"{prefix}idx", "", "", "", f"{prefix}qr", rope]
+    node = helper.make_node(
+        SPARSE_FLASH_ATTENTION.name, inputs, [out], name=f"{prefix}attn", domain=DOMAIN_NPU
+    )
+    node.attribute.extend(helper.make_attribute(n, v) for n, v in values.items())
+    return node
+
+
+def const(name: str, values: list[int]) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(values, np.int64), name)
+
+
+def vi(name: str, dims: list[object], elem: int = F32) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, elem, dims)
+
+
+def growing(layers: int = 1) -> onnx.ModelProto:
+    """DynamicCache: Concat(past, new) on axis 2 of [B, 1, S, C]; the grown caches are returned."""
+    nodes, inputs, outputs, infos = [], [], [], []
+    inits = [const("ax1", [1]), const("ax2", [2])]
+    for i in range(layers):
+        p = f"l{i}."
+        nodes += [
+            helper.make_node("Concat", [f"{p}past_c", f"{p}new_c"], [f"{p}c"], f"{p}cc", axis=-2),
+            helper.make_node("Concat", [f"{p}past_r", f"{p}new_r"], [f"{p}r"], f"{p}cr", axis=2),
+            helper.make_node("Squeeze", [f"{p}c", "ax1"], [f"{p}c3"], f"{p}sq"),
+            helper.make_node("Unsqueeze", [f"{p}c3", "ax2"], [f"{p}key"], f"{p}un"),
+            helper.make_node("Transpose", [f"{p}r"], [f"{p}krope"], f"{p}tr", perm=[0, 2, 1, 3]),
+            attention(p, f"{p}key", f"{p}krope", f"{p}o"),
+        ]
+        inputs += [
+            vi(f"{p}past_c", ["b", 1, "past", C]), vi(f"{p}past_r", ["b", 1, "past", R]),
+            vi(f"{p}new_c", ["b", 1, "s", C]), vi(f"{p}new_r", ["b", 1, "s", R]),
+            vi(f"{p}q", ["b", "s", N1, C]), vi(f"{p}qr", ["b", "s", N1, R]),
+            vi(f"{p}idx", ["b", "s", 1, K], TensorProto.INT32),
+        ]  # fmt: skip
+        outputs += [
+            vi(f"{p}o", ["b", "s", N1, C]),
+            vi(f"{p}c", ["b", 1, "total", C]),
+            vi(f"{p}r", ["b", 1, "total", R]),
+        ]
+        infos += [vi(f"{p}key", ["b", "total", 1, C]), vi(f"{p}krope", ["b", "total", 1, R])]
+    nodes.append(helper.make_node("Shape", ["l0.past_c"], ["past_shape"], "shape"))
+    outputs.append(vi("past_shape", [4], TensorProto.INT64))
+    return model(nodes, inputs, outputs, inits, infos)
+
+
+def model(nodes, inputs, outputs, inits, infos) -> onnx.ModelProto:  # type: ignore[no-untyped-def]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, inits, value_info=infos)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN_NPU, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+def feeds_for(m: onnx.ModelProto, past: int = 40, s: int = 2) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    sizes = {"b": B, "past": past, "s": s, "cap": past + 8}
+    feeds = {}
+    for value in m.graph.input:
+        t = value.type.tensor_type
+        dims = [d.dim_value or sizes[d.dim_param] for d in t.shape.dim]
+        if t.elem_type == TensorProto.INT32:
+            rows = [rng.permutation(past)[:K] for _ in range(int(np.prod(dims[:-1])))]
+            feeds[value.name] = np.asarray(rows, np.int32).reshape(dims)
+        elif t.elem_type == TensorProto.INT64:
+            feeds[value.name] = np.arange(past, past + s, dtype=np.int64).reshape(dims)
+        else:
+            feeds[value.name] = rng.standard_normal(dims).astype(np.float32)
+    return feeds
+
+
+def run(m: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    from sfa_onnx import runtime
+
+    return runtime.run(runtime.session(m), feeds)
+
+
+def loss(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("form", ["int8", "packed-int8", "paged-int8"])
+def test_growing_cache(form: str) -> None:
+    source = growing(layers=2)
+    before = source.SerializeToString()
+    report = convert(source, to=form, block_size=16, tile_size=TILE)
+    assert source.SerializeToString() == before, "the input model was modified"
+    assert report.sites == 2
+    onnx.checker.check_model(report.model)
+    feeds = feeds_for(source)
+    expected = run(source, feeds)
+    interface = read_interface(report.model)
+    assert interface is not None
+    assert interface.form == form
+    mine = feeds if form == "int8" else adapt_feeds(interface, feeds, new_tokens=2)
+    got = float_outputs(interface, run(report.model, mine), mine)
+    assert set(got) == set(expected)
+    for name in ("l0.o", "l1.o"):
+        assert 1e-4 < loss(got[name], expected[name]) < 2e-2, "int8 loss expected, no more"
+    np.testing.assert_array_equal(got["past_shape"], expected["past_shape"])
+    for name in ("l0.c", "l1.r"):
+        assert got[name].shape == expected[name].shape
+        assert loss(got[name], expected[name]) < 1.5e-2
+
+
+def test_packed_interface_is_listed_and_rows_are_exact() -> None:
+    source = growing()
+    report = convert(source, to="packed-int8", tile_size=TILE)
+    assert report.removed_inputs == ["l0.past_c", "l0.past_r"]
+    assert report.added_inputs == ["l0.past_c_packed"]
+    assert report.removed_outputs == ["l0.c", "l0.r"]
+    assert report.added_outputs == ["l0.c_packed"]
+    assert report.model.graph.input[0].name == "l0.past_c_packed", "takes the latent's position"
+    assert report.bytes_per_token_after < report.bytes_per_token_before
+    feeds = feeds_for(source)
+    interface = read_interface(report.model)
+    assert interface is not None
+    mine = adapt_feeds(interface, feeds)
+    out = run(report.model, mine)["l0.c_packed"]
+    past = mine["l0.past_c_packed"]
+    np.testing.assert_array_equal(out[:, : past.shape[1]], past)
+    new = kv_cache.pack(
+        feeds["l0.new_c"].transpose(0, 2, 1, 3), feeds["l0.new_r"].transpose(0, 2, 1, 3),
+        tile_size=TILE,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out[:, past.shape[1] :], new)
+
+
+def test_pages_change_only_at_the_new_slots() -> None:
+    source = growing()
+    report = convert(source, to="paged-int8", block_size=16, tile_size=TILE)
+    assert {"block_table", "actual_seq_lengths_kv", "slot_mapping"} <= set(report.added_inputs)
+    interface = read_interface(report.model)
+    assert interface is not None
+    mine = adapt_feeds(interface, feeds_for(source), new_tokens=2)
+    pages = mine["l0.past_c_packed"]
+    out = run(report.model, mine)["l0.c_packed"]
+    changed = np.flatnonzero((out != pages).any(axis=(2, 3)).ravel())
+    np.testing.assert_array_equal(np.sort(changed), np.sort(mine["slot_mapping"]))
+
+
+def static_cache(layout: str) -> onnx.ModelProto:
+    """A fixed buffer written by ScatterND on a transposed view, then (official) sliced."""
+    if layout == "hf":  # [B, 1, S, C], index_copy along axis 2
+        dims, perm, unit = ["b", 1, "cap"], [2, 1, 0, 3], True
+    else:  # official: [B, S, C], slice assignment
+        dims, perm, unit = ["b", "cap"], [1, 0, 2], False
+    nodes, infos, outputs = [], [], []
+    inputs = [vi("pos", ["s", 1], TensorProto.INT64)]
+    new_dims = ["s", 1, "b"] if unit else ["s", "b"]
+    for n, width in (("c", C), ("r", R)):
+        inputs += [vi(f"buf_{n}", [*dims, width]), vi(f"new_{n}", [*new_dims, width])]
+        nodes += [
+            helper.make_node("Transpose", [f"buf_{n}"], [f"t_{n}"], f"t1{n}", perm=perm),
+            helper.make_node("ScatterND", [f"t_{n}", "pos", f"new_{n}"], [f"w_{n}"], f"sc{n}"),
+            helper.make_node("Transpose", [f"w_{n}"], [f"out_{n}"], f"t2{n}", perm=perm),
+        ]
+        outputs.append(vi(f"out_{n}", [*dims, width]))
+        if unit:
+            nodes.append(
+                helper.make_node("Transpose", [f"out_{n}"], [f"k_{n}"], f"t3{n}", perm=[0, 2, 1, 3])
+            )
+        else:
+            nodes.append(
+                helper.make_node("Slice", [f"out_{n}", "zero", "end", "one"], [f"sl_{n}"], f"sl{n}")
+            )
+            nodes.append(helper.make_node("Unsqueeze", [f"sl_{n}", "two"], [f"k_{n}"], f"un{n}"))
+        infos.append(vi(f"k_{n}", ["b", "valid", 1, width]))
+    inputs += [
+        vi("q", ["b", "s", N1, C]), vi("qr", ["b", "s", N1, R]),
+        vi("idx", ["b", "s", 1, K], TensorProto.INT32),
+    ]  # fmt: skip
+    nodes.append(attention("", "k_c", "k_r", "o"))
+    outputs.append(vi("o", ["b", "s", N1, C]))
+    inits = [const("zero", [0]), const("end", [42]), const("one", [1]), const("two", [2])]
+    inits = [] if unit else inits
+    return model(nodes, inputs, outputs, inits, infos)
+
+
+@pytest.mark.parametrize("layout", ["hf", "official"])
+@pytest.mark.parametrize("form", ["packed-int8", "paged-int8"])
+def test_static_cache(layout: str, form: str) -> None:
+    source = static_cache(layout)
+    report = convert(source, to=form, block_size=16, tile_size=TILE)
+    feeds = feeds_for(source)
+    feeds["idx"][0, 0, 0, :2] = [40, 41]  # the rows just written are read, too
+    expected = run(source, feeds)
+    interface = read_interface(report.model)
+    assert interface is not None
+    mine = adapt_feeds(interface, feeds)
+    if form == "paged-int8":
+        capacity = feeds["buf_c"].shape[-2]
+        blocks = -(-capacity // 16)
+        mine["slot_mapping"] = np.asarray(
+            [b * blocks * 16 + int(p) for b in range(B) for p in feeds["pos"].ravel()], np.int32
+        )
+    got = run(report.model, mine)
+    assert 1e-4 < loss(got["o"], expected["o"]) < 2e-2
+
+
+def test_other_reader_of_the_cache_is_refused() -> None:
+    source = growing()
+    source.graph.node.append(
+        helper.make_node("ReduceMean", ["l0.past_c"], ["m"], "norm", keepdims=0)
+    )
+    source.graph.output.append(vi("m", []))
+    with pytest.raises(
+        ModelError, match=r"norm \(ReduceMean\) also reads the float cache l0\.past_c"
+    ):
+        convert(source, to="packed-int8", tile_size=TILE)
+    assert convert(source, to="int8", tile_size=TILE).sites == 1
+
+
+def test_unknown_form_and_second_conversion_are_refused() -> None:
+    with pytest.raises(UsageError, match="expected one of int8, packed-int8, paged-int8"):
+        convert(growing(), to="fp8")
+    once = convert(growing(), to="packed-int8", tile_size=TILE).model
+    with pytest.raises(ModelError, match="converted already"):
+        convert(once, to="packed-int8")
+
+
+def test_joint_cache_of_latent_and_rope() -> None:
+    """One 80-wide cache, split for the operator by Slice nodes."""
+    nodes = [
+        helper.make_node("Concat", ["past", "new"], ["all"], "cat", axis=1),
+        helper.make_node("Slice", ["all", "zero", "c", "two"], ["lat"], "s1"),
+        helper.make_node("Slice", ["all", "c", "end", "two"], ["rot"], "s2"),
+        helper.make_node("Unsqueeze", ["lat", "two"], ["key"], "u1"),
+        helper.make_node("Unsqueeze", ["rot", "two"], ["krope"], "u2"),
+        attention("", "key", "krope", "o"),
+    ]
+    inputs = [
+        vi("past", ["b", "past", C + R]), vi("new", ["b", "s", C + R]),
+        vi("q", ["b", "s", N1, C]), vi("qr", ["b", "s", N1, R]),
+        vi("idx", ["b", "s", 1, K], TensorProto.INT32),
+    ]  # fmt: skip
+    outputs = [vi("o", ["b", "s", N1, C]), vi("all", ["b", "total", C + R])]
+    inits = [const("zero", [0]), const("c", [C]), const("end", [2**62]), const("two", [2])]
+    infos = [vi("key", ["b", "t", 1, C]), vi("krope", ["b", "t", 1, R])]
+    source = model(nodes, inputs, outputs, inits, infos)
+    report = convert(source, to="packed-int8", tile_size=TILE)
+    assert report.removed_inputs == ["past"]
+    interface = read_interface(report.model)
+    assert interface is not None
+    feeds = feeds_for(source)
+    expected = run(source, feeds)
+    mine = adapt_feeds(interface, feeds)
+    got = float_outputs(interface, run(report.model, mine), mine)
+    assert loss(got["o"], expected["o"]) < 2e-2
+    assert loss(got["all"], expected["all"]) < 1.5e-2
