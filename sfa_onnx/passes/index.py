@@ -115,7 +115,7 @@ class GraphIndex:
     # -- types ------------------------------------------------------------------------------------
 
     def _info(self, value: str) -> onnx.ValueInfoProto | None:
-        found = self._inputs.get(value) or self._outputs.get(value)
+        found: onnx.ValueInfoProto | None = self._inputs.get(value) or self._outputs.get(value)
         if found is not None:
             return found
         if self._infos is None:
@@ -250,7 +250,7 @@ def _is_structural(tensor: onnx.TensorProto) -> bool:
 
 def _byte_size(tensor: onnx.TensorProto) -> int:
     try:
-        item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        item = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
     except (KeyError, TypeError, ValueError):
         item = 8
     return math.prod(tensor.dims) * item

@@ -1,0 +1,335 @@
+"""Concrete sizes for a graph: every symbolic dim becomes a number, and shape chains are computed.
+
+Exporters spell sizes as chains of Shape, Gather, Concat, Range ... that only say what a number is.
+With a number in place of every symbol (a large prime of its own, unless the caller chooses) these
+chains are simply evaluated, and each Reshape, Expand or Slice has concrete targets. Only ancestors
+of what is asked for are visited.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.shapes_fold import FOLD, fold
+from sfa_onnx.passes.shapes_rules import RULES, attributes
+
+__all__ = ["Concrete", "Shape"]
+
+Shape = tuple[int, ...]
+
+# Far above any top-k, so that Min(2048, S2) is 2048, and no product of two equals a third.
+_PRIMES = (10007, 10039, 10061, 10067, 10079, 10093, 10103, 10133, 10141, 10159, 10169, 10181)
+_PRIMES_2 = (12007, 12037, 12049, 12071, 12097, 12107, 12119, 12143, 12157, 12161, 12163, 12197)
+_FOLD_LIMIT = 1 << 20  # elements of one evaluated value
+_BOOL_OPS = frozenset(
+    ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
+)
+_INT64_OPS = frozenset(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"))
+
+
+class _Unify(Exception):  # noqa: N818 - control flow, never seen outside
+    """Two symbols turned out to be the same size."""
+
+    def __init__(self, a: int, b: int) -> None:
+        self.pair = (a, b)
+
+
+class Concrete:
+    """Sizes and integer values of a graph under one assignment of its symbols.
+
+    Attributes:
+        symbols: symbol -> size, for every symbol of the graph's inputs.
+    """
+
+    def __init__(
+        self, index: GraphIndex, symbols: Mapping[str, int] | None = None, *, second: bool = False
+    ) -> None:
+        """Assign sizes: those of `symbols`, primes for the rest (`second`: other primes)."""
+        self.index = index
+        self.symbols: dict[str, int] = dict(symbols or {})
+        primes = iter((*(_PRIMES_2 if second else _PRIMES), *range(20011, 10**6, 2)))
+        for info in index.graph.input:
+            for dim in index.shape(info.name) or ():
+                if isinstance(dim, str) and dim.isidentifier() and dim not in self.symbols:
+                    self.symbols[dim] = next(primes)
+        self._fresh = primes
+        self._shapes: dict[str, Shape | None] = {}
+        self._values: dict[str, np.ndarray | None] = {}
+        self._types: dict[str, int] = {}
+
+    # -- shapes -----------------------------------------------------------------------------------
+
+    def shape(self, value: str) -> Shape | None:
+        """The concrete shape of `value`; None when it cannot be known without running the graph."""
+        for _ in range(8):
+            try:
+                return self._shape(value)
+            except _Unify as same:
+                self._unify(*same.pair)
+        return None
+
+    def _shape(self, value: str) -> Shape | None:
+        if value in self._shapes:
+            return self._shapes[value]
+        for i in sorted(self._unknown_ancestors(value)):
+            self._infer(i)
+        return self._shapes.get(value)
+
+    def _unknown_ancestors(self, value: str) -> set[int]:
+        """Nodes that must be inferred, none of whose shapes the file declares usably."""
+        found: set[int] = set()
+        stack = [value]
+        while stack:
+            name = stack.pop()
+            if not name or name in self._shapes:
+                continue
+            if (declared := self._declared(name)) is not None:
+                self._shapes[name] = declared
+                continue
+            i = self.index.producer.get(name)
+            if i is None:
+                self._shapes[name] = self._guess(name)
+            elif i not in found:
+                found.add(i)
+                stack.extend(self.index.nodes[i].input)
+        return found
+
+    def _declared(self, value: str) -> Shape | None:
+        dims = self.index.shape(value)
+        if dims is None:
+            return None
+        sizes = [d if isinstance(d, int) else _size_of(d, self.symbols) for d in dims]
+        return None if any(s is None for s in sizes) else tuple(int(s or 0) for s in sizes)
+
+    def _guess(self, value: str) -> Shape | None:
+        """A graph input with nameless dims gets a prime for each of them."""
+        dims = self.index.shape(value)
+        if dims is None:
+            return None
+        sizes: list[int] = []
+        for d in dims:
+            known = d if isinstance(d, int) else _size_of(d, self.symbols)
+            sizes.append(next(self._fresh) if known is None else known)
+        return tuple(sizes)
+
+    def _infer(self, i: int) -> None:
+        node = self.index.nodes[i]
+        rule = RULES.get(node.op_type)
+        outputs: list[Shape | None] | None = None
+        if rule is not None:
+            try:
+                outputs = rule(self, node)
+            except (IndexError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+                outputs = None
+        if outputs is None:
+            outputs = _infer_by_schema(self, node)
+        for k, name in enumerate(node.output):
+            if name and name not in self._shapes:
+                self._shapes[name] = outputs[k] if k < len(outputs) else None
+
+    def broadcast(self, *shapes: Shape) -> Shape:
+        """NumPy broadcasting; two symbols that meet are taken to be the same size from then on."""
+        rank = max(len(s) for s in shapes)
+        out = []
+        for axis in range(-rank, 0):
+            sizes = {s[axis] for s in shapes if len(s) >= -axis} - {1}
+            if len(sizes) > 1:
+                raise _Unify(*sorted(sizes)[:2])
+            out.append(sizes.pop() if sizes else 1)
+        return tuple(out)
+
+    def _unify(self, a: int, b: int) -> None:
+        own = set(self.symbols.values())
+        keep, drop = (a, b) if b in own else (b, a)
+        if drop not in own:
+            raise ValueError(f"sizes {a} and {b} meet where one is expected")
+        self.symbols = {s: keep if n == drop else n for s, n in self.symbols.items()}
+        self._shapes.clear()
+        self._values.clear()
+
+    # -- values -----------------------------------------------------------------------------------
+
+    def value(self, value: str) -> np.ndarray | None:
+        """What `value` holds when constants and sizes alone decide it; None otherwise."""
+        if not value:
+            return None
+        if value in self._values:
+            return self._values[value]
+        self._values[value] = None  # a cycle cannot be, an unfinished entry may
+        array = self.index.constant(value)
+        if array is None and (node := self.index.node_of(value)) is not None:
+            array = self._fold(node, value)
+        self._values[value] = array
+        return array
+
+    def _fold(self, node: onnx.NodeProto, value: str) -> np.ndarray | None:
+        if node.op_type in ("Shape", "Size"):
+            shape = self._shape_or_none(node.input[0])
+            if shape is None:
+                return None
+            if node.op_type == "Size":
+                return np.asarray(math.prod(shape), np.int64)
+            a = attributes(node)
+            return np.asarray(shape[a.get("start", 0) : a.get("end", None)], np.int64)
+        if node.op_type not in FOLD or node.domain not in ("", "ai.onnx"):
+            return None
+        inputs: list[np.ndarray | None] = []
+        for name in node.input:
+            array = self.value(name) if name else None
+            if name and array is None:
+                return None
+            inputs.append(array)
+        result = fold(node, inputs, _FOLD_LIMIT)
+        return None if result is None else result[list(node.output).index(value)]
+
+    def _shape_or_none(self, value: str) -> Shape | None:
+        # Inside shape inference the ancestors are already in order; outside, infer them first.
+        return self._shape(value)
+
+    def scalar(self, value: str) -> float | None:
+        """The number in a one-element constant, else None."""
+        array = self.value(value)
+        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+
+    # -- element types ----------------------------------------------------------------------------
+
+    def elem_type(self, value: str) -> int:
+        """The `TensorProto.DataType` of `value`, inferred where the file does not tell; 0 if not.
+
+        Follows first data inputs upward, so it costs the length of one chain.
+        """
+        chain: list[str] = []
+        found = 0
+        while value and not found:
+            if value in self._types:
+                found = self._types[value]
+                break
+            chain.append(value)
+            found = self.index.elem_type(value)
+            if found or (node := self.index.node_of(value)) is None:
+                break
+            found, value = _type_step(self.index, node, value)
+        for name in chain:
+            self._types[name] = found
+        return found
+
+
+def _type_step(index: GraphIndex, node: onnx.NodeProto, value: str) -> tuple[int, str]:
+    """(the type if this node decides it, else 0; the input that has the same type)."""
+    op = node.op_type
+    if op == "Cast":
+        return int(attributes(node)["to"]), ""
+    if op in _BOOL_OPS or op in ("Or", "Xor"):
+        return onnx.TensorProto.BOOL, ""
+    if op in _INT64_OPS or (op == "TopK" and value == node.output[1]):
+        return onnx.TensorProto.INT64, ""
+    if op == "ConstantOfShape":
+        tensor = attributes(node).get("value")
+        return int(tensor.data_type) if tensor is not None else onnx.TensorProto.FLOAT, ""
+    if op == "Constant":
+        array = index.constant(value)
+        return (0 if array is None else onnx.helper.np_dtype_to_tensor_dtype(array.dtype)), ""
+    if op in ("If", "Loop", "Scan"):
+        return 0, ""
+    same = {"Where": 1, "OneHot": 2, "CastLike": 1, "DequantizeLinear": 1}.get(op, 0)
+    return 0, node.input[same] if len(node.input) > same else ""
+
+
+_OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "Min": min,
+    "Max": max,
+    "min": min,
+    "max": max,
+    "floor": lambda x: x,
+}
+
+
+def _size_of(text: str | None, symbols: Mapping[str, int]) -> int | None:
+    """The size a dim_param such as "seq", "s27 + 1" or "Min(8, seq)" stands for."""
+    if not text:
+        return None
+    if text in symbols:
+        return symbols[text]
+    if len(text) > 200:
+        return None
+    try:
+        return _evaluate(ast.parse(text, mode="eval").body, symbols)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, TypeError):
+        return None
+
+
+def _evaluate(tree: ast.expr, symbols: Mapping[str, int]) -> int:
+    match tree:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return symbols[name]
+        case ast.BinOp(left=left, op=op, right=right):
+            if isinstance(op, ast.Pow):
+                raise ValueError(text_of(tree))
+            return _OPERATORS[type(op)](_evaluate(left, symbols), _evaluate(right, symbols))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, symbols)
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return _FUNCTIONS[name](*(_evaluate(a, symbols) for a in args))
+    raise ValueError(text_of(tree))
+
+
+def text_of(tree: ast.expr) -> str:
+    """The source of an expression, for messages."""
+    return ast.unparse(tree)
+
+
+def _infer_by_schema(sizes: Concrete, node: onnx.NodeProto) -> list[Shape | None]:
+    """Ask onnx's own inference for one node; nothing when it knows nothing either."""
+    nothing: list[Shape | None] = [None] * len(node.output)
+    version = sizes.index.opsets.get(node.domain if node.domain != "ai.onnx" else "", 18)
+    types: dict[str, onnx.TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
+    for name in node.input:
+        if not name:
+            continue
+        shape = sizes._shape(name)
+        if shape is None:
+            return nothing
+        elem = sizes.elem_type(name) or onnx.TensorProto.FLOAT
+        types[name] = onnx.helper.make_tensor_type_proto(elem, shape)
+        array = sizes.value(name)
+        if array is not None and array.dtype.kind in "ib":
+            data[name] = onnx.numpy_helper.from_array(array, name)
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        inferred: Mapping[str, Any] = onnx.shape_inference.infer_node_outputs(
+            schema, node, types, data, opset_imports=_imports(sizes.index)
+        )
+    except Exception:  # onnx raises its own and plain ones; unknown stays unknown
+        return nothing
+    return [_shape_of_type(inferred.get(name)) for name in node.output]
+
+
+def _imports(index: GraphIndex) -> list[onnx.OperatorSetIdProto]:
+    return [onnx.helper.make_opsetid(d, v) for d, v in index.opsets.items()]
+
+
+def _shape_of_type(proto: onnx.TypeProto | None) -> Shape | None:
+    if proto is None or not proto.tensor_type.HasField("shape"):
+        return None
+    dims = proto.tensor_type.shape.dim
+    return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None

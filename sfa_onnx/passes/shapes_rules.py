@@ -1,0 +1,294 @@
+"""Shape rules of the operators that surround attention; onnx's own inference serves the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnx
+
+if TYPE_CHECKING:
+    from sfa_onnx.passes.shapes import Concrete
+
+__all__ = ["RULES", "attributes", "einsum_terms", "slice_bounds"]
+
+Shape = tuple[int, ...]
+Shapes = list[Shape | None]
+_Rule = Callable[["Concrete", onnx.NodeProto], Shapes]
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Attribute name -> Python value, strings decoded."""
+    out: dict[str, Any] = {}
+    for a in node.attribute:
+        value = onnx.helper.get_attribute_value(a)
+        out[a.name] = value.decode() if isinstance(value, bytes) else value
+    return out
+
+
+def slice_bounds(
+    a: dict[str, Any], inputs: Sequence[np.ndarray | None], rank: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Starts, ends, non-negative axes and steps of a Slice, from attributes or inputs."""
+
+    def ints(position: int, name: str) -> list[int] | None:
+        array = inputs[position] if len(inputs) > position else None
+        found = array.reshape(-1) if array is not None else a.get(name)
+        return None if found is None else [int(v) for v in found]
+
+    starts, ends = ints(1, "starts") or [], ints(2, "ends") or []
+    axes = ints(3, "axes") or list(range(len(starts)))
+    steps = ints(4, "steps") or [1] * len(starts)
+    return starts, ends, [x % rank for x in axes], steps
+
+
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Subscripts of each operand and of the output, the ellipsis spelt out with digits."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    pairs = list(zip(terms, ranks, strict=True))
+    widest = max((rank - len(term) + 3 for term, rank in pairs if "..." in term), default=0)
+    digits = "0123456789"[:widest]
+    spelt = []
+    for term, rank in pairs:
+        own = rank - len(term) + 3 if "..." in term else 0
+        spelt.append(term.replace("...", digits[widest - own :] if own else ""))
+    if not arrow:
+        joined = "".join(spelt)
+        out = digits + "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
+    return spelt, out.replace("...", digits)
+
+
+def _need(shape: Shape | None) -> Shape:
+    if shape is None:
+        raise ValueError("unknown shape")
+    return shape
+
+
+def _ints(sizes: Concrete, node: onnx.NodeProto, position: int) -> list[int] | None:
+    if len(node.input) <= position or not node.input[position]:
+        return None
+    array = sizes.value(node.input[position])
+    if array is None:
+        raise ValueError("unknown value")
+    return [int(v) for v in array.reshape(-1)]
+
+
+def _input(sizes: Concrete, node: onnx.NodeProto, position: int) -> Shape:
+    return _need(sizes._shape(node.input[position]))
+
+
+def _same(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    return [sizes._shape(node.input[0])] * len(node.output)
+
+
+def _broadcast(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    return [sizes.broadcast(*(_need(sizes._shape(n)) for n in node.input if n))]
+
+
+def _matmul(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    a, b = list(_input(sizes, node, 0)), list(_input(sizes, node, 1))
+    flags = attributes(node)
+    if flags.get("transA") and len(a) > 1:
+        a[-2:] = a[:-3:-1]
+    if flags.get("transB") and len(b) > 1:
+        b[-2:] = b[:-3:-1]
+    if len(b) == 1:
+        return [tuple(a[:-1])]
+    if len(a) == 1:
+        return [(*b[:-2], b[-1])]
+    return [(*sizes.broadcast(tuple(a[:-2]), tuple(b[:-2])), a[-2], b[-1])]
+
+
+def _gemm(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    a, b, flags = _input(sizes, node, 0), _input(sizes, node, 1), attributes(node)
+    return [(a[-1] if flags.get("transA") else a[0], b[0] if flags.get("transB") else b[-1])]
+
+
+def _transpose(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    shape = _input(sizes, node, 0)
+    perm = attributes(node).get("perm") or range(len(shape))[::-1]
+    return [tuple(shape[p] for p in perm)]
+
+
+def _reshape(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    target = _ints(sizes, node, 1)
+    if target is None:
+        target = [int(d) for d in attributes(node)["shape"]]
+    zero = attributes(node).get("allowzero", 0)
+    if (zero or 0 not in target) and -1 not in target:
+        return [tuple(target)]
+    shape = _input(sizes, node, 0)
+    if not zero:
+        target = [shape[i] if d == 0 else d for i, d in enumerate(target)]
+    rest = math.prod(d for d in target if d != -1)
+    return [tuple(math.prod(shape) // rest if d == -1 else d for d in target)]
+
+
+def _concat(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    shapes = [_need(sizes._shape(n)) for n in node.input]
+    axis = int(attributes(node)["axis"]) % len(shapes[0])
+    dims = list(shapes[0])
+    dims[axis] = sum(s[axis] for s in shapes)
+    return [tuple(dims)]
+
+
+def _gather(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    data, indices = _input(sizes, node, 0), _input(sizes, node, 1)
+    axis = int(attributes(node).get("axis", 0)) % len(data)
+    return [(*data[:axis], *indices, *data[axis + 1 :])]
+
+
+def _gather_nd(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    data, indices = _input(sizes, node, 0), _input(sizes, node, 1)
+    batch = int(attributes(node).get("batch_dims", 0))
+    return [(*indices[:-1], *data[batch + indices[-1] :])]
+
+
+def _slice(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    shape = list(_input(sizes, node, 0))
+    inputs = [None, *(sizes.value(n) for n in node.input[1:])]
+    if any(v is None and n for v, n in zip(inputs[1:], node.input[1:], strict=True)):
+        raise ValueError("unknown slice")
+    for start, end, axis, step in zip(
+        *slice_bounds(attributes(node), inputs, len(shape)), strict=True
+    ):
+        shape[axis] = len(range(*slice(start, end, step).indices(shape[axis])))
+    return [tuple(shape)]
+
+
+def _unsqueeze(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    axes = _ints(sizes, node, 1)
+    if axes is None:
+        axes = [int(x) for x in attributes(node)["axes"]]
+    shape = list(_input(sizes, node, 0))
+    rank = len(shape) + len(axes)
+    for axis in sorted(x % rank for x in axes):
+        shape.insert(axis, 1)
+    return [tuple(shape)]
+
+
+def _squeeze(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    axes = _ints(sizes, node, 1)
+    if axes is None and "axes" in (a := attributes(node)):
+        axes = [int(x) for x in a["axes"]]
+    shape = _input(sizes, node, 0)
+    drop = {i for i, d in enumerate(shape) if d == 1} if axes is None else None
+    drop = {x % len(shape) for x in axes} if axes is not None else drop
+    return [tuple(d for i, d in enumerate(shape) if i not in (drop or ()))]
+
+
+def _expand(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    return [sizes.broadcast(_input(sizes, node, 0), tuple(_ints(sizes, node, 1) or ()))]
+
+
+def _tile(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    repeats = _ints(sizes, node, 1) or []
+    return [tuple(d * r for d, r in zip(_input(sizes, node, 0), repeats, strict=True))]
+
+
+def _split(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    shape, a = _input(sizes, node, 0), attributes(node)
+    axis = int(a.get("axis", 0)) % len(shape)
+    parts = _ints(sizes, node, 1) or a.get("split")
+    if not parts:
+        count = int(a.get("num_outputs", len(node.output)))
+        chunk = -(-shape[axis] // count)
+        parts = [chunk] * (count - 1) + [shape[axis] - chunk * (count - 1)]
+    return [(*shape[:axis], int(p), *shape[axis + 1 :]) for p in parts]
+
+
+def _reduce(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    shape, a = _input(sizes, node, 0), attributes(node)
+    axes = _ints(sizes, node, 1) if len(node.input) > 1 else a.get("axes")
+    if axes is None and "axis" in a:
+        axes = [a["axis"]]
+    if axes is None:
+        axes = [] if a.get("noop_with_empty_axes", 0) else list(range(len(shape)))
+    drop = {int(x) % len(shape) for x in axes}
+    if a.get("keepdims", 1):
+        return [tuple(1 if i in drop else d for i, d in enumerate(shape))]
+    return [tuple(d for i, d in enumerate(shape) if i not in drop)]
+
+
+def _topk(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    shape, a = list(_input(sizes, node, 0)), attributes(node)
+    count = _ints(sizes, node, 1) if len(node.input) > 1 else [int(a["k"])]
+    shape[int(a.get("axis", -1))] = (count or [0])[0]
+    return [tuple(shape)] * 2
+
+
+def _einsum(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    shapes = [_need(sizes._shape(n)) for n in node.input]
+    terms, out = einsum_terms(attributes(node)["equation"], [len(s) for s in shapes])
+    found: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        for letter, size in zip(term, shape, strict=True):
+            found[letter] = max(found.get(letter, 1), size)
+    return [tuple(found[c] for c in out)]
+
+
+def _shape_op(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    array = sizes.value(node.output[0])
+    return [None if array is None else array.shape]
+
+
+def _first_from(position: int) -> _Rule:
+    return lambda sizes, node: [sizes._shape(node.input[position])]
+
+
+def _constant_of_shape(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    return [tuple(_ints(sizes, node, 0) or ())]
+
+
+def _attention(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+    q, v = _input(sizes, node, 0), _input(sizes, node, 2)
+    return [(*q[:-1], v[-1])] if len(q) == 4 else [None]
+
+
+_SAME = (
+    "Abs Cast Ceil Clip CumSum DequantizeLinear Dropout Erf Exp Floor Gelu HardSigmoid Identity"
+    " IsInf IsNaN LayerNormalization Log LogSoftmax Neg Not RMSNormalization Reciprocal Relu"
+    " RotaryEmbedding Round ScatterElements ScatterND Sigmoid Sign SimplifiedLayerNormalization Sin"
+    " Cos LeakyRelu SkipSimplifiedLayerNormalization Softmax Softplus Sqrt Swish Tanh Trilu"
+    " BitwiseNot QuickGelu Scatter"
+)
+_BROADCAST = (
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less"
+    " LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where Xor"
+)
+_REDUCE = (
+    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd"
+    " ReduceSum ReduceSumSquare ArgMax ArgMin"
+)
+
+RULES: Final[dict[str, _Rule]] = {
+    **dict.fromkeys(_SAME.split(), _same),
+    **dict.fromkeys(_BROADCAST.split(), _broadcast),
+    **dict.fromkeys(_REDUCE.split(), _reduce),
+    "Attention": _attention,
+    "Concat": _concat,
+    "Constant": _shape_op,
+    "ConstantOfShape": _constant_of_shape,
+    "Einsum": _einsum,
+    "Expand": _expand,
+    "FusedMatMul": _matmul,
+    "Gather": _gather,
+    "GatherElements": _first_from(1),
+    "GatherND": _gather_nd,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Range": _shape_op,
+    "Reshape": _reshape,
+    "Shape": _shape_op,
+    "Size": _shape_op,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Tile": _tile,
+    "TopK": _topk,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}
