@@ -41,6 +41,12 @@ constexpr const Role* InputsOf(AttentionOp op) {
   return op == AttentionOp::kFloatCache ? kFloatInputs : kPackedInputs;
 }
 
+constexpr const char* NameOf(AttentionOp op) {
+  return op == AttentionOp::kAntiquant ? "NPUSparseFlashAttentionAntiquant"
+         : op == AttentionOp::kKvQuant ? "NPUKvQuantSparseFlashAttention"
+                                       : "NPUSparseFlashAttention";
+}
+
 struct AttentionAttributes {
   AttentionOp op;
   float scale_value;

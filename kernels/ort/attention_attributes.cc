@@ -59,6 +59,7 @@ bool ReadAttributes(const OrtApi* api, const OrtKernelInfo* info, AttentionOp op
   *out = AttentionAttributes{};
   out->op = op;
   AttributeReader read(api, info, error);
+  read.NameNode(NameOf(op));
   if (!ReadHoles(&out->holes, error) || !ReadCommon(&read, out, error)) return false;
   if (op == AttentionOp::kFloatCache) {
     int64_t mode = 0;

@@ -21,6 +21,13 @@ bool AttributeReader::ReadString(const char* name, char* text, size_t size) {
   return Ok(api_->KernelInfoGetAttribute_string(info_, name, text, &needed));
 }
 
+void AttributeReader::NameNode(const char* op_type) {
+  char name[256] = {};
+  size_t size = sizeof name;
+  if (!Ok(api_->KernelInfo_GetNodeName(info_, name, &size))) snprintf(name, sizeof name, "?");
+  error_->Add("%s '%s': ", op_type, name);
+}
+
 const char* AttributeReader::OtherType(const char* name) {
   float f = 0;
   int64_t i = 0;
@@ -28,12 +35,10 @@ const char* AttributeReader::OtherType(const char* name) {
   if (Ok(api_->KernelInfoGetAttribute_float(info_, name, &f))) return "a float";
   if (Ok(api_->KernelInfoGetAttribute_int64(info_, name, &i))) return "an int";
   if (Ok(api_->KernelInfoGetAttribute_string(info_, name, nullptr, &size))) return "a string";
-  if (Ok(api_->KernelInfoGetAttributeArray_float(info_, name, nullptr, &size))) {
-    return "a list of floats";
-  }
-  size = 0;
-  if (Ok(api_->KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size))) {
-    return "a list of ints";
+  // One of these answers for lists of the other type as well.
+  if (Ok(api_->KernelInfoGetAttributeArray_float(info_, name, nullptr, &size)) ||
+      Ok(api_->KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size))) {
+    return "a list";
   }
   return nullptr;
 }

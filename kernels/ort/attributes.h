@@ -18,6 +18,10 @@ class AttributeReader {
   AttributeReader(const OrtApi* api, const OrtKernelInfo* info, Message* error)
       : api_(api), info_(info), error_(error) {}
 
+  // Begins the message with the node's type and name: the runtime does not say which node it is
+  // when a kernel cannot be created.
+  void NameNode(const char* op_type);
+
   // A finite float; an int is taken as one (`scale_value=1` is easily written in Python).
   bool Float(const char* name, float* value);
   // A FLOATS attribute of one finite element, if there is one; else *value stays as it is.

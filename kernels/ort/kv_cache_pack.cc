@@ -116,6 +116,7 @@ OrtStatusPtr CreatePack(const OrtApi* api, const OrtKernelInfo* info, void** ker
   Message error;
   int64_t tile = 0;
   AttributeReader read(api, info, &error);
+  read.NameNode(kPackName);
   if (!read.IntInRange("tile_size", 128, 1, INT32_MAX, &tile)) return Refuse(api, error);
   auto* made = static_cast<PackKernel*>(malloc(sizeof(PackKernel)));
   if (made == nullptr) return api->CreateStatus(ORT_FAIL, "out of memory");

@@ -6,6 +6,8 @@
 
 namespace sfa {
 
+constexpr char kPackName[] = "KvCachePack";
+
 enum PackInput { kNope, kRope, kScale, kClip, kPackInputs };
 
 OrtStatusPtr CreatePack(const OrtApi* api, const OrtKernelInfo* info, void** kernel);

@@ -60,7 +60,8 @@ struct OrtApi {
   OrtStatus* (*GetTensorMutableData)(OrtValue* value, void** data);
   void* gap_52_56[5];
   OrtStatus* (*CreateTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo** info);
-  void* gap_58[1];
+  OrtStatus* (*SetTensorElementType)(OrtTensorTypeAndShapeInfo* info,
+                                     ONNXTensorElementDataType type);
   OrtStatus* (*SetDimensions)(OrtTensorTypeAndShapeInfo* info, const int64_t* dims, size_t rank);
   OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo* info,
                                      ONNXTensorElementDataType* type);
@@ -160,6 +161,7 @@ SFA_ORT_AT(CustomOpDomain_Add, 27);
 SFA_ORT_AT(AddCustomOpDomain, 28);
 SFA_ORT_AT(GetTensorMutableData, 51);
 SFA_ORT_AT(CreateTensorTypeAndShapeInfo, 57);
+SFA_ORT_AT(SetTensorElementType, 58);
 SFA_ORT_AT(SetDimensions, 59);
 SFA_ORT_AT(GetTensorElementType, 60);
 SFA_ORT_AT(GetDimensionsCount, 61);

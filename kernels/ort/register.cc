@@ -125,9 +125,8 @@ constexpr Op Common(const char* name, ONNXTensorElementDataType first,
   return op;
 }
 
-constexpr Op Attention(const char* name, AttentionOp which, ONNXTensorElementDataType type,
-                       bool infer_shapes) {
-  Op op = Common(name, type, which == AttentionOp::kFloatCache ? type : kInt8);
+constexpr Op Attention(AttentionOp which, ONNXTensorElementDataType type, bool infer_shapes) {
+  Op op = Common(NameOf(which), type, which == AttentionOp::kFloatCache ? type : kInt8);
   op.attention = which;
   op.GetInputType = AttentionInputType;
   op.GetInputTypeCount = AttentionInputCount;
@@ -142,7 +141,7 @@ constexpr Op Attention(const char* name, AttentionOp which, ONNXTensorElementDat
 
 constexpr Op Pack(ONNXTensorElementDataType nope, ONNXTensorElementDataType rope,
                   bool infer_shapes) {
-  Op op = Common("KvCachePack", nope, rope);
+  Op op = Common(kPackName, nope, rope);
   op.GetInputType = PackInputType;
   op.GetInputTypeCount = PackInputCount;
   op.GetInputCharacteristic = PackInputKind;
@@ -167,12 +166,9 @@ constexpr Table MakeTable(bool infer_shapes) {
   Table table{};
   for (int t = 0; t < 3; ++t) {
     Op* row = &table.attention[3 * t];
-    row[0] = Attention("NPUSparseFlashAttentionAntiquant", AttentionOp::kAntiquant, kFloats[t],
-                       infer_shapes);
-    row[1] = Attention("NPUKvQuantSparseFlashAttention", AttentionOp::kKvQuant, kFloats[t],
-                       infer_shapes);
-    row[2] =
-        Attention("NPUSparseFlashAttention", AttentionOp::kFloatCache, kFloats[t], infer_shapes);
+    row[0] = Attention(AttentionOp::kAntiquant, kFloats[t], infer_shapes);
+    row[1] = Attention(AttentionOp::kKvQuant, kFloats[t], infer_shapes);
+    row[2] = Attention(AttentionOp::kFloatCache, kFloats[t], infer_shapes);
   }
   for (int i = 0; i < kPackOps; ++i) {
     table.pack[i] = Pack(kNopeTypes[i / 3], kFloats[i % 3], infer_shapes);
@@ -223,5 +219,9 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   const sfa::Table& ops =
       sfa::ShapeInferenceIsSafe(version) ? sfa::kWithShapes : sfa::kWithoutShapes;
   SFA_ORT_TRY(sfa::AddDomain(api, options, "npu", ops.attention, sfa::kAttentionOps));
-  return sfa::AddDomain(api, options, "sfa_onnx", ops.pack, sfa::kPackOps);
+  SFA_ORT_TRY(sfa::AddDomain(api, options, "sfa_onnx", ops.pack, sfa::kPackOps));
+  // Files for ATC have one opset import only: the same node types in ONNX's own domain. The price:
+  // a model whose opset is newer than the runtime is refused for its first unknown node rather than
+  // for its opset.
+  return sfa::AddDomain(api, options, "", ops.attention, sfa::kAttentionOps);
 }

@@ -5,54 +5,77 @@
 namespace sfa {
 namespace {
 
-// Shape of an input; names are kept by the runtime's info object, so it lives as long as this.
+constexpr int64_t kUnknown = -1;
+
+bool Small(int64_t dim) { return 0 <= dim && dim <= INT32_MAX; }
+
+// Shape of an input. Its names point into an info object that belongs to the context.
 class Shape {
  public:
   explicit Shape(const OrtApi* api) : api_(api) {}
-  ~Shape() {
-    if (info_ != nullptr) api_->ReleaseTensorTypeAndShapeInfo(info_);
-  }
-  Shape(const Shape&) = delete;
-  Shape& operator=(const Shape&) = delete;
 
   OrtStatus* Read(const OrtShapeInferContext* context, size_t index) {
     size_t count = 0;
     SFA_ORT_TRY(api_->ShapeInferContext_GetInputCount(context, &count));
-    if (index >= count) return nullptr;
-    SFA_ORT_TRY(api_->ShapeInferContext_GetInputTypeShape(context, index, &info_));
-    if (info_ == nullptr) return nullptr;
-    SFA_ORT_TRY(api_->GetDimensionsCount(info_, &rank));
+    absent = index >= count;
+    if (absent) return nullptr;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    SFA_ORT_TRY(api_->ShapeInferContext_GetInputTypeShape(context, index, &info));
+    if (info == nullptr) return nullptr;
+    SFA_ORT_TRY(api_->GetDimensionsCount(info, &rank));
     if (rank > kMaxRank) rank = 0;
     if (rank == 0) return nullptr;
-    SFA_ORT_TRY(api_->GetTensorElementType(info_, &type));
-    SFA_ORT_TRY(api_->GetDimensions(info_, dims, rank));
-    return api_->GetSymbolicDimensions(info_, names, rank);
+    SFA_ORT_TRY(api_->GetTensorElementType(info, &type));
+    SFA_ORT_TRY(api_->GetDimensions(info, dims, rank));
+    return api_->GetSymbolicDimensions(info, names, rank);
   }
 
-  bool known() const { return rank > 0; }  // a scalar is no legal input, so 0 means unknown
+  // A scalar is no legal input, so rank 0 means unknown. An input left out in the middle looks
+  // like one of unknown rank and type.
+  bool known() const { return rank > 0 && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
   int64_t last() const { return dims[rank - 1]; }
   void SetLast(int64_t value) {
     dims[rank - 1] = value;
     names[rank - 1] = "";
   }
 
+  bool absent = false;
   size_t rank = 0;
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  int64_t dims[kMaxRank] = {};  // -1: not known, perhaps named
+  int64_t dims[kMaxRank] = {};  // kUnknown: perhaps named
   const char* names[kMaxRank] = {};
 
  private:
   const OrtApi* api_;
-  OrtTensorTypeAndShapeInfo* info_ = nullptr;
 };
 
-OrtStatus* SetOutput(const OrtApi* api, const OrtShapeInferContext* context, Shape* shape) {
+// A dimension without name and size would be written as the size -1, so it gets a name of its own.
+class FreshNames {
+ public:
+  const char* Next() {
+    static uint32_t counter = 0;
+    char* name = names_[used_++];
+    snprintf(name, sizeof names_[0], "sfa_onnx_dim_%u",
+             __atomic_add_fetch(&counter, 1, __ATOMIC_RELAXED));
+    return name;
+  }
+
+ private:
+  char names_[kMaxRank][32];
+  size_t used_ = 0;
+};
+
+OrtStatus* SetOutput(const OrtApi* api, const OrtShapeInferContext* context, Shape* shape,
+                     ONNXTensorElementDataType type) {
+  FreshNames fresh;
+  for (size_t i = 0; i < shape->rank; ++i) {
+    const bool named = shape->names[i] != nullptr && *shape->names[i] != '\0';
+    if (!named) shape->names[i] = shape->dims[i] < 0 ? fresh.Next() : "";
+  }
   OrtTensorTypeAndShapeInfo* info = nullptr;
   SFA_ORT_TRY(api->CreateTensorTypeAndShapeInfo(&info));
-  for (size_t i = 0; i < shape->rank; ++i) {
-    if (shape->names[i] == nullptr) shape->names[i] = "";  // null is not understood as unnamed
-  }
-  OrtStatus* status = api->SetDimensions(info, shape->dims, shape->rank);
+  OrtStatus* status = api->SetTensorElementType(info, type);
+  if (status == nullptr) status = api->SetDimensions(info, shape->dims, shape->rank);
   if (status == nullptr) status = api->SetSymbolicDimensions(info, shape->names, shape->rank);
   if (status == nullptr) status = api->ShapeInferContext_SetOutputTypeShape(context, 0, info);
   api->ReleaseTensorTypeAndShapeInfo(info);
@@ -80,14 +103,13 @@ OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, At
   Shape query(api);
   SFA_ORT_TRY(query.Read(context, 0));
   if (!query.known()) return nullptr;
-  if (op != AttentionOp::kFloatCache && query.last() >= 0) {
+  if (op != AttentionOp::kFloatCache) {
     const int64_t fallback = op == AttentionOp::kKvQuant ? 64 : 0;
-    const int64_t nope = query.last() - IntAttribute(api, context, "rope_head_dim", fallback);
-    query.SetLast(nope > 0 ? nope : -1);
-  } else if (op != AttentionOp::kFloatCache) {
-    query.SetLast(-1);  // not the query's symbol: the output is narrower
+    const int64_t rope = IntAttribute(api, context, "rope_head_dim", fallback);
+    // The output is narrower than the query, so the query's symbol must not stay.
+    query.SetLast(0 <= rope && rope < query.last() ? query.last() - rope : kUnknown);
   }
-  return SetOutput(api, context, &query);
+  return SetOutput(api, context, &query, query.type);
 }
 
 OrtStatusPtr InferPack(const OrtApi* api, OrtShapeInferContext* context) {
@@ -96,12 +118,15 @@ OrtStatusPtr InferPack(const OrtApi* api, OrtShapeInferContext* context) {
   SFA_ORT_TRY(rope.Read(context, kRope));
   if (!nope.known()) return nullptr;
   const int64_t tile = IntAttribute(api, context, "tile_size", 128);
-  // An absent rope cannot be told from one of unknown rank here: leave the width open then.
-  const bool known = nope.last() >= 0 && rope.known() && rope.last() >= 0 && tile > 0 &&
-                     rope.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  nope.SetLast(known ? nope.last() + rope.last() * ItemSize(rope.type) + nope.last() / tile * 4
-                     : -1);
-  return SetOutput(api, context, &nope);
+  int64_t rope_bytes = kUnknown;
+  if (rope.absent) {
+    rope_bytes = 0;
+  } else if (rope.known() && Small(rope.last())) {
+    rope_bytes = rope.last() * ItemSize(rope.type);
+  }
+  const bool known = Small(nope.last()) && tile > 0 && rope_bytes != kUnknown;
+  nope.SetLast(known ? nope.last() + rope_bytes + nope.last() / tile * 4 : kUnknown);
+  return SetOutput(api, context, &nope, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
 }
 
 }  // namespace sfa
