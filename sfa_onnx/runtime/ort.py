@@ -1,0 +1,254 @@
+"""onnxruntime sessions with our operators, and calls that understand bfloat16.
+
+onnxruntime's Python API neither takes nor gives bfloat16 NumPy arrays. `run` does, in the
+`ml_dtypes` types and without copies: such inputs are bound by address, such outputs are views of
+the memory that onnxruntime allocated. Works with onnxruntime 1.20 and later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import ArrayLike, NDArray
+
+from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
+from sfa_onnx.op import ALL_OPS
+
+__all__ = ["NUMPY_TYPES", "Model", "kernel_isa", "library_path", "register", "run", "session"]
+
+Model = str | os.PathLike[str] | onnx.ModelProto
+_LIBRARY: Final = "libsfa_onnx_ops.so"
+_MARK: Final = "sfa_onnx.library"  # session config entry: which library was registered
+_TWO_GIB: Final = 2**31
+
+NUMPY_TYPES: Final[dict[str, Any]] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(bool)": np.bool_,
+    **{f"tensor({n})": np.dtype(n) for n in ("int8", "int16", "int32", "int64")},
+    **{f"tensor(u{n})": np.dtype(f"u{n}") for n in ("int8", "int16", "int32", "int64")},
+    "tensor(bfloat16)": ml_dtypes.bfloat16,
+    "tensor(float8e4m3fn)": ml_dtypes.float8_e4m3fn,
+    "tensor(float8e5m2)": ml_dtypes.float8_e5m2,
+}
+_ONNX_ONLY: Final[dict[str, int]] = {  # types that onnxruntime's own NumPy conversion lacks
+    "tensor(bfloat16)": onnx.TensorProto.BFLOAT16,
+    "tensor(float8e4m3fn)": onnx.TensorProto.FLOAT8E4M3FN,
+    "tensor(float8e5m2)": onnx.TensorProto.FLOAT8E5M2,
+}
+
+
+def library_path() -> Path:
+    """Where the compiled operator library lies.
+
+    `SFA_ONNX_LIBRARY` wins; then the library inside this package; then one that was installed
+    beside it (a source checkout imports from its own folder, but `pip install .` builds elsewhere).
+
+    Raises:
+        MissingError: it was not built.
+    """
+    chosen = os.environ.get("SFA_ONNX_LIBRARY")
+    if chosen:
+        if Path(chosen).is_file():
+            return Path(chosen)
+        raise MissingError(f"SFA_ONNX_LIBRARY names {chosen}, which is not a file; unset or fix it")
+    folders = [Path(__file__).parent / "lib"]
+    folders += [Path(entry) / "sfa_onnx" / "runtime" / "lib" for entry in sys.path if entry]
+    for folder in folders:
+        if (folder / _LIBRARY).is_file():
+            return folder / _LIBRARY
+    raise MissingError(
+        f"the operator library {_LIBRARY} was not built: looked in {folders[0]} and beside"
+        " installed packages; `pip install .` from the source tree compiles it (g++ is enough)"
+    )
+
+
+def kernel_isa() -> str:
+    """The kernel path this machine takes ("avx512_bf16", ..., "scalar").
+
+    Raises:
+        MissingError: the library was not built, or SFA_ONNX_ISA names a path this machine lacks.
+    """
+    library = ctypes.CDLL(str(library_path()))
+    library.sfa_core_isa.restype = ctypes.c_char_p
+    name = (library.sfa_core_isa() or b"").decode()
+    if not name:
+        wanted = os.environ.get("SFA_ONNX_ISA", "")
+        raise MissingError(
+            f"SFA_ONNX_ISA={wanted!r} names no kernel path of this machine; unset it"
+        )
+    return name
+
+
+def register(sess_options: ort.SessionOptions) -> ort.SessionOptions:
+    """Register our operator library with `sess_options`, once; returns `sess_options`.
+
+    Raises:
+        MissingError: the library was not built, or onnxruntime cannot load it.
+    """
+    path = str(library_path().resolve())
+    try:
+        if sess_options.get_session_config_entry(_MARK):
+            return sess_options
+    except Exception:  # onnxruntime raises RuntimeError or its own types for an unknown key
+        pass
+    try:
+        sess_options.register_custom_ops_library(path)
+    except Exception as error:
+        raise MissingError(
+            f"onnxruntime {ort.__version__} cannot load {path}: {error}; rebuild it with"
+            " `pip install --force-reinstall .`"
+        ) from error
+    sess_options.add_session_config_entry(_MARK, path)
+    return sess_options
+
+
+def session(
+    model: Model, sess_options: ort.SessionOptions | None = None, **kw: Any
+) -> ort.InferenceSession:
+    """An onnxruntime session with our operators registered.
+
+    A model whose operators are all standard loads without our library too.
+
+    Args:
+        model: path (the way for models with external data or beyond 2 GiB) or ModelProto.
+        sess_options: extended in place; default: fresh ones.
+        kw: handed to `onnxruntime.InferenceSession`; `providers` defaults to the CPU.
+
+    Raises:
+        UsageError: no such file.
+        MissingError: the model needs our library and it was not built.
+        ModelError: onnxruntime refuses the model.
+    """
+    options = sess_options or ort.SessionOptions()
+    missing: MissingError | None = None
+    try:
+        register(options)
+    except MissingError as error:
+        missing = error
+    kw.setdefault("providers", ["CPUExecutionProvider"])
+    source, name = _source(model)
+    try:
+        return ort.InferenceSession(source, options, **kw)
+    except Exception as error:
+        if missing and "is not a registered function/op" in str(error):
+            raise missing from error
+        raise ModelError(f"onnxruntime {ort.__version__} refuses {name}: {error}") from error
+
+
+def _source(model: Model) -> tuple[str | bytes, str]:
+    """What InferenceSession takes, and the model's name for messages."""
+    if not isinstance(model, onnx.ModelProto):
+        if not Path(model).is_file():
+            raise UsageError(f"{model}: no such file")
+        return os.fspath(model), os.fspath(model)
+    name = f"the model {model.graph.name!r}"
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+        raise ModelError(f"{name} keeps weights in external files: save it and pass the path")
+    if model.ByteSize() >= _TWO_GIB:
+        raise ModelError(f"{name} is beyond 2 GiB: save it with external data and pass the path")
+    return model.SerializeToString(), name
+
+
+def run(
+    model: Model | ort.InferenceSession,
+    feeds: Mapping[str, ArrayLike],
+    outputs: Sequence[str] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Run a model; bfloat16 (and float8) tensors are `ml_dtypes` arrays, in and out.
+
+    Args:
+        model: a path, a ModelProto or an open session.
+        feeds: input name -> array; dtypes as the model declares them.
+        outputs: names wanted (default: all).
+
+    Returns:
+        Output name -> array, in the order asked for.
+
+    Raises:
+        UsageError: an input is missing, unknown or of another dtype; an output is unknown.
+        ContractError: one of our operators refuses its inputs.
+        ModelError: onnxruntime fails.
+    """
+    sess = model if isinstance(model, ort.InferenceSession) else session(model)
+    declared = {o.name: o.type for o in sess.get_outputs()}
+    wanted = list(declared) if outputs is None else list(outputs)
+    if unknown := [name for name in wanted if name not in declared]:
+        raise UsageError(f"the model has no output {unknown}; it has {list(declared)}")
+    arrays = _arrays(sess, feeds)
+    special = any(a.dtype.type.__module__ == "ml_dtypes" for a in arrays.values())
+    special = special or any(declared[name] in _ONNX_ONLY for name in wanted)
+    try:
+        if not special:
+            return dict(zip(wanted, sess.run(wanted, arrays), strict=True))
+        return _run_bound(sess, arrays, wanted, declared)
+    except Exception as error:
+        text = str(error)
+        kind = ContractError if any(op.name in text for op in ALL_OPS) else ModelError
+        raise kind(f"onnxruntime stopped: {text}") from error
+
+
+def _arrays(sess: ort.InferenceSession, feeds: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+    """The feeds as arrays, checked against what the model declares."""
+    declared = {i.name: i.type for i in sess.get_inputs()}
+    optional = {i.name: i.type for i in sess.get_overridable_initializers()}
+    if missing := [name for name in declared if name not in feeds]:
+        raise UsageError(f"inputs {missing} are missing; the model takes {list(declared)}")
+    arrays = {}
+    for name, value in feeds.items():
+        kind = declared.get(name) or optional.get(name)
+        if kind is None:
+            raise UsageError(f"the model has no input {name!r}; it takes {list(declared)}")
+        array = np.asarray(value)
+        expected = NUMPY_TYPES.get(kind)
+        if expected is not None and array.dtype != expected:
+            raise UsageError(f"input {name!r}: expected {np.dtype(expected)}, got {array.dtype}")
+        arrays[name] = array
+    return arrays
+
+
+def _run_bound(
+    sess: ort.InferenceSession,
+    arrays: Mapping[str, NDArray[Any]],
+    wanted: Sequence[str],
+    declared: Mapping[str, str],
+) -> dict[str, NDArray[Any]]:
+    binding = sess.io_binding()
+    types = {i.name: i.type for i in (*sess.get_inputs(), *sess.get_overridable_initializers())}
+    held = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}
+    for name, array in held.items():
+        if types[name] in _ONNX_ONLY:
+            enum = _ONNX_ONLY[types[name]]
+            binding.bind_input(name, "cpu", 0, enum, list(array.shape), array.ctypes.data)
+        else:
+            binding.bind_cpu_input(name, array)
+    for name in wanted:
+        binding.bind_output(name, "cpu")
+    sess.run_with_iobinding(binding)
+    values = dict(zip(wanted, binding.get_outputs(), strict=True))
+    return {
+        n: _view(v, declared[n]) if declared[n] in _ONNX_ONLY else v.numpy()
+        for n, v in values.items()
+    }
+
+
+def _view(value: Any, kind: str) -> NDArray[Any]:
+    """A NumPy view of an OrtValue whose type NumPy lacks; it keeps the OrtValue alive."""
+    dtype = np.dtype(NUMPY_TYPES[kind])
+    shape = value.shape()
+    count = int(np.prod(shape))
+    if not count:
+        return np.zeros(shape, dtype)
+    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(value.data_ptr())
+    raw.owner = value
+    return np.asarray(np.frombuffer(raw, np.uint8).view(dtype).reshape(shape))

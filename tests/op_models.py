@@ -1,0 +1,67 @@
+"""One-node models around our operators, and the mark for tests that need the compiled library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import pytest
+from onnx import helper
+
+from sfa_onnx import runtime
+from sfa_onnx.errors import MissingError
+from sfa_onnx.op import OpContract
+from tests.attention_cases import Case
+
+
+def _library() -> str:
+    try:
+        return str(runtime.library_path())
+    except MissingError:
+        return ""
+
+
+def needs_library(test: Any) -> Any:
+    """Skip, saying so, where the operator library was not built."""
+    marked = pytest.mark.skipif(not _library(), reason="the operator library was not built")(test)
+    return pytest.mark.kernel(marked)
+
+
+def op_model(case: Case, opset: int = 18, symbolic: bool = True) -> onnx.ModelProto:
+    """A model that is the case's one node; `value` is the key again, dims are symbols."""
+    names = {t.name: t.name if t.name in case.inputs else "" for t in case.op.inputs}
+    if "value" in names:
+        names["value"] = "key"
+    arrays = {n: a for n, a in case.inputs.items() if n != "value"}
+    inputs = [
+        helper.make_tensor_value_info(
+            n,
+            helper.np_dtype_to_tensor_dtype(a.dtype),
+            [f"{n}_{i}" for i in range(a.ndim - 1)] + [a.shape[-1]] if symbolic else a.shape,
+        )
+        for n, a in arrays.items()
+    ]
+    return node_model(case.op, list(names.values()), inputs, case.attributes, opset)
+
+
+def node_model(
+    op: OpContract,
+    names: list[str],
+    inputs: list[onnx.ValueInfoProto],
+    attributes: dict[str, Any],
+    opset: int = 18,
+) -> onnx.ModelProto:
+    while names and not names[-1]:
+        names.pop()
+    node = helper.make_node(
+        op.name, names, [op.outputs[0].name], name="site", domain=op.domain, **attributes
+    )
+    kind = (
+        onnx.TensorProto.INT8 if op.name == "KvCachePack" else inputs[0].type.tensor_type.elem_type
+    )
+    kind = next((i.type.tensor_type.elem_type for i in inputs if i.name == "query"), kind)
+    output = helper.make_empty_tensor_value_info(op.outputs[0].name)
+    output.type.tensor_type.elem_type = kind
+    graph = helper.make_graph([node], "one_node", inputs, [output])
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(op.domain, op.version)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=9)
