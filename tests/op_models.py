@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import helper
@@ -11,7 +12,7 @@ from onnx import helper
 from sfa_onnx import runtime
 from sfa_onnx.errors import MissingError
 from sfa_onnx.op import OpContract
-from tests.attention_cases import Case
+from tests.attention_cases import BF16, Case
 
 
 def _library() -> str:
@@ -27,6 +28,13 @@ def needs_library(test: Any) -> Any:
     return pytest.mark.kernel(marked)
 
 
+def elem_type(dtype: Any) -> int:
+    """The onnx element type; onnx 1.17 does not know ml_dtypes."""
+    if dtype == BF16:
+        return onnx.TensorProto.BFLOAT16
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
 def op_model(case: Case, opset: int = 18, symbolic: bool = True) -> onnx.ModelProto:
     """A model that is the case's one node; `value` is the key again, dims are symbols."""
     names = {t.name: t.name if t.name in case.inputs else "" for t in case.op.inputs}
@@ -36,7 +44,7 @@ def op_model(case: Case, opset: int = 18, symbolic: bool = True) -> onnx.ModelPr
     inputs = [
         helper.make_tensor_value_info(
             n,
-            helper.np_dtype_to_tensor_dtype(a.dtype),
+            elem_type(a.dtype),
             [f"{n}_{i}" for i in range(a.ndim - 1)] + [a.shape[-1]] if symbolic else a.shape,
         )
         for n, a in arrays.items()
