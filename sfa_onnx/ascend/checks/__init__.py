@@ -14,6 +14,7 @@ from sfa_onnx.ascend.checks.context import Context
 from sfa_onnx.ascend.checks.facts import CANN_VERSIONS, cann
 from sfa_onnx.ascend.checks.finding import CheckReport, Finding, SupportRow
 from sfa_onnx.ascend.checks.meaning import meaning
+from sfa_onnx.ascend.checks.operators import operators
 from sfa_onnx.ascend.checks.parser import replay
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
@@ -64,7 +65,7 @@ def check(
     plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
     parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)
     ctx = Context(view, _release(cann), parsed, soc_version or "")
-    findings = [*replay(ctx), *meaning(ctx)]
+    findings = [*replay(ctx), *meaning(ctx), *operators(ctx)]
     return CheckReport(cann, soc_version or "", _flavour(ctx), findings, [], strict)
 
 

@@ -236,8 +236,10 @@ def _required(ctx: Context, node: Node) -> int:
         return plugin.inputs[0] if plugin.inputs else 0
     if (op := contract_of(node.proto)) is not None:
         return sum(not t.optional for t in op.inputs)
-    found = [arity(t) for t in ctx.registration(node).ge_types]
-    return min((a[0] for a in found if a), default=0) if all(found) else 0
+    if node.version is None or not onnx.defs.has(node.op_type, node.version, ""):
+        found = [arity(t) for t in ctx.registration(node).ge_types]
+        return min((a[0] for a in found if a), default=0) if all(found) else 0
+    return int(onnx.defs.get_schema(node.op_type, node.version, "").min_input)
 
 
 def _empty_output_trap(ctx: Context, scope: Scope) -> Iterator[Finding]:
