@@ -89,7 +89,9 @@ def _exact_names(contract: OpContract) -> set[str]:
 
 
 def _make(node: NodeProto, op_type: str, domain: str) -> NodeProto:
-    made = NodeProto(op_type=op_type, domain=domain, name=node.name, doc_string=node.doc_string)
+    made = NodeProto(op_type=op_type, domain=domain, name=node.name)
+    if node.doc_string:
+        made.doc_string = node.doc_string
     made.input.extend(node.input)
     made.output.extend(node.output)
     made.metadata_props.extend(node.metadata_props)
