@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,18 +54,27 @@ class Case:
         return self.make_feeds(seed)
 
 
-@lru_cache(maxsize=1)
-def _source_key() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in ("score", "catalogue", "drop"):
-            digest.update(path.read_bytes())
+@lru_cache(maxsize=64)
+def _source_key(module: str) -> str:
+    """Digest of a family's source and of the zoo modules it imports."""
+    seen, todo = {"base"}, [module.rpartition(".")[2]]
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    while todo:
+        stem = todo.pop()
+        if stem not in seen:
+            seen.add(stem)
+            text = Path(__file__).with_name(f"{stem}.py").read_text()
+            digest.update(text.encode())
+            todo += sorted(re.findall(r"^from tests\.zoo\.(\w+) import", text, re.M))
+            for names in re.findall(r"^from tests\.zoo import (.+)$", text, re.M):
+                todo += [n.strip() for n in names.split(",")]
     return digest.hexdigest()[:16]
 
 
 def _cached(name: str, make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
-    root = Path(os.environ.get("SFA_ONNX_ZOO_CACHE", Path(tempfile.gettempdir()) / "sfa_onnx_zoo"))
-    path = root / _source_key() / f"{name}.onnx"
+    default = Path(tempfile.gettempdir()) / "sfa_onnx_zoo"
+    root = Path(os.environ.get("SFA_ONNX_ZOO_CACHE", default))
+    path = root / f"{_source_key(make.__module__)}" / f"{name}.onnx"
     if path.exists():
         return onnx.load(path)
     model = make()
