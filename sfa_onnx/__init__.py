@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
+from sfa_onnx import schema as _schema  # noqa: F401  (registers the operators with onnx)
+
 __version__ = "0.1.0"

@@ -64,12 +64,11 @@ def node_model(
     node = helper.make_node(
         op.name, names, [op.outputs[0].name], name="site", domain=op.domain, **attributes
     )
-    kind = (
-        onnx.TensorProto.INT8 if op.name == "KvCachePack" else inputs[0].type.tensor_type.elem_type
-    )
-    kind = next((i.type.tensor_type.elem_type for i in inputs if i.name == "query"), kind)
-    output = helper.make_empty_tensor_value_info(op.outputs[0].name)
-    output.type.tensor_type.elem_type = kind
+    first = inputs[0].type.tensor_type
+    query = next((i.type.tensor_type for i in inputs if i.name == "query"), first)
+    kind = onnx.TensorProto.INT8 if op.name == "KvCachePack" else query.elem_type
+    dims = [None] * len(query.shape.dim)
+    output = helper.make_tensor_value_info(op.outputs[0].name, kind, dims)
     graph = helper.make_graph([node], "one_node", inputs, [output])
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(op.domain, op.version)]
     return helper.make_model(graph, opset_imports=imports, ir_version=9)
