@@ -113,7 +113,8 @@ def read_interface(model: onnx.ModelProto) -> Interface | None:
 
 
 def _entry(raw: dict[str, Any]) -> CacheEntry:
-    return CacheEntry(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return CacheEntry(**fields)
 
 
 def adapt_feeds(
