@@ -37,13 +37,6 @@ OrtStatus* ReadInputs(const AttentionKernel& kernel, const OrtKernelContext* con
   return nullptr;
 }
 
-OrtStatus* CoreError(const OrtApi* api, const sfa_core_error& error) {
-  char text[512];
-  sfa_core_describe(&error, text, sizeof text);
-  const bool callers = error.status != SFA_CORE_NO_MEMORY;
-  return api->CreateStatus(callers ? ORT_INVALID_ARGUMENT : ORT_FAIL, text);
-}
-
 void RunTask(void* call, size_t task) {
   sfa_core_run_task(static_cast<sfa_core_call*>(call), static_cast<int64_t>(task));
 }
@@ -96,7 +89,7 @@ OrtStatusPtr ComputeAttention(void* kernel, OrtKernelContext* context) {
   OrtValue* out = nullptr;
   SFA_ORT_TRY(self.api->KernelContext_GetOutput(context, 0, shape, query.rank, &out));
   SFA_ORT_TRY(self.api->GetTensorMutableData(out, &params.out));
-  if (params.query_t == 0 || params.num_heads == 0) return nullptr;
+  if (params.num_heads == 0) return nullptr;  // nothing to write; the core wants a head
   return RunOnPool(self.api, context, params);
 }
 

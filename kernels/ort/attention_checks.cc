@@ -157,7 +157,10 @@ bool CheckLengths(const Call& c) {
     return false;
   }
   if (query.present && !c.Rank(query, 1, "[B]")) return false;
-  if (c.token_query()) c.params->batch = query.dims[0];
+  if (c.token_query()) {
+    c.params->batch = query.dims[0];
+    if (query.dims[0] == 0) return c.About(query)->Add("expected at least one sequence");
+  }
   if (query.present && !c.Dim(query, 0, c.params->batch, "batch")) return false;
   return !kv.present || (c.Rank(kv, 1, "[B]") && c.Dim(kv, 0, c.params->batch, "batch"));
 }
@@ -168,6 +171,7 @@ bool CheckBlockTable(const Call& c) {
   if (!c.Need(table, "layout_kv is PA_BSND")) return false;
   if (!c.Rank(table, 2, "[B,pages per sequence]")) return false;
   c.params->block_table_cols = table.dims[1];
+  if (table.dims[1] == 0) return c.About(table)->Add("expected at least one page per sequence");
   return c.Dim(table, 0, c.params->batch, "batch");
 }
 

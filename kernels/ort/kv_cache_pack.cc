@@ -86,28 +86,34 @@ bool Describe(const PackKernel& kernel, const Tensor* in, sfa_core_pack_params* 
   return true;
 }
 
+struct PackCall {
+  sfa_core_pack_params params;
+  sfa_core_error error;  // of any one task that failed
+  int failed;
+};
+
 void PackRows(void* data, size_t task) {
-  const auto& p = *static_cast<const sfa_core_pack_params*>(data);
+  auto* call = static_cast<PackCall*>(data);
   const int64_t first = static_cast<int64_t>(task) * kRowsPerTask;
-  const int64_t left = p.rows - first;
+  const int64_t left = call->params.rows - first;
   sfa_core_error error = {};
-  // What can fail was found out by the empty range in RunOnPool.
-  sfa_core_pack(&p, first, left < kRowsPerTask ? left : kRowsPerTask, &error);
+  const int status =
+      sfa_core_pack(&call->params, first, left < kRowsPerTask ? left : kRowsPerTask, &error);
+  if (status != SFA_CORE_OK && __atomic_exchange_n(&call->failed, 1, __ATOMIC_RELAXED) == 0) {
+    call->error = error;
+  }
 }
 
-OrtStatus* RunOnPool(const OrtApi* api, OrtKernelContext* context, sfa_core_pack_params* params) {
-  sfa_core_error error = {};
-  if (sfa_core_pack(params, 0, 0, &error) != SFA_CORE_OK) {
-    char text[512];
-    sfa_core_describe(&error, text, sizeof text);
-    return api->CreateStatus(ORT_INVALID_ARGUMENT, text);
-  }
-  const size_t tasks = static_cast<size_t>((params->rows + kRowsPerTask - 1) / kRowsPerTask);
+OrtStatus* RunOnPool(const OrtApi* api, OrtKernelContext* context, PackCall* call) {
+  // The empty range checks the parameters even where there is no row.
+  call->failed = sfa_core_pack(&call->params, 0, 0, &call->error) != SFA_CORE_OK;
+  const int64_t rows = call->failed ? 0 : call->params.rows;
+  const size_t tasks = static_cast<size_t>((rows + kRowsPerTask - 1) / kRowsPerTask);
+  if (tasks == 1) PackRows(call, 0);
   if (tasks > 1) {
-    return api->KernelContext_ParallelFor(context, PackRows, tasks, tasks, params);
+    SFA_ORT_TRY(api->KernelContext_ParallelFor(context, PackRows, tasks, tasks, call));
   }
-  if (tasks == 1) PackRows(params, 0);
-  return nullptr;
+  return call->failed ? CoreError(api, call->error) : nullptr;
 }
 
 }  // namespace
@@ -131,7 +137,8 @@ OrtStatusPtr ComputePack(void* kernel, OrtKernelContext* context) {
   for (int i = 0; i < kPackInputs; ++i) {
     SFA_ORT_TRY(ReadInput(self.api, context, i, kNames[i], &in[i]));
   }
-  sfa_core_pack_params params;
+  PackCall call = {};
+  sfa_core_pack_params& params = call.params;
   Message error;
   if (!Describe(self, in, &params, &error)) return Refuse(self.api, error);
 
@@ -143,7 +150,7 @@ OrtStatusPtr ComputePack(void* kernel, OrtKernelContext* context) {
   OrtValue* out = nullptr;
   SFA_ORT_TRY(self.api->KernelContext_GetOutput(context, 0, shape, nope.rank, &out));
   SFA_ORT_TRY(self.api->GetTensorMutableData(out, &params.out));
-  return RunOnPool(self.api, context, &params);
+  return RunOnPool(self.api, context, &call);
 }
 
 void DestroyPack(void* kernel) { free(kernel); }

@@ -1,11 +1,16 @@
 #include "tensor.h"
 
-#include "sfa_core.h"
-
 namespace sfa {
 
 OrtStatus* Refuse(const OrtApi* api, const Message& message) {
   return api->CreateStatus(ORT_INVALID_ARGUMENT, message.text());
+}
+
+OrtStatus* CoreError(const OrtApi* api, const sfa_core_error& error) {
+  char text[512];
+  sfa_core_describe(&error, text, sizeof text);
+  const bool callers = error.status != SFA_CORE_NO_MEMORY;
+  return api->CreateStatus(callers ? ORT_INVALID_ARGUMENT : ORT_FAIL, text);
 }
 
 int ItemSize(ONNXTensorElementDataType type) {

@@ -4,6 +4,7 @@
 
 #include "message.h"
 #include "ort_abi.h"
+#include "sfa_core.h"
 
 namespace sfa {
 
@@ -28,8 +29,9 @@ OrtStatus* ReadInput(const OrtApi* api, const OrtKernelContext* context, size_t 
 int ItemSize(ONNXTensorElementDataType type);
 int CoreType(ONNXTensorElementDataType type);
 
-// A status with `message`'s text.
+// A status with `message`'s text, or with the core's words for its error.
 OrtStatus* Refuse(const OrtApi* api, const Message& message);
+OrtStatus* CoreError(const OrtApi* api, const sfa_core_error& error);
 
 }  // namespace sfa
 
