@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, TensorProto, numpy_helper
 
 from sfa_onnx.errors import ModelError, UsageError, WeightsError
@@ -164,7 +164,7 @@ def save_model(
 def _serialized(model: onnx.ModelProto, target: Path) -> bytes:
     """The model's bytes, or a readable error when protobuf cannot hold them."""
     try:
-        return model.SerializeToString()
+        return bytes(model.SerializeToString())
     except (EncodeError, ValueError) as error:
         raise ModelError(
             f"{target}: the graph without external weights is larger than protobuf's 2 GB; strip"

@@ -1,0 +1,150 @@
+"""Run promoted models: onnxruntime for standard operators, the judge for ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from sfa_onnx.passes.verify.judge import Judge, is_own
+
+__all__ = ["Executable", "Feeds"]
+
+Array = NDArray[Any]
+Feeds = Mapping[str, Array]
+
+
+class Executable:
+    """A small model, run in stages: standard operators between the nodes that are ours.
+
+    Attributes:
+        judge: evaluates our own operators; its `scale` may be changed between runs.
+        engine: "onnxruntime", or "onnx.reference" where that has no kernel for the promoted type.
+    """
+
+    def __init__(self, model: onnx.ModelProto, judge: Judge | None = None) -> None:
+        self.judge = judge or Judge()
+        self.engine = "onnxruntime"
+        self._outputs = [o.name for o in model.graph.output]
+        self._constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        self._steps = [self._step(model, part) for part in _stages(model.graph.node)]
+
+    def run(self, feeds: Feeds) -> list[Array]:
+        """The model's outputs, in order.
+
+        Raises:
+            RuntimeError: a runtime rejected the model or the inputs.
+            ContractError: our operator rejected its inputs.
+        """
+        values: dict[str, Array] = {**self._constants, **feeds}
+        for step in self._steps:
+            if isinstance(step, onnx.NodeProto):
+                inputs = [values[name] if name else None for name in step.input]
+                values[step.output[0]] = self.judge.run(step, inputs)
+            else:
+                values.update(step.run(values))
+        return [values[name] for name in self._outputs]
+
+    def _step(
+        self, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]
+    ) -> onnx.NodeProto | _Stage:
+        if len(nodes) == 1 and is_own(nodes[0]):
+            return nodes[0]
+        stage = _Stage(model, nodes, self._outputs)
+        if stage.engine != "onnxruntime":
+            self.engine = stage.engine
+        return stage
+
+
+def _stages(nodes: Sequence[onnx.NodeProto]) -> list[list[onnx.NodeProto]]:
+    """Split at our own nodes: [standard ...], [own], [standard ...], ... in a valid order.
+
+    Standard nodes get even levels, ours odd ones; a node's level is never below its inputs'.
+    """
+    level: dict[str, int] = {}
+    buckets: dict[int, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        at = max((level.get(i, 0) for i in node.input), default=0)
+        at += (at % 2 == 0) if is_own(node) else at % 2
+        level.update(dict.fromkeys(node.output, at))
+        buckets.setdefault(at, []).append(node)
+    parts: list[list[onnx.NodeProto]] = []
+    for at, bucket in sorted(buckets.items()):
+        parts += [[n] for n in bucket] if at % 2 else [bucket]
+    return parts
+
+
+class _Stage:
+    """Standard operators between two of ours, as one session."""
+
+    def __init__(
+        self, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], wanted: Sequence[str]
+    ) -> None:
+        part = onnx.ModelProto()
+        part.ir_version = model.ir_version
+        part.opset_import.extend(model.opset_import)
+        part.graph.name = "stage"
+        part.graph.node.extend(nodes)
+        made = {o for n in nodes for o in n.output if o}
+        self._inputs = sorted({i for n in nodes for i in n.input if i} - made)
+        self._outputs = sorted(_needed(model, nodes, made, wanted))
+        constants = {t.name: t for t in model.graph.initializer}
+        declared = {v.name: v for v in model.graph.input}
+        for name in self._inputs:
+            if name in constants:
+                part.graph.initializer.append(constants[name])
+            elif name in declared:
+                part.graph.input.append(declared[name])
+            else:  # made by one of our operators: attention and packed rows
+                kind = onnx.TensorProto.INT8 if _is_packed(model, name) else 11
+                part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
+        self._inputs = [i for i in self._inputs if i not in constants]
+        part.graph.output.extend(onnx.ValueInfoProto(name=o) for o in self._outputs)
+        self._runner, self.engine = _open(part)
+
+    def run(self, values: Feeds) -> dict[str, Array]:
+        """Values of this stage that later stages or the caller need."""
+        feeds = {name: values[name] for name in self._inputs}
+        try:
+            results = self._runner.run(self._outputs, feeds)
+        except Exception as error:  # onnxruntime raises its own classes, and so does numpy
+            raise RuntimeError(str(error)) from error
+        return dict(zip(self._outputs, results, strict=True))
+
+
+def _needed(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], made: set[str], wanted: Sequence[str]
+) -> set[str]:
+    """The values of a stage that somebody outside reads."""
+    inside = {n.output[0] for n in nodes if n.output}
+    outside = {
+        i for n in model.graph.node if not n.output or n.output[0] not in inside for i in n.input
+    }
+    return made & (outside | set(wanted))
+
+
+def _is_packed(model: onnx.ModelProto, name: str) -> bool:
+    return any(name in n.output and n.op_type == "KvCachePack" for n in model.graph.node)
+
+
+def _open(model: onnx.ModelProto) -> tuple[Any, str]:
+    """A runner for a standard model: onnxruntime, else onnx's reference implementation."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    try:
+        session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as first:  # no kernel in double, or an invalid graph
+        try:
+            return ReferenceEvaluator(model), "onnx.reference"
+        except Exception as second:
+            raise RuntimeError(f"{first}; {second}") from second
+    return session, "onnxruntime"

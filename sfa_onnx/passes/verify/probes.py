@@ -1,0 +1,122 @@
+"""The questions put to every site. Each one exists because some look-alike passes all others.
+
+A gating probe that fails refuses the site, and its `reason` says what that means. Informative
+probes ask about the edges of the operator's domain, where originals differ by design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sfa_onnx.passes.verify.problem import Draw, Problem
+
+__all__ = ["BOUND", "PROBES", "Probe"]
+
+BOUND = 1e-9  # relative to the largest output
+_POISON = 1e4
+
+Ask = Callable[[Problem], Iterator[tuple[Problem, Draw]]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe: what it asks and what a disagreement means.
+
+    Attributes:
+        ask: the problems (a site at some sizes) and draws to run.
+        gating: whether disagreement refuses the site.
+    """
+
+    name: str
+    reason: str
+    ask: Ask
+    gating: bool = True
+
+
+def _same(*draws: Draw) -> Ask:
+    return lambda problem: iter([(problem, draw) for draw in draws])
+
+
+def _values(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    for seed, width in ((11, 1.0), (12, 1.0), (13, 4.0)):
+        yield problem, Draw(seed, width=width)
+
+
+def _poison(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    """Rows nobody selects are huge, while scores stay moderate (finite masks must hold)."""
+    for seed, spread in ((21, 30.0), (22, 0.1)):
+        gain = spread / (_POISON * problem.attributes["scale_value"] * 24)
+        yield problem, Draw(seed, gain=gain, poison=_POISON, selection="shared")
+
+
+def _edges(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    yield from ((problem, Draw(30 + seed, lengths="edge")) for seed in range(3))
+    yield problem, Draw(33, lengths="full")
+    yield problem, Draw(34, lengths="short")
+
+
+def _selection(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    """Index rows as free as the domain allows: duplicates, holes, any order, few valid ones."""
+    domain = problem.indices.domain
+    if not domain.distinct:
+        yield problem, Draw(41, selection="duplicates")
+        yield problem, Draw(42, selection="duplicates", lengths="short")
+    if domain.negative_allowed:
+        yield problem, Draw(43, selection="single")
+    if not domain.valid_first:
+        yield problem, Draw(44, selection="shuffled")
+        yield problem, Draw(45, selection="holes", lengths="short")
+
+
+def _sizes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    """Other sizes of the axes that the model leaves open; see `sizes.variations`."""
+    for n, other in enumerate(problem.others):
+        yield problem.resized(**other), Draw(60 + n)
+        yield problem.resized(**other), Draw(60 + n, query="zero", codes=True)
+
+
+PROBES: tuple[Probe, ...] = (
+    Probe("values", "the result differs from the fused operator's on random inputs", _values),
+    Probe(
+        "read-out",
+        "the keys that are averaged are not the selected ones, or the value is not the key's"
+        " nope part",
+        _same(
+            Draw(14, query="zero", codes=True),
+            Draw(15, query="zero", codes=True, selection="shared"),
+        ),
+    ),
+    Probe("poison", "a token outside the selection is read", _poison),
+    Probe(
+        "basis",
+        "a score is not scale * (query . key) over all components",
+        _same(*(Draw(16 + n, query="basis", gain=40.0) for n in range(3))),
+    ),
+    Probe(
+        "shift up",
+        "the softmax depends on a shift of all scores (a clip or a cap)",
+        _same(Draw(23, shift=300.0)),
+    ),
+    Probe(
+        "shift down",
+        "the softmax depends on a shift of all scores (a sink, an epsilon or a clip)",
+        _same(Draw(24, shift=-300.0)),
+    ),
+    Probe(
+        "contrast",
+        "scores that are far apart or nearly equal are treated differently",
+        _same(Draw(25, gain=25.0), Draw(26, gain=1e-4)),
+    ),
+    Probe(
+        "lengths",
+        "a key at the edge of the valid length or of the causal rule is treated differently",
+        _edges,
+    ),
+    Probe(
+        "selection",
+        "the graph counts duplicate, negative or late indices differently from the operator",
+        _selection,
+    ),
+    Probe("sizes", "the result differs at other sizes of the open axes", _sizes),
+)

@@ -1,0 +1,193 @@
+"""Inputs of a site by role: sizes for its axes, and arrays that put a question to it.
+
+A `Draw` says what to ask (which keys exist, who selects them, how large scores are) and
+`Problem.feeds` turns it into one array per operand, in its own axis order, inside its domain.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from sfa_onnx.passes.candidate import Candidate, Operand, Role
+from sfa_onnx.passes.verify.geometry import Geometry
+from sfa_onnx.passes.verify.layout import arrange, atoms, shape_of
+
+__all__ = ["Draw", "Problem"]
+
+Array = NDArray[Any]
+Selection = Literal["random", "shared", "single", "duplicates", "holes", "shuffled", "none"]
+KEYS = (Role.LATENT, Role.LATENT_INT8, Role.SCALE, Role.KEY_ROPE)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One question. `seed` makes it reproducible."""
+
+    seed: int = 0
+    query: Literal["random", "zero", "basis"] = "random"
+    gain: float = 1.0  # multiplies the query
+    width: float = 1.0  # spread of the keys
+    codes: bool = False  # keys are distinct one-hot rows: the output tells which were read
+    shift: float = 0.0  # added to every score, by one key and query component
+    poison: float | None = None  # value scale of all rows outside every selection (may be NaN)
+    selection: Selection = "random"
+    lengths: Literal["ragged", "full", "short", "edge"] = "ragged"
+    scales: Literal["positive", "signed"] = "signed"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A site's operands at concrete sizes.
+
+    Attributes:
+        sizes: axis label -> size; paged caches give S2 = pages per sequence * page size.
+        attributes: the fused operator's attributes (layouts, sparse_mode, sparse_block_size).
+        constants: values of operands that are read from the file.
+        others: other sizes to probe.
+    """
+
+    candidate: Candidate
+    sizes: dict[str, int]
+    attributes: dict[str, Any]
+    constants: dict[str, Array] = field(default_factory=dict)
+    others: tuple[dict[str, int], ...] = ()
+
+    def resized(self, **sizes: int) -> Problem:
+        """The same site at other sizes."""
+        return replace(self, sizes={**self.sizes, **sizes})
+
+    def first(self, *roles: Role) -> Operand | None:
+        """The first operand with one of these roles."""
+        return next((o for o in self.candidate.operands if o.role in roles), None)
+
+    @property
+    def paged(self) -> bool:
+        """Whether keys lie in pages that a block table maps."""
+        return self.first(Role.BLOCK_TABLE) is not None
+
+    @property
+    def indices(self) -> Operand:
+        """The operand that selects keys."""
+        found = self.first(Role.INDICES)
+        if found is None:
+            raise ValueError("the site has no operand with role INDICES")
+        return found
+
+    @property
+    def rows(self) -> list[str]:
+        """Labels of the query rows: every axis of the indices but the last."""
+        return [label for label in atoms(self.indices.axes) if label != self.slot_label]
+
+    @property
+    def slot_label(self) -> str:
+        """Label of the entries of one row of indices."""
+        return atoms(self.indices.axes)[-1]
+
+    @property
+    def key_labels(self) -> list[str]:
+        """Labels that number key rows: [B, S2], [T2] or [pages, page size]."""
+        operand = self.first(*KEYS)
+        labels = atoms(operand.axes) if operand is not None else []
+        if self.paged:
+            return labels[:2]
+        return labels[:1] if self.attributes.get("layout_kv") == "TND" else ["B", "S2"]
+
+    def size(self, label: str) -> int:
+        """Size of an axis; 1 for a label that no operand carries (a squeezed batch)."""
+        return self.sizes.get(label, 1)
+
+    def feeds(self, draw: Draw) -> dict[str, Array]:
+        """One array per operand, floats in float64."""
+        rng = np.random.default_rng(draw.seed)
+        geometry = Geometry.draw(self, draw, rng)
+        values: dict[str, Array] = {}
+        for operand in self.candidate.operands:
+            if operand.value in self.constants:
+                values[operand.value] = self.constants[operand.value]
+            elif operand.role in geometry.tables:
+                labels, table = geometry.tables[operand.role]
+                array = arrange(table, labels, operand.axes, self.sizes)
+                values[operand.value] = array.astype(_dtype(operand))
+            elif operand.role in KEYS:
+                values[operand.value] = self._keys(operand, draw, geometry.hidden, rng)
+            else:
+                values[operand.value] = self._dense(operand, draw, rng)
+        return values
+
+    def _dense(self, operand: Operand, draw: Draw, rng: np.random.Generator) -> Array:
+        """Queries, expansion weights and anything whose values are free."""
+        shape = shape_of(operand.axes, self.sizes)
+        if operand.role not in (Role.QUERY, Role.QUERY_ROPE):
+            return _typed(rng.standard_normal(shape), operand)
+        if draw.query == "zero":
+            return np.zeros(shape)
+        array = rng.standard_normal(shape)
+        if draw.query == "basis":
+            array = np.zeros((math.prod(shape[:-1]), shape[-1]))
+            hot = rng.integers(0, shape[-1], len(array))
+            array[np.arange(len(array)), hot] = 1.0
+            array = array.reshape(shape)
+        array *= draw.gain
+        if draw.shift and operand is self._shifted(Role.QUERY_ROPE, Role.QUERY):
+            array[..., -1] = math.copysign(1.0, draw.shift)
+        return array
+
+    def _keys(self, operand: Operand, draw: Draw, hidden: Array, rng: np.random.Generator) -> Array:
+        """Key rows [key labels..., width]; `hidden` marks the rows that nobody may read."""
+        rows = self.key_labels
+        columns = [label for label in atoms(operand.axes) if label not in rows]
+        count, width = hidden.size, math.prod(self.size(label) for label in columns)
+        array = self._visible_keys(operand, draw, count, width, rng)
+        if draw.shift and operand is self._shifted(Role.KEY_ROPE, Role.LATENT):
+            array[:, -1] = abs(draw.shift) / self.attributes["scale_value"]
+        if draw.poison is not None and operand.role is not Role.LATENT_INT8:
+            bad = draw.poison * rng.standard_normal((count, width))
+            array = np.where(hidden.reshape(-1, 1), bad, array)
+        sizes = [self.size(label) for label in (*rows, *columns)]
+        return arrange(array.reshape(sizes), [*rows, *columns], operand.axes, self.sizes)
+
+    def _visible_keys(
+        self, operand: Operand, draw: Draw, count: int, width: int, rng: np.random.Generator
+    ) -> Array:
+        """Ordinary key rows [count, width] of one operand."""
+        if operand.role is Role.LATENT_INT8:
+            if draw.codes:
+                return _codes(count, width, 1 + np.arange(count) // width % 100).astype(np.int8)
+            return rng.integers(-128, 128, (count, width)).astype(np.int8)
+        if operand.role is Role.SCALE:
+            scales = rng.uniform(0.25, 2.0, (count, width)) * draw.width / 64
+            signs = rng.choice([-1.0, 1.0], (count, width)) if draw.scales == "signed" else 1.0
+            return np.asarray((scales * signs).astype(np.float32).astype(np.float64))
+        if draw.codes and operand.role is Role.LATENT:
+            return _codes(count, width, 1.0 + np.arange(count) // width)
+        return draw.width * rng.standard_normal((count, width))
+
+    def _shifted(self, *roles: Role) -> Operand | None:
+        """The operand whose last component carries the score shift: rope before nope."""
+        return next((o for r in roles if (o := self.first(r)) is not None), None)
+
+
+def _codes(count: int, width: int, values: Array) -> Array:
+    """Row i has one non-zero entry, at i mod width: rows are linearly told apart."""
+    rows = np.zeros((count, width))
+    rows[np.arange(count), np.arange(count) % width] = values
+    return rows
+
+
+def _dtype(operand: Operand) -> np.dtype[Any]:
+    """The array type of a promoted operand."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(operand.elem_type)
+    integral = np.dtype(dtype).kind in "iub"
+    return np.dtype(dtype) if integral else np.dtype(np.float64)
+
+
+def _typed(array: Array, operand: Operand) -> Array:
+    """Free values in the operand's type: small integers where it is integral."""
+    dtype = _dtype(operand)
+    return array if dtype == np.float64 else (array * 3).astype(dtype)

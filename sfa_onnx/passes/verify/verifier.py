@@ -1,0 +1,305 @@
+"""Decide whether a bound site is the operator: run both in float64 and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from sfa_onnx.errors import ContractError
+from sfa_onnx.passes.candidate import Candidate, Refusal, Role
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.verify.classes import fingerprint
+from sfa_onnx.passes.verify.execute import Executable
+from sfa_onnx.passes.verify.extract import (
+    UnverifiableError,
+    extract_region,
+    extract_replacement,
+)
+from sfa_onnx.passes.verify.judge import Judge
+from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
+from sfa_onnx.passes.verify.problem import Draw, Problem
+from sfa_onnx.passes.verify.promote import promote
+from sfa_onnx.passes.verify.sizes import base_sizes, fixed_sizes, integer_constants, variations
+from sfa_onnx.report import ProbeResult, VerifyRecord
+
+__all__ = ["Verifier"]
+
+Array = NDArray[Any]
+_SCALE_SLACK = 2e-7  # float32 rounding of the product of a graph's scale factors
+
+
+class Verifier:
+    """Verifies candidates of one graph; equal sites are run once.
+
+    Args:
+        index: the graph.
+        probes: the questions to ask; tests leave some out to see that each is needed.
+        budget: seconds that one class of sites may take.
+    """
+
+    def __init__(
+        self, index: GraphIndex, probes: Sequence[Probe] = PROBES, budget: float = 30.0
+    ) -> None:
+        self._index = index
+        self._probes = probes
+        self._budget = budget
+        self._known: dict[str, tuple[str, VerifyRecord | Refusal]] = {}
+
+    def verify(self, candidate: Candidate) -> VerifyRecord | Refusal:
+        """The record of what was verified, or why the site is not the operator."""
+        try:
+            region = extract_region(self._index, candidate)
+            replacement = extract_replacement(self._index, candidate)
+            fixed = fixed_sizes(self._index, candidate)
+            key = fingerprint(candidate, region, replacement, fixed)
+            label = self._index.label(candidate.anchor)
+            if key in self._known:
+                return self._shared(key, candidate)
+            result = _Site(self._index, candidate, region, replacement, fixed).verify(
+                self._probes, time.monotonic() + self._budget
+            )
+            self._known[key] = (label, result)
+        except UnverifiableError as error:
+            return error.refusal
+        return result
+
+    def _shared(self, key: str, candidate: Candidate) -> VerifyRecord | Refusal:
+        """The verdict of an equal site, with this site's own assumptions."""
+        label, known = self._known[key]
+        if isinstance(known, Refusal):
+            return known
+        assumptions = _assumptions(candidate)
+        return dataclasses.replace(known, shared_with=label, assumptions=assumptions, seconds=0.0)
+
+
+def _assumptions(candidate: Candidate) -> tuple[str, ...]:
+    """What the verdict rests on beyond the probes, and who guarantees it."""
+    found = []
+    for operand in candidate.operands:
+        domain = operand.domain
+        if domain.assumption:
+            by = domain.discharged_by or "nobody: the caller of the model"
+            found.append(f"{domain.assumption}: discharged by {by}")
+    return tuple(found)
+
+
+class _Site:
+    """One class of sites under verification."""
+
+    def __init__(
+        self,
+        index: GraphIndex,
+        candidate: Candidate,
+        region: onnx.ModelProto,
+        replacement: onnx.ModelProto,
+        fixed: dict[str, int],
+    ) -> None:
+        self._candidate = candidate
+        self._fixed = fixed
+        self._region_model = region
+        node = next(n for n in candidate.replacement if n.op_type == candidate.op.name)
+        self._attributes = {
+            a.name: _text(onnx.helper.get_attribute_value(a)) for a in node.attribute
+        }
+        self._constants = {
+            o.value: array
+            for o in candidate.operands
+            if o.role is Role.CONSTANT and (array := index.constant(o.value)) is not None
+        }
+        self._read = len(index.constants_read)
+        self._index = index
+        self._judge = Judge(rope_dtype=_rope_dtype(candidate))
+        try:
+            self._region = Executable(promote(region))
+            self._fused = Executable(promote(replacement), self._judge)
+        except RuntimeError as error:
+            raise UnverifiableError(
+                Refusal(
+                    f"the site cannot be run in float64: {_first_line(error)}",
+                    candidate.outputs[0],
+                )
+            ) from error
+
+    def verify(self, probes: Sequence[Probe], deadline: float) -> VerifyRecord | Refusal:
+        """Calibrate the scale, then ask every probe."""
+        begin = time.monotonic()
+        problem = self._start()
+        if refusal := self._calibrate(problem):
+            return refusal
+        results = []
+        for probe in probes:
+            error, draws = 0.0, 0
+            for case, draw in probe.ask(problem):
+                if time.monotonic() > deadline:
+                    return Refusal("not verifiable within the time budget", hint="--budget")
+                outcome = self._compare(case, draw)
+                if outcome is None:
+                    continue
+                draws += 1
+                if isinstance(outcome, str):
+                    return Refusal(outcome, self._candidate.outputs[0])
+                error = max(error, outcome)
+            if draws and not error <= BOUND and probe.gating:
+                return self._refusal(probe, error)
+            if draws:
+                results.append(ProbeResult(probe.name, error, BOUND, draws))
+        return VerifyRecord(
+            probes=tuple(results),
+            sizes=problem.sizes,
+            shrunk=(),
+            assumptions=_assumptions(self._candidate),
+            constants_read=tuple(dict.fromkeys(self._index.constants_read[: self._read])),
+            own_rounding=self._own_rounding(problem),
+            seconds=time.monotonic() - begin,
+        )
+
+    def _start(self) -> Problem:
+        """The first sizes at which the original graph runs."""
+        errors = []
+        for sizes in base_sizes(self._candidate, self._fixed):
+            problem = Problem(self._candidate, sizes, self._attributes, self._constants)
+            try:
+                self._region.run(problem.feeds(Draw()))
+            except RuntimeError as error:
+                errors.append(_first_line(error))
+                continue
+            marks = integer_constants(
+                numpy_helper.to_array(t) for t in self._region_model.graph.initializer
+            )
+            others = variations(self._candidate, sizes, self._fixed, marks)
+            return dataclasses.replace(problem, others=tuple(others))
+        raise UnverifiableError(
+            Refusal(
+                f"the site could not be run at any probe size: {errors[0]}",
+                self._candidate.outputs[0],
+            )
+        )
+
+    def _calibrate(self, problem: Problem) -> Refusal | None:
+        """Find the exact scale of the graph; it may differ from the attribute by rounding only.
+
+        One Gauss-Newton step per round on the residual of a random draw: the output depends
+        smoothly on the scale, and only the scale may differ before the probes judge the rest.
+        """
+        feeds = problem.feeds(Draw(seed=1, lengths="full"))
+        want = self._flat(self._region.run(feeds))
+        factor, step = 1.0, 1e-6
+        for _ in range(3):
+            self._judge.scale = factor
+            try:
+                got = self._flat(self._fused.run(feeds))
+                self._judge.scale = factor * (1 + step)
+                slope = (self._flat(self._fused.run(feeds)) - got) / step
+            except (ContractError, RuntimeError) as error:
+                return self._rejected(error)
+            finally:
+                self._judge.scale = 1.0
+            norm = float(slope @ slope) if slope.shape == want.shape else 0.0
+            if norm == 0.0 or not np.isfinite(want).all() or not math.isfinite(norm):
+                return None  # the probes will tell
+            factor *= 1 + float(slope @ (want - got)) / norm
+        if not abs(factor - 1) <= 0.5:
+            return None
+        self._judge.scale = factor
+        residual = _error(want, self._flat(self._fused.run(feeds)))
+        if abs(factor - 1) <= _SCALE_SLACK:
+            return None
+        self._judge.scale = 1.0
+        if residual > BOUND:
+            return None
+        scale = self._attributes["scale_value"]
+        return Refusal(
+            f"the graph scales its scores by {scale * factor:.8g}, the fused operator would by"
+            f" {scale:.8g}",
+            self._candidate.outputs[0],
+        )
+
+    def _compare(self, problem: Problem, draw: Draw) -> float | str | None:
+        """Relative error of one draw; a reason when the operator rejects it; None if impossible."""
+        feeds = problem.feeds(draw)
+        try:
+            want = self._region.run(feeds)
+        except RuntimeError:
+            return None  # the original does not accept these sizes either
+        try:
+            got = self._fused.run(feeds)
+        except (ContractError, RuntimeError) as error:
+            return self._rejected(error).reason
+        if any(w.shape != g.shape for w, g in zip(want, got, strict=True)):
+            shapes = f"{[w.shape for w in want]} but the fused one {[g.shape for g in got]}"
+            return f"the original output has shape {shapes} (sizes {problem.sizes})"
+        return _error(self._flat(want), self._flat(got))
+
+    def _rejected(self, error: Exception) -> Refusal:
+        """The fused form does not run on inputs that the original accepts."""
+        return Refusal(
+            f"the original accepts inputs that the fused operator rejects: {_first_line(error)}",
+            self._candidate.outputs[0],
+        )
+
+    def _refusal(self, probe: Probe, error: float) -> Refusal:
+        shown = "different infinities or NaN" if math.isinf(error) else f"error {error:.1e}"
+        return Refusal(
+            f"{probe.reason} (probe {probe.name!r}: {shown}, bound {BOUND:.0e})",
+            self._candidate.outputs[0],
+        )
+
+    def _flat(self, outputs: Sequence[Array]) -> Array:
+        return np.concatenate([np.asarray(o, np.float64).reshape(-1) for o in outputs])
+
+    def _own_rounding(self, problem: Problem) -> float | None:
+        """Error of the site in the model's own types against float64; None where it cannot run."""
+        kinds = {o.value: o.elem_type for o in self._candidate.operands}
+        feeds = problem.feeds(Draw(seed=2, lengths="full"))
+        narrow = {
+            name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
+            for name, array in feeds.items()
+        }
+        wide = {
+            name: array.astype(np.float64) if feeds[name].dtype == np.float64 else array
+            for name, array in narrow.items()
+        }
+        try:
+            own = Executable(self._region_model)
+            if own.engine != "onnxruntime":
+                return None
+            return _error(self._flat(self._region.run(wide)), self._flat(own.run(narrow)))
+        except (RuntimeError, ValueError, TypeError):
+            return None
+
+
+def _error(want: Array, got: Array) -> float:
+    """Largest difference relative to the largest expected value; inf where infinities differ."""
+    if want.shape != got.shape:
+        return math.inf
+    finite = np.isfinite(want)
+    if (finite != np.isfinite(got)).any() or not np.array_equal(
+        want[~finite], got[~finite], equal_nan=True
+    ):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(want[finite]).max()) or 1.0
+    return float(np.abs(want[finite] - got[finite]).max()) / scale
+
+
+def _rope_dtype(candidate: Candidate) -> Any:
+    """Type of the rope bytes in packed rows: the query's own type."""
+    kinds = [o.elem_type for o in candidate.operands if o.role is Role.QUERY]
+    return onnx.helper.tensor_dtype_to_np_dtype(kinds[0]) if kinds else np.float32
+
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
