@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import onnx
 
 from sfa_onnx.ascend.checks.context import Context
 from sfa_onnx.ascend.checks.facts import CANN_VERSIONS, cann
 from sfa_onnx.ascend.checks.finding import CheckReport, Finding, SupportRow
+from sfa_onnx.ascend.checks.graph_ops import graph_ops
+from sfa_onnx.ascend.checks.graph_rules import custom_op_conflict, graph_rules
 from sfa_onnx.ascend.checks.meaning import meaning
 from sfa_onnx.ascend.checks.operators import operators
 from sfa_onnx.ascend.checks.parser import replay
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
+from sfa_onnx.ascend.checks.support import support_findings, support_rows
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
 from sfa_onnx.errors import UsageError
 
@@ -65,14 +69,23 @@ def check(
     plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
     parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)
     ctx = Context(view, _release(cann), parsed, soc_version or "")
-    findings = [*replay(ctx), *meaning(ctx), *operators(ctx)]
-    return CheckReport(cann, soc_version or "", _flavour(ctx), findings, [], strict)
+    support = support_rows(ctx)
+    findings = [
+        *custom_op_conflict(ctx),
+        *replay(ctx),
+        *meaning(ctx),
+        *operators(ctx),
+        *graph_rules(ctx),
+        *graph_ops(ctx),
+        *support_findings(support),
+    ]
+    return CheckReport(cann, ctx.soc_version, _flavour(ctx), findings, support, strict)
 
 
 _release = cann
 
 
-def _flavour(ctx: Context) -> str:
+def _flavour(ctx: Context) -> Literal["canonical", "atc", "plain"]:
     own = [n.proto for n in ctx.nodes() if contract_of(n.proto) is not None]
     if not own:
         return "plain"

@@ -44,19 +44,15 @@ _VERSIONS: Final = {
 CANN_VERSIONS: Final = tuple(_VERSIONS)
 
 # dtypes the parser maps; anything else is refused as undefined. int4: see Cann.int4.
-DATA_TYPES: Final = frozenset(
-    (_T.FLOAT, _T.FLOAT16, _T.DOUBLE, _T.BFLOAT16, _T.INT8, _T.INT16, _T.INT32, _T.INT64)
-    + (_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64, _T.BOOL, _T.STRING, _T.COMPLEX64, _T.COMPLEX128)
-    + (_T.FLOAT8E4M3FN, _T.FLOAT8E5M2)
-)
+DATA_TYPES: Final[frozenset[int]] = frozenset((*range(1, 17), _T.FLOAT8E4M3FN, _T.FLOAT8E5M2))
 # Known as inputs, but no constant can be made of them.
-NO_CONSTANT: Final = frozenset((_T.FLOAT8E4M3FN, _T.FLOAT8E5M2))
+NO_CONSTANT: Final[frozenset[int]] = frozenset((_T.FLOAT8E4M3FN, _T.FLOAT8E5M2))
 # Nodes the parser handles itself, without a plug-in and whatever their domain.
 INTERNAL_OPS: Final = frozenset(("Constant", "Input", "FileConstant"))
 # A plug-in registers them, but no prototype was seen in the open repositories.
 NO_PROTOTYPE: Final = frozenset(("CastLike", "Dropout"))
 
-SHORT_NAMES: Final = {
+SHORT_NAMES: Final[dict[int, str]] = {
     _T.FLOAT: "fp32",
     _T.FLOAT16: "fp16",
     _T.BFLOAT16: "bf16",
@@ -68,7 +64,8 @@ SHORT_NAMES: Final = {
 
 def dtype_name(elem_type: int) -> str:
     """`fp32`, `bf16`, `int64` ...: the spelling of the op repositories."""
-    return SHORT_NAMES.get(elem_type, _T.DataType.Name(elem_type).lower() if elem_type else "?")
+    known = SHORT_NAMES.get(elem_type)
+    return known or (str(_T.DataType.Name(elem_type)).lower() if elem_type else "?")
 
 
 def cann(version: str) -> Cann:

@@ -9,7 +9,8 @@ __all__ = ["STAGES", "CheckReport", "Finding", "ParserVerdict", "Severity", "Sta
 
 Severity = Literal["error", "warning", "unknown", "info"]
 # parse: CANN's parser refuses. meaning: it accepts, but the graph is not what the file means.
-# graph: later stages, speed, memory. operator: host checks of the fused operators. support: engines.
+# operator: host checks of the fused operators. graph: later stages, speed, memory.
+# support: which engine runs an op.
 Stage = Literal["parse", "meaning", "graph", "operator", "support"]
 ParserVerdict = Literal["accepted", "rejected", "crash"]
 Verdict = Literal["errors", "unknown", "warnings", "clean"]
@@ -21,8 +22,8 @@ STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 class Finding:
     """One thing found.
 
-    `code` is the CANN error code the finding would become ("" when CANN says nothing at all), `hint`
-    what to do about it, `fixable` whether `fix` can do it. `nodes` lists every node concerned,
+    `code` is the CANN error code the finding would become ("" when CANN says nothing), `hint` what
+    to do about it, `fixable` whether `fix` can do it. `nodes` lists every node concerned,
     `node` the first; names are those the parser gives (unnamed nodes: `<OpType>_<n>`).
     """
 

@@ -14,7 +14,8 @@ import onnx
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.facts import arity, dtype_name
 from sfa_onnx.ascend.checks.finding import Finding, Severity
-from sfa_onnx.ascend.checks.view import Scope, attribute, contract_of, is_external
+from sfa_onnx.ascend.checks.tensors import tensors
+from sfa_onnx.ascend.checks.view import Scope, attribute, contract_of
 
 __all__ = ["meaning"]
 
@@ -45,7 +46,7 @@ def meaning(ctx: Context) -> Iterator[Finding]:
     for scope in ctx.view.scopes:
         yield from _empty_output_trap(ctx, scope)
         yield from _two_producers(ctx, scope)
-        yield from _tensors(ctx, scope)
+        yield from tensors(ctx, scope)
     yield from _loose_outputs(ctx)
 
 
@@ -275,89 +276,6 @@ def _two_producers(ctx: Context, scope: Scope) -> Iterator[Finding]:
                 message = f"value {name!r} is written twice: the parser wires both to each reader"
                 yield _found("two-producers", "error", message, node.name, evidence="source")
             seen.add(name)
-
-
-def _tensors(ctx: Context, scope: Scope) -> Iterator[Finding]:
-    for tensor in scope.graph.initializer:
-        yield from _tensor(ctx, scope, tensor, tensor.name)
-    for node in ctx.nodes_of(scope):
-        value = attribute(node.proto, "value") if node.op_type == "Constant" else None
-        if isinstance(value, onnx.TensorProto):
-            yield from _tensor(ctx, scope, value, node.name)
-
-
-def _tensor(ctx: Context, scope: Scope, tensor: onnx.TensorProto, name: str) -> Iterator[Finding]:
-    size = nbytes(tensor)
-    if is_external(tensor):
-        yield from _external(ctx, scope, tensor, name, size)
-    elif tensor.raw_data and size is not None and len(tensor.raw_data) < size:
-        yield _found(
-            "raw-data-short",
-            "error",
-            f"{name!r} holds {len(tensor.raw_data)} bytes, its dims say {size}: not compared",
-            name,
-            "write the tensor again",
-        )
-
-
-def nbytes(tensor: onnx.TensorProto) -> int | None:
-    """Bytes of a dense tensor by dtype and dims; None for strings and unknown dtypes."""
-    bits = {_T.INT4: 4, _T.UINT4: 4, _T.STRING: 0, _T.UNDEFINED: 0}.get(tensor.data_type)
-    if bits is None:
-        try:
-            bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        except (KeyError, TypeError):
-            return None
-    count = int(np.prod([int(d) for d in tensor.dims], dtype=object)) if tensor.dims else 1
-    return -(-count * bits // 8) if bits else None
-
-
-def _external(
-    ctx: Context, scope: Scope, tensor: onnx.TensorProto, name: str, size: int | None
-) -> Iterator[Finding]:
-    entries = {e.key: e.value for e in tensor.external_data}
-    location, length = entries.get("location", ""), entries.get("length")
-    foreign = [k for k in entries if k not in ("location", "offset", "length")]
-    foreign = [k for k in foreign if entries[k][:1].isdigit()]
-    if foreign:
-        message = f"external data of {name!r}: {', '.join(foreign)} is read as the length"
-        hint = "keep location, offset and length only"
-        yield _found("external-key", "error", message, name, hint, fixable=True)
-    if scope is not ctx.view.root:
-        yield _found(
-            "external-in-branch",
-            "error",
-            f"external data of {name!r} lies in a branch, where its path stays relative to wherever"
-            " atc is run",
-            name,
-            "move the initializer to the outer graph",
-            fixable=True,
-        )
-    if location.startswith("/"):
-        message = f"external data of {name!r}: absolute location {location!r} gets the model's"
-        message += " directory in front of it"
-        yield _found("external-absolute", "error", message, name, "use a relative location")
-    elif length is not None and length.isdigit() and size is not None and int(length) != size:
-        message = f"external data of {name!r}: length {length}, but its dims say {size} bytes"
-        yield _found("external-length", "error", message, name, "write the tensor again")
-    elif ctx.view.base_dir is not None and location:
-        yield from _external_file(ctx, entries, name, size)
-
-
-def _external_file(
-    ctx: Context, entries: dict[str, str], name: str, size: int | None
-) -> Iterator[Finding]:
-    assert ctx.view.base_dir is not None
-    path = ctx.view.base_dir / entries["location"]
-    offset = entries.get("offset", "0")
-    start = int(offset) if offset.isdigit() else 0
-    if not path.is_file():
-        message = f"external data of {name!r}: no file {entries['location']!r} beside the model"
-        hint = "put the weight file back; the parser does not look for it"
-        yield _found("external-missing", "error", message, name, hint)
-    elif size is not None and path.stat().st_size < start + size:
-        message = f"external data of {name!r} ends at byte {start + size}, the file before"
-        yield _found("external-short", "error", message, name, "copy the whole weight file")
 
 
 def _loose_outputs(ctx: Context) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import onnx
 
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.facts import dtype_name
-from sfa_onnx.ascend.checks.finding import Finding
+from sfa_onnx.ascend.checks.finding import Finding, Severity
 from sfa_onnx.ascend.checks.view import Dims, attribute, contract_of
 from sfa_onnx.contract import AttributeValue, OpContract
 from sfa_onnx.op import (
@@ -72,12 +72,13 @@ class Site:
         value: AttributeValue | None = attribute(self.node.proto, name, default)
         return value
 
-    def error(self, rule: str, message: str, hint: str = "", severity: str = "error") -> Finding:
+    def error(
+        self, rule: str, message: str, hint: str = "", severity: Severity = "error"
+    ) -> Finding:
         """A finding of the operator stage."""
         text = f"{self.node.op_type}: {message}"
-        sev = "error" if severity == "error" else "warning"
         name = self.node.name
-        return Finding(rule, sev, "operator", text, name, "", hint, False, "contract")
+        return Finding(rule, severity, "operator", text, name, "", hint, False, "contract")
 
 
 def operators(ctx: Context) -> Iterator[Finding]:
@@ -248,7 +249,9 @@ def _antiquant(site: Site) -> Iterator[Finding]:
             yield site.error("row-size", message)
     for name in ("key_dequant_scale", "value_dequant_scale"):
         if site.given(name):
-            message = f"{name} is given, but the scales lie in the packed rows: the kernel ignores it"
+            message = (
+                f"{name} is given, but the scales lie in the packed rows: the kernel ignores it"
+            )
             yield site.error("reserved-input", message, "leave the input out")
     if site.dtype("key") and site.dtype("value") not in (0, site.dtype("key")):
         yield site.error("input-dtype", "value and key have different dtypes")

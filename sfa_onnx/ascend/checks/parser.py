@@ -57,7 +57,7 @@ def replay(ctx: Context) -> Iterator[Finding]:
         yield from _precheck(ctx, scope)
         yield from _parameters(ctx, scope)
         yield from _wiring(ctx, scope)
-        yield from _outputs(ctx, scope)
+        yield from _outputs(scope)
         for node in ctx.nodes_of(scope):
             if ctx.builtin(node):
                 yield from builtin_plugins.expansion(ctx, node)
@@ -236,7 +236,7 @@ def _constant(ctx: Context, tensor: onnx.TensorProto, name: str) -> Iterator[Fin
     ):
         yield _error(
             "constant-dtype",
-            f"constant {name!r} has dtype {dtype_name(elem)}, of which the parser makes no constant",
+            f"constant {name!r} has dtype {dtype_name(elem)}: the parser makes no constant of it",
             "E19999",
             name,
             hint="store it in another dtype and Cast (or Bitcast) in the graph",
@@ -348,7 +348,7 @@ def _branch_gap(ctx: Context, scope: Scope) -> Iterator[Finding]:
     )
 
 
-def _outputs(ctx: Context, scope: Scope) -> Iterator[Finding]:
+def _outputs(scope: Scope) -> Iterator[Finding]:
     for value in scope.graph.output:
         name = value.name
         if not scope.known(name) and name not in scope.outer_values:

@@ -127,7 +127,7 @@ class ModelView:
         self._name_nodes()
 
     def _name_nodes(self) -> None:
-        """Give unnamed nodes the names the parser gives: one counter over all graphs, outer first."""
+        """Name unnamed nodes as the parser does: one counter over all graphs, outer first."""
         counter, queue = 0, deque([self.root])
         while queue:
             scope = queue.popleft()
@@ -172,7 +172,7 @@ class ModelView:
         return info[0] if info else 0
 
     def shape(self, scope: Scope, name: str) -> Dims | None:
-        """Dims of a value: numbers, symbols, None per unknown dim; None when the rank is unknown."""
+        """Dims of a value: a number, a symbol or None each; None when the rank is unknown."""
         info = self._info(scope, name)
         return info[1] if info else None
 

@@ -1,0 +1,80 @@
+"""What a small integer value must be, when constants and static shapes alone decide it."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from sfa_onnx.ascend.checks.view import ModelView, Scope, attribute
+
+__all__ = ["provable"]
+
+_FOLDABLE: Final = (
+    frozenset(
+        ("Add", "Cast", "Ceil", "Concat", "Div", "Equal", "Expand", "Floor", "Gather", "Greater")
+    )
+    | frozenset(
+        ("Identity", "Less", "Max", "Min", "Mod", "Mul", "Neg", "Range", "ReduceMax", "ReduceMin")
+    )
+    | frozenset(("ReduceProd", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"))
+)
+_DEPTH: Final = 24
+
+Array = np.ndarray[Any, Any]
+
+
+def provable(view: ModelView, scope: Scope, name: str, depth: int = _DEPTH) -> Array | None:
+    """The value of `name` if constants and static shapes decide it, else None."""
+    known = view.constant(scope, name)
+    at = view.resolve_scope(scope, name)
+    node = at.producer(name) if at is not None else None
+    if known is not None or at is None or node is None or depth == 0:
+        return known
+    if node.op_type in ("Shape", "Size"):
+        return _shape(view, at, node)
+    if node.domain not in ("", "ai.onnx") or node.op_type not in _FOLDABLE:
+        return None
+    feeds: dict[str, Array] = {}
+    for source in node.input:
+        value = provable(view, at, source, depth - 1) if source else None
+        if source and value is None:
+            return None
+        if value is not None:
+            feeds[source] = value
+    return _run(node, feeds, view.opset)
+
+
+def _shape(view: ModelView, scope: Scope, node: onnx.NodeProto) -> Array | None:
+    dims = view.shape(scope, node.input[0])
+    if dims is None:
+        return None
+    start, end = attribute(node, "start", 0), attribute(node, "end")
+    part = dims[start:end] if node.op_type == "Shape" else dims
+    numbers = [d for d in part if isinstance(d, int)]
+    if len(numbers) != len(part):
+        return None
+    values = np.asarray(numbers, np.int64)
+    return values if node.op_type == "Shape" else np.asarray(values.prod(), np.int64)
+
+
+def _run(node: onnx.NodeProto, feeds: dict[str, Array], opset: int) -> Array | None:
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), list(value.shape)
+        )
+        for name, value in feeds.items()
+    ]
+    bare = onnx.NodeProto()
+    bare.CopyFrom(node)
+    bare.domain = ""
+    outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
+    graph = onnx.helper.make_graph([bare], "fold", inputs, outputs)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    try:
+        outputs_made: Any = ReferenceEvaluator(model).run(None, feeds)
+        return np.asarray(outputs_made[0])
+    except Exception:  # the evaluator raises whatever NumPy raises; unproven is the safe answer
+        return None
