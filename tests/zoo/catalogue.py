@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tests.zoo.base import Case
 
-FAMILIES = ("int8", "official")
+FAMILIES = ("int8", "official", "nearmiss")
 
 
 def cases(pattern: str = "") -> Iterator[Case]:

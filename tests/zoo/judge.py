@@ -35,6 +35,7 @@ class Verdict:
     stress_error: float | None = None
     seconds: float = 0.0
     failure: str = ""  # why ok is False
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,6 +120,8 @@ def run_fused(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
 
 def difference(before: onnx.ModelProto, after: onnx.ModelProto, feeds: Feeds, dtype: str) -> float:
     """Scaled error of `after` against `before` on `feeds`, both in onnxruntime."""
+    names = {value.name for value in before.graph.input}
+    feeds = {k: v for k, v in feeds.items() if k in names}  # the tracer drops unused inputs
     if dtype == "bf16":
         before, after, feeds = float32_twin(before), float32_twin(after), widen_feeds(feeds)
     return scaled_error(run_original(before, feeds), run_fused(after, feeds))
@@ -156,6 +159,8 @@ def _judge(case: Case, v: Verdict) -> None:
             v.failure = f"fused {v.fused} of {case.sites} sites"
         elif case.op and v.ops != [case.op]:
             v.failure = f"became {v.ops}, expected {case.op}"
+    elif v.fused and case.tags.get("or_right"):
+        v.note = "a near miss fused into something equal"
     elif v.fused:
         v.failure = "FUSED A NEAR MISS"
     elif case.expect == "refuse":

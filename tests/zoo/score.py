@@ -87,7 +87,7 @@ def one_line(v: Verdict) -> str:
         outcome = f"fused {v.fused}" + ("" if v.error is None else f" err {v.error:.0e}{stress}")
     else:
         outcome = f"refused: {v.reasons[0]}" if v.reasons else "nothing found"
-    return f"{'ok  ' if v.ok else 'FAIL'} {v.name}  {outcome}  {v.seconds}s  {v.failure}"
+    return f"{'ok  ' if v.ok else 'FAIL'} {v.name}  {outcome}  {v.seconds}s  {v.failure}{v.note}"
 
 
 def markdown(verdicts: list[Verdict], notes: str) -> str:

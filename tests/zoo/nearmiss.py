@@ -1,0 +1,442 @@
+"""Near misses: graphs one step away from the operator, which must not be fused.
+
+Two honest pipelines (`Gathered` int8 with indices as input, `Dense` float with top-k and a mask);
+each near miss overrides one step of one or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.zoo.base import ANTIQUANT, FLOAT_KV, Case, Feeds, export, to_torch
+
+B, S1, N, S2, K, C, R, TILE = 2, 3, 4, 48, 12, 64, 16, 32
+SCALE = (C + R) ** -0.5
+
+
+class Pipeline(nn.Module):
+    """The steps that near misses override."""
+
+    def temper(self, x):  # scores before the mask [B, S1, N, keys]
+        return x * SCALE
+
+    def normalise(self, x):
+        return torch.softmax(x, dim=-1)
+
+    def weigh(self, p):
+        return p
+
+    def values(self, key):
+        return key[..., :C]
+
+    def result(self, out, p, x):
+        return out
+
+
+class Gathered(Pipeline):
+    """int8 rows gathered by indices, dequantised, absorbed attention; honest as it stands."""
+
+    def rows(self, cache, idx):
+        base = torch.arange(B).reshape(B, 1, 1) * S2
+        return cache.reshape(B * S2, -1)[idx + base]
+
+    def dequant(self, nope, scale):
+        x = nope.float().reshape(B, S1, K, C // TILE, TILE) * scale.unsqueeze(-1)
+        return x.reshape(B, S1, K, C)
+
+    def hide(self, x, idx):
+        return x.masked_fill((idx < 0).unsqueeze(2), float("-inf"))
+
+    def key(self, nope, rope, scale, idx):
+        k = self.dequant(self.rows(nope, idx), self.rows(scale, idx))
+        return torch.cat([k, self.rows(rope, idx)], -1)
+
+    def pick(self, key, nope, scale, idx, extra):
+        return self.values(key)
+
+    def forward(self, query, nope, rope, scale, indices, extra):
+        idx = indices.long()
+        safe = idx.clamp(min=0)
+        key = self.key(nope, rope, scale, safe)
+        self.extra = extra
+        x = self.hide(self.temper(torch.matmul(query, key.transpose(-1, -2))), idx)
+        p = self.weigh(self.normalise(x))
+        out = torch.matmul(p, self.pick(key, nope, scale, safe, extra))
+        return self.result(out, p, x)
+
+
+class Dense(Pipeline):
+    """Float latents, dense scores under a mask scattered from top-k; honest as it stands."""
+
+    def choose(self, score):
+        return score.topk(K, dim=-1)[1]
+
+    def hide(self, x, idx):
+        m = torch.full((B, S1, S2), float("-inf")).scatter(-1, idx, 0.0)
+        return x + m.unsqueeze(2)
+
+    def pick(self, latent, rope, extra):
+        return latent
+
+    def forward(self, q_nope, q_rope, latent, rope, score, extra):
+        idx = self.choose(score)
+        self.extra = extra
+        x = torch.einsum("bshc,btc->bsht", q_nope, latent)
+        x = x + torch.einsum("bshr,btr->bsht", q_rope, rope)
+        x = self.hide(self.temper(x), idx)
+        p = self.weigh(self.normalise(x))
+        out = torch.einsum("bsht,btc->bshc", p, self.pick(latent, rope, extra))
+        return self.result(out, p, x)
+
+
+def gathered_feeds(seed: int, extra: np.ndarray | None = None) -> Feeds:
+    rng = np.random.default_rng(seed)
+    idx = rng.permuted(np.broadcast_to(np.arange(S2), (B, S1, S2)), axis=-1)[..., :K]
+    idx[:, 1, K - 4 :] = -1
+    return {
+        "query": rng.standard_normal((B, S1, N, C + R), np.float32),
+        "nope": rng.integers(-127, 128, (B, S2, C)).astype(np.int8),
+        "rope": rng.standard_normal((B, S2, R), np.float32),
+        "scale": rng.uniform(0.005, 0.03, (B, S2, C // TILE)).astype(np.float32),
+        "indices": idx.astype(np.int32),
+        "extra": rng.standard_normal((B, S2, C), np.float32) if extra is None else extra,
+    }
+
+
+def dense_feeds(seed: int) -> Feeds:
+    rng = np.random.default_rng(seed)
+    return {
+        "q_nope": rng.standard_normal((B, S1, N, C), np.float32),
+        "q_rope": rng.standard_normal((B, S1, N, R), np.float32),
+        "latent": rng.standard_normal((B, S2, C), np.float32),
+        "rope": rng.standard_normal((B, S2, R), np.float32),
+        "score": rng.standard_normal((B, S1, S2), np.float32),
+        "extra": rng.standard_normal((B, S2, C), np.float32),
+    }
+
+
+# ---- steps on scores: (name, method overrides, reason) -------------------------------------------
+def _sink(self, x):
+    column = self.sink.reshape(1, 1, N, 1).expand(B, S1, N, 1)
+    return torch.softmax(torch.cat([x, column], -1), -1)[..., :-1]
+
+
+def _sink_input(self, x):
+    column = self.extra[:, :1, :1].unsqueeze(1).expand(B, S1, N, 1)
+    return torch.softmax(torch.cat([x, column], -1), -1)[..., :-1]
+
+
+def _plus_one(self, x):
+    e = torch.exp(x - x.amax(-1, keepdim=True).detach())
+    return e / (e.sum(-1, keepdim=True) + 1.0)
+
+
+def _epsilon(self, x):
+    e = torch.exp(x)
+    return e / (e.sum(-1, keepdim=True) + 1e-6)
+
+
+def _no_norm(self, x):
+    return torch.exp(x - x.amax(-1, keepdim=True))
+
+
+HEAD = torch.tensor([1.0, 1.0, 1.0, 1.001]).reshape(1, 1, N, 1)
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625]).reshape(1, 1, N, 1)
+
+
+def _ramp(x):
+    return torch.arange(x.shape[-1], dtype=torch.float32)
+
+
+STEPS = {
+    "softcap": (dict(temper=lambda s, x: 30.0 * torch.tanh(x * SCALE / 30.0)), "tanh"),
+    "softcap-huge": (dict(temper=lambda s, x: 1e4 * torch.tanh(x * SCALE / 1e4)), "tanh"),
+    "clip": (dict(temper=lambda s, x: (x * SCALE).clamp(-50.0, 50.0)), "clip|min|max"),
+    "clip-huge": (dict(temper=lambda s, x: (x * SCALE).clamp(max=1e30)), "clip|min|max"),
+    "relu": (dict(temper=lambda s, x: torch.relu(x * SCALE)), "relu"),
+    "round": (dict(temper=lambda s, x: torch.round(x * SCALE * 64) / 64), "round"),
+    "bias": (dict(temper=lambda s, x: x * SCALE + s.bias), ""),
+    "bias-tiny": (dict(temper=lambda s, x: x * SCALE + 1e-7 * _ramp(x)), ""),
+    "bias-input": (
+        dict(temper=lambda s, x: x * SCALE + s.extra[:, None, None, : x.shape[-1], 0]),
+        "",
+    ),
+    "alibi": (dict(temper=lambda s, x: x * SCALE - SLOPES * _ramp(x)), ""),
+    "per-head-scale": (dict(temper=lambda s, x: x * SCALE * HEAD), ""),
+    "row-temperature": (
+        dict(
+            temper=lambda s, x: x * SCALE * (2 + torch.tanh(s.extra[:, :S1, 0]))[:, :, None, None]
+        ),
+        "",
+    ),
+    "key-temperature": (dict(temper=lambda s, x: x * (SCALE + 0.001 * _ramp(x))), ""),
+    "square": (dict(temper=lambda s, x: x * SCALE * (x * SCALE)), ""),
+    "abs": (dict(temper=lambda s, x: torch.abs(x) * SCALE), "abs"),
+    "sink": (dict(normalise=_sink), "concat|sink"),
+    "sink-input": (dict(normalise=_sink_input), "concat|sink"),
+    "plus-one": (dict(normalise=_plus_one), ""),
+    "epsilon": (dict(normalise=_epsilon), ""),
+    "no-norm": (dict(normalise=_no_norm), ""),
+    "wrong-axis-heads": (dict(normalise=lambda s, x: torch.softmax(x, dim=2)), "axis"),
+    "wrong-axis-rows": (dict(normalise=lambda s, x: torch.softmax(x, dim=1)), "axis"),
+    "log-softmax": (dict(normalise=lambda s, x: torch.log_softmax(x, -1).clamp(min=-99)), ""),
+    "sigmoid": (dict(normalise=lambda s, x: torch.sigmoid(x)), ""),
+    "weighted-probs": (dict(weigh=lambda s, p: p * torch.exp(-0.01 * _ramp(p))), ""),
+    "halved-probs": (dict(weigh=lambda s, p: p * 0.5), ""),
+    "squared-probs": (dict(weigh=lambda s, p: p * p), ""),
+    "thresholded-probs": (dict(weigh=lambda s, p: torch.where(p > 1e-6, p, torch.zeros(()))), ""),
+    "dropout": (dict(weigh=lambda s, p: torch.dropout(p, 0.5, True)), ""),
+    "head-mix": (dict(weigh=lambda s, p: torch.einsum("bshk,hg->bsgk", p, s.mix)), ""),
+    "probs-output": (dict(result=lambda s, o, p, x: (o, p)), "output|outside|used by"),
+    "probs-read": (
+        dict(result=lambda s, o, p, x: (o, p.amax(-1))),
+        "output|outside|used by|read",
+    ),
+    "scores-output": (dict(result=lambda s, o, p, x: (o, x)), "output|outside|used by"),
+    "lse-output": (
+        dict(result=lambda s, o, p, x: (o, torch.logsumexp(x, -1))),
+        "output|outside|used by|log-sum-exp",
+    ),
+    "entropy-read": (
+        dict(result=lambda s, o, p, x: (o, -(p * torch.log(p + 1e-9)).sum(-1))),
+        "output|outside|used by|read",
+    ),
+}
+
+
+# ---- steps on keys, values and masks of the gathered form ---------------------------------------
+def _repeat_tiles(self, nope, scale):  # tile t serves columns t, t+T, t+2T ... instead of a block
+    return nope.float() * scale.repeat(1, 1, 1, TILE)
+
+
+def _zero_point(self, nope, scale):
+    x = (nope.float() - 3.0).reshape(B, S1, K, C // TILE, TILE) * scale.unsqueeze(-1)
+    return x.reshape(B, S1, K, C)
+
+
+def _reversed_scales(self, nope, scale):
+    return Gathered.dequant(self, nope, scale.flip(-1))
+
+
+def _nonlinear(self, nope, scale):
+    x = nope.float()
+    x = (x + 1e-3 * x.abs()).reshape(B, S1, K, C // TILE, TILE) * scale.unsqueeze(-1)
+    return x.reshape(B, S1, K, C)
+
+
+def _uneven(self, nope, scale):
+    x = nope.float()
+    return torch.cat([x[..., :24] * scale[..., :1], x[..., 24:] * scale[..., 1:]], -1)
+
+
+def _swapped_key(self, nope, rope, scale, idx):
+    k = self.dequant(self.rows(nope, idx), self.rows(scale, idx))
+    return torch.cat([self.rows(rope, idx), k], -1)
+
+
+def _rope_other_rows(self, nope, rope, scale, idx):
+    k = self.dequant(self.rows(nope, idx), self.rows(scale, idx))
+    return torch.cat([k, self.rows(rope, (idx + 1) % S2)], -1)
+
+
+def _scale_other_rows(self, nope, rope, scale, idx):
+    k = self.dequant(self.rows(nope, idx), self.rows(scale, (idx + 1) % S2))
+    return torch.cat([k, self.rows(rope, idx)], -1)
+
+
+def _rope_rotated(self, nope, rope, scale, idx):
+    k = self.dequant(self.rows(nope, idx), self.rows(scale, idx))
+    r = self.rows(rope, idx)
+    angle = idx.unsqueeze(-1).float() * 0.01
+    return torch.cat([k, r * torch.cos(angle)], -1)
+
+
+def _other_batch(self, cache, idx):
+    base = torch.arange(B).flip(0).reshape(B, 1, 1) * S2
+    return cache.reshape(B * S2, -1)[idx + base]
+
+
+def _first_batch(self, cache, idx):
+    return cache[0][idx]
+
+
+def _stride(self, cache, idx):  # rows of a cache laid out [S2, B]
+    return cache.reshape(B * S2, -1)[idx * B + torch.arange(B).reshape(B, 1, 1)]
+
+
+def _rows_value(change):
+    def pick(self, key, nope, scale, idx, extra):
+        other = change(idx)
+        return self.dequant(self.rows(nope, other), self.rows(scale, other))
+
+    return pick
+
+
+def _value_scales(self, key, nope, scale, idx, extra):
+    return self.dequant(self.rows(nope, idx), self.rows(scale, idx) * 1.5)
+
+
+def _other_cache(self, key, nope, scale, idx, extra):
+    return self.rows(extra, idx)
+
+
+def _head_hide(self, x, idx):
+    head = torch.arange(N).reshape(1, 1, N, 1)
+    return x.masked_fill((idx.unsqueeze(2) < 0) | (idx.unsqueeze(2) % N == head), float("-inf"))
+
+
+def _inverted(self, x, idx):
+    return x.masked_fill((idx >= 0).unsqueeze(2), float("-inf"))
+
+
+def _after_softmax(self, p):
+    return p * self.visible
+
+
+GATHERED = {
+    "tile-repeat": (dict(dequant=_repeat_tiles), ""),
+    "zero-point": (dict(dequant=_zero_point), ""),
+    "reversed-scales": (dict(dequant=_reversed_scales), ""),
+    "nonlinear-dequant": (dict(dequant=_nonlinear), ""),
+    "uneven-tiles": (dict(dequant=_uneven), ""),
+    "rope-first-value": (dict(key=_swapped_key), ""),
+    "rope-other-rows": (dict(key=_rope_other_rows), ""),
+    "scale-other-rows": (dict(key=_scale_other_rows), ""),
+    "rope-rotated-after": (dict(key=_rope_rotated), ""),
+    "other-batch": (dict(rows=_other_batch), ""),
+    "first-batch": (dict(rows=_first_batch), ""),
+    "interleaved-batch": (dict(rows=_stride), ""),
+    "value-shifted": (dict(values=lambda s, k: k[..., 1 : C + 1]), "value"),
+    "value-tail": (dict(values=lambda s, k: k[..., R:]), "value"),
+    "value-half": (dict(values=lambda s, k: k[..., : C // 2]), ""),
+    "value-whole-key": (dict(values=lambda s, k: k), ""),
+    "value-flipped": (dict(values=lambda s, k: k[..., :C].flip(-1)), ""),
+    "value-plus": (dict(values=lambda s, k: k[..., :C] + 1e-3), ""),
+    "value-doubled": (dict(values=lambda s, k: k[..., :C] * 2.0), ""),
+    "value-rolled-keys": (dict(values=lambda s, k: k[..., :C].flip(2)), ""),
+    "value-next-row": (dict(pick=_rows_value(lambda i: (i + 1) % S2)), ""),
+    "value-sorted-rows": (dict(pick=_rows_value(lambda i: torch.sort(i, -1)[0])), ""),
+    "value-other-scales": (dict(pick=_value_scales), ""),
+    "value-other-cache": (dict(pick=_other_cache), ""),
+    "mask-per-head": (dict(hide=_head_hide), ""),
+    "mask-inverted": (dict(hide=_inverted), ""),
+    "mask-soft": (dict(hide=lambda s, x, i: torch.where((i < 0).unsqueeze(2), x - 10.0, x)), ""),
+    "mask-zero": (dict(hide=lambda s, x, i: x * (i >= 0).unsqueeze(2)), ""),
+    "mask-small": (dict(hide=lambda s, x, i: x.masked_fill((i < 0).unsqueeze(2), -20.0)), ""),
+}
+
+
+# ---- steps of the dense form ----------------------------------------------------------------------
+def _or_window(self, x, idx):
+    keep = torch.zeros(B, S1, S2).scatter(-1, idx, torch.ones(idx.shape)) > 0
+    keep = keep | (torch.arange(S2) >= S2 - 5)
+    return x.masked_fill(~keep.unsqueeze(2), float("-inf"))
+
+
+def _inverted_dense(self, x, idx):
+    keep = torch.ones(B, S1, S2).scatter(-1, idx, torch.zeros(idx.shape)) > 0
+    return x.masked_fill(~keep.unsqueeze(2), float("-inf"))
+
+
+def _soft_dense(self, x, idx):
+    m = torch.full((B, S1, S2), -8.0).scatter(-1, idx, torch.zeros(idx.shape))
+    return x + m.unsqueeze(2)
+
+
+def _bonus(self, x, idx):
+    m = torch.full((B, S1, S2), float("-inf")).scatter(-1, idx, torch.full(idx.shape, 0.0))
+    bonus = torch.zeros(B, S1, S2).scatter(-1, idx[..., :1], torch.ones(B, S1, 1))
+    return x + (m + bonus).unsqueeze(2)
+
+
+def _score_bias(self, x, idx):
+    values = torch.linspace(0, -1, K).expand(B, S1, K)
+    m = torch.full((B, S1, S2), float("-inf")).scatter(-1, idx, values)
+    return x + m.unsqueeze(2)
+
+
+def _per_head_dense(self, x, idx):
+    m = torch.full((B, N, S2), float("-inf")).scatter(-1, idx[:, :1].expand(B, N, K), 0.0)
+    m = m + torch.where(torch.arange(S2) == 7, self.bias.reshape(-1)[0], torch.zeros(()))
+    return x + m.unsqueeze(1)
+
+
+def _log_count(self, x, idx):
+    count = torch.zeros(B, S1, S2).scatter_add(-1, idx // 2, torch.ones(idx.shape))
+    return x + torch.log(count).unsqueeze(2)
+
+
+DENSE = {
+    "or-window": (dict(hide=_or_window), ""),
+    "mask-inverted": (dict(hide=_inverted_dense), ""),
+    "mask-soft": (dict(hide=_soft_dense), ""),
+    "mask-bonus": (dict(hide=_bonus), ""),
+    "mask-graded": (dict(hide=_score_bias), ""),
+    "mask-log-count": (dict(hide=_log_count), ""),
+    "mask-bias": (dict(hide=_per_head_dense), ""),
+    "value-other-cache": (dict(pick=lambda s, c, r, e: e), "value"),
+    "value-shifted": (dict(pick=lambda s, c, r, e: c.roll(1, -1)), ""),
+    "value-next-row": (dict(pick=lambda s, c, r, e: c.roll(1, 1)), ""),
+    "value-scaled": (dict(pick=lambda s, c, r, e: c * 1.0001), ""),
+}
+
+
+# Other than the operator, yet expressible with it around other inputs: refused or exactly right.
+OR_RIGHT = {
+    "per-head-scale", "row-temperature", "halved-probs", "value-doubled", "value-half",
+    "value-flipped", "rope-other-rows", "scale-other-rows", "rope-rotated-after", "other-batch",
+    "first-batch", "interleaved-batch", "reversed-scales", "rope-first-value", "value-scaled",
+}  # fmt: skip
+
+
+def _module(base: type[Pipeline], override: dict) -> Pipeline:
+    torch.manual_seed(0)
+    module = type("Miss", (base,), override)()
+    module.sink = nn.Parameter(torch.randn(N))
+    module.bias = nn.Parameter(torch.randn(1, 1, N, 1))
+    module.mix = nn.Parameter(torch.randn(N, N))
+    return module
+
+
+def _case(form: str, name: str, override: dict, exporter: str, **more) -> Case:
+    base, feed = (Gathered, gathered_feeds) if form == "int8" else (Dense, dense_feeds)
+    outputs = ("out", "second") if "result" in override else ("out",)
+
+    def make():
+        return export(
+            _module(base, override),
+            to_torch(feed(0)),
+            outputs,
+            exporter=exporter,
+            opset=18 if exporter == "dynamo" else 17,
+        )
+
+    tags = {"exporter": exporter, "opset": 18, "dtype": "f32", "dynamic": False}
+    tags["or_right"] = name.removeprefix("miss-") in OR_RIGHT
+    return Case(
+        f"{form}-{name}-{exporter}",
+        "nearmiss" if override else "honest",
+        make,
+        feed,
+        tags=tags,
+        **more,
+    )
+
+
+def cases() -> Iterator[Case]:
+    for form, op in (("int8", ANTIQUANT), ("dense", FLOAT_KV)):
+        extra = GATHERED if form == "int8" else DENSE
+        for exporter in ("dynamo", "ts"):
+            yield _case(form, "honest", {}, exporter, op=op)
+            for name, (override, reason) in {**STEPS, **extra}.items():
+                if name == "dropout" and exporter == "ts":
+                    continue  # the tracer exports in evaluation mode and drops it
+                if form == "dense" and name in ("mask-log-count",) and exporter == "ts":
+                    continue
+                yield _case(
+                    form, f"miss-{name}", override, exporter, expect="refuse", reason=reason
+                )
