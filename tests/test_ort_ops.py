@@ -23,7 +23,6 @@ from sfa_onnx.op import (
 from tests.attention_cases import BF16, LAYOUTS, Case, make_case
 from tests.op_models import needs_library, op_model
 
-pytestmark = [pytest.mark.kernel]
 OPS = (SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BF16)
 OUT = "attention_out"
