@@ -1,8 +1,72 @@
-// AVX512-BF16.
-#include "internal.h"
+// AVX512-BF16 + VBMI (Zen 4 and newer, Sapphire Rapids and newer): 16-bit queries over int8 or
+// bf16 rows. Everything else falls back to the AVX-512F path.
+#include <immintrin.h>
+
+#define SFA_LANES 16
+#include "half.h"
+#include "vec.h"
 
 namespace sfa {
+namespace {
+namespace simd {
 
-const Path* avx512_bf16_path() { return nullptr; }
+inline void store_as(void* p, int dtype, vf v) {
+  const __m256i half = dtype == SFA_CORE_F16 ? _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)
+                                             : (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  _mm256_storeu_si256((__m256i*)p, half);
+}
+
+}  // namespace simd
+}  // namespace
+}  // namespace sfa
+
+#include "avx512_bf16_wide.h"
+#include "partial.h"
+
+namespace sfa {
+namespace {
+
+bool bf16_supports(const Geom& g) {
+  const bool types = g.query_dtype != SFA_CORE_F32 &&
+                     (g.cache_dtype == SFA_CORE_I8 ||
+                      (g.cache_dtype == SFA_CORE_BF16 && g.query_dtype == SFA_CORE_BF16));
+  return types && g.tile % 64 == 0;
+}
+
+size_t bf16_scratch_bytes(const Geom& g) { return Plan(g, nullptr).bytes; }
+
+void bf16_load_query(const Geom& g, const void* query, const void* query_rope, void* scratch) {
+  pack_query(Plan(g, scratch), query, query_rope);
+}
+
+void bf16_attend(const Geom& g, const Rows& rows, const Rows* next, void* scratch, Partial* out) {
+  const Plan p(g, scratch);
+  scores(p, rows, next);
+  softmax(p, rows.n, out);
+  values(p, rows, out);
+}
+
+void bf16_store(const Geom& g, const Partial& acc, void* out) {
+  for (int h = 0; h < g.heads; ++h) {
+    const float* o = acc.o + (size_t)h * g.o_stride;
+    char* row = (char*)out + (size_t)h * g.nope * 2;
+    const __m512 inverse = _mm512_set1_ps(1.0f / acc.l[h]);
+    for (int d = 0; d < g.nope; d += 64) {
+      __m512 v[4];
+      for (int i = 0; i < 4; ++i) v[i] = _mm512_mul_ps(_mm512_load_ps(o + d + 16 * i), inverse);
+      natural_order(v);
+      for (int i = 0; i < 4; ++i) simd::store_as(row + 2 * (d + 16 * i), g.query_dtype, (vf)v[i]);
+    }
+  }
+}
+
+}  // namespace
+
+const Path* avx512_bf16_path() {
+  static constexpr Path path = {SFA_CORE_ISA_AVX512_BF16, "avx512_bf16",   bf16_supports,
+                                bf16_scratch_bytes,       bf16_load_query, bf16_attend,
+                                merge_partials,           bf16_store};
+  return &path;
+}
 
 }  // namespace sfa

@@ -284,6 +284,22 @@ void values(const Geom& g, const Rows& rows, const Buffers& b, Partial* out) {
   }
 }
 
+// ---- results -------------------------------------------------------------------------------
+
+void store_partial(const Geom& g, const Partial& acc, void* out) {
+  const int size = dtype_size(g.query_dtype);
+  for (int h = 0; h < g.heads; ++h) {
+    const float* o = acc.o + (size_t)h * g.o_stride;
+    char* row = (char*)out + (size_t)h * g.nope * size;
+    const float inverse = 1.0f / acc.l[h];
+    int d = 0;
+    for (; d + W <= g.nope; d += W) {
+      simd::store_as(row + (size_t)d * size, g.query_dtype, load(o + d) * splat(inverse));
+    }
+    for (; d < g.nope; ++d) store_from_f32(row, d, g.query_dtype, o[d] * inverse);
+  }
+}
+
 void fp32_attend(const Geom& g, const Rows& rows, const Rows* next, void* scratch, Partial* out) {
   (void)next;
   const Buffers b = lay_out(g, scratch);

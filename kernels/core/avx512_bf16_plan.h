@@ -1,0 +1,214 @@
+// Buffers, query packing and prefetching of the AVX512-BF16 path.
+#ifndef SFA_ONNX_KERNELS_CORE_AVX512_BF16_PLAN_H_
+#define SFA_ONNX_KERNELS_CORE_AVX512_BF16_PLAN_H_
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "avx512_bf16_convert.h"
+#include "internal.h"
+
+namespace sfa {
+namespace {
+
+constexpr int kTileDwords = 64;  // pairs of columns per decoded key
+constexpr int kQkKeys = 48;      // keys per decoded tile of Q.K
+constexpr int kPvKeys = 128;     // keys per decoded tile of P.V
+constexpr int kLines = 16;       // prefetchable cache lines per row, at most
+
+// Where everything lies in the scratch, and what shape the columns take.
+//
+// A float16 query is the exact sum of two bf16 (`passes` = 2): high and low part each meet every
+// key. Its rope becomes three parts, (high, low, high) against (high, high, low) of the key.
+struct Plan {
+  const Geom& g;
+  bool packed;      // int8 rows; else bf16 rows
+  int lanes;        // heads rounded up to vectors
+  int passes;       // bf16 terms per query element
+  int block_pairs;  // pairs of latent columns decoded at a time: 64, or 32 for narrow tiles
+  int rope_pairs;   // pairs of rope columns after splitting
+  size_t rope_bytes;
+  uint32_t* tile;         // [kQkKeys, kTileDwords] decoded keys
+  uint32_t* values;       // [kPvKeys / 2, 64] decoded, interleaved values
+  float* scale;           // [kQkKeys]
+  uint32_t* weights;      // [lanes / 16, kPvKeys / 2, 16] probabilities times scales
+  float* s;               // [kChunk + 48, lanes]
+  uint32_t* q;            // [passes * nope / 2 + rope_pairs, lanes]
+  const uint8_t** lines;  // cache lines to prefetch
+  size_t bytes;
+
+  Plan(const Geom& geom, void* scratch) : g(geom) {
+    packed = g.cache_dtype == SFA_CORE_I8;
+    lanes = round_up(g.heads, 16);
+    passes = g.query_dtype == SFA_CORE_F16 ? 2 : 1;
+    block_pairs = g.tile % 128 == 0 ? 64 : 32;
+    rope_pairs = (g.rope + 1) / 2 * (passes == 2 ? 3 : 1);
+    rope_bytes = (size_t)g.rope * 2;
+    char* at = (char*)scratch;
+    tile = (uint32_t*)take(&at, 4 * kQkKeys * kTileDwords);
+    values = (uint32_t*)take(&at, 4 * 32 * kPvKeys);
+    scale = (float*)take(&at, 4 * (kQkKeys + 16));
+    weights = (uint32_t*)take(&at, 2 * (size_t)lanes * kPvKeys);
+    s = (float*)take(&at, 4 * (size_t)(kChunk + 48) * lanes);
+    q = (uint32_t*)take(&at, 4 * (size_t)(passes * g.nope / 2 + rope_pairs) * lanes);
+    lines = (const uint8_t**)take(&at, sizeof(void*) * (kQkKeys * kLines + kTileDwords));
+    bytes = (size_t)(at - (char*)scratch);
+  }
+
+ private:
+  static char* take(char** at, size_t bytes) {
+    char* here = *at;
+    *at += (bytes + 63) & ~(size_t)63;
+    return here;
+  }
+};
+
+// exp2 for x <= 0 with relative error 3e-6, far below the rounding of the bf16 weights.
+inline __attribute__((always_inline)) __m512 exp2_fast(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 y = _mm512_set1_ps(0x1.3997d4p-7f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ca1440p-5f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ec06dap-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.62e0dcp-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ffffe8p-1f));
+  return _mm512_scalef_ps(y, n);
+}
+
+// bf16 high part of 16 floats, and what it leaves.
+inline __m256i split_high(__m512 x, __m256i* low) {
+  const __m256i high = (__m256i)_mm512_cvtneps_pbh(x);
+  const __m512 back = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+  *low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, back));
+  return high;
+}
+
+// 32 elements of a query or rope row as bf16; the first `count` are read.
+inline __m512i load_bf16(const uint8_t* src, int count) {
+  const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
+  return _mm512_maskz_loadu_epi16(mask, src);
+}
+
+inline void load_f16_split(const uint8_t* src, int count, __m512i* high, __m512i* low) {
+  const __m512i raw = load_bf16(src, count);
+  __m256i l0, l1;
+  const __m256i h0 = split_high(_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), &l0);
+  const __m256i h1 = split_high(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1)), &l1);
+  *high = _mm512_inserti64x4(_mm512_castsi256_si512(h0), h1, 1);
+  *low = _mm512_inserti64x4(_mm512_castsi256_si512(l0), l1, 1);
+}
+
+// Part `part` (0 high, 1 low) of 32 elements in the query's type.
+inline __m512i load_part(const Plan& p, const uint8_t* src, int count, int part) {
+  if (p.passes == 1) return load_bf16(src, count);
+  __m512i high, low;
+  load_f16_split(src, count, &high, &low);
+  return part == 0 ? high : low;
+}
+
+// Pairs [from, from + pairs) of a key's rope, as the query's rope meets them.
+void rope_pairs(const Plan& p, const uint8_t* rope, int from, int pairs, uint32_t* out) {
+  const int width = (p.g.rope + 1) / 2;
+  for (int w = 0; w < pairs;) {
+    const int third = (from + w) / width, at = (from + w) % width;
+    int count = width - at < pairs - w ? width - at : pairs - w;
+    if (count > 16) count = 16;
+    const __m512i v = load_part(p, rope + 4 * (size_t)at, p.g.rope - 2 * at, third == 2 ? 1 : 0);
+    _mm512_mask_storeu_epi32(out + w, (__mmask16)((1u << count) - 1), v);
+    w += count;
+  }
+}
+
+// ---- query ---------------------------------------------------------------------------------
+
+// Columns [0, n) of all heads, part `part`, into q rows [row, row + n / 2): one dword per head.
+// Within each 32 pairs, pair r goes to row converted_position(r) when `permuted`.
+void pack_columns(const Plan& p, const uint8_t* src, int64_t stride, int n, int part, bool permuted,
+                  uint32_t* q) {
+  for (int lane = 0; lane < p.lanes; lane += 16) {
+    for (int d = 0; d < n; d += 32) {
+      __m512i r[16];
+      for (int h = 0; h < 16; ++h) {
+        r[h] = lane + h < p.g.heads ? load_part(p, src + 2 * ((lane + h) * stride + d), n - d, part)
+                                    : _mm512_setzero_si512();
+      }
+      transpose16(r);
+      for (int i = 0; i < 16 && d / 2 + i < (n + 1) / 2; ++i) {
+        const int pair = d / 2 + i;
+        const int row = permuted ? pair / 32 * 32 + converted_position(pair % 32) : pair;
+        _mm512_store_si512(q + (size_t)row * p.lanes + lane, r[i]);
+      }
+    }
+  }
+}
+
+void pack_query(const Plan& p, const void* query, const void* query_rope) {
+  const int64_t width = p.packed ? p.g.nope + p.g.rope : p.g.nope;
+  const uint8_t* nope = (const uint8_t*)query;
+  uint32_t* q = p.q;
+  for (int pass = 0; pass < p.passes; ++pass) {
+    pack_columns(p, nope, width, p.g.nope, pass, p.packed, q);
+    q += (size_t)p.g.nope / 2 * p.lanes;
+  }
+  if (p.g.rope == 0) return;
+  const uint8_t* rope = p.packed ? nope + 2 * p.g.nope : (const uint8_t*)query_rope;
+  const int64_t stride = p.packed ? width : p.g.rope;
+  for (int third = 0; third < (p.passes == 2 ? 3 : 1); ++third) {
+    pack_columns(p, rope, stride, p.g.rope, third == 1 ? 1 : 0, false, q);
+    q += (size_t)(p.g.rope + 1) / 2 * p.lanes;
+  }
+}
+
+// ---- prefetching ---------------------------------------------------------------------------
+
+// Asks for the rows of the next tile while this one is computed. The first line of every row is
+// asked for at once, so that the page walks overlap; the others follow one per step of the dot
+// products.
+class Prefetch {
+ public:
+  // Rows [first, first + count) of `rows`, or the first ones of `next` when those are done.
+  Prefetch(const Plan& p, const Rows& rows, int first, int count, const Rows* next)
+      : lines_(p.lines) {
+    const Rows* from = &rows;
+    if (first >= rows.n) {
+      from = next;
+      first = 0;
+    }
+    if (from) {
+      const int last = first + count < from->n ? first + count : from->n;
+      const int row_bytes =
+          p.packed ? p.g.nope + (int)p.rope_bytes + 4 * (p.g.nope / p.g.tile) : 2 * p.g.nope;
+      for (int k = first; k < last; ++k) _mm_prefetch((const char*)from->nope[k], _MM_HINT_T0);
+      for (int k = first; k < last; ++k) {
+        _mm_prefetch((const char*)from->nope[k] + row_bytes - 1, _MM_HINT_T0);
+      }
+      for (int k = first; k < last; ++k) add(from->nope[k], row_bytes);
+      for (int k = first; k < last && !p.packed; ++k) add(from->rope[k], (int)p.rope_bytes);
+    }
+    filler_ = rows.nope[0];
+  }
+
+  // The next `n` lines; a harmless one when none is left.
+  const uint8_t* const* take(int n) {
+    const uint8_t** here = lines_ + next_;
+    for (int i = count_; i < next_ + n; ++i) lines_[i] = filler_;
+    next_ = next_ + n < count_ ? next_ + n : count_;
+    return here;
+  }
+
+ private:
+  void add(const uint8_t* row, int bytes) {
+    for (int b = 64; b + 64 < bytes && count_ < kQkKeys * kLines; b += 64) {
+      lines_[count_++] = row + b;
+    }
+  }
+
+  const uint8_t** lines_;
+  const uint8_t* filler_;
+  int count_ = 0, next_ = 0;
+};
+
+}  // namespace
+}  // namespace sfa
+
+#endif  // SFA_ONNX_KERNELS_CORE_AVX512_BF16_PLAN_H_
