@@ -48,13 +48,14 @@ class SiteReport:
 
     site_id: str  # stable across runs: used by plans
     anchor: str  # node name (or output name when the node is unnamed)
-    status: Literal["fused", "refused"]
+    status: Literal["fused", "refused", "unfused"]
     op_type: str = ""
     layer: str = ""  # "model.layers.12.self_attn" where the exporter's metadata tells
     reason: str = ""
     hint: str = ""  # what would make it fuse
     stopped_at: str = ""  # the tensor or node where recognition ended
     family: str = ""
+    bound: tuple[str, ...] = ()  # what recognition understood, in order
     npu_limits: tuple[str, ...] = ()
     record: VerifyRecord | None = None
     removed: tuple[str, ...] = ()  # node names (or outputs) replaced
@@ -76,6 +77,7 @@ class FuseReport:
     notes: list[str] = field(default_factory=list)
     changed_inputs: list[str] = field(default_factory=list)
     changed_outputs: list[str] = field(default_factory=list)
+    planned: tuple[str, ...] = ()  # site ids that a plan asked for
 
     @property
     def fused(self) -> list[SiteReport]:

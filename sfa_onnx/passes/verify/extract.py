@@ -102,7 +102,8 @@ def _constant(index: GraphIndex, value: str) -> TensorProto:
                 value,
             )
         )
-    return tensor
+    embedded: TensorProto = tensor
+    return embedded
 
 
 def _model(

@@ -98,7 +98,7 @@ class _Layout:
         threshold = self.keys[self.batch]
         if problem.attributes.get("sparse_mode") == 3:
             threshold = threshold - self.queries[self.batch] + self.position + 1
-        seen = np.asarray(np.arange(self.capacity) < threshold[:, None])
+        seen: Array = np.less(np.arange(self.capacity), threshold[:, None])
         operand = problem.first(Role.MASK)
         if operand is None:
             return seen

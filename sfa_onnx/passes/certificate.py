@@ -1,0 +1,245 @@
+"""Proof of what a fusion changed and what it did not: hashes of every part, before and after.
+
+The untouched part is computed, not claimed: a node is untouched when both files hold a node with
+the same first output and the same bytes. `check_certificate` repeats that from the two files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sfa_onnx.errors import UsageError
+from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
+from sfa_onnx.report import FuseReport, to_json
+
+__all__ = [
+    "CertificateCheck",
+    "Difference",
+    "Snapshot",
+    "check_certificate",
+    "make_certificate",
+    "snapshot",
+    "write_certificate",
+]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Hashes of everything in a model.
+
+    Attributes:
+        nodes: first output -> hash, in graph order.
+        initializers: name -> hash (external tensors: of the pointer).
+        values: value_info and quantisation annotations, "kind name" -> hash.
+        other: inputs, outputs, functions, metadata, header: field -> hash.
+    """
+
+    nodes: dict[str, str] = field(default_factory=dict)
+    initializers: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    other: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two snapshots differ; `moved` nodes are untouched but in another order."""
+
+    untouched_nodes: int
+    untouched_initializers: int
+    removed_nodes: tuple[str, ...]
+    added_nodes: tuple[str, ...]
+    moved_nodes: tuple[str, ...]
+    removed_initializers: tuple[str, ...]
+    added_initializers: tuple[str, ...]
+    removed_values: tuple[str, ...]
+    added_values: tuple[str, ...]
+    changed_fields: tuple[str, ...]
+    untouched_hash: str
+
+
+@dataclass(frozen=True)
+class CertificateCheck:
+    """Whether a certificate describes two files; `problems` says where it does not."""
+
+    holds: bool
+    problems: tuple[str, ...]
+    difference: Difference
+
+
+def snapshot(model: onnx.ModelProto) -> Snapshot:
+    """Hash every part of a model."""
+    graph = model.graph
+    with paused_gc():
+        nodes = {_key(n, i): hash_message(n) for i, n in enumerate(graph.node)}
+        tensors = {t.name: hash_message(t) for t in graph.initializer}
+        values = {f"value_info {v.name}": hash_message(v) for v in graph.value_info}
+        values |= {
+            f"quantization_annotation {q.tensor_name}": hash_message(q)
+            for q in graph.quantization_annotation
+        }
+    other = {
+        "inputs": _hash_all(graph.input),
+        "outputs": _hash_all(graph.output),
+        "sparse_initializers": _hash_all(graph.sparse_initializer),
+        "functions": _hash_all(model.functions),
+        "opset_import": _hash_all(sorted(model.opset_import, key=lambda o: o.domain)),
+        "metadata": _hash_all([*model.metadata_props, *graph.metadata_props]),
+        "header": _hash_text(
+            model.ir_version,
+            model.producer_name,
+            model.producer_version,
+            model.domain,
+            model.model_version,
+            model.doc_string,
+            graph.name,
+            graph.doc_string,
+        ),
+    }
+    return Snapshot(nodes, tensors, values, other)
+
+
+def _key(node: onnx.NodeProto, position: int) -> str:
+    """A node's identity: its first output; unique in a valid graph."""
+    return next((o for o in node.output if o), f"#{position}")
+
+
+def _hash_all(messages: Iterable[Any]) -> str:
+    return _hash_text(*(hash_message(m) for m in messages))
+
+
+def _hash_text(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def compare_snapshots(before: Snapshot, after: Snapshot) -> Difference:
+    """What stayed, went and came."""
+    same = {key for key, value in before.nodes.items() if after.nodes.get(key) == value}
+    order_before = [key for key in before.nodes if key in same]
+    order_after = [key for key in after.nodes if key in same]
+    moved = [a for a, b in zip(order_before, order_after, strict=True) if a != b]
+    tensors = [n for n, h in before.initializers.items() if after.initializers.get(n) == h]
+    return Difference(
+        untouched_nodes=len(same),
+        untouched_initializers=len(tensors),
+        removed_nodes=tuple(k for k in before.nodes if k not in same),
+        added_nodes=tuple(k for k in after.nodes if k not in same),
+        moved_nodes=tuple(moved),
+        removed_initializers=_gone(before.initializers, after.initializers),
+        added_initializers=_gone(after.initializers, before.initializers),
+        removed_values=_gone(before.values, after.values),
+        added_values=_gone(after.values, before.values),
+        changed_fields=tuple(k for k, h in before.other.items() if after.other.get(k) != h),
+        untouched_hash=_hash_text(
+            [(k, before.nodes[k]) for k in order_before],
+            sorted((n, before.initializers[n]) for n in tensors),
+        ),
+    )
+
+
+def _gone(first: dict[str, str], second: dict[str, str]) -> tuple[str, ...]:
+    """Names of `first` that `second` lacks or holds with other bytes."""
+    return tuple(name for name, value in first.items() if second.get(name) != value)
+
+
+def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
+    """The certificate of a fusion, ready for JSON.
+
+    Args:
+        report: the outcome, with the fused model.
+        before: the snapshot of the model before splicing.
+    """
+    from sfa_onnx import __version__
+
+    after = snapshot(report.model)
+    difference = compare_snapshots(before, after)
+    kept = set(before.nodes) - set(difference.removed_nodes)
+    return {
+        "version": _VERSION,
+        "tool": f"sfa_onnx {__version__}",
+        "difference": to_json(difference),
+        "untouched_nodes": {k: h for k, h in before.nodes.items() if k in kept},
+        "untouched_initializers": {
+            n: h for n, h in before.initializers.items() if after.initializers.get(n) == h
+        },
+        "added_nodes": {k: after.nodes[k] for k in difference.added_nodes},
+        "weights_bytes_read": report.weights_bytes_read,
+        "sites": to_json(report.sites),
+        "notes": to_json(report.notes),
+    }
+
+
+def write_certificate(
+    certificate: dict[str, Any], path: str | os.PathLike[str], *, force: bool = False
+) -> Path:
+    """Write a certificate as JSON, atomically."""
+    target = Path(path)
+    atomic_write(target, (json.dumps(certificate, indent=1) + "\n").encode(), force=force)
+    return target
+
+
+def check_certificate(
+    path: str | os.PathLike[str],
+    before: str | os.PathLike[str] | onnx.ModelProto,
+    after: str | os.PathLike[str] | onnx.ModelProto,
+) -> CertificateCheck:
+    """Recompute a certificate from the two models it speaks of.
+
+    Raises:
+        UsageError: the file is not a certificate of this version.
+    """
+    stated = _read(Path(path))
+    from sfa_onnx.passes.scopes import inline_functions
+
+    original, _ = inline_functions(load_model(before))
+    fused = snapshot(load_model(after))
+    difference = compare_snapshots(snapshot(original), fused)
+    problems = _problems(stated, difference, fused)
+    return CertificateCheck(not problems, tuple(problems), difference)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"{path}: the certificate does not exist")
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not a certificate: {error}") from error
+    if not isinstance(stated, dict) or stated.get("version") != _VERSION:
+        raise UsageError(f"{path}: not a certificate of version {_VERSION}")
+    return stated
+
+
+def _problems(stated: dict[str, Any], found: Difference, fused: Snapshot) -> list[str]:
+    """Where the certificate and the files disagree."""
+    problems = []
+    claims = stated["difference"]
+    for name, value in to_json(found).items():
+        if claims.get(name) != value:
+            problems.append(
+                f"{name}: the certificate says {_short(claims.get(name))}, the files"
+                f" say {_short(value)}"
+            )
+    for key, value in stated["added_nodes"].items():
+        if fused.nodes.get(key) != value:
+            problems.append(f"the fused node that makes {key!r} was changed after fusing")
+    if found.moved_nodes:
+        problems.append(f"{len(found.moved_nodes)} untouched nodes are in another order")
+    removed = {name for site in stated["sites"] for name in site.get("removed", ())}
+    if found.removed_nodes and not removed:
+        problems.append("nodes were removed, but no site claims them")
+    return problems
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 100 else text[:97] + "..."

@@ -1,0 +1,72 @@
+"""What the NPU kernel would reject at a site that is mathematically the operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+
+from sfa_onnx.contract import INT8, OpContract
+from sfa_onnx.op import KV_CACHE_PACK, NPU
+from sfa_onnx.passes.candidate import Candidate, Role
+
+__all__ = ["npu_limits"]
+
+
+def npu_limits(candidate: Candidate) -> tuple[str, ...]:
+    """One sentence per limit of `sfa_onnx.op.NPU` that the site exceeds; empty when none.
+
+    Sizes that the file leaves open are not judged here; `check` sees the concrete ones.
+    """
+    found: list[str] = []
+    for node in candidate.replacement:
+        if (node.domain, node.op_type) == candidate.op.key:
+            found += _attribute_limits(candidate.op, node)
+        elif (node.domain, node.op_type) == KV_CACHE_PACK.key:
+            found += _attribute_limits(KV_CACHE_PACK, node)
+    return tuple(dict.fromkeys([*found, *_type_limits(candidate), *_size_limits(candidate)]))
+
+
+def _attribute_limits(op: OpContract, node: onnx.NodeProto) -> list[str]:
+    """Attributes with a value that the NPU does not take."""
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    found = []
+    for spec in op.attributes:
+        value: Any = values.get(spec.name, spec.default)
+        value = value.decode() if isinstance(value, bytes) else value
+        if spec.npu is not None and value not in spec.npu:
+            legal = ", ".join(str(v) for v in spec.npu)
+            found.append(f"{spec.name} is {value}; the NPU takes {legal}")
+    return found
+
+
+def _type_limits(candidate: Candidate) -> list[str]:
+    """The query's type."""
+    kinds = [o.elem_type for o in candidate.operands if o.role is Role.QUERY]
+    if not kinds or kinds[0] == 0:
+        return []
+    name = onnx.TensorProto.DataType.Name(kinds[0]).lower()
+    spelled = f"tensor({name})"
+    if spelled in NPU.query_types or spelled == INT8:
+        return []
+    legal = ", ".join(t.removeprefix("tensor(").removesuffix(")") for t in NPU.query_types)
+    return [f"the query is {name}; the NPU takes {legal}"]
+
+
+def _size_limits(candidate: Candidate) -> list[str]:
+    """Head count, widths and page size, where they are known."""
+    sizes = {k: v for k, v in candidate.sizes.items() if isinstance(v, int)}
+    found = []
+    if (heads := sizes.get("N1")) is not None and heads not in NPU.heads:
+        legal = ", ".join(str(h) for h in NPU.heads)
+        found.append(f"{heads} query heads; the NPU takes {legal}")
+    for label, name, want in (("C", "nope width", NPU.nope), ("R", "rope width", NPU.rope)):
+        if (got := sizes.get(label)) is not None and got != want:
+            found.append(f"{name} is {got}; the NPU takes {want}")
+    page = sizes.get("page_size")
+    if page is not None and (page % NPU.block_size_multiple or page > NPU.block_size_max):
+        found.append(
+            f"pages of {page} tokens; the NPU takes multiples of {NPU.block_size_multiple} up to"
+            f" {NPU.block_size_max}"
+        )
+    return found
