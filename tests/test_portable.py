@@ -1,0 +1,292 @@
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from sfa_onnx import kv_cache, runtime
+from sfa_onnx.errors import ModelError
+from sfa_onnx.op import KV_CACHE_PACK, SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.runtime.body import Body
+from sfa_onnx.runtime.body_numbers import FORMATS, from_bytes, to_bytes
+from sfa_onnx.runtime.portable import make_portable, unfuse
+from tests.attention_cases import BF16, LAYOUTS, make_case
+from tests.op_models import elem_type, needs_library, node_model, op_model
+
+SFAA, SFA = SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION
+
+
+def plain(model):
+    """A session without our library: the function body runs."""
+    onnx.checker.check_model(model, full_check=True)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def feeds(case):
+    return {n: a for n, a in case.inputs.items() if n != "value"}
+
+
+def close(got, case, bound):
+    exact = case.reference().astype(float)
+    error = np.linalg.norm(got.astype(float) - exact, axis=-1)
+    assert (error <= bound * np.linalg.norm(exact, axis=-1) + 1e-30).all(), error.max()
+
+
+BOUNDS = {np.dtype(np.float32): 3e-6, np.dtype(np.float16): 6e-4, BF16: 4e-3}
+
+
+@pytest.mark.parametrize("op", [SFAA, SFA], ids=["antiquant", "float"])
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize(
+    ("sparse_mode", "size", "dtype", "opset"),
+    [(3, 1, BF16, 14), (0, 1, np.float16, 18), (3, 4, np.float32, 21), (0, 3, BF16, 18)],
+)
+def test_the_body_in_plain_onnxruntime_is_the_reference(
+    op, layouts, sparse_mode, size, dtype, opset
+):
+    case = make_case(
+        op, layouts, dtype=dtype, sparse_mode=sparse_mode, sparse_block_size=size, seed=opset
+    )
+    out = runtime.run(plain(make_portable(op_model(case, opset))), feeds(case))
+    close(out["attention_out"], case, BOUNDS[np.dtype(dtype)])
+
+
+def test_no_rope_and_no_lengths():
+    for op in (SFAA, SFA):
+        case = make_case(op, ("BSND", "BSND"), rope=0, lengths=False, dtype=np.float32)
+        out = runtime.run(plain(make_portable(op_model(case))), feeds(case))
+        close(out["attention_out"], case, 3e-6)
+
+
+def test_rows_that_are_not_selected_do_not_leak_in():
+    case = make_case(SFA, ("BSND", "PA_BSND"), dtype=np.float32)
+    want = case.reference()
+    used = np.unique(case.inputs["block_table"][case.inputs["block_table"] >= 0])
+    for name in ("key", "key_rope"):
+        spoiled = np.full_like(case.inputs[name], np.nan)
+        spoiled[used] = case.inputs[name][used]
+        case.inputs[name] = spoiled
+    out = runtime.run(plain(make_portable(op_model(case))), feeds(case))
+    np.testing.assert_allclose(out["attention_out"], want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_negative_page_is_refused():
+    case = make_case(SFAA, ("BSND", "PA_BSND"), dtype=np.float32)
+    case.inputs["block_table"][0, 0] = -1
+    with pytest.raises(ModelError, match="out of data bounds"):
+        runtime.run(plain(make_portable(op_model(case))), feeds(case))
+
+
+def two_sites():
+    """Two calls with different signatures in one model."""
+    a, b = make_case(dtype=np.float32), make_case(dtype=np.float32, sparse_mode=0, seed=1)
+    models = []
+    for i, case in enumerate((a, b)):
+        model = op_model(case)
+        node = model.graph.node[0]
+        for names in (node.input, node.output):
+            names[:] = [f"{n}{i}" if n else "" for n in names]
+        node.name = f"site{i}"
+        for value in (*model.graph.input, *model.graph.output):
+            value.name += str(i)
+        models.append(model)
+    merged = models[0]
+    merged.graph.node.extend(models[1].graph.node)
+    merged.graph.input.extend(models[1].graph.input)
+    merged.graph.output.extend(models[1].graph.output)
+    return merged, {f"{n}{i}": x for i, c in enumerate((a, b)) for n, x in feeds(c).items()}, (a, b)
+
+
+@pytest.mark.parametrize("rewrite", [make_portable, unfuse])
+def test_two_signatures_in_one_model(rewrite):
+    model, inputs, cases = two_sites()
+    before = model.SerializeToString()
+    rewritten = rewrite(model)
+    assert model.SerializeToString() == before
+    out = runtime.run(plain(rewritten), inputs)
+    for i, case in enumerate(cases):
+        close(out[f"attention_out{i}"], case, 3e-6)
+
+
+def test_equal_signatures_share_a_body_whatever_their_scale():
+    model, inputs, cases = two_sites()
+    for attribute in model.graph.node[1].attribute:
+        if attribute.name == "sparse_mode":
+            attribute.i = 3
+        if attribute.name == "scale_value":
+            attribute.f = 0.5
+    cases[1].attributes |= {"sparse_mode": 3, "scale_value": 0.5}
+    portable = make_portable(model)
+    assert len(portable.functions) == 1
+    assert portable.ir_version == model.ir_version
+    out = runtime.run(plain(portable), inputs)
+    close(out["attention_out1"], cases[1], 3e-6)
+
+
+@needs_library
+def test_our_kernel_wins_when_registered():
+    model, inputs, _ = two_sites()
+    portable, bare = make_portable(model), runtime.run(model, inputs)
+    for function in portable.functions:  # a body that would give something else
+        for node in function.node:
+            if node.op_type == "Softmax":
+                node.op_type = "LogSoftmax"
+    with_library = runtime.run(portable, inputs)
+    assert all((bare[n] == with_library[n]).all() for n in bare)
+    without = runtime.run(plain(portable), inputs)
+    assert not np.allclose(without["attention_out0"], bare["attention_out0"])
+
+
+def test_unfuse_leaves_standard_operators_and_everything_else_alone():
+    case = make_case(dtype=np.float32)
+    model = op_model(case)
+    model.graph.node.insert(
+        0, helper.make_node("Neg", ["query"], ["minus"], name="before", doc_string="kept")
+    )
+    model.graph.node.append(helper.make_node("Neg", ["attention_out"], ["after"], name="after"))
+    model.graph.node[1].input[0] = "minus"
+    out = model.graph.output.add()
+    out.CopyFrom(model.graph.output[0])
+    out.name = "after"
+    first, last = (model.graph.node[i].SerializeToString() for i in (0, 2))
+    rewritten = unfuse(make_portable(model))
+    assert {n.domain for n in rewritten.graph.node} == {""}
+    assert not rewritten.functions
+    assert [o.domain for o in rewritten.opset_import] == [""]
+    assert rewritten.graph.node[0].SerializeToString() == first
+    assert rewritten.graph.node[-1].SerializeToString() == last
+    names = [n.name for n in rewritten.graph.node]
+    assert len(set(names)) == len(names)
+    got = runtime.run(plain(rewritten), feeds(case))
+    case.inputs["query"] = -case.inputs["query"]
+    close(-got["after"], case, 3e-6)
+
+
+def test_sites_inside_control_flow_are_rewritten():
+    case = make_case(dtype=np.float32)
+    model = op_model(case)
+    branch = helper.make_graph([model.graph.node[0]], "then", [], list(model.graph.output))
+    other = helper.make_graph(
+        [helper.make_node("Slice", ["query", "zero", "width", "last"], ["other"])],
+        "else", [], [helper.make_empty_tensor_value_info("other")],
+    )  # fmt: skip
+    other.output[0].type.CopyFrom(model.graph.output[0].type)
+    constants = [
+        onnx.numpy_helper.from_array(np.array([v]), n)
+        for n, v in (("zero", 0), ("width", 32), ("last", -1))
+    ]
+    node = helper.make_node(
+        "If", ["flag"], ["attention_out"], then_branch=branch, else_branch=other
+    )
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    del model.graph.node[:]
+    model.graph.node.append(node)
+    model.graph.input.append(flag)
+    model.graph.initializer.extend(constants)
+    for rewrite in (make_portable, unfuse):
+        out = runtime.run(plain(rewrite(model)), {**feeds(case), "flag": np.array(True)})
+        close(out["attention_out"], case, 3e-6)
+
+
+def test_old_opsets_and_unknown_types_are_refused():
+    case = make_case(dtype=np.float32)
+    with pytest.raises(ModelError, match=r"opset 13.*needs 14"):
+        make_portable(op_model(case, opset=13))
+    model = op_model(case)
+    model.graph.node[0].input[0] = "mystery"
+    with pytest.raises(ModelError, match="type of 'mystery', input query"):
+        make_portable(model)
+
+
+# ------------------------------------------------------------------ KvCachePack
+
+
+def pack_model(arrays, opset=18, **attributes):
+    inputs = [
+        helper.make_tensor_value_info(n, elem_type(a.dtype), [f"{n}{i}" for i in range(a.ndim)])
+        for n, a in arrays.items()
+    ]
+    names = [t.name if t.name in arrays else "" for t in KV_CACHE_PACK.inputs]
+    return node_model(KV_CACHE_PACK, names, inputs, attributes, opset)
+
+
+def awkward(shape, dtype, seed=0):
+    """Every kind of float: random bits without NaN payloads, zeros of both signs, subnormals."""
+    r = np.random.default_rng(seed)
+    size = np.dtype(dtype).itemsize
+    bits = r.integers(0, 256, (*shape[:-1], shape[-1] * size)).astype(np.uint8)
+    x = bits.view(dtype).copy()
+    with np.errstate(invalid="ignore"):
+        x[np.isnan(x)] = np.array(-0.0, dtype)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+def test_bytes_and_numbers_convert_exactly(dtype):
+    form = FORMATS[elem_type(dtype)]
+    x = awkward((64, 96), dtype)
+    info = ml_dtypes.finfo(dtype)
+    edges = [0.0, -0.0, 1, info.max, info.min, info.tiny, info.smallest_subnormal, np.inf, -np.inf]
+    x[0, : len(edges)] = edges
+    x[1, :30] = np.ldexp(1.0, np.arange(-14, 16))
+    x[2, :30] = np.nextafter(x[1, :30], np.array(0, dtype))
+    body = Body(18)
+    numbers = from_bytes(body, "raw", form)
+    back = to_bytes(body, numbers, form)
+    raw = np.ascontiguousarray(x).view(np.int8)
+    graph = helper.make_graph(
+        body.nodes,
+        "g",
+        [helper.make_tensor_value_info("raw", TensorProto.INT8, raw.shape)],
+        [
+            helper.make_tensor_value_info(numbers, TensorProto.FLOAT, None),
+            helper.make_tensor_value_info(back, TensorProto.INT8, None),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    got, again = runtime.run(model, {"raw": raw}).values()
+    assert got.tobytes() == x.astype(np.float32).tobytes()
+    assert again.tobytes() == raw.tobytes()
+
+
+@pytest.mark.parametrize("opset", [14, 18])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_packing_is_bit_exact(opset, dtype, clip):
+    r = np.random.default_rng(3)
+    nope = (r.standard_normal((3, 5, 64)) * 10.0 ** r.integers(-3, 4, (3, 5, 1))).astype(dtype)
+    nope[0, 0, :16] = 0
+    nope[0, 1, 3] = np.nan
+    nope[0, 2, 20] = -np.inf
+    nope[0, 3, :16] = ml_dtypes.finfo(dtype).smallest_subnormal
+    arrays = {"nope": nope, "rope": awkward((3, 5, 8), dtype)}
+    if clip is not None:
+        arrays["clip"] = np.array(clip, np.float32)
+    want = kv_cache.pack(nope, arrays["rope"], clip=clip, tile_size=16)
+    model = make_portable(pack_model(arrays, opset, tile_size=16))
+    assert (runtime.run(plain(model), arrays)["packed"] == want).all()
+
+
+def test_int8_rows_are_copied_exactly():
+    r = np.random.default_rng(4)
+    arrays = {
+        "nope": r.integers(-128, 128, (7, 32)).astype(np.int8),
+        "rope": awkward((7, 4), BF16),
+        "scale": awkward((7, 2), np.float32),
+    }
+    want = kv_cache.pack(arrays["nope"], arrays["rope"], arrays["scale"], tile_size=16)
+    for rewrite in (make_portable, unfuse):
+        got = runtime.run(plain(rewrite(pack_model(arrays, tile_size=16))), arrays)["packed"]
+        assert (got == want).all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+def test_the_library_packs_the_same_bits(dtype):
+    r = np.random.default_rng(5)
+    nope = (r.standard_normal((9, 128)) * 10.0 ** r.integers(-4, 4, (9, 1))).astype(dtype)
+    nope[0, :16], nope[1, 3], nope[2, 20] = 0, np.nan, np.inf
+    arrays = {"nope": nope, "rope": awkward((9, 8), dtype), "clip": np.array(0.9, np.float32)}
+    got = runtime.run(pack_model(arrays, tile_size=16), arrays)["packed"]
+    assert (got == kv_cache.pack(nope, arrays["rope"], clip=0.9, tile_size=16)).all()
