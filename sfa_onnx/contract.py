@@ -47,6 +47,7 @@ class Attribute:
     npu: tuple[AttributeValue, ...] | None = None
     write: AttributeValue | None = None
     minimum: int | None = None
+    ge_kind: str = ""  # GE's type where it differs from `kind`: "bool"
 
     @property
     def required(self) -> bool:
