@@ -39,7 +39,7 @@ def _verdict(case: dict[str, Any], version: str) -> str:
     return recorded if isinstance(recorded, str) else recorded[version]
 
 
-@pytest.mark.parametrize(("case", "version"), _cases())
+@pytest.mark.parametrize(("case", "version"), list(_cases()))
 def test_agrees_with_the_recorded_verdict(case: dict[str, Any], version: str) -> None:
     report, recorded = run(case, version), _verdict(case, version)
     if case.get("kind") == "environment":

@@ -14,6 +14,7 @@ import onnx
 from sfa_onnx.ascend.checks.context import Context
 from sfa_onnx.ascend.checks.facts import CANN_VERSIONS, cann
 from sfa_onnx.ascend.checks.finding import CheckReport, Finding, SupportRow
+from sfa_onnx.ascend.checks.fixing import FixResult, apply_fixes, fix, fix_file
 from sfa_onnx.ascend.checks.graph_ops import graph_ops
 from sfa_onnx.ascend.checks.graph_rules import custom_op_conflict, graph_rules
 from sfa_onnx.ascend.checks.meaning import meaning
@@ -29,9 +30,13 @@ __all__ = [
     "OWN_PLUGINS",
     "CheckReport",
     "Finding",
+    "FixResult",
     "Plugin",
     "SupportRow",
+    "apply_fixes",
     "check",
+    "fix",
+    "fix_file",
     "parse_plugin",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import onnx
 
@@ -11,6 +12,8 @@ from sfa_onnx.ascend.checks.facts import Cann, Registration, registration
 from sfa_onnx.ascend.checks.finding import Finding
 from sfa_onnx.ascend.checks.plugin import Plugin
 from sfa_onnx.ascend.checks.view import ModelView, Scope
+from sfa_onnx.ascend.flavour_scope import Facts, Names
+from sfa_onnx.ascend.flavour_scope import Scope as RewriteScope
 
 __all__ = ["Context", "Node", "NodeRule", "Rule"]
 
@@ -54,6 +57,7 @@ class Context:
     def __post_init__(self) -> None:
         self._by_key = {(d, v, p.op_type): p for p in self.plugins for d, v in p.keys}
         self._nodes: list[Node] | None = None
+        self._rewrite_scopes: dict[Scope, RewriteScope] = {}
 
     def nodes(self) -> list[Node]:
         """Every node the parser meets, root first."""
@@ -64,6 +68,20 @@ class Context:
     def nodes_of(self, scope: Scope) -> Iterator[Node]:
         """The nodes of one scope."""
         return (n for n in self.nodes() if n.scope is scope)
+
+    def rewrite_scope(self, scope: Scope) -> RewriteScope:
+        """The scope as the rewriting rules of the ATC flavour see it (for asking, not writing)."""
+        if scope not in self._rewrite_scopes:
+            outer = None if scope.parent is None else self.rewrite_scope(scope.parent)
+            names = Names(self.view.model)
+            made = RewriteScope(scope.graph, names, self.facts, self.view.opset, outer)
+            self._rewrite_scopes[scope] = made
+        return self._rewrite_scopes[scope]
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Dtypes and dims of all values, in the form the rewriting rules want."""
+        return self.view.facts()
 
     def _node(self, scope: Scope, index: int, proto: onnx.NodeProto) -> Node:
         domain, imports = proto.domain, self.view.imports

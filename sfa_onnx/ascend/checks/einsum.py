@@ -11,7 +11,8 @@ __all__ = ["MatMulForm", "as_matmul"]
 class MatMulForm:
     """Axis labels by what they do.
 
-    The operands become left [batch, left[:-1], 1 per right[:-1], left[-1], inner] and right [batch, 1 per left[:-1], right[:-1], inner, right[-1]]; MatMul broadcasts the ones.
+    The first operand becomes [batch, left[:-1], 1 per right[:-1], left[-1], inner], the second
+    [batch, 1 per left[:-1], right[:-1], inner, right[-1]]; MatMul broadcasts the ones.
     """
 
     left_labels: str

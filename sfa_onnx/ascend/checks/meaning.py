@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import numpy as np
 import onnx
 
 from sfa_onnx.ascend.checks.context import Context, Node
@@ -16,12 +15,12 @@ from sfa_onnx.ascend.checks.facts import arity, dtype_name
 from sfa_onnx.ascend.checks.finding import Finding, Severity
 from sfa_onnx.ascend.checks.tensors import tensors
 from sfa_onnx.ascend.checks.view import Scope, attribute, contract_of
+from sfa_onnx.ascend.flavour_indices import is_non_negative
 
 __all__ = ["meaning"]
 
 _T = onnx.TensorProto
 _ATC = "`sfa-onnx atc` rewrites this"
-_UNSIGNED: Final = frozenset((_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64, _T.BOOL))
 
 
 def _found(
@@ -93,16 +92,14 @@ def _scatter_nd(ctx: Context, node: Node) -> Iterator[Finding]:
         "error",
         f"ScatterND with reduction={reduction}: the reduction is ignored, updates overwrite{other}",
         node.name,
-        "use ScatterElements with that reduction, or add the old value to the updates yourself"
-        " when indices are unique",
+        f"use ScatterElements with that reduction; {_ATC}",
+        fixable=True,
     )
 
 
 def _mod(ctx: Context, node: Node) -> Iterator[Finding]:
-    if ctx.view.dtype(node.scope, node.proto.input[0]) in _UNSIGNED:
-        return
-    values = [ctx.view.constant(node.scope, name) for name in node.proto.input]
-    if all(v is not None and bool(np.all(v >= 0)) for v in values):
+    scope = ctx.rewrite_scope(node.scope)
+    if all(is_non_negative(scope, name) for name in node.proto.input) or _either_rule(node):
         return
     yield _found(
         "mod-sign",
@@ -110,39 +107,41 @@ def _mod(ctx: Context, node: Node) -> Iterator[Finding]:
         f"Mod with fmod={attribute(node.proto, 'fmod', 0)}: fmod 0 and 1 give the same GE node, so"
         " the sign of the result is not what ONNX says for negative operands",
         node.name,
-        "harmless when no operand is ever negative; otherwise compute a - b*floor(a/b)",
+        f"harmless when no operand is ever negative; {_ATC}",
+        fixable=True,
+    )
+
+
+def _either_rule(node: Node) -> bool:
+    """Whether the node is part of Mod(Mod(x, y) + y, y), which is right under either sign rule."""
+    value, divisor = node.proto.input
+    added = node.scope.producer(value)
+    if added is not None and added.op_type == "Add" and added.input[1] == divisor:
+        inner = node.scope.producer(added.input[0])
+        return inner is not None and inner.op_type == "Mod" and inner.input[1] == divisor
+    readers = node.scope.readers(node.proto.output[0])
+    return bool(readers) and all(
+        r.op_type == "Add" and list(r.input) == [node.proto.output[0], divisor] for r in readers
     )
 
 
 def _gather_nd(ctx: Context, node: Node) -> Iterator[Finding]:
     indices = node.proto.input[1] if len(node.proto.input) > 1 else ""
+    if not indices or is_non_negative(ctx.rewrite_scope(node.scope), indices):
+        return
     value = ctx.view.constant(node.scope, indices)
-    if value is not None and value.size and int(value.min()) < 0:
-        yield _found(
-            "gathernd-negative",
-            "error",
-            "GatherND with negative indices: GE's GatherNd does not wrap them",
-            node.name,
-            f"add the dim to negative indices; {_ATC}",
-            fixable=True,
-        )
-    elif value is None and not _never_negative(ctx, node.scope, indices):
-        yield _found(
-            "gathernd-negative",
-            "unknown",
-            "GatherND: GE's GatherNd does not wrap negative indices, and nothing here shows that"
-            " these are never negative",
-            node.name,
-            "make sure of it, or add the dim to negative indices",
-        )
-
-
-def _never_negative(ctx: Context, scope: Scope, name: str) -> bool:
-    if ctx.view.dtype(scope, name) in _UNSIGNED:
-        return True
-    through = frozenset(("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Expand", "Tile"))
-    node = ctx.view.origin(scope, name, through | {"Transpose", "Flatten", "Slice"})
-    return node is not None and node.op_type in ("TopK", "ArgMax", "ArgMin", "NonZero", "Shape")
+    shown = value is not None
+    yield _found(
+        "gathernd-negative",
+        "error" if shown else "unknown",
+        "GatherND with negative indices: GE's GatherNd does not wrap them"
+        if shown
+        else "GatherND: GE's GatherNd does not wrap negative indices, and nothing here shows that"
+        " these are never negative",
+        node.name,
+        f"add the dim to negative indices; {_ATC}",
+        fixable=True,
+    )
 
 
 def _softmax(_: Context, node: Node) -> Iterator[Finding]:
@@ -184,7 +183,6 @@ def _constant_of_shape(_: Context, node: Node) -> Iterator[Finding]:
         node.name,
         "store the value as raw_data",
         fixable=True,
-        evidence="source",
     )
 
 

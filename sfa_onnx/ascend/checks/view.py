@@ -7,7 +7,7 @@ Weights are never read: only constants of up to 1 MiB that lie in the file itsel
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
+from sfa_onnx.ascend.flavour_scope import Facts
 from sfa_onnx.op import OpContract, find_op
 
 __all__ = ["Dims", "ModelView", "Scope", "attribute", "contract_of", "is_external"]
@@ -228,10 +229,17 @@ class ModelView:
                     table.setdefault((scope.path, node.output[0]), (elem, array.shape))
         return table
 
-    @cached_property
-    def op_counts(self) -> Counter[str]:
-        """How many nodes of each type there are."""
-        return Counter(n.op_type for _, _, n in self.nodes())
+    def facts(self) -> Facts:
+        """Dtypes and dims by name, in the form the rewriting rules of the ATC flavour want."""
+        facts = Facts()
+        for scope, _, node in self.nodes():
+            for name in (*node.input, *node.output):
+                elem, dims = self.dtype(scope, name), self.shape(scope, name)
+                if name and elem:
+                    facts.types[name] = elem
+                if name and dims is not None:
+                    facts.dims[name] = tuple(d if isinstance(d, int) else None for d in dims)
+        return facts
 
 
 def _value(value: onnx.ValueInfoProto) -> tuple[int, Dims | None] | None:

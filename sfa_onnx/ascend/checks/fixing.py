@@ -1,0 +1,192 @@
+"""`fix`: apply what is mechanical among the findings, each change tried in onnxruntime first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto
+
+from sfa_onnx.ascend import flavour_form as form
+from sfa_onnx.ascend.checks.facts import INTERNAL_OPS
+from sfa_onnx.ascend.checks.finding import CheckReport, Finding
+from sfa_onnx.ascend.checks.fold import provable
+from sfa_onnx.ascend.checks.rewrites import NODE_RULES, constant_k
+from sfa_onnx.ascend.checks.trial import compare
+from sfa_onnx.ascend.checks.view import ModelView
+from sfa_onnx.ascend.flavour_scope import Names, Rule, Scope, apply
+from sfa_onnx.errors import ModelError, SfaError
+from sfa_onnx.model import load_model, save_model
+
+__all__ = ["FixResult", "fix", "fix_file"]
+
+# Findings about names and where bytes lie, not about what is computed.
+_FORM_RULES = frozenset(
+    ("duplicate-name", "empty-output", "external-key", "external-in-branch", "sparse-initializer")
+)
+
+
+@dataclass
+class FixResult:
+    """What was changed (with its proof), and what was not and why."""
+
+    model: ModelProto
+    applied: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    path: Path | None = None
+
+
+def fix(model: ModelProto, report: CheckReport) -> tuple[ModelProto, list[str]]:
+    """Apply the fixable findings of `report` to a copy of `model`.
+
+    Every rewritten node is run beside its replacement in onnxruntime and must agree bit for bit;
+    what does not, or cannot be run, is left as it was (see `apply_fixes` for the reasons).
+
+    Returns:
+        The new model and one line per change.
+    """
+    result = apply_fixes(model, report)
+    return result.model, result.applied
+
+
+def fix_file(
+    path: str | Path, report: CheckReport, output: str | Path, *, force: bool = False
+) -> FixResult:
+    """`fix` from file to file; external weights stay where they are.
+
+    Raises:
+        UsageError: no such file, or `output` exists and `force` is not set.
+        WeightsError: the weights would not be found beside the output.
+    """
+    result = apply_fixes(load_model(path), report)
+    source = Path(path).parent
+    result.path = save_model(result.model, output, source_dir=source, force=force)
+    return result
+
+
+def apply_fixes(model: ModelProto, report: CheckReport) -> FixResult:
+    """As `fix`, with the reasons of what was skipped."""
+    work = ModelProto()
+    work.CopyFrom(model)
+    result = FixResult(work)
+    wanted = {f.rule for f in report.fixable}
+    if not wanted:
+        return result
+    _node_rules(result, report, wanted - _FORM_RULES)
+    _form_rules(result, wanted & _FORM_RULES)
+    return result
+
+
+def _node_rules(result: FixResult, report: CheckReport, wanted: set[str]) -> None:
+    if not wanted:
+        return
+    model = result.model
+    view = ModelView(model)
+    targets = _targets(view, [f for f in report.fixable if f.rule in wanted])
+    names, facts, opset = Names(model), view.facts(), view.opset
+    for rule_id in sorted(wanted):
+        outputs = targets[rule_id]
+        proven: dict[str, int] = {}
+        if rule_id == "topk-computed-k":
+            proven = _proven(view, outputs)
+            rule: Rule = constant_k(proven)
+        else:
+            rule = NODE_RULES[rule_id]
+        apply(model, [_Tried(rule, rule_id, outputs, proven, result)], facts, names, opset)
+
+
+def _targets(view: ModelView, findings: Sequence[Finding]) -> dict[str, set[str]]:
+    """Rule -> first output names of the nodes concerned; outputs identify nodes across rewrites."""
+    outputs: dict[str, list[str]] = {}
+    for scope, i, node in view.nodes():
+        name = f"{scope.path}/{scope.names[i]}" if scope.path else scope.names[i]
+        outputs.setdefault(name, []).extend(o for o in node.output if o)
+    targets: dict[str, set[str]] = {}
+    for found in findings:
+        for name in found.nodes or (found.node,):
+            targets.setdefault(found.rule, set()).update(outputs.get(name, ()))
+    return targets
+
+
+def _proven(view: ModelView, outputs: set[str]) -> dict[str, int]:
+    proven = {}
+    for scope, _, node in view.nodes():
+        key = next((o for o in node.output if o), "")
+        if key in outputs and node.op_type == "TopK":
+            value = provable(view, scope, node.input[1])
+            if value is not None and value.size == 1:
+                proven[key] = int(value.reshape(-1)[0])
+    return proven
+
+
+class _Tried:
+    """A rule that is applied to the nodes concerned only, and only where the trial agrees."""
+
+    def __init__(
+        self, rule: Rule, rule_id: str, outputs: set[str], proven: dict[str, int], to: FixResult
+    ):
+        self._rule, self._id, self._outputs, self._proven, self._to = (
+            rule,
+            rule_id,
+            outputs,
+            proven,
+            to,
+        )
+
+    def __call__(self, scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
+        """The replacement, or None after writing down why there is none."""
+        first = next((o for o in node.output if o), "")
+        if first not in self._outputs or node.op_type in INTERNAL_OPS - {"Constant"}:
+            return None
+        label, kept = node.name or first, len(scope.graph.initializer)
+        try:
+            new = self._rule(scope, node)
+        except ModelError as error:
+            self._to.skipped.append(f"{self._id}: {label}: {error}")
+            return None
+        if new is None:
+            self._to.skipped.append(f"{self._id}: {label}: not mechanical here")
+            return None
+        forced = {node.input[1]: np.asarray([self._proven[first]])} if first in self._proven else {}
+        reason = self._same_constant(node, new) or compare(scope, node, new, forced)
+        if reason and reason != "same":
+            del scope.graph.initializer[kept:]
+            self._to.skipped.append(f"{self._id}: {label}: {reason}")
+            return None
+        self._to.applied.append(
+            f"{self._id}: {node.op_type} {label} -> {', '.join(n.op_type for n in new)}"
+            " (equal bit for bit in a trial run)"
+        )
+        return new
+
+    def _same_constant(self, node: NodeProto, new: Sequence[NodeProto]) -> str:
+        """Constants need no trial: their tensors are compared."""
+        if node.op_type != "Constant" or len(new) != 1:
+            return ""
+        given = onnx.helper.get_attribute_value(node.attribute[0])
+        made = onnx.numpy_helper.to_array(new[0].attribute[0].t)
+        if node.attribute[0].name.startswith(("value_float", "value_int")):
+            return "same" if np.array_equal(np.asarray(given, made.dtype), made) else "differs"
+        return "same"
+
+
+def _form_rules(result: FixResult, wanted: set[str]) -> None:
+    model, names = result.model, Names(result.model)
+    if "empty-output" in wanted:
+        count = form.name_outputs(model.graph, names)
+        result.applied.append(f"empty-output: {count} unnamed outputs dropped or named")
+    if wanted & {"external-in-branch", "sparse-initializer"}:
+        count = form.lift_initializers(model, names)
+        result.applied.append(f"initializers: {count} made dense or moved to the main graph")
+    if "external-key" in wanted:
+        try:
+            count = form.clean_external_data(model)
+            result.applied.append(f"external-key: {count} tensors keep location, offset, length")
+        except SfaError as error:
+            result.skipped.append(f"external-key: {error}")
+    if "duplicate-name" in wanted:
+        for change in form.name_nodes(model.graph, names):
+            result.applied.append(f"duplicate-name: {change}")
