@@ -10,8 +10,9 @@ from typing import Any
 
 import rich.console
 import rich.table
-import rich.text
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from sfa_onnx.report import to_json
 
@@ -38,10 +39,15 @@ class Console:
         self.out = rich.console.Console(file=sys.stdout, highlight=False, soft_wrap=False)
         self.err = rich.console.Console(file=sys.stderr, highlight=False)
 
-    def say(self, text: str = "", *, style: str | None = None) -> None:
-        """One line for a person; silent in JSON mode."""
+    def say(self, template: str = "", *values: object, style: str = "") -> None:
+        """One line for a person; silent in JSON mode.
+
+        `template` may hold markup; each `{}` is filled with a value taken literally, because
+        shapes such as [batch, 4] would otherwise read as markup.
+        """
         if not self.is_json:
-            self.out.print(rich.text.Text.from_markup(text, style=style or ""))
+            text = template.format(*(escape(str(value)) for value in values))
+            self.out.print(Text.from_markup(text, style=style))
 
     def title(self, text: str) -> None:
         """A section heading."""
@@ -58,7 +64,7 @@ class Console:
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
         self.out.print(table)
 
     def result(self, kind: str, report: Any) -> None:
@@ -73,7 +79,7 @@ class Console:
             document = {"schema": "sfa-onnx/error", "version": JSON_VERSION}
             document |= {"error": type(error).__name__, "message": str(error)}
             sys.stdout.write(json_lib.dumps(document, indent=2) + "\n")
-        self.err.print(rich.text.Text.assemble(("error: ", "bold red"), str(error)))
+        self.err.print(Text.assemble(("error: ", "bold red"), str(error)))
 
     def unexpected(self, error: Exception) -> None:
         """A fault of ours, not of the input: say so and how to see more."""

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sfa_onnx.cli import show
+from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import VerificationError
 
@@ -95,5 +95,5 @@ def _hand_over(folder: Path, model: Path, console: Console) -> Any:
     report = handover.write(
         model, folder / "atc", soc_version=SOC, binding="kv-quant", npu_dtype="bf16", force=True
     )
-    show.handover_report(console, report)
+    show_ascend.handover_report(console, report)
     return report

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sfa_onnx.cli import show
+from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import UsageError
 
@@ -58,10 +58,10 @@ def _check(args: argparse.Namespace, console: Console) -> int:
         output = args.output or args.model.with_name(args.model.stem + ".fixed.onnx")
         fixed = checks.fix_file(args.model, report, output, force=args.force)
         for line in fixed.applied:
-            console.say(f"fixed: {line}")
-        console.say(f"written: [bold]{output}[/bold]")
+            console.say("fixed: {}", line)
+        console.say("written: [bold]{}[/bold]", output)
         report = checks.check(output, cann=args.cann, soc_version=args.soc_version)
-    show.check_report(console, report)
+    show_ascend.check_report(console, report)
     console.result("check", report)
     return 0 if report.passed else NOT_MET
 
@@ -76,7 +76,7 @@ def _check_certificate(args: argparse.Namespace, console: Console) -> int:
         "[green]certificate holds[/green]" if result.holds else "[red]it does not hold[/red]"
     )
     for line in result.problems:
-        console.say(f"  {line}")
+        console.say("  {}", line)
     console.result("certificate", result)
     return 0 if result.holds else NOT_MET
 
@@ -105,7 +105,7 @@ def _atc(args: argparse.Namespace, console: Console) -> int:
         scope=args.scope,
         force=args.force,
     )
-    show.handover_report(console, report)
+    show_ascend.handover_report(console, report)
     console.result("atc", report)
     return 0 if report.passed else NOT_MET
 

@@ -90,9 +90,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     console.table(("output", "type", "values"), rows)
     timing = time_session(session, feeds, args.repeat) if args.repeat else None
     if timing:
-        console.say(f"median {timing.median_ms:.3f} ms, best {timing.best_ms:.3f} ms")
+        console.say("median {} ms, best {} ms", f"{timing.median_ms:.3f}", f"{timing.best_ms:.3f}")
     if args.output:
         show.save_npz(args.output, outputs)
-        console.say(f"outputs written to {args.output}")
+        console.say("outputs written to {}", args.output)
     console.result("run", {"outputs": {r[0]: r[1] for r in rows}, "timing": timing})
     return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sfa_onnx.cli import show
+from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console
 
 __all__ = ["add_verbs"]
@@ -83,7 +83,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     show.sites(console, sites, explain=args.explain or args.site is not None)
     if args.plan:
         plans.write_plan(report, args.plan, force=args.force)
-        console.say(f"plan written to {args.plan}: edit it, then [bold]fuse --plan[/bold]")
+        console.say("plan written to {}: edit it, then [bold]fuse --plan[/bold]", args.plan)
     estimate = _estimate(args, console, report) if args.estimate else None
     console.result("inspect", {"summary": summary, "sites": sites, "estimate": estimate})
     return 0
@@ -93,7 +93,7 @@ def _estimate(args: argparse.Namespace, console: Console, report: Any) -> Any:
     from sfa_onnx.ascend.estimate import estimate
 
     result = estimate(report.model, soc_version=args.soc_version)
-    show.estimate(console, result)
+    show_ascend.estimate_report(console, result)
     return result
 
 
@@ -132,7 +132,9 @@ def _unfuse(args: argparse.Namespace, console: Console) -> int:
     output = _output(args)
     report = unfuse(args.model, output, force=args.force)
     count = len(report.sites)
-    console.say(f"{count} fused operator{'s' if count != 1 else ''} back to standard: {output}")
+    console.say(
+        "{} fused operator{} back to standard: {}", count, "s" if count != 1 else "", output
+    )
     console.result("unfuse", report)
     return 0
 
@@ -143,6 +145,6 @@ def _kv_cache(args: argparse.Namespace, console: Console) -> int:
     output = _output(args)
     report = convert(args.model, output, to=args.to, block_size=args.block_size, force=args.force)
     show.kv_report(console, report)
-    console.say(f"written: [bold]{output}[/bold]")
+    console.say("written: [bold]{}[/bold]", output)
     console.result("kv-cache", report)
     return 0

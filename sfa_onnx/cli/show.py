@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.text import Text
 
 from sfa_onnx.cli.console import Console, human_bytes
 from sfa_onnx.errors import UsageError
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 SHOWN_OPS = 12
-MARKS = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
+MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "missing": ("✗", "red")}
 
 
 def spread(values: np.ndarray[Any, Any]) -> str:
@@ -57,19 +58,25 @@ def summary(console: Console, path: Path, found: Summary) -> None:
     opsets = ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())
     where = f" in {', '.join(found.external_files[:3])}" if found.external_files else ""
     console.say(
-        f"[bold]{path.name}[/bold]  {human_bytes(found.file_bytes)}, opset {opsets},"
-        f" by {found.producer or 'unknown'}"
+        "[bold]{}[/bold]  {}, opset {}, by {}",
+        path.name,
+        human_bytes(found.file_bytes),
+        opsets,
+        found.producer or "unknown",
     )
     console.say(
-        f"{found.nodes} nodes, {found.initializers} initializers"
-        f" ({human_bytes(found.weight_bytes)}{where}; 0 B read)"
+        "{} nodes, {} initializers ({}{}; 0 B read)",
+        found.nodes,
+        found.initializers,
+        human_bytes(found.weight_bytes),
+        where,
     )
-    console.say(f"inputs   {', '.join(found.inputs)}", style="dim")
-    console.say(f"outputs  {', '.join(found.outputs)}", style="dim")
+    console.say("inputs   {}", ", ".join(found.inputs), style="dim")
+    console.say("outputs  {}", ", ".join(found.outputs), style="dim")
     top = list(found.op_counts.items())
     text = "  ".join(f"{name} {count}" for name, count in top[:SHOWN_OPS])
     more = f"  … {len(top) - SHOWN_OPS} more" if len(top) > SHOWN_OPS else ""
-    console.say(f"ops      {text}{more}", style="dim")
+    console.say("ops      {}{}", text, more, style="dim")
 
 
 def pick_sites(found: Sequence[SiteReport], wanted: str | None) -> list[SiteReport]:
@@ -89,19 +96,19 @@ def sites(console: Console, found: Sequence[SiteReport], *, explain: bool = Fals
         return
     rows = []
     for number, site in enumerate(found, 1):
-        state = "[green]■ fuses[/green]" if site.status == "fused" else "[red]□ refused[/red]"
+        state = Text("■ fuses", "green") if site.status == "fused" else Text("□ refused", "red")
         what = site.family or site.op_type if site.status == "fused" else site.reason
         rows.append((number, site.site_id, state, site.layer or site.anchor, what))
     console.table(("#", "site", "", "where", "what"), rows, right=(0,))
     for site in found:
         for limit in site.npu_limits:
-            console.say(f"  NPU limit at {site.site_id}: {limit}", style="yellow")
+            console.say("  NPU limit at {}: {}", site.site_id, limit, style="yellow")
         if explain:
             _explain(console, site)
 
 
 def _explain(console: Console, site: SiteReport) -> None:
-    console.say(f"\n[bold]{site.site_id}[/bold]  {site.layer or site.anchor}")
+    console.say("\n[bold]{}[/bold]  {}", site.site_id, site.layer or site.anchor)
     for label, text in (
         ("anchor", site.anchor),
         ("family", site.family),
@@ -110,38 +117,42 @@ def _explain(console: Console, site: SiteReport) -> None:
         ("would fuse if", site.hint),
     ):
         if text:
-            console.say(f"  {label:14}{text}")
+            console.say("  {}{}", f"{label:14}", text)
     if site.record:
         worst = max((p.error for p in site.record.probes), default=0.0)
-        console.say(f"  {'verified':14}{len(site.record.probes)} probes, worst {worst:.1e}")
+        console.say(
+            "  {}{} probes, worst {}", f"{'verified':14}", len(site.record.probes), f"{worst:.1e}"
+        )
         for assumption in site.record.assumptions:
-            console.say(f"  {'assumes':14}{assumption}")
+            console.say("  {}{}", f"{'assumes':14}", assumption)
 
 
 def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
     """The outcome of fuse: the layer strip, refusals by reason, what was left alone."""
     strip = "".join("■" if s.status == "fused" else "□" for s in report.sites)
-    console.say(f"{len(report.fused)}/{len(report.sites)} sites fused: [green]{strip}[/green]")
+    console.say("{}/{} sites fused: [green]{}[/green]", len(report.fused), len(report.sites), strip)
     for op_type, count in Counter(s.op_type for s in report.fused).items():
-        console.say(f"  {count} x {op_type}")
+        console.say("  {} x {}", count, op_type)
     _verified(console, report)
     for reason, count in Counter(s.reason for s in report.refused).most_common():
-        console.say(f"  [red]refused[/red] {count} x {reason}")
+        console.say("  [red]refused[/red] {} x {}", count, reason)
     for limit, count in Counter(x for s in report.fused for x in s.npu_limits).items():
-        console.say(f"  [yellow]NPU limit[/yellow] {count} x {limit}")
+        console.say("  [yellow]NPU limit[/yellow] {} x {}", count, limit)
     console.say(
-        f"nodes {report.nodes_before} -> {report.nodes_after};"
-        f" weights read: {human_bytes(report.weights_bytes_read)}"
+        "nodes {} -> {}; weights read: {}",
+        report.nodes_before,
+        report.nodes_after,
+        human_bytes(report.weights_bytes_read),
     )
     for note in (*report.notes, *_changed(report)):
-        console.say(f"note: {note}")
+        console.say("note: {}", note)
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
     if stages:
         console.say(stages, style="dim")
     if report.path:
-        console.say(f"written: [bold]{report.path}[/bold]")
+        console.say("written: [bold]{}[/bold]", report.path)
     if not report.fused:
-        console.say(f"see why: sfa-onnx inspect {path} --explain", style="dim")
+        console.say("see why: sfa-onnx inspect {} --explain", path, style="dim")
 
 
 def _verified(console: Console, report: FuseReport) -> None:
@@ -151,8 +162,11 @@ def _verified(console: Console, report: FuseReport) -> None:
         worst = max(p.error for p in probes)
         classes = sum(1 for r in records if not r.shared_with)
         console.say(
-            f"  verified in float64: {classes} class{'es' if classes != 1 else ''},"
-            f" {len(probes)} probes, worst relative error {worst:.1e}"
+            "  verified in float64: {} class{}, {} probes, worst relative error {}",
+            classes,
+            "es" if classes != 1 else "",
+            len(probes),
+            f"{worst:.1e}",
         )
     elif report.fused:
         console.say("  [yellow]not verified by execution[/yellow]")
@@ -164,25 +178,30 @@ def _changed(report: FuseReport) -> list[str]:
 
 def kv_report(console: Console, report: Any) -> None:
     """The outcome of kv-cache."""
-    console.say(f"{report.sites} site(s) -> NPUSparseFlashAttentionAntiquant, form {report.form}")
+    console.say(
+        "{} site(s) -> NPUSparseFlashAttentionAntiquant, form {}", report.sites, report.form
+    )
     for label, old, new in (
         ("inputs", report.removed_inputs, report.added_inputs),
         ("outputs", report.removed_outputs, report.added_outputs),
     ):
         if old or new:
-            console.say(f"  {label}: {', '.join(old) or '-'} -> {', '.join(new) or '-'}")
+            console.say("  {}: {} -> {}", label, ", ".join(old) or "-", ", ".join(new) or "-")
     if report.bytes_per_token_before:
         console.say(
-            f"  cache: {report.bytes_per_token_before} -> {report.bytes_per_token_after}"
-            " bytes per token"
+            "  cache: {} -> {} bytes per token",
+            report.bytes_per_token_before,
+            report.bytes_per_token_after,
         )
     for note in report.notes:
-        console.say(f"  note: {note}")
+        console.say("  note: {}", note)
 
 
 def doctor_report(console: Console, report: Any) -> None:
     """The outcome of doctor."""
-    rows = [(p.topic, p.name, MARKS.get(p.state, "[dim]·[/dim]"), p.text) for p in report.probes]
+    rows = [
+        (p.topic, p.name, Text(*MARKS.get(p.state, ("·", "dim"))), p.text) for p in report.probes
+    ]
     console.table(("", "", "", ""), rows)
     if not report.healthy:
         console.say("[red]something needed is missing[/red]; see the ✗ lines above")

@@ -91,7 +91,7 @@ def _fused(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError("this model's caches were converted already (see its metadata)")
     if float_sites(model.graph):
         return model
-    from sfa_onnx.fuse import fuse
+    from sfa_onnx.passes.run_fuse import fuse
 
     report = fuse(model)
     if float_sites(report.model.graph):

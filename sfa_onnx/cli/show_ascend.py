@@ -1,0 +1,74 @@
+"""Reports about the way to the device -> what a person reads on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfa_onnx.ascend.checks import CheckReport, Finding
+from sfa_onnx.cli.console import Console
+
+__all__ = ["check_report", "estimate_report", "handover_report"]
+
+COLOURS = {"error": "red", "unknown": "magenta", "warning": "yellow", "info": "dim"}
+VERDICTS = {
+    "errors": "[red]would not convert as it is[/red]",
+    "unknown": "[magenta]no known obstacle, but not everything is known[/magenta]",
+    "warnings": "[yellow]no known obstacle; read the warnings[/yellow]",
+    "clean": "[green]no known obstacle[/green]",
+}
+SHOWN_NODES = 3
+
+
+def check_report(console: Console, report: CheckReport) -> None:
+    """Findings, worst last but one line of verdict; unknown never looks green."""
+    console.say(
+        f"checked for CANN {report.cann}, {report.soc_version or 'all chips'},"
+        f" flavour {report.flavour}; the parser: {report.parser} {report.code}".rstrip()
+    )
+    for finding in report.findings:
+        _finding(console, finding)
+    rows = [
+        (row.op_type, row.count, ", ".join(row.dtypes), *_engines(row)) for row in report.support
+    ]
+    if rows:
+        families = list(report.support[0].engines)
+        console.table(("operator", "nodes", "types", *families), rows, right=(1,))
+    console.say("verdict: " + VERDICTS[report.verdict])
+    if report.fixable:
+        console.say("{} finding(s) can be mended: add --fix", len(report.fixable), style="dim")
+
+
+def _engines(row: Any) -> list[str]:
+    return [f"{engine} ({row.evidence[family]})" for family, engine in row.engines.items()]
+
+
+def _finding(console: Console, finding: Finding) -> None:
+    colour = COLOURS[finding.severity]
+    code = f" {finding.code}" if finding.code else ""
+    console.say(
+        "[{}]{}{}[/{}] {}: {}",
+        colour,
+        finding.severity,
+        code,
+        colour,
+        finding.rule,
+        finding.message,
+    )
+    names = finding.nodes or ((finding.node,) if finding.node else ())
+    if names:
+        more = f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
+        console.say("    at {}{}", ", ".join(names[:SHOWN_NODES]), more, style="dim")
+    if finding.hint:
+        console.say("    -> {}", finding.hint, style="dim")
+
+
+def handover_report(console: Console, report: Any) -> None:
+    """What was written for ATC, and what a person does next."""
+    for line in report.lines():
+        console.say("{}", line)
+
+
+def estimate_report(console: Console, report: Any) -> None:
+    """The roofline model per site, labelled as what it is."""
+    for line in report.lines():
+        console.say("{}", line)
