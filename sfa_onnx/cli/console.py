@@ -36,7 +36,9 @@ class Console:
     def __init__(self, *, json: bool = False, verbose: bool = False) -> None:
         self.is_json = json
         self.verbose = verbose
-        self.out = rich.console.Console(file=sys.stdout, highlight=False, soft_wrap=False)
+        # A pipe has no width; 110 columns read well in a log.
+        width = None if sys.stdout.isatty() else 110
+        self.out = rich.console.Console(file=sys.stdout, highlight=False, width=width)
         self.err = rich.console.Console(file=sys.stderr, highlight=False)
 
     def say(self, template: str = "", *values: object, style: str = "") -> None:

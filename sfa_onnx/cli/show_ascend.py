@@ -27,13 +27,15 @@ def check_report(console: Console, report: CheckReport) -> None:
     )
     for finding in report.findings:
         _finding(console, finding)
-    rows = [
+    rows = console.verbose and [
         (row.op_type, row.count, ", ".join(row.dtypes), *_engines(row)) for row in report.support
     ]
     if rows:
         families = list(report.support[0].engines)
         console.table(("operator", "nodes", "types", *families), rows, right=(1,))
     console.say("verdict: " + VERDICTS[report.verdict])
+    if not rows and report.support:
+        console.say("-v lists where each operator would run, as far as that is known", style="dim")
     if report.fixable:
         console.say("{} finding(s) can be mended: add --fix", len(report.fixable), style="dim")
 
