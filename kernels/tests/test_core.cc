@@ -1,0 +1,200 @@
+// The attention core on every path of this machine: right, deterministic, and safe on garbage.
+//
+// Built with sanitizers by scripts/test-cpp.sh and run under qemu-user by scripts/test-aarch64.sh.
+// SFA_TEST_ROUNDS scales the work; SFA_TEST_SEED chooses other cases.
+#include <stdio.h>
+
+#include <string>
+#include <thread>
+
+#include "core_case.h"
+#include "core_reference.h"
+
+namespace sfa_test {
+namespace {
+
+int g_failures = 0;
+
+#define CHECK(condition, ...)                                \
+  do {                                                       \
+    if (!(condition)) {                                      \
+      printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      printf(__VA_ARGS__);                                   \
+      printf("\n");                                          \
+      ++g_failures;                                          \
+    }                                                        \
+  } while (0)
+
+int Number(const char* name, int fallback) {
+  const char* text = getenv(name);
+  return text ? atoi(text) : fallback;
+}
+
+std::vector<int32_t> Paths() {
+  std::vector<int32_t> paths;
+  std::string names = sfa_core_isa_available();
+  for (size_t at = 0; at < names.size();) {
+    const size_t end = std::min(names.find(',', at), names.size());
+    paths.push_back(sfa_core_isa_from_name(names.substr(at, end - at).c_str()));
+    at = end + 1;
+  }
+  return paths;
+}
+
+std::string Describe(const Case& c) {
+  char text[256];
+  const sfa_core_params& p = c.p;
+  snprintf(text, sizeof text,
+           "isa %d q %d cache %d layouts %d/%d mode %d heads %d nope %d rope %d tile %d sbs %d K %d"
+           " T %lld pages %lld x %lld",
+           p.isa, p.query_dtype, p.cache_dtype, p.layout_query, p.layout_kv, p.sparse_mode,
+           p.num_heads, p.nope_dim, p.rope_dim, p.tile_size, p.sparse_block_size, p.sparse_count,
+           static_cast<long long>(p.query_t), static_cast<long long>(p.block_num),
+           static_cast<long long>(p.block_size));
+  return text;
+}
+
+// Runs the tasks in a random order on some threads, as a runtime's pool would.
+int RunThreaded(const Case& c, int threads, uint64_t seed, sfa_core_error* error) {
+  sfa_core_call* call = nullptr;
+  const int status = sfa_core_begin(&c.p, &call, error);
+  if (status != SFA_CORE_OK) return status;
+  std::vector<int64_t> tasks(sfa_core_num_tasks(call));
+  for (size_t i = 0; i < tasks.size(); ++i) tasks[i] = static_cast<int64_t>(i);
+  Random r(seed);
+  std::shuffle(tasks.begin(), tasks.end(), r);
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t) {
+    pool.emplace_back([&, t] {
+      for (size_t i = t; i < tasks.size(); i += threads) sfa_core_run_task(call, tasks[i]);
+    });
+  }
+  for (auto& thread : pool) thread.join();
+  return sfa_core_end(call, error);
+}
+
+// Worst error of a (token, head), relative to the larger of its norm and 5 % of the largest.
+double WorstError(const Case& c, const std::vector<double>& expected) {
+  const int width = c.p.nope_dim, item = ItemSize(c.p.query_dtype);
+  const size_t lines = expected.size() / width;
+  std::vector<double> norms(lines), errors(lines);
+  double largest = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double got = Load(c.out.data() + i * item, c.p.query_dtype);
+    norms[i / width] += expected[i] * expected[i];
+    errors[i / width] += (got - expected[i]) * (got - expected[i]);
+    largest = std::max(largest, norms[i / width]);
+  }
+  double worst = 0;
+  for (size_t i = 0; i < lines; ++i) {
+    if (norms[i] == 0) {
+      worst = std::max(worst, errors[i] == 0 ? 0.0 : 1.0);  // an empty row is exactly zero
+    } else {
+      worst = std::max(worst, sqrt(errors[i] / std::max(norms[i], 0.0025 * largest)));
+    }
+  }
+  return worst;
+}
+
+void CheckCase(Case c, const std::vector<double>& expected, uint64_t seed) {
+  sfa_core_error error = {};
+  const int status = sfa_core_run(&c.p, &error);
+  CHECK(status == SFA_CORE_OK, "status %d, %s", status, Describe(c).c_str());
+  if (status != SFA_CORE_OK) return;
+  const double limit = c.p.query_dtype == SFA_CORE_F32 ? 1e-5 : 4e-3;
+  const double worst = WorstError(c, expected);
+  CHECK(worst <= limit, "error %.2e, %s", worst, Describe(c).c_str());
+  const std::vector<char> alone(c.out.data(), c.out.data() + c.out.size());
+  memset(c.out.data(), 0x5a, c.out.size());
+  CHECK(RunThreaded(c, 3, seed, &error) == SFA_CORE_OK, "%s", Describe(c).c_str());
+  CHECK(std::equal(alone.begin(), alone.end(), c.out.data()), "threads change bits, %s",
+        Describe(c).c_str());
+}
+
+void TestAgainstReference(Random& r, int rounds) {
+  for (int i = 0; i < rounds; ++i) {
+    Case c = MakeCase(r, RandomSizes(r));
+    const std::vector<double> expected = Reference(c);
+    for (int32_t path : Paths()) {
+      c.p.isa = path;
+      CheckCase(c, expected, r());
+    }
+  }
+}
+
+// The widths that models use, at sizes that pass through whole tiles, tails and two chunks.
+void TestRealWidths(Random& r) {
+  const int dtypes[] = {SFA_CORE_F32, SFA_CORE_F16, SFA_CORE_BF16};
+  for (int dtype : dtypes) {
+    for (int cache : {static_cast<int>(SFA_CORE_I8), dtype}) {
+      for (int heads : {1, 8, 16, 128}) {
+        const Sizes s = {heads, 512,   64,    128,           heads < 128 ? 700 : 70, 1, 1, 1,
+                         900,   dtype, cache, SFA_CORE_BSND, SFA_CORE_PA_BSND,       0};
+        Case c = MakeCase(r, s);
+        const std::vector<double> expected = Reference(c);
+        for (int32_t path : Paths()) {
+          c.p.isa = path;
+          CheckCase(c, expected, r());
+        }
+      }
+    }
+  }
+}
+
+int32_t Garbage(Random& r) {
+  const int32_t extremes[] = {INT32_MIN, INT32_MAX, -1,      -2,         0,  1 << 16,
+                              1 << 24,   1 << 28,   1 << 30, 0x7ffffff0, 40, 41};
+  return Uniform(r, 0, 1) ? extremes[Uniform(r, 0, 11)] : Uniform(r, -3, 100);
+}
+
+void Spoil(Random& r, std::vector<int32_t>* values) {
+  if (values->empty() || Uniform(r, 0, 1)) return;
+  const int top = static_cast<int>(values->size()) - 1;
+  const int count = Uniform(r, 0, 1) ? top + 1 : Uniform(r, 1, 3);
+  for (int i = 0; i < count; ++i) (*values)[Uniform(r, 0, top)] = Garbage(r);
+}
+
+// Nothing to assert about the result but that all paths refuse the same calls, for the same
+// reason: what is tested is that no address outside the tensors is ever touched.
+void TestGarbage(Random& r, int rounds) {
+  for (int i = 0; i < rounds; ++i) {
+    Sizes s = RandomSizes(r);
+    s.heads = std::min(s.heads, 20);
+    Case c = MakeCase(r, s);
+    Spoil(r, &c.indices);
+    Spoil(r, &c.table);
+    Spoil(r, &c.lengths_q);
+    Spoil(r, &c.lengths_kv);
+    if (!Uniform(r, 0, 4)) c.p.sparse_block_size = 1 << Uniform(r, 4, 30);
+    c.p.holes = Uniform(r, 0, 2);
+    c.Bind();
+    sfa_core_error first = {}, error = {};
+    bool have_first = false;
+    for (int32_t path : Paths()) {
+      c.p.isa = path;
+      RunThreaded(c, 2, r(), &error);
+      char text[512];
+      CHECK(sfa_core_describe(&error, text, sizeof text) > 0, "no words for %d", error.status);
+      if (!have_first) first = error;
+      have_first = true;
+      CHECK(error.status == first.status && error.token == first.token &&
+                error.slot == first.slot && error.value == first.value,
+            "paths refuse differently: %s", Describe(c).c_str());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sfa_test
+
+int main() {
+  using namespace sfa_test;
+  const int rounds = Number("SFA_TEST_ROUNDS", 100);
+  Random r(Number("SFA_TEST_SEED", 1));
+  TestAgainstReference(r, rounds);
+  TestRealWidths(r);
+  TestGarbage(r, 5 * rounds);
+  sfa_core_trim();
+  printf("paths %s: %s\n", sfa_core_isa_available(), g_failures ? "FAILED" : "ok");
+  return g_failures ? 1 : 0;
+}
