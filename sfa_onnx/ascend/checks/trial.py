@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 def compare(
     scope: Scope, old: NodeProto, new: Sequence[NodeProto], forced: dict[str, Array] | None = None
 ) -> str:
-    """ "" when both agree bit for bit on trial inputs, else the reason why that is not shown.
+    """Why it is not shown that both agree bit for bit on trial inputs; empty when it is.
 
     `forced` gives the value of inputs that are not free (a proven k).
     """

@@ -1,0 +1,316 @@
+"""A model of speed per fused site: a roofline over public chip figures. Never a measurement.
+
+A token is worked on by one core (a cube core and its two vector cores); cores share nothing but
+memory. The stages of one token overlap ideally, so the slowest one is the bound:
+
+    gather    selected rows from HBM to the vector cores' buffers
+    vector    int8 to 16 bit with its scales (packed caches only), then softmax and rescaling
+    cube      q.k over C + R, p.v over C
+    copy out  scores and partial results (per 512 keys) from the cube's accumulator to memory
+
+Cycle counts per stage follow a published cost model of the vendor's kernel (256-byte vector
+operations: conversion 1 cycle, multiply 2; 13 cycles for 64 scores of softmax). The one public
+measurement, bf16 at 16 heads and 2048 keys on a slightly slower chip, is 1.8 times its bound, so
+expect 50-60 % of these bounds from a good kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import onnx
+
+from sfa_onnx.ascend.checks.context import Context, Node
+from sfa_onnx.ascend.checks.facts import cann
+from sfa_onnx.ascend.checks.operators import Site
+from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS
+from sfa_onnx.ascend.checks.tensors import nbytes
+from sfa_onnx.ascend.checks.view import Dims, ModelView, Scope, contract_of
+from sfa_onnx.ascend.chips import Chip, chip_of
+from sfa_onnx.errors import UsageError
+from sfa_onnx.op import KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
+
+__all__ = ["LABEL", "CopyEstimate", "Estimate", "SiteEstimate", "estimate"]
+
+LABEL: Final = "a model from public chip figures, not a measurement"
+DEFAULT_SOC: Final = "Ascend910_9391"
+
+_GATHER: Final = 33.7e9  # bytes/s of one vector core while all of them gather
+_COPY_OUT: Final = 70e9  # bytes/s from a cube core's accumulator to memory
+_LANES: Final = 64  # float32 numbers in one vector operation (256 bytes)
+_DEQUANT_CYCLES: Final = (
+    4.5  # per 64 int8 numbers: to fp16 0.5, to fp32 1, times scale 2, to bf16 1
+)
+_SOFTMAX_CYCLES: Final = 13.0  # per 64 scores
+_BLOCK: Final = 512  # keys per pass of the kernel
+_VECTORS: Final = 2  # vector cores per cube core
+_US: Final = 1e6
+
+
+@dataclass(frozen=True)
+class SiteEstimate:
+    """One fused node. Times in microseconds; None where the model's dims are open.
+
+    `stages` are per query token on one core; `bound` names the slowest. `us` is the whole node on
+    the die: ceil(tokens / cores) rounds of one token each.
+    """
+
+    node: str
+    op_type: str
+    tokens: int | None
+    heads: int
+    keys: int  # selected (or scored) keys per token
+    bytes_per_token: int
+    flops_per_token: int
+    stages: dict[str, float]
+    bound: str
+    us_per_token: float
+    us: float | None
+    note: str = ""
+
+    @property
+    def flop_per_byte(self) -> float:
+        """Arithmetic intensity."""
+        return self.flops_per_token / max(self.bytes_per_token, 1)
+
+
+@dataclass(frozen=True)
+class CopyEstimate:
+    """A cache that comes in through a graph input and leaves, whole, through an output."""
+
+    input: str
+    output: str
+    bytes: int | None  # read and written
+    us: float | None
+
+
+@dataclass
+class Estimate:
+    """All sites of a model on one die; `label` must be shown with the numbers."""
+
+    soc_version: str
+    chip: Chip
+    sites: list[SiteEstimate]
+    copies: list[CopyEstimate]
+    notes: list[str] = field(default_factory=list)
+    label: str = LABEL
+
+    @property
+    def us(self) -> float | None:
+        """Sum over sites and copies; None when any part is open."""
+        parts = [*(s.us for s in self.sites), *(c.us for c in self.copies)]
+        known = [p for p in parts if p is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+def estimate(
+    model: onnx.ModelProto,
+    *,
+    soc_version: str | None = None,
+    dims: Mapping[str, int] | None = None,
+) -> Estimate:
+    """The roofline of every fused node of `model`.
+
+    Args:
+        model: a fused model, canonical or ATC flavour; its weights are not read.
+        soc_version: the chip ("Ascend910_9391"); None: one die of an A3.
+        dims: numbers for symbolic dims ({"batch": 4}).
+
+    Raises:
+        UsageError: an unknown chip, or one without public figures.
+    """
+    soc = soc_version or DEFAULT_SOC
+    chip = chip_of(soc)
+    if chip is None:
+        raise UsageError(
+            f"no public figures for {soc}: estimates exist for Ascend910B1 to B4 and Ascend910_93xx"
+        )
+    ctx = Context(ModelView(model), cann("9.1"), OWN_PLUGINS, soc)
+    bound = dict(dims or {})
+    sites = [s for node in ctx.nodes() if (s := _site(ctx, node, chip, bound)) is not None]
+    copies = list(_copies(ctx, chip, bound))
+    result = Estimate(soc, chip, sites, copies)
+    if soc_version is None:
+        result.notes.append(f"no SoC given: the figures of {chip.name}")
+    if any(s.us is None for s in sites):
+        result.notes.append("open dims: give numbers (dims) for times of whole nodes")
+    if copies:
+        result.notes.append(
+            "caches are copied whole, through graph inputs and outputs, at every call"
+        )
+    return result
+
+
+def _size(dims: Dims | None, axis: int, bound: Mapping[str, int]) -> int | None:
+    if dims is None or not -len(dims) <= axis < len(dims):
+        return None
+    dim = dims[axis]
+    return bound.get(dim) if isinstance(dim, str) else dim
+
+
+def _product(dims: Dims | None, bound: Mapping[str, int]) -> int | None:
+    sizes = [_size(dims, i, bound) for i in range(len(dims))] if dims is not None else [None]
+    known = [s for s in sizes if s is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
+
+
+def _site(ctx: Context, node: Node, chip: Chip, bound: Mapping[str, int]) -> SiteEstimate | None:
+    op = contract_of(node.proto)
+    if op is None or op is KV_CACHE_PACK:
+        return None
+    site = Site(ctx, node, op)
+    query = site.dims("query")
+    heads = _size(query, -2, bound)
+    tokens = _product(query[:-2], bound) if query is not None else None
+    if heads is None:
+        return None
+    if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
+        return _indexer(site, chip, bound, heads, tokens)
+    return _attention(site, chip, bound, heads, tokens)
+
+
+def _attention(
+    site: Site, chip: Chip, bound: Mapping[str, int], heads: int, tokens: int | None
+) -> SiteEstimate | None:
+    dim, row = _size(site.dims("query"), -1, bound), _size(site.dims("key"), -1, bound)
+    slots = _size(site.dims("sparse_indices"), -1, bound)
+    if dim is None or row is None or slots is None:
+        return None
+    packed = site.dtype("key") == onnx.TensorProto.INT8
+    rope = int(site.attr("rope_head_dim") or 0) if packed else 0
+    rope = rope or (_size(site.dims("query_rope"), -1, bound) or 0)
+    nope = dim - rope if packed else dim
+    keys = _selected(site, slots * int(site.attr("sparse_block_size") or 1), bound)
+    row_bytes = row if packed else (row + rope) * _itemsize(site)
+    traffic = keys * row_bytes + heads * (2 * nope + rope) * _itemsize(site)
+    flops = 2 * heads * keys * (2 * nope + rope)
+    stages = _stages(chip, heads, keys, nope, row_bytes, flops, packed)
+    return _made(site, chip, tokens, heads, keys, traffic, flops, stages)
+
+
+def _selected(site: Site, wanted: int, bound: Mapping[str, int]) -> int:
+    """Keys per token: what is selected, at most as many as there are."""
+    if site.attr("layout_kv") == "BSND":
+        have = _size(site.dims("key"), 1, bound)
+        return wanted if have is None else min(wanted, have)
+    return wanted
+
+
+def _itemsize(site: Site) -> int:
+    return 4 if site.dtype("query") == onnx.TensorProto.FLOAT else 2
+
+
+def _stages(
+    chip: Chip, heads: int, keys: int, nope: int, row_bytes: int, flops: int, packed: bool
+) -> dict[str, float]:
+    """Microseconds per token on one core."""
+    vector = _VECTORS * chip.clock_hz
+    dequant = keys * nope / _LANES * _DEQUANT_CYCLES / vector if packed else 0.0
+    softmax = heads * keys / _LANES * _SOFTMAX_CYCLES / vector
+    blocks = -(-keys // _BLOCK)
+    copied = 4 * heads * (keys + nope * blocks)
+    seconds = {
+        "gather": keys * row_bytes / (_VECTORS * _GATHER),
+        "vector": dequant + softmax,
+        "cube": flops / (chip.flops / chip.cube_cores),
+        "copy out": copied / _COPY_OUT,
+    }
+    return {name: s * _US for name, s in seconds.items()}
+
+
+def _made(
+    site: Site,
+    chip: Chip,
+    tokens: int | None,
+    heads: int,
+    keys: int,
+    traffic: int,
+    flops: int,
+    stages: dict[str, float],
+) -> SiteEstimate:
+    bound = max(stages, key=stages.__getitem__)
+    rounds = None if tokens is None else -(-tokens // chip.cube_cores)
+    note = ""
+    if tokens is not None and tokens < chip.cube_cores:
+        note = f"{tokens} tokens keep {tokens} of {chip.cube_cores} cores busy"
+    return SiteEstimate(
+        site.node.name,
+        site.node.op_type,
+        tokens,
+        heads,
+        keys,
+        traffic,
+        flops,
+        stages,
+        bound,
+        stages[bound],
+        None if rounds is None else rounds * stages[bound],
+        note,
+    )
+
+
+def _indexer(
+    site: Site, chip: Chip, bound: Mapping[str, int], heads: int, tokens: int | None
+) -> SiteEstimate | None:
+    """Scores of all keys: compute against the key cache read once per token."""
+    dim, key = _size(site.dims("query"), -1, bound), site.dims("key")
+    keys = _product(key[1:-2], bound) if key is not None and len(key) == 4 else None
+    if site.attr("layout_key") == "PA_BSND":
+        table = site.dims("block_table")
+        pages, size = _size(table, 1, bound), _size(key, 1, bound)
+        keys = None if pages is None or size is None else pages * size
+    if dim is None or keys is None:
+        return None
+    item = 1 if site.dtype("key") == onnx.TensorProto.INT8 else 2
+    traffic, flops = keys * dim * item, 2 * heads * keys * dim
+    rate = chip.flops / chip.cube_cores * (2 if item == 1 else 1)
+    seconds = {
+        "gather": traffic / (_VECTORS * _GATHER),
+        "vector": heads * keys / _LANES * 4.0 / (_VECTORS * chip.clock_hz),
+        "cube": flops / rate,
+    }
+    stages = {name: s * _US for name, s in seconds.items()}
+    return _made(site, chip, tokens, heads, keys, traffic, flops, stages)
+
+
+def _copies(ctx: Context, chip: Chip, bound: Mapping[str, int]) -> Iterator[CopyEstimate]:
+    root = ctx.view.root
+    for value in root.graph.output:
+        source = _cache_input(root, value.name)
+        if source is None:
+            continue
+        size = sum(
+            s if (s := _bytes(ctx, root, name, bound)) is not None else -(1 << 62)
+            for name in (source, value.name)
+        )
+        known = size >= 0
+        us = size / chip.hbm_bytes * _US if known else None
+        yield CopyEstimate(source, value.name, size if known else None, us)
+
+
+def _cache_input(root: Scope, name: str) -> str | None:
+    """The graph input whose (almost) whole content output `name` carries on, if any."""
+    for _ in range(16):
+        node = root.producer(name)
+        if node is None:
+            return name if name in root.inputs else None
+        if node.op_type in ("ScatterND", "ScatterElements", "TensorScatter", "Identity", "Cast"):
+            name = node.input[0]
+        elif node.op_type == "Concat":
+            name = next((i for i in node.input if i in root.inputs), "")
+        elif node.op_type == "Where" and len(node.input) == 3:
+            name = next((i for i in node.input[1:] if i in root.inputs), "")
+        else:
+            return None
+    return None
+
+
+def _bytes(ctx: Context, scope: Scope, name: str, bound: Mapping[str, int]) -> int | None:
+    shape = ctx.view.shape(scope, name)
+    if shape is None or _product(shape, bound) is None:
+        return None
+    sizes = [_size(shape, i, bound) or 0 for i in range(len(shape))]
+    return nbytes(onnx.TensorProto(data_type=ctx.view.dtype(scope, name), dims=sizes))
