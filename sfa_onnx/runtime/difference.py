@@ -1,0 +1,199 @@
+"""How far two tensors are apart, and what a comparison of two models found.
+
+Protocol (FlashMLA's): infinities and NaN must stand in the same places; then every element must be
+within an absolute *or* a relative bound; then the directions must agree (cosine distance). Unless
+the caller gives bounds they follow the type, the tensor's root mean square and the model's own
+rounding: an error of up to `NOISE_FACTOR` times what the original loses to its own precision passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["NOISE_FACTOR", "CompareReport", "Difference", "OutputRow", "SiteRow", "measure"]
+
+Array = NDArray[Any]
+NOISE_FACTOR: Final = 4.0
+_NOISE_CAP: Final = 0.25  # of the root mean square: beyond it a tensor says nothing any more
+_FLIPS: Final = 0.01  # share of integer elements that may differ (a selection at a tie)
+# type -> (atol in units of the root mean square, rtol, relative norm)
+_BOUNDS: Final = {
+    "float64": (2e-5, 1e-4, 1e-5),
+    "float32": (2e-5, 1e-4, 1e-5),
+    "float16": (4e-3, 5e-3, 4e-3),
+    "bfloat16": (1.6e-2, 1.6e-2, 8e-3),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two tensors side by side; `before` is the judge."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    atol: float
+    rtol: float
+    cosine_limit: float
+    nonfinite_equal: bool  # NaN and infinities stand in the same places
+    outside: int  # elements beyond both bounds
+    max_abs: float
+    relative: float  # norm of the difference over the norm of `before`
+    cosine: float  # 1 - cosine similarity
+    worst_index: tuple[int, ...]
+    worst_before: float
+    worst_after: float
+    noise: float | None = None  # largest error of `before` against its float64 twin
+
+    @property
+    def multiple(self) -> float | None:
+        """The largest difference in units of the model's own rounding."""
+        return None if not self.noise else self.max_abs / self.noise
+
+    @property
+    def passed(self) -> bool:
+        """Whether all three criteria hold."""
+        allowed = _FLIPS * int(np.prod(self.shape)) if "int" in self.dtype else 0
+        return self.nonfinite_equal and self.outside <= allowed and self.cosine <= self.cosine_limit
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One fused site alone: the replaced region against what replaced it."""
+
+    name: str  # the value that both models make
+    op_type: str
+    layer: str
+    method: Literal["captured", "random", "reference", "skipped"]
+    difference: Difference | None = None
+    loss: float | None = None  # relative loss by int8 quantisation; told, not judged
+    reason: str = ""  # why it was skipped
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was compared and agreed."""
+        return self.difference is not None and self.difference.passed
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """One output of the whole graph."""
+
+    name: str
+    difference: Difference
+    judged: bool = True  # False: told only (an int8 cache is no equivalence)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it agreed, or was not to be judged."""
+        return self.difference.passed or not self.judged
+
+
+@dataclass
+class CompareReport:
+    """The outcome of `compare`."""
+
+    before: str
+    after: str
+    sites: list[SiteRow] = field(default_factory=list)
+    outputs: list[OutputRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)  # name -> "float16[1, 1, 256], random"
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared, and everything that was agreed."""
+        rows = [*self.sites, *self.outputs]
+        return bool(rows) and all(row.passed for row in rows)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        bad = [row.name for row in (*self.sites, *self.outputs) if not row.passed]
+        if bad:
+            return f"different: {len(bad)} of {len(self.sites) + len(self.outputs)} ({bad[0]} ...)"
+        if not self.passed:
+            return "nothing could be compared"
+        multiples = [r.difference.multiple for r in self.outputs if r.difference.multiple]
+        if multiples:
+            return f"same, within {max(multiples):.1f}x of the model's own rounding"
+        return "same"
+
+
+def measure(
+    before: Array,
+    after: Array,
+    *,
+    atol: float | None = None,
+    rtol: float | None = None,
+    exact: Array | None = None,
+    dtype: str | None = None,
+) -> Difference:
+    """Compare two tensors of one shape.
+
+    Args:
+        before: the judge.
+        after: the candidate.
+        atol: absolute bound; default by type and root mean square, widened by the noise.
+        rtol: relative bound; default by type.
+        exact: `before` computed in float64: its distance from `before` is the noise floor.
+        dtype: the type whose bounds hold (default: before's); a float32 twin of a bfloat16 model
+            keeps the model's.
+    """
+    kind = dtype or str(before.dtype)
+    a, b = np.atleast_1d(before).astype(np.float64), np.atleast_1d(after).astype(np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    same_special = (np.isnan(a) & np.isnan(b)) | (a == b)
+    x, y = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    error = np.abs(x - y)
+    norm, rms = float(np.linalg.norm(x)), float(np.sqrt(np.mean(x * x))) if x.size else 0.0
+    noise, noise_relative = _noise(x, finite, exact, norm)
+    scaled, relative_bound, norm_bound = _BOUNDS.get(kind, (0.0, 0.0, 0.0))
+    if atol is None:
+        extra = min(NOISE_FACTOR * noise, _NOISE_CAP * rms) if noise is not None else 0.0
+        atol_used = max(scaled * rms, extra)
+    else:
+        atol_used = atol
+    rtol_used = relative_bound if rtol is None else rtol
+    outside = (error > atol_used) & (error > rtol_used * np.abs(x))
+    worst = np.unravel_index(int(np.argmax(error)), a.shape) if a.size else ()
+    limit = max(norm_bound, min(NOISE_FACTOR * noise_relative, _NOISE_CAP)) ** 2
+    given = atol is not None or rtol is not None
+    difference = float(np.linalg.norm(x - y))
+    return Difference(
+        shape=before.shape,
+        dtype=kind,
+        atol=atol_used,
+        rtol=rtol_used,
+        cosine_limit=2.0 if given or "int" in kind or kind == "bool" else limit,
+        nonfinite_equal=bool((finite | same_special).all()),
+        outside=int(outside.sum()),
+        max_abs=float(error.max(initial=0.0)),
+        relative=difference / norm if norm else (0.0 if not difference else float("inf")),
+        cosine=_cosine(x, y),
+        worst_index=tuple(int(i) for i in worst),
+        worst_before=float(a[worst]) if a.size else 0.0,
+        worst_after=float(b[worst]) if a.size else 0.0,
+        noise=noise,
+    )
+
+
+def _noise(x: Array, finite: Array, exact: Array | None, norm: float) -> tuple[float | None, float]:
+    """Largest and relative error of x against its float64 twin."""
+    if exact is None or exact.shape != x.shape:
+        return None, 0.0
+    off = np.where(finite & np.isfinite(exact), x - exact, 0.0)
+    return float(np.abs(off).max(initial=0.0)), float(np.linalg.norm(off)) / norm if norm else 0.0
+
+
+def _cosine(x: Array, y: Array) -> float:
+    """1 - cosine similarity; two zero tensors agree."""
+    norms = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+    if not norms[0] or not norms[1]:
+        return 0.0 if norms[0] == norms[1] else 1.0
+    unit = x / norms[0] - y / norms[1]
+    return float(np.sum(unit * unit) / 2)  # exact also where 1 - dot would cancel
