@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tests.zoo.base import Case
 
-FAMILIES = ("int8", "official", "nearmiss")
+FAMILIES = ("int8", "official", "nearmiss", "hf")
 
 
 def cases(pattern: str = "") -> Iterator[Case]:
