@@ -23,11 +23,12 @@ from sfa_onnx.op import (
     find_op,
 )
 
-__all__ = ["EXACT_SUFFIX", "FromAtc", "ToAtc", "atc_contract", "is_ours"]
+__all__ = ["EXACT_SUFFIX", "ROPE_DTYPE", "FromAtc", "ToAtc", "atc_contract", "is_ours"]
 
 EXACT_SUFFIX = (
     "_exact"  # FLOATS companion of a FLOAT attribute: the parser prints FLOAT in 6 digits
 )
+ROPE_DTYPE = "rope_dtype"  # STRING on KvCachePack: GE's Bitcast must know the rope's type
 _KINDS = {"float": onnx.AttributeProto.FLOAT, "int": onnx.AttributeProto.INT}
 NPU_DTYPES = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 # Inputs that carry the query's type and are cast with it.
