@@ -122,7 +122,7 @@ class Tracer:
         """`other` assigns other sizes to the symbols: what agrees in both is static."""
         self.index, self.sizes, self.other = index, sizes, other
         self.budget = budget
-        self.wrapped: set[str] = set()  # index tensors the graph clamps or wraps before use
+        self.opaque = False  # True: index tensors are read as they are, without arithmetic
 
     # -- sizes and constants ----------------------------------------------------------------------
 
@@ -176,19 +176,20 @@ class Tracer:
     def index_value(self, ref: Ref) -> Expr:
         """What an integer tensor holds at `ref`, as far as arithmetic shows."""
         self.spend(ref.value)
-        if (known := self._known_index(ref)) is not None:
-            return known
-        node = self.index.node_of(ref.value)
-        arithmetic = None if node is None else self._index_arithmetic(node, ref)
-        if arithmetic is not None:
-            return arithmetic
+        if not self.opaque:
+            if (known := self._known_index(ref)) is not None:
+                return known
+            node = self.index.node_of(ref.value)
+            arithmetic = None if node is None else self._index_arithmetic(node, ref)
+            if arithmetic is not None:
+                return arithmetic
         step = self.step(ref)
         if isinstance(step, Move) and not is_float(self.sizes.elem_type(step.ref.value)):
             return self.index_value(step.ref)
         return Expr.of(Read(ref.value, ref.coords))
 
     def _known_index(self, ref: Ref) -> Expr | None:
-        """A constant table that is linear in its coordinates (arange, batch offsets, one number)."""
+        """A constant table that is linear in its coordinates: arange, batch offsets, a number."""
         array = self.sizes.value(ref.value)
         if array is None or array.dtype.kind not in "iu" or array.size == 0:
             return None
@@ -213,27 +214,11 @@ class Tracer:
         if op in ("Add", "Sub"):
             a, b = (self.index_value(self.operand(n, ref.coords)) for n in node.input)
             return a + b if op == "Add" else a - b
-        if op in ("Max", "Min", "Where", "Clip") or (op == "Mod" and len(node.input) == 2):
-            return self._clamped(node, ref)
         if op == "Mul":
             for value, other in (node.input, reversed(node.input)):
                 if (by := self.sizes.scalar(other)) is not None and by == int(by):
                     return self.index_value(self.operand(value, ref.coords)) * int(by)
         return None
-
-    def _clamped(self, node: onnx.NodeProto, ref: Ref) -> Expr | None:
-        """An index limited to its range (max(i, 0), where(i < 0, 0, i), i mod size): the index."""
-        first = 1 if node.op_type == "Where" else 0
-        values = [n for n in node.input[first:] if n and self.sizes.value(n) is None]
-        sources = {self.index_value(self.operand(n, ref.coords)) for n in values}
-        limit = self.sizes.scalar(node.input[1]) if node.op_type == "Mod" else None
-        if len(sources) != 1 or (node.op_type == "Mod" and limit is None):
-            return None
-        source = sources.pop()
-        if limit is not None and source.bounds is not None:
-            return source.mod(int(limit))
-        self.wrapped.update(r.value for r in source.reads)
-        return source
 
 
 # -- movement -------------------------------------------------------------------------------------

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sfa_onnx.passes.candidate import Candidate, RefusedSite
+import onnx
+
+from sfa_onnx.passes.axes_trace import Stop, Tracer
+from sfa_onnx.passes.bind import Anchor, NotASite, Site, bind
+from sfa_onnx.passes.bind_region import cover
+from sfa_onnx.passes.build_site import Built, build_site
+from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
+from sfa_onnx.passes.find_anchors import anchors, fed_by_selection
 from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.shapes import Concrete
 
 __all__ = ["FindOptions", "find_candidates"]
 
@@ -32,5 +40,92 @@ def find_candidates(
 
     Dense attention without a selection and routers (TopK after the softmax) are no candidates.
     """
-    del index, options
-    return []
+    options = options or FindOptions()
+    sizes, other = Concrete(index), Concrete(index, second=True)
+    found: list[Candidate | RefusedSite] = []
+    for anchor in anchors(index):
+        tracer = Tracer(index, sizes, other, options.max_steps)
+        if not fed_by_selection(tracer, anchor.scores):
+            continue
+        site = _one(tracer, anchor, options)
+        if site is not None:
+            found.append(site)
+    return found
+
+
+def _one(tracer: Tracer, anchor: Anchor, options: FindOptions) -> Candidate | RefusedSite | None:
+    index, bound = tracer.index, [f"{anchor.form} {tracer.index.label(anchor.node)}"]
+    layer = index.layer(anchor.node)
+    try:
+        site, built = _bind_and_build(tracer, anchor, options, bound)
+        return _candidate(site, built, layer)
+    except NotASite:
+        return None
+    except Stop as stop:
+        refusal = Refusal(stop.reason, stop.at, stop.hint)
+    except RecursionError:
+        refusal = Refusal("the graph is nested too deeply to be traced", anchor.scores)
+    return RefusedSite(anchor.node, layer, refusal, tuple(bound))
+
+
+def _bind_and_build(
+    tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]
+) -> tuple[Site, Built]:
+    stem = f"{tracer.index.label(anchor.node)}/sfa"
+    for tracer.opaque in (False, True):
+        del bound[1:]
+        site = bind(tracer, anchor, bound)
+        if site.nope.kind == "expanded" and not options.absorb:
+            raise Stop(
+                "keys and values are expanded per head, and absorption is switched off",
+                site.nope.path[0].ref.value,
+                "allow absorption",
+            )
+        built = build_site(site, stem)
+        if built is not None:
+            return site, built
+    raise Stop("the keys' gather is not understood", site.nope.deep.ref.value)
+
+
+def _candidate(site: Site, built: Built, layer: str) -> Candidate:
+    queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
+    e = built.emitter
+    region = cover(site, built.output, queries, e.used)
+    _check_closed(site, region.nodes, built.output)
+    index = site.tracer.index
+    return Candidate(
+        graph=index.graph,
+        anchor=site.anchor.node,
+        op=built.op,
+        family=built.family,
+        nodes=region.nodes,
+        support=region.support,
+        operands=region.operands,
+        outputs=(built.output,),
+        replacement=e.nodes,
+        replacement_initializers=[t for t in e.initializers if _reads(e.nodes, t.name)],
+        sizes=region.sizes,
+        layer=layer,
+        site_id="",
+        notes=built.notes,
+    )
+
+
+def _reads(nodes: list[onnx.NodeProto], name: str) -> bool:
+    return any(name in node.input for node in nodes)
+
+
+def _check_closed(site: Site, nodes: tuple[int, ...], output: str) -> None:
+    """The softmax must go; if it stays, somebody outside reads what is inside."""
+    index = site.tracer.index
+    if site.anchor.node in nodes:
+        return
+    for value in index.nodes[site.anchor.node].output:
+        for i, _ in index.uses(value):
+            if i not in nodes:
+                raise Stop(
+                    f"{value} inside the attention is also used by {index.label(i)}",
+                    value,
+                    f"only {output} may leave the attention",
+                )
+    raise Stop("the attention cannot be separated from the rest of the graph", output)

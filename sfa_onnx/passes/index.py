@@ -159,18 +159,23 @@ class GraphIndex:
         self._constants[value] = array
         return array
 
-    def fill_value(self, value: str) -> float | None:
-        """The one number a constant table holds everywhere; None if it varies or is too big.
+    def mask_table(self, value: str) -> np.ndarray | None:
+        """A constant float table that stands where a mask is expected; None above `READ_LIMIT`.
 
-        For mask tables (`full(-inf)`), which `constant` does not serve because they are floats.
+        Only mask recognition asks for these: `constant` does not serve float tables.
         """
         tensor = self.initializers.get(value)
-        if tensor is not None and not _is_structural(tensor):
-            if _byte_size(tensor) > READ_LIMIT:
-                return None
-            array = self._read(tensor)
-        else:
-            array = self.constant(value)
+        if tensor is None or _is_structural(tensor):
+            return self.constant(value)
+        key = f"{value} (mask table)"
+        if key not in self._constants:
+            small = _byte_size(tensor) <= READ_LIMIT
+            self._constants[key] = self._read(tensor) if small else None
+        return self._constants[key]
+
+    def fill_value(self, value: str) -> float | None:
+        """The one number a constant mask table holds everywhere; None if it varies."""
+        array = self.mask_table(value)
         if array is None or array.size == 0:
             return None
         flat = np.asarray(array).reshape(-1)
@@ -253,7 +258,7 @@ def _byte_size(tensor: onnx.TensorProto) -> int:
         item = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
     except (KeyError, TypeError, ValueError):
         item = 8
-    return math.prod(tensor.dims) * item
+    return int(math.prod(tensor.dims)) * item
 
 
 def _constant_node(node: onnx.NodeProto) -> np.ndarray | None:

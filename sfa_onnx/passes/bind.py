@@ -1,0 +1,363 @@
+"""Bind one anchor: which values of the graph are query, key rows, value, masks and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
+from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind_mask import Literal, Selected, Visible
+from sfa_onnx.passes.bind_rows import Columns, State, require_one, same_rows, trace_columns
+from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
+
+__all__ = ["Anchor", "NotASite", "Query", "Site", "bind"]
+
+
+class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
+    """The anchor attends to all keys."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A normalisation: weights = softmax(factor * scores) along `axis`."""
+
+    node: int
+    scores: str
+    axis: int
+    weights: str
+    factor: float = 1.0
+    form: str = "Softmax"
+
+
+@dataclass(frozen=True)
+class Query:
+    """The query columns that meet some key columns: `ref` over `label`."""
+
+    ref: Ref
+    label: Label
+
+
+@dataclass
+class Site:
+    """An attention in normal form.
+
+    Attributes:
+        out: the value the weighted sum makes, by labels.
+        key: label that runs over the keys (tokens, or slots of a gathered row).
+        column: label of the value columns.
+        nope, rope: key columns and the query columns that meet them; the value is nope.
+        scale, rope_factor: constant factors of the scores of each part, those of the operands
+            (`State.factor`) left out.
+        selected: what selects tokens, in dense forms.
+        visible: other masks.
+        rows: labels that tell one row of keys from another (batch first, then query tokens).
+        heads: labels that share them.
+    """
+
+    tracer: Tracer
+    anchor: Anchor
+    out: Ref
+    out_node: int
+    key: Label
+    column: Label
+    nope: Columns
+    nope_query: Query
+    rope: Columns | None
+    rope_query: Query | None
+    value: Columns
+    scale: float
+    rope_factor: float
+    selected: list[Selected] = field(default_factory=list)
+    visible: list[Visible] = field(default_factory=list)
+    rows: list[Label] = field(default_factory=list)
+    heads: list[Label] = field(default_factory=list)
+    bound: list[str] = field(default_factory=list)
+
+
+def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
+    """Take the attention at `anchor` apart.
+
+    Args:
+        tracer: with a budget for this site.
+        anchor: from `find`.
+        bound: filled with what was understood, for the report of a refusal.
+
+    Raises:
+        Stop: it is not the operator's mathematics, or not recognisably so.
+        NotASite: nothing selects keys.
+    """
+    out_node, out = _weighted_sum(tracer, anchor)
+    bound.append(f"weighted sum {tracer.index.label(out_node)}")
+    labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
+    coords = tuple(Expr.of(x) for x in labels)
+    for _ in range(8):
+        site = _bind_at(tracer, anchor, out_node, Ref(out, coords), bound)
+        swap = _splits(site)
+        if not swap:
+            return site
+        coords = tuple(c.substitute(swap) for c in coords)
+    raise Stop("the axes of the attention cannot be told apart", out)
+
+
+def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: list[str]) -> Site:
+    step = tracer.step(out)
+    if not isinstance(step, Dot) or step.factor != 1:
+        raise Stop("the weighted sum of values is not a plain product", out.value)
+    weights, value_ref = _sides(tracer, anchor, step)
+    axis = anchor.axis % len(weights.coords)
+    if weights.coords[axis] != Expr.of(step.label):
+        raise Stop(
+            f"the softmax runs along axis {anchor.axis}, the weighted sum along another one",
+            anchor.weights,
+            "expected the softmax over the keys that are summed",
+        )
+    others = {x for i, c in enumerate(weights.coords) if i != axis for x in c.labels}
+    column = _value_column(value_ref, others | {step.label})
+    value = require_one(trace_columns(tracer, value_ref, column), "the value", value_ref.value)
+    bound.append("value " + value.deep.ref.value)
+    scores = read_scores(tracer, Ref(anchor.scores, weights.coords), anchor.factor)
+    bound.append("scores " + ", ".join(dict.fromkeys(t.k.value for t in scores.terms)))
+    site = _keys(tracer, scores, step.label, value, anchor)
+    site.out, site.out_node, site.column = out, out_node, column
+    site.bound = bound
+    _masks(site, scores.masks)
+    _axes(site, others)
+    return site
+
+
+def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
+    """The one product that consumes the weights; nobody else may."""
+    index = tracer.index
+    seen, todo, found = {anchor.weights}, [anchor.weights], []
+    while todo:
+        value = todo.pop()
+        tracer.spend(value)
+        if index.is_graph_output(value):
+            raise Stop(
+                f"the attention weights are a graph output ({value})",
+                value,
+                "export the model without returning attention weights",
+            )
+        for i, _ in index.uses(value):
+            node = index.nodes[i]
+            if node.op_type in ("MatMul", "Einsum", "FusedMatMul", "Gemm"):
+                found.append(i)
+            elif node.op_type in _CARRIES_WEIGHTS:
+                todo += [o for o in node.output if o and o not in seen]
+                seen.update(node.output)
+            else:
+                raise Stop(
+                    f"the attention weights are also used by {node.op_type} {index.label(i)}",
+                    value,
+                    "only the weighted sum of values may use them",
+                )
+    if len(set(found)) != 1:
+        names = ", ".join(index.label(i) for i in found) or "nothing"
+        raise Stop(f"the attention weights are multiplied by {names}; expected one product", value)
+    return found[0], index.nodes[found[0]].output[0]
+
+
+_CARRIES_WEIGHTS = frozenset(
+    ("Cast", "Dropout", "Expand", "Identity", "IsNaN", "Reshape", "Squeeze", "Transpose")
+) | frozenset(("Unsqueeze", "Where", "Flatten"))
+
+
+def _sides(tracer: Tracer, anchor: Anchor, step: Dot) -> tuple[Ref, Ref]:
+    """(element of the weights, element of the value) of the weighted sum."""
+    for weights, value in ((step.a, step.b), (step.b, step.a)):
+        ref = weights
+        while ref.value != anchor.weights:
+            back = tracer.step(ref)
+            if not isinstance(back, Move):
+                break
+            ref = back.ref
+        else:
+            return ref, value
+    raise Stop(
+        "something other than a cast, a view or a NaN guard lies between softmax and weighted sum",
+        anchor.weights,
+    )
+
+
+def _value_column(value: Ref, known: set[Label]) -> Label:
+    own = sorted(value.labels - known, key=str)
+    if len(own) > 1:
+        raise Stop(f"the value {value.value} has several column axes", value.value)
+    return own[0] if own else Label("column", 1)
+
+
+def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: Anchor) -> Site:
+    """Which key columns are the value, which are rope."""
+    wanted = frozenset(s.ref.value for s in value.path)
+    pairs: list[tuple[Term, Columns]] = []
+    for term in scores.terms:
+        q, k = _query_and_key(term, key)
+        term = Term(q, k, term.label, term.factor)
+        pairs += [(term, part) for part in trace_columns(tracer, k, term.label, wanted)]
+    nope, reason = None, ""
+    for pair in pairs:
+        differs = same_rows(pair[1], value)
+        if not differs:
+            nope = pair
+            break
+        reason = reason or differs
+    if nope is None:
+        raise Stop(
+            f"the value is not the key's nope part: {reason}",
+            value.deep.ref.value,
+            "the operator reads keys and values from the same rows",
+        )
+    return _paired(tracer, nope, [p for p in pairs if p is not nope], key, value, anchor)
+
+
+def _query_and_key(term: Term, key: Label) -> tuple[Ref, Ref]:
+    in_q, in_k = key in term.q.labels, key in term.k.labels
+    if in_q == in_k:
+        raise Stop("both or none of the factors of the scores run over the keys", term.k.value)
+    return (term.q, term.k) if in_k else (term.k, term.q)
+
+
+def _paired(
+    tracer: Tracer,
+    nope: tuple[Term, Columns],
+    rest: list[tuple[Term, Columns]],
+    key: Label,
+    value: Columns,
+    anchor: Anchor,
+) -> Site:
+    term, columns = nope
+    width = value.label.size
+    if columns.kind != "expanded" and columns.label.size > width:  # [nope | rope] in one tensor
+        head, tail = _cut_columns(columns, width)
+        rest, columns = [(term, tail), *rest], head
+    if len(rest) > 1:
+        raise Stop(
+            f"the key has {len(rest)} parts besides the value's columns"
+            f" ({', '.join(c.deep.ref.value for _, c in rest)}); expected one (rope)",
+            term.k.value,
+        )
+    rope = rest[0] if rest else None
+    return Site(
+        tracer=tracer,
+        anchor=anchor,
+        out=Ref("", ()),
+        out_node=-1,
+        key=key,
+        column=value.label,
+        nope=columns,
+        nope_query=_query(term, columns),
+        rope=rope[1] if rope else None,
+        rope_query=_query(*rope) if rope else None,
+        value=value,
+        scale=term.factor,
+        rope_factor=rope[0].factor if rope else term.factor,
+    )
+
+
+def _query(term: Term, columns: Columns) -> Query:
+    swap = {term.label: Expr.of(columns.label) + columns.low}
+    return Query(term.q.substitute(swap) if term.label != columns.label else term.q, columns.label)
+
+
+def _cut_columns(columns: Columns, width: int) -> tuple[Columns, Columns]:
+    """The first `width` columns and the rest."""
+    parts = []
+    for start, stop in ((0, width), (width, columns.label.size)):
+        own = Label(f"{columns.label.name}[{start}:{stop}]", stop - start)
+        swap = {columns.label: Expr.of(own) + start}
+        path = tuple(State(s.ref.substitute(swap), s.factor) for s in columns.path)
+        parts.append(replace(columns, label=own, low=columns.low + start, path=path))
+    return parts[0], parts[1]
+
+
+def _masks(site: Site, literals: list[Literal]) -> None:
+    for literal in literals:
+        if isinstance(literal, Selected):
+            same = [s for s in site.selected if _same_selection(s, literal)]
+            if not same:
+                site.selected.append(literal)
+        elif literal not in site.visible:
+            site.visible.append(literal)
+    if len(site.selected) > 1:
+        names = " and ".join(s.indices.value for s in site.selected)
+        raise Stop(f"two selections mask one attention: {names}", site.selected[1].indices.value)
+    gathered = any(_selects(r, site.key) for c in site.nope.deep.ref.coords for r in c.reads)
+    if not site.selected and not gathered:
+        raise NotASite
+    if site.selected and gathered:
+        raise Stop(
+            "the keys are gathered by indices and masked by a selection as well",
+            site.selected[0].indices.value,
+        )
+
+
+def _same_selection(a: Selected, b: Selected) -> bool:
+    swap = {b.slot: Expr.of(a.slot)}
+    return a.indices == b.indices.substitute(swap)
+
+
+def _selects(read: Read, key: Label) -> bool:
+    """Whether every key has an index of its own (a page table is read once per page)."""
+    for coordinate in read.coords:
+        if any(atom == key for atom, _ in coordinate.terms):
+            return True
+        if any(_selects(inner, key) for inner in coordinate.reads):
+            return True
+    return False
+
+
+def _axes(site: Site, others: set[Label]) -> None:
+    """Tell rows (own keys, own selection) from heads (same keys, same selection)."""
+    deciding = _labels(site.nope, site.key)
+    if site.rope is not None:
+        deciding |= _labels(site.rope, site.key)
+    for s in site.selected:
+        deciding |= s.indices.labels - {s.slot}
+    for v in site.visible:
+        deciding |= v.ref.labels
+    ordered = [x for c in site.out.coords for x in _in_order(c) if x in others]
+    site.rows = [x for x in ordered if x in deciding]
+    site.heads = [x for x in ordered if x not in deciding]
+
+
+def _in_order(coordinate: Expr) -> list[Label]:
+    terms = sorted(coordinate.terms, key=lambda t: -t[1])
+    return [atom for atom, _ in terms if isinstance(atom, Label)]
+
+
+def _labels(columns: Columns, key: Label) -> set[Label]:
+    ignore = {columns.label, key} | ({columns.inner} if columns.inner else set())
+    return {x for x in columns.deep.ref.labels if x not in ignore}
+
+
+def _splits(site: Site) -> dict[Label, Expr]:
+    """Labels that some tensor has as two axes: each becomes two labels."""
+    own = {x for c in site.out.coords for x in c.labels} - {site.column}
+    for coordinate in _all_coords(site):
+        for atom in _divisions(coordinate):
+            label = next(iter(atom.expr.labels), None)
+            if label in own and atom.expr == Expr.of(label) and label.size % atom.by == 0:
+                high = Label(f"{label.name}h", label.size // atom.by)
+                low = Label(f"{label.name}l", atom.by)
+                return {label: Expr.of(high) * atom.by + Expr.of(low)}
+    return {}
+
+
+def _all_coords(site: Site) -> Iterator[Expr]:
+    refs = [site.nope_query.ref, site.nope.deep.ref, site.value.deep.ref]
+    if site.rope is not None and site.rope_query is not None:
+        refs += [site.rope_query.ref, site.rope.deep.ref]
+    refs += [s.indices for s in site.selected] + [v.ref for v in site.visible]
+    for ref in refs:
+        yield from ref.coords
+
+
+def _divisions(coordinate: Expr) -> Iterator[Quot | Rem]:
+    for atom, _ in coordinate.terms:
+        if isinstance(atom, Quot | Rem):
+            yield atom
+            yield from _divisions(atom.expr)
+        elif isinstance(atom, Read):
+            for inner in atom.coords:
+                yield from _divisions(inner)

@@ -1,0 +1,415 @@
+"""Masks as conjunctions: a key is visible when every literal holds.
+
+A literal is either a selection (the key's position is in a row of an index tensor) or a tensor of
+the graph that is read as it is: bool, or float with two values. Nothing is proved about the latter
+(causal, padding, packing ...): it is evaluated in the graph at the selected positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import onnx
+
+from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
+from sfa_onnx.passes.axes_trace import Move, Pieces, Ref, Stop, Tracer, is_float
+from sfa_onnx.passes.shapes_rules import attributes
+
+__all__ = ["HIDDEN", "Literal", "Selected", "Visible", "additive", "boolean", "is_hidden"]
+
+# A score this far below the others has weight 0 in every float type in use.
+HIDDEN: Final = -9e3
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Visible where the tensor says so: `ref` is bool (== positive) or float (> HIDDEN)."""
+
+    ref: Ref
+    positive: bool = True
+    is_bool: bool = True
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Visible where the key's position is among `indices` (over all values of `slot`).
+
+    `mask` is the tensor that says so in the graph (before any other literal is applied), `valid`
+    a tensor over the same slots that switches entries off, if the graph has one.
+    """
+
+    indices: Ref
+    slot: Label
+    mask: Ref
+    mask_positive: bool
+    mask_bool: bool
+    valid: Ref | None = None
+
+
+Literal = Visible | Selected
+
+
+def _constant(tracer: Tracer, value: str) -> float | None:
+    """The number a mask constant has everywhere: a scalar, an expanded scalar, a filled table."""
+    for _ in range(16):
+        fill = tracer.index.fill_value(value)
+        if fill is not None:
+            return fill
+        node = tracer.index.node_of(value)
+        if node is None:
+            return None
+        if node.op_type == "ConstantOfShape":
+            tensor = attributes(node).get("value")
+            return (
+                0.0 if tensor is None else float(onnx.numpy_helper.to_array(tensor).reshape(-1)[0])
+            )
+        if node.op_type in ("Where", "Mul") and (known := tracer.sizes.value(value)) is not None:
+            flat = known.reshape(-1)
+            return float(flat[0]) if flat.size and bool((flat == flat[0]).all()) else None
+        if node.op_type in ("Mul", "Sub", "Add", "Neg", "Div"):
+            return tracer.scalar(value)
+        if node.op_type not in (
+            "Expand",
+            "Cast",
+            "CastLike",
+            "Reshape",
+            "Unsqueeze",
+            "Identity",
+            "Tile",
+        ):
+            return None
+        value = node.input[0]
+    return None
+
+
+def is_hidden(tracer: Tracer, value: str) -> bool:
+    """Whether `value` is a constant that hides a score."""
+    fill = _constant(tracer, value)
+    return fill is not None and fill < HIDDEN
+
+
+def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal]:
+    """The literals of a float tensor that is added to scores: 0 where visible, else very low."""
+    fill = _constant(tracer, ref.value)
+    if fill is not None:
+        return _constant_mask(-fill if negated else fill, ref)
+    node = tracer.index.node_of(ref.value)
+    if node is not None:
+        found = _additive_node(tracer, node, ref, negated)
+        if found is not None:
+            return found
+        step = tracer.step(ref)
+        if isinstance(step, Move) and is_float(tracer.sizes.elem_type(step.ref.value)):
+            inner = additive(tracer, step.ref, negated=negated)
+            return inner if negated else _at_view(node, ref, inner, True, is_bool=False)
+    if not negated and _two_valued_table(tracer, ref.value):
+        return [Visible(ref, is_bool=False)]
+    raise Stop(
+        f"{ref.value} is added to the scores and cannot be shown to hold only 0 and -inf: it may be"
+        " a bias",
+        ref.value,
+        "build the mask from a bool tensor in the graph, or pass a bool mask",
+    )
+
+
+def _constant_mask(fill: float, ref: Ref) -> list[Literal]:
+    if fill == 0:
+        return []
+    raise Stop(f"the constant {fill:g} is added to every score ({ref.value})", ref.value)
+
+
+def _additive_node(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, negated: bool
+) -> list[Literal] | None:
+    op = node.op_type
+    if op in ("Add", "Max", "Min") and len(node.input) == 2:
+        return _combined(tracer, node, ref, negated)
+    if op == "Neg":
+        return additive(tracer, Ref(node.input[0], ref.coords), negated=not negated)
+    if op == "Where":
+        return _additive_where(tracer, node, ref, negated)
+    if op == "Mul":
+        return _weighted(tracer, node, ref, negated)
+    if op == "ScatterElements" and not negated:
+        return _scatter(tracer, node, ref, is_bool=False)
+    if op == "ScatterND" and not negated:
+        return _scatter_where(tracer, node, ref)
+    return None
+
+
+def _combined(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, negated: bool
+) -> list[Literal] | None:
+    operands = [tracer.operand(n, ref.coords) for n in node.input]
+    if node.op_type == "Max":  # max(mask, finfo.min): a floor for sums of masks
+        kept = [o for o in operands if not is_hidden(tracer, o.value)]
+        return additive(tracer, kept[0], negated=negated) if len(kept) == 1 else None
+    return [lit for o in operands for lit in additive(tracer, o, negated=negated)]
+
+
+def _additive_where(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, negated: bool
+) -> list[Literal] | None:
+    condition, first, second = (tracer.operand(n, ref.coords) for n in node.input)
+    sign = -1.0 if negated else 1.0
+    for branch, other, positive in ((second, first, True), (first, second, False)):
+        fill = _constant(tracer, branch.value)
+        if fill is not None and fill * sign < HIDDEN:
+            rest = additive(tracer, other, negated=negated)
+            return [*boolean(tracer, condition, positive=positive), *rest]
+    return None
+
+
+def _weighted(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, negated: bool
+) -> list[Literal] | None:
+    """Cast(mask) * finfo.min: hidden where the mask is 1; or a mask times a positive number."""
+    operands = [tracer.operand(n, ref.coords) for n in node.input]
+    for mask, weight in (operands, operands[::-1]):
+        factor = _constant(tracer, weight.value)
+        if factor is None:
+            continue
+        factor = -factor if negated else factor
+        if factor < HIDDEN:
+            return boolean(tracer, mask, positive=False)
+        if factor > 0:
+            return additive(tracer, mask)
+    return None
+
+
+def _two_valued_table(tracer: Tracer, value: str) -> bool:
+    tensor = tracer.index.initializers.get(value)
+    if tensor is None:
+        return False
+    table = tracer.index.mask_table(value)
+    return table is not None and bool(((table == 0) | (table < HIDDEN)).all())
+
+
+def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
+    """Literals whose conjunction is `ref` == positive (numbers count as true when not 0)."""
+    node = tracer.index.node_of(ref.value)
+    if node is None:
+        return [_leaf(tracer, ref, positive)]
+    found = _boolean_node(tracer, node, ref, positive)
+    if found is not None:
+        return found
+    step = tracer.step(ref) if node.op_type != "Where" else None
+    if isinstance(step, Move) and not node.op_type.startswith("Gather"):
+        inner = boolean(tracer, step.ref, positive=positive)
+        return _at_view(node, ref, inner, positive, is_bool=True)
+    if node.op_type == "Cast":
+        return boolean(tracer, Ref(node.input[0], ref.coords), positive=positive)
+    return [_leaf(tracer, ref, positive)]
+
+
+def _at_view(
+    node: onnx.NodeProto, ref: Ref, inner: list[Literal], positive: bool, *, is_bool: bool
+) -> list[Literal]:
+    """Literals found behind a view; where it cuts a tensor, they are read from the cut one."""
+    if node.op_type not in ("Slice", "Split", "Concat", "ScatterND"):
+        return inner
+    if len(inner) == 1 and isinstance(inner[0], Visible):
+        return [Visible(ref, positive, is_bool)]
+    if len(inner) == 1 and isinstance(inner[0], Selected):
+        return [replace(inner[0], mask=ref, mask_positive=positive, mask_bool=is_bool)]
+    return inner
+
+
+def _leaf(tracer: Tracer, ref: Ref, positive: bool) -> Visible:
+    elem = tracer.sizes.elem_type(ref.value)
+    if elem != onnx.TensorProto.BOOL:
+        raise Stop(
+            f"the mask {ref.value} is not bool and not made from one", ref.value, "use a bool mask"
+        )
+    return Visible(ref, positive)
+
+
+def _boolean_node(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool
+) -> list[Literal] | None:
+    op = node.op_type
+    if op == "Not":
+        return boolean(tracer, Ref(node.input[0], ref.coords), positive=not positive)
+    if (op == "And" and positive) or (op == "Or" and not positive):
+        operands = [tracer.operand(n, ref.coords) for n in node.input]
+        return [lit for o in operands for lit in boolean(tracer, o, positive=positive)]
+    if op == "Sub" and _constant(tracer, node.input[0]) == 1:  # 1 - mask
+        return boolean(tracer, tracer.operand(node.input[1], ref.coords), positive=not positive)
+    if op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
+        return _compared(tracer, node, ref, positive)
+    if op == "ScatterElements":
+        return _scatter(tracer, node, ref, is_bool=True, positive=positive)
+    if op in ("ReduceMax", "ReduceSum") and positive:
+        return _reduced(tracer, node, ref)
+    return None
+
+
+def _compared(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool
+) -> list[Literal] | None:
+    """Count > 0, flag > 0.5, mask == 0, mask > -1: comparisons that only read a mask."""
+    limit = _constant(tracer, node.input[1])
+    source = tracer.operand(node.input[0], ref.coords)
+    if limit is None:
+        return None
+    above = node.op_type in ("Greater", "GreaterOrEqual")
+    if is_float(tracer.sizes.elem_type(source.value)) and limit <= 0:
+        hides = {"Greater": limit < 0, "GreaterOrEqual": True, "Equal": limit == 0}
+        low = {"Less": True, "LessOrEqual": limit < 0}
+        if (hides.get(node.op_type, False) and positive) or (
+            low.get(node.op_type, False) and not positive
+        ):
+            try:
+                return additive(tracer, source)
+            except Stop:
+                return None
+    if not _counts(tracer, source.value):
+        return None
+    if (node.op_type == "Equal" and limit == 0) or (node.op_type == "Less" and 0 < limit <= 1):
+        return boolean(tracer, source, positive=not positive)
+    if above and 0 <= limit <= 1 and not (node.op_type == "GreaterOrEqual" and limit == 0):
+        return (
+            None
+            if node.op_type == "Greater" and limit >= 1
+            else boolean(tracer, source, positive=positive)
+        )
+    return None
+
+
+def _counts(tracer: Tracer, value: str) -> bool:
+    """Whether a tensor counts or flags: 0 and 1 scattered or reduced, or a cast bool."""
+    for _ in range(16):
+        node = tracer.index.node_of(value)
+        if node is None:
+            return False
+        if node.op_type in ("ScatterElements", "ReduceSum", "ReduceMax"):
+            return True
+        if (
+            node.op_type == "Cast"
+            and tracer.sizes.elem_type(node.input[0]) == onnx.TensorProto.BOOL
+        ):
+            return True
+        if node.op_type not in (
+            "Cast",
+            "Slice",
+            "Unsqueeze",
+            "Squeeze",
+            "Reshape",
+            "Transpose",
+            "Expand",
+        ):
+            return False
+        value = node.input[0]
+    return False
+
+
+def _scatter(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, *, is_bool: bool, positive: bool = True
+) -> list[Literal] | None:
+    """Constants written at indices along the key axis: the selection itself."""
+    axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
+    base = _constant(tracer, node.input[0])
+    update = _constant(tracer, node.input[2])
+    if label_of(ref.coords[axis]) is None and not ref.coords[axis].labels:
+        return None
+    slot = fresh("slot", tracer.shape(node.input[1])[axis])
+    at = tuple(Expr.of(slot) if i == axis else c for i, c in enumerate(ref.coords))
+    valid = None
+    if update is None and is_bool and base == 0 and positive:  # scatter(valid)
+        valid, update = Ref(node.input[2], at), 1.0
+    if base is None or update is None:
+        if is_bool or base is not None:
+            return None
+        return _scatter_over(tracer, node, ref, at, slot, update)
+    if is_bool:
+        keeps = (update != 0) == positive and (base != 0) != positive
+    else:
+        keeps = update == 0 and base < HIDDEN
+    if not keeps:
+        raise Stop(
+            f"ScatterElements {tracer.index.label(tracer.index.producer[ref.value])} hides the"
+            " selected keys, or marks none",
+            ref.value,
+            "expected a mask that keeps exactly the selected keys",
+        )
+    return [Selected(Ref(node.input[1], at), slot, ref, positive, is_bool, valid)]
+
+
+def _scatter_over(
+    tracer: Tracer,
+    node: onnx.NodeProto,
+    ref: Ref,
+    at: tuple[Expr, ...],
+    slot: Label,
+    update: float | None,
+) -> list[Literal] | None:
+    """Zeros written over a float table, which must hide whatever is not selected."""
+    table = tracer.index.mask_table(node.input[0])
+    if update != 0 or table is None or not bool((table < HIDDEN).all()):
+        return None
+    return [Selected(Ref(node.input[1], at), slot, ref, True, False)]
+
+
+def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
+    from sfa_onnx.passes.bind_scores import scatters_where
+
+    mask = scatters_where(tracer, node, ref)
+    if mask is None:
+        return None
+    rest = additive(tracer, Ref(node.input[0], ref.coords))
+    return [*boolean(tracer, mask, positive=False), *rest]
+
+
+def _reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
+    """any(indices == arange(keys)) over the slots."""
+    source = node.input[0]
+    shape = tracer.shape(source)
+    axes = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else None
+    given = attributes(node).get("axes") if axes is None else np.asarray(axes).reshape(-1).tolist()
+    if given is None or len(given) != 1:
+        return None
+    axis = int(given[0]) % len(shape)
+    slot = fresh("slot", shape[axis])
+    coords = list(ref.coords)
+    if attributes(node).get("keepdims", 1):
+        coords[axis] = Expr.of(slot)
+    else:
+        coords.insert(axis, Expr.of(slot))
+    hit = Ref(source, tuple(coords))
+    valid: list[Ref] = []
+    for _ in range(16):
+        maker = tracer.index.node_of(hit.value)
+        if maker is None:
+            return None
+        if maker.op_type == "Equal":
+            break
+        if maker.op_type == "And":
+            a, b = (tracer.operand(n, hit.coords) for n in maker.input)
+            equal_first = _is_equal(tracer, a.value)
+            valid.append(b if equal_first else a)
+            hit = a if equal_first else b
+            continue
+        if maker.op_type == "Cast":
+            hit = Ref(maker.input[0], hit.coords)
+            continue
+        step = tracer.step(hit)
+        if isinstance(step, Pieces) or not isinstance(step, Move):
+            return None
+        hit = step.ref
+    else:
+        return None
+    operands = [tracer.operand(n, hit.coords) for n in maker.input]
+    for indices, positions in (operands, operands[::-1]):
+        key = label_of(tracer.index_value(positions))
+        if key is not None and key != slot and slot in indices.labels and len(valid) < 2:
+            if key in indices.labels:
+                continue
+            return [Selected(indices, slot, ref, True, True, valid[0] if valid else None)]
+    return None
+
+
+def _is_equal(tracer: Tracer, value: str) -> bool:
+    node = tracer.index.node_of(value)
+    return node is not None and node.op_type == "Equal"

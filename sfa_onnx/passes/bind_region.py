@@ -1,0 +1,330 @@
+"""What a bound site covers in the graph: its nodes, the values that enter, and their roles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
+from sfa_onnx.passes.axes_trace import Ref, Tracer
+from sfa_onnx.passes.bind import Site
+from sfa_onnx.passes.bind_rows import Columns
+from sfa_onnx.passes.build import axis_labels
+from sfa_onnx.passes.build_select import from_topk
+from sfa_onnx.passes.candidate import Domain, Operand, Role
+from sfa_onnx.passes.index import GraphIndex
+
+__all__ = ["Region", "cover"]
+
+_T = onnx.TensorProto
+_MASKED = float(np.finfo(np.float32).min)
+
+
+@dataclass
+class Region:
+    """Node indices and entering values of a site."""
+
+    nodes: tuple[int, ...] = ()
+    support: tuple[int, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    sizes: dict[str, int | str] = field(default_factory=dict)
+
+
+def cover(site: Site, output: str, queries: Iterable[Ref], used: Iterable[str]) -> Region:
+    """The region that computes `output`.
+
+    Args:
+        site: the bound site.
+        output: the value that is replaced.
+        queries: where the replacement takes the query from.
+        used: values of the graph that the replacement reads.
+    """
+    names = _Names(site)
+    known = _known_operands(site, list(queries), names)
+    index = site.tracer.index
+    inner, entering = _upstream(site.tracer, [output, *used], known)
+    for value in entering:
+        if value not in known:
+            known[value] = _other_operand(site, value, inner, names)
+    live = [known[v] for v in known if v in entering]
+    needed = _upstream(site.tracer, list(used), known)[0]
+    removed = _dead(index, inner, output, needed)
+    sizes = dict(names.sizes)
+    return Region(tuple(removed), tuple(sorted(inner - set(removed))), tuple(live), sizes)
+
+
+def _upstream(
+    tracer: Tracer, values: Iterable[str], known: dict[str, Operand]
+) -> tuple[set[int], dict[str, None]]:
+    """Nodes between `values` and what enters, and the entering values (constants left out)."""
+    index = tracer.index
+    nodes: set[int] = set()
+    entering: dict[str, None] = {}
+    stack, seen = list(values), set(values)
+    while stack:
+        value = stack.pop()
+        if not value:
+            continue
+        if value in known:
+            entering[value] = None
+            continue
+        i = index.producer.get(value)
+        if i is None:
+            if value not in index.initializers:
+                entering[value] = None
+            continue
+        node = index.nodes[i]
+        if node.op_type in ("TopK", "If", "Loop", "Scan") or node.domain not in _KNOWN_DOMAINS:
+            entering[value] = None
+            continue
+        nodes.add(i)
+        tracer.spend(value)
+        if node.op_type in ("Shape", "Size"):
+            name = node.input[0]
+            if name not in index.initializers and tracer.index.constant(name) is None:
+                entering[name] = None
+            continue
+        new = [n for n in node.input if n not in seen]
+        seen.update(new)
+        stack += new
+    made = {o for i in nodes for o in index.nodes[i].output}
+    return nodes, dict.fromkeys(v for v in entering if v in known or v not in made)
+
+
+_KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+
+def _dead(index: GraphIndex, inner: set[int], output: str, needed: set[int]) -> list[int]:
+    """Nodes that nobody reads once `output` is made by somebody else."""
+    alive: dict[int, bool] = {}
+    first = index.producer[output]
+    removed = {first}
+    for i in sorted(inner - {first}, reverse=True):
+        node = index.nodes[i]
+        readers = [u for o in node.output if o for u, _ in index.uses(o)]
+        keeps = i in needed or any(index.is_graph_output(o) for o in node.output)
+        alive[i] = keeps or any(u not in removed for u in readers)
+        if not alive[i]:
+            removed.add(i)
+    return sorted(removed)
+
+
+class _Names:
+    """Label -> axis name of the operator's language."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.names: dict[Label, str] = {}
+        self.sizes: dict[str, int | str] = {}
+        cached = {x for c in (site.nope, site.rope) if c for x in _outside_reads(c)}
+        self._name([x for x in site.rows if x in cached], "B")
+        self._name([x for x in site.rows if x not in cached], "S1")
+        self._name(site.heads, "N1")
+        self.names[site.key] = "S2" if site.selected else "K"
+        for s in site.selected:
+            self.names[s.slot] = "K"
+        if site.nope.inner is not None:
+            self.names[site.nope.inner] = "C"
+            self.names[site.nope.label] = "D"
+            self.names[site.column] = "V"
+        else:
+            self.names[site.nope.label] = self.names[site.column] = "C"
+        if site.rope is not None:
+            self.names[site.rope.label] = "R"
+
+    def _name(self, labels: list[Label], name: str) -> None:
+        for i, label in enumerate(labels):
+            self.names[label] = name if not i else f"{name}_{i}"
+
+    def axes(self, ref: Ref) -> tuple[str, ...]:
+        """Axis names of the tensor of `ref`."""
+        shape = self.site.tracer.shape(ref.value)
+        return tuple(
+            self._axis(ref.value, i, c, d)
+            for i, (c, d) in enumerate(zip(ref.coords, shape, strict=True))
+        )
+
+    def _axis(self, value: str, axis: int, coordinate: Expr, size: int) -> str:
+        if size == 1:
+            return "1"
+        labels = axis_labels(coordinate)
+        tracer = self.site.tracer
+        if labels is not None and not labels:
+            return ""
+        if labels is not None:
+            names = [self.names.get(x, x.name) for x in labels]
+            covered = int(np.prod([x.size for x in labels]))
+            if covered == size and not coordinate.const:
+                for label, name in zip(labels, names, strict=True):
+                    if len(labels) == 1:
+                        self._size(name, value, axis, label.size)
+                return "*".join(names)
+            name = "D" if names == ["C"] or names == ["R"] else f"{names[-1]}_of_{value}"
+        else:
+            name = self._read_axis(coordinate)
+        if name and "*" not in name:
+            self._size(name, value, axis, tracer.shape(value)[axis])
+        return name
+
+    def _read_axis(self, coordinate: Expr) -> str:
+        """An axis addressed by an index tensor, or by a quotient of a column."""
+        if not coordinate.reads:
+            return "G"  # scales: one per tile
+        if len(coordinate.terms) == 1:
+            atom = coordinate.terms[0][0]
+            if isinstance(atom, Quot) or (isinstance(atom, Read) and _nested(atom)):
+                return "P"
+            if isinstance(atom, Rem):
+                return "BS"
+            return "S2"
+        batch = [self.names.get(a, "") for a, _ in coordinate.terms if isinstance(a, Label)]
+        return "*".join([*batch, "S2"])
+
+    def _size(self, name: str, value: str, axis: int, size: int) -> None:
+        if name in self.sizes:
+            return
+        if self.site.tracer.static(value, axis):
+            self.sizes[name] = size
+            return
+        declared = self.site.tracer.index.shape(value)
+        symbol = declared[axis] if declared is not None else None
+        self.sizes[name] = symbol if isinstance(symbol, str) else name
+
+
+def _nested(read: Read) -> bool:
+    return any(c.reads for c in read.coords)
+
+
+def _outside_reads(columns: Columns) -> set[Label]:
+    found: set[Label] = set()
+    for coordinate in columns.deep.ref.coords:
+        for atom, _ in coordinate.terms:
+            if not isinstance(atom, Read):
+                found |= Expr.of(atom).labels
+    return found
+
+
+def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, Operand]:
+    """Operands that binding has named."""
+    known: dict[str, Operand] = {}
+
+    def add(ref: Ref, role: Role, domain: Domain | None = None) -> None:
+        if ref.value in known or ref.value in list(_constants(site, role)):
+            return
+        elem = site.tracer.sizes.elem_type(ref.value)
+        known[ref.value] = Operand(ref.value, role, names.axes(ref), elem, domain or Domain())
+
+    for ref, role in zip(queries, (Role.QUERY, Role.QUERY_ROPE), strict=False):
+        add(ref, role)
+    int8 = site.nope.kind == "int8"
+    add(site.nope.deep.ref, Role.LATENT_INT8 if int8 else Role.LATENT)
+    if int8:
+        add(site.nope.scale[-1].ref, Role.SCALE)
+    if site.rope is not None:
+        add(site.rope.deep.ref, Role.KEY_ROPE)
+    for weights in (site.nope.weight, site.value.weight):
+        if weights:
+            add(weights[-1].ref, Role.EXPANSION)
+    for s in site.selected:
+        _add_indices(site, s.indices, known, names)
+    for literal in site.visible:
+        if site.tracer.index.producer.get(literal.ref.value) is None and (
+            literal.ref.value in site.tracer.index.initializers
+        ):
+            continue
+        add(literal.ref, Role.MASK, _mask_domain(literal.is_bool, literal.positive))
+    for columns in (site.nope, site.rope):
+        for coordinate in columns.deep.ref.coords if columns is not None else ():
+            for read in coordinate.reads:
+                _add_indices(site, Ref(read.value, read.coords), known, names)
+    return known
+
+
+def _constants(site: Site, role: Role) -> Iterable[str]:
+    """Initializers are no operands, except the weight of an expansion."""
+    return () if role is Role.EXPANSION else site.tracer.index.initializers.keys()
+
+
+def _mask_domain(is_bool: bool, positive: bool) -> Domain:
+    if is_bool:
+        return Domain() if positive else Domain(values=(0.0, 1.0))
+    return Domain(values=(0.0, _MASKED))
+
+
+def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names) -> None:
+    """Follow an index tensor to where it comes from: TopK, or the tensor that is given."""
+    tracer = site.tracer
+    topk = from_topk(tracer, ref)
+    while True:
+        node = tracer.index.node_of(ref.value)
+        if node is None or node.op_type in ("TopK", "Gather", "GatherElements", "GatherND"):
+            break
+        step = tracer.step(ref)
+        if not hasattr(step, "ref") or step.ref == ref or step.ref.value == ref.value:
+            break
+        ref = step.ref
+    node = tracer.index.node_of(ref.value)
+    given = tracer.index.is_graph_input(ref.value)
+    if ref.value in known or not (topk or given):
+        return
+    axes = names.axes(ref)
+    if not axes or "K" not in axes:
+        return
+    domain = Domain(
+        distinct=bool(topk),
+        sorted_descending=False,
+        low=0,
+        high="S2",
+        negative_allowed=not topk,
+        assumption="indices are distinct and in range" if topk else "indices are in range",
+        discharged_by=f"TopK {topk}" if topk else "the caller",
+    )
+    elem = tracer.sizes.elem_type(ref.value)
+    known[ref.value] = Operand(ref.value, Role.INDICES, axes, elem, domain)
+
+
+def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Operand:
+    """A value that binding has no name for: told by how it is used."""
+    tracer = site.tracer
+    elem, shape = tracer.sizes.elem_type(value), tracer.shape(value)
+    uses = [(tracer.index.nodes[i].op_type, k) for i, k in tracer.index.uses(value) if i in inner]
+    if uses and all(op in ("Shape", "Size") for op, _ in uses):
+        return Operand(value, Role.SHAPE, _guess(site, shape, names), elem)
+    integral = elem in (_T.INT32, _T.INT64)
+    if integral and len(shape) == 2 and not _has_slots(site, shape):
+        axes = tuple("B" if i == 0 else "M" for i in range(2))
+        names._size("M", value, 1, shape[1])
+        return Operand(value, Role.BLOCK_TABLE, axes, elem)
+    if integral and _has_slots(site, shape):
+        domain = Domain(low=0, high="S2", negative_allowed=True, assumption="indices are in range")
+        return Operand(value, Role.INDICES, _guess(site, shape, names), elem, domain)
+    if integral and len([d for d in shape if d > 1]) <= 1:
+        return Operand(value, Role.LENGTHS_KV, tuple("1" if d == 1 else "B" for d in shape), elem)
+    return Operand(value, Role.SHAPE, _guess(site, shape, names), elem)
+
+
+def _has_slots(site: Site, shape: tuple[int, ...]) -> bool:
+    slots = {site.key.size, *(s.slot.size for s in site.selected)}
+    return bool(shape) and shape[-1] in slots
+
+
+def _guess(site: Site, shape: tuple[int, ...], names: _Names) -> tuple[str, ...]:
+    """Axis names by size, in the operator's order, for tensors that no trace reached."""
+    order = [*site.rows, *site.heads, site.key, *(s.slot for s in site.selected)]
+    order += [site.nope.label, *([site.rope.label] if site.rope is not None else [])]
+    left = list(order)
+    out = []
+    for size in shape:
+        if size == 1:
+            out.append("1")
+            continue
+        match = next((x for x in left if x.size == size), None)
+        if match is None:
+            out.append("")
+            continue
+        left.remove(match)
+        out.append(names.names.get(match, ""))
+    return tuple(out)

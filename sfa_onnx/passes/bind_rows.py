@@ -1,0 +1,278 @@
+"""Keys and values as rows: which stored tensors the columns of a contraction operand come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import onnx
+
+from sfa_onnx.passes.axes import Expr, Label, Quot, fresh
+from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
+
+__all__ = ["Columns", "State", "require_one", "same_rows", "trace_columns"]
+
+_INT8 = onnx.TensorProto.INT8
+_PLACE = "column"
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor on the way from a contraction to where the rows are stored.
+
+    The operand's element is `factor` times this one.
+    """
+
+    ref: Ref
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A range of columns of an operand and the tensors its elements were made from.
+
+    Attributes:
+        label: runs over these columns.
+        low: first of them among the columns of the whole operand.
+        path: from the contraction inwards; it goes on behind a product.
+        scale: path of the dequantisation scale (int8 rows); `path` then goes on to the int8 tensor.
+        weight: path of W (per-head expansion), summed with `path` over `inner`.
+    """
+
+    label: Label
+    low: int
+    path: tuple[State, ...]
+    scale: tuple[State, ...] = ()
+    weight: tuple[State, ...] = ()
+    inner: Label | None = None
+    # index in `path` of the first state behind the product with scale or weight
+    behind: int = 0
+
+    @property
+    def kind(self) -> str:
+        """One of: float, int8, expanded."""
+        return "int8" if self.scale else "expanded" if self.weight else "float"
+
+    @property
+    def deep(self) -> State:
+        """Where the rows are stored."""
+        return self.path[-1]
+
+
+def trace_columns(
+    tracer: Tracer, ref: Ref, label: Label, wanted: frozenset[str] | None = None
+) -> list[Columns]:
+    """The columns of operand `ref` (over `label`), each range traced to its tensors.
+
+    A Concat along the columns is entered only when one of its parts is `wanted` (None: always), is
+    int8 or is expanded from a latent; otherwise the joined tensor is taken as it is.
+    """
+    found = _trace(tracer, ref, label, 0, (), 1.0, wanted)
+    return _merge_tiles(found)
+
+
+def _trace(
+    tracer: Tracer,
+    ref: Ref,
+    label: Label,
+    low: int,
+    prefix: tuple[State, ...],
+    factor: float,
+    wanted: frozenset[str] | None,
+) -> list[Columns]:
+    path = [*prefix, State(ref, factor)]
+    while True:
+        here = path[-1]
+        step = tracer.step(here.ref)
+        if isinstance(step, Move):
+            path.append(State(step.ref, here.factor))
+        elif isinstance(step, Scaled):
+            path.append(State(step.ref, here.factor * step.factor))
+        elif isinstance(step, Pieces) and step.label == label:
+            parts = _enter(tracer, step, label, low, tuple(path), wanted)
+            if wanted is None or _wants(parts, wanted):
+                return parts
+            return [Columns(label, low, tuple(path))]
+        elif isinstance(step, Product):
+            return [_dequantised(tracer, step, label, low, path)]
+        elif isinstance(step, Dot):
+            return [_expanded(tracer, step, label, low, path)]
+        else:
+            return [Columns(label, low, tuple(path))]
+
+
+def _enter(
+    tracer: Tracer,
+    step: Pieces,
+    label: Label,
+    low: int,
+    path: tuple[State, ...],
+    wanted: frozenset[str] | None,
+) -> list[Columns]:
+    parts: list[Columns] = []
+    for start, stop, ref in step.parts:
+        own = fresh(_PLACE, stop - start)
+        swap = {label: Expr.of(own) + start}
+        before = tuple(State(s.ref.substitute(swap), s.factor) for s in path)
+        inner = ref.substitute(swap)
+        parts += _trace(tracer, inner, own, low + start, before, path[-1].factor, wanted)
+    return parts
+
+
+def _wants(parts: Sequence[Columns], wanted: frozenset[str]) -> bool:
+    return any(p.kind != "float" or any(s.ref.value in wanted for s in p.path[-4:]) for p in parts)
+
+
+def _deepen(tracer: Tracer, ref: Ref, factor: float = 1.0) -> list[State]:
+    """Follow moves and constant factors only."""
+    path = [State(ref, factor)]
+    while True:
+        step = tracer.step(path[-1].ref)
+        if isinstance(step, Move):
+            path.append(State(step.ref, path[-1].factor))
+        elif isinstance(step, Scaled):
+            path.append(State(step.ref, path[-1].factor * step.factor))
+        else:
+            return path
+
+
+def _dequantised(
+    tracer: Tracer, step: Product, label: Label, low: int, path: list[State]
+) -> Columns:
+    factor = path[-1].factor
+    sides = [_deepen(tracer, step.a, factor), _deepen(tracer, step.b)]
+    for rows, scale in (sides, sides[::-1]):
+        if any(tracer.sizes.elem_type(s.ref.value) == _INT8 for s in rows):
+            whole = (*path, *rows)
+            return Columns(label, low, whole, scale=tuple(scale), behind=len(path))
+    return Columns(label, low, tuple(path))
+
+
+def _expanded(tracer: Tracer, step: Dot, label: Label, low: int, path: list[State]) -> Columns:
+    """The latent times a weight, when the columns and only they come from the weight."""
+    factor = path[-1].factor * step.factor
+    for rows, weight in ((step.a, step.b), (step.b, step.a)):
+        if label in weight.labels and label not in rows.labels:
+            inner = _deepen(tracer, rows, factor)
+            whole = (*path, *inner)
+            return Columns(
+                label,
+                low,
+                whole,
+                weight=tuple(_deepen(tracer, weight)),
+                inner=step.label,
+                behind=len(path),
+            )
+    return Columns(label, low, tuple(path))
+
+
+def _merge_tiles(parts: list[Columns]) -> list[Columns]:
+    """Tiles dequantised one by one and joined are one int8 row with a scale per tile."""
+    merged: list[Columns] = []
+    for part in parts:
+        joined = _joined(merged[-1], part) if merged else None
+        if joined is None:
+            merged.append(part)
+        else:
+            merged[-1] = joined
+    return merged
+
+
+def _joined(a: Columns, b: Columns) -> Columns | None:
+    if a.kind != "int8" or b.kind != "int8" or a.label.size % b.label.size:
+        return None
+    tile, both = b.label.size, Label(f"{a.label.name}+", a.label.size + b.label.size)
+    place = Expr.of(both)
+    number = a.label.size // tile
+    rows = a.deep.ref.substitute({a.label: place})
+    if rows != b.deep.ref.substitute({b.label: place + (-a.label.size)}):
+        return None
+    wide = place.floordiv(tile)
+    if number == 1:
+        first = _last(a.scale[-1].ref)
+        if first is None:
+            return None
+        coords = (*a.scale[-1].ref.coords[:-1], wide + first)
+        scale = Ref(a.scale[-1].ref.value, coords)
+    else:
+        scale = a.scale[-1].ref.substitute({a.label: place})
+        scale = Ref(scale.value, tuple(_widen(c, both, tile) for c in scale.coords))
+    probe = scale.substitute({both: Expr(number * tile)})
+    if probe != b.scale[-1].ref or b.scale[-1].factor != a.scale[-1].factor:
+        return None
+    deep = State(rows, a.deep.factor)
+    if b.deep.factor != a.deep.factor:
+        return None
+    return replace(a, label=both, path=(deep,), scale=(State(scale, a.scale[-1].factor),), behind=0)
+
+
+def _last(ref: Ref) -> int | None:
+    return ref.coords[-1].const if ref.coords and not ref.coords[-1].terms else None
+
+
+def _widen(expr: Expr, label: Label, tile: int) -> Expr:
+    """Rebuild quotients of a label whose size has grown."""
+    total = Expr(expr.const)
+    for atom, coefficient in expr.terms:
+        known = Expr.of(label).floordiv(tile)
+        own = known if isinstance(atom, Quot) and atom.by == tile else Expr(0, ((atom, 1),))
+        total = total + own * coefficient
+    return total
+
+
+def same_rows(key: Columns, value: Columns) -> str:
+    """Empty when the value's columns are the first columns of the key's; else what differs."""
+    if key.kind != value.kind:
+        return f"it is {value.kind}, the key {key.kind}"
+    place = Label(_PLACE, value.label.size)
+    swap_k, swap_v = {key.label: Expr.of(place)}, {value.label: Expr.of(place)}
+    if key.inner is not None and value.inner is not None:
+        inner = Expr.of(Label("inner", key.inner.size))
+        swap_k[key.inner], swap_v[value.inner] = inner, inner
+        return _same_latent(key, value, swap_k, swap_v)
+    a, b = key.deep.ref.substitute(swap_k), value.deep.ref.substitute(swap_v)
+    if a.value != b.value:
+        return f"it is read from {b.value}, the key from {a.value}"
+    if a.coords != b.coords:
+        return _where_they_differ(a, b)
+    if key.kind == "int8":
+        c, d = key.scale[-1].ref.substitute(swap_k), value.scale[-1].ref.substitute(swap_v)
+        if c != d:
+            return f"its scales are {d.value}{_show(d)}, the key's {c.value}{_show(c)}"
+        if key.scale[-1].factor != value.scale[-1].factor:
+            return "its scales are multiplied by another number"
+    if value.label.size > key.label.size:
+        return f"it has {value.label.size} columns, the key's nope part {key.label.size}"
+    return ""
+
+
+def _same_latent(
+    key: Columns, value: Columns, swap_k: dict[Label, Expr], swap_v: dict[Label, Expr]
+) -> str:
+    a, b = key.deep.ref.substitute(swap_k), value.deep.ref.substitute(swap_v)
+    if a.value != b.value:
+        return f"it is expanded from {b.value}, the key from {a.value}"
+    return "" if a.coords == b.coords else _where_they_differ(a, b)
+
+
+def _where_they_differ(a: Ref, b: Ref) -> str:
+    for axis, (x, y) in enumerate(zip(a.coords, b.coords, strict=True)):
+        if x != y:
+            return f"axis {axis} of {a.value} is read at {y}, for the key at {x}"
+    return "it is read elsewhere"
+
+
+def _show(ref: Ref) -> str:
+    return "[" + ", ".join(map(str, ref.coords)) + "]"
+
+
+def require_one(parts: list[Columns], what: str, value: str) -> Columns:
+    """The only element, or a refusal that says what it is made of."""
+    if len(parts) == 1:
+        return parts[0]
+    sources = ", ".join(dict.fromkeys(p.deep.ref.value for p in parts))
+    raise Stop(
+        f"{what} is put together from several tensors ({sources})",
+        value,
+        "expected the key's nope part alone",
+    )
