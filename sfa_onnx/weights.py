@@ -90,6 +90,13 @@ class WeightsFinding:
         """Whether every reader accepts it."""
         return not self.rejected_by
 
+    @property
+    def advice(self) -> str:
+        """One line: what lies there, who rejects it, what to do."""
+        if self.ok:
+            return f"{self.text}: accepted by all readers"
+        return f"{self.text}: rejected by {', '.join(self.rejected_by)}; {self.fix}"
+
 
 def external_files(model: onnx.ModelProto) -> dict[str, int]:
     """External location -> bytes that the model needs of that file."""

@@ -31,6 +31,11 @@ __all__ = ["fuse"]
 
 _log = logging.getLogger("sfa_onnx")
 
+_STAGES = (
+    *("load", "find", "verify", "hash", "splice"),
+    *("kv-cache", "portable", "certificate", "save"),
+)
+
 Progress = Callable[[str, float], None]
 Target = Literal["any", "ascend", "cpu"]
 CacheForm = Literal["keep", "int8", "packed-int8", "paged-int8"]
@@ -89,7 +94,8 @@ def fuse(
         report = run.fuse(model, None if plan is None else plans.read_plan(plan))
     _expect(report, expect_sites, plan)
     if kv_cache != "keep":
-        _convert_cache(report, kv_cache, run.source_dir)
+        with run.stage("kv-cache"):
+            _convert_cache(report, kv_cache)
     if portable:
         from sfa_onnx.runtime.portable import make_portable
 
@@ -138,13 +144,16 @@ def _expect(report: FuseReport, count: int | None, plan: Any) -> None:
         raise VerificationError(f"{plan}: {len(planned)} sites of the plan do not fuse. {reasons}")
 
 
-def _convert_cache(report: FuseReport, form: str, source_dir: Path | None) -> None:
+def _convert_cache(report: FuseReport, form: str) -> None:
     """Rewrite float caches to int8 with the converter of `sfa_onnx.kv_convert`."""
-    del source_dir
-    raise UsageError(
-        f"kv_cache={form!r}: fuse first (kv_cache='keep'), then convert the written file with"
-        f" `sfa-onnx kv-cache FUSED --to {form}`; {len(report.fused)} sites would be converted"
-    )
+    from sfa_onnx.kv_convert import convert
+
+    converted = convert(report.model, to=form)
+    report.model = converted.model
+    report.nodes_after = len(converted.model.graph.node)
+    report.notes += converted.notes
+    report.changed_inputs += [*converted.removed_inputs, *converted.added_inputs]
+    report.changed_outputs += [*converted.removed_outputs, *converted.added_outputs]
 
 
 @dataclass
@@ -162,8 +171,7 @@ class _Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage and announce it."""
-        order = ("load", "find", "verify", "splice", "hash", "portable", "certificate", "save")
-        self.progress(name, order.index(name) / len(order))
+        self.progress(name, _STAGES.index(name) / len(_STAGES))
         begin = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin

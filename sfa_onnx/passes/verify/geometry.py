@@ -248,7 +248,7 @@ def _select(
     blocks = -(-visible.shape[1] // size)
     padded = np.zeros((len(visible), blocks * size), bool)
     padded[:, : visible.shape[1]] = visible
-    seen = padded.reshape(len(visible), blocks, size).any(-1)
+    seen = np.asarray(padded.reshape(len(visible), blocks, size).any(-1))
     slots = problem.sizes[problem.slot_label]
     order = {b: rng.permutation(blocks) for b in np.unique(batch)}
     picker = _Picker(problem, draw, slots, rng)

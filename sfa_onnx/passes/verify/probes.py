@@ -45,7 +45,7 @@ def _values(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
 
 def _poison(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     """Rows nobody selects are huge, while scores stay moderate (finite masks must hold)."""
-    for seed, spread in ((21, 30.0), (22, 0.1)):
+    for seed, spread in ((21, 30.0), (22, 5.0)):
         gain = spread / (_POISON * problem.attributes["scale_value"] * 24)
         yield problem, Draw(seed, gain=gain, poison=_POISON, selection="shared")
 
@@ -54,6 +54,8 @@ def _edges(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     yield from ((problem, Draw(30 + seed, lengths="edge")) for seed in range(3))
     yield problem, Draw(33, lengths="full")
     yield problem, Draw(34, lengths="short")
+    for n, other in enumerate(problem.others[:2]):
+        yield problem.resized(**other), Draw(35 + n)
 
 
 def _selection(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
@@ -64,16 +66,26 @@ def _selection(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
         yield problem, Draw(42, selection="duplicates", lengths="short")
     if domain.negative_allowed:
         yield problem, Draw(43, selection="single")
+    for n, other in enumerate(problem.others):
+        if _crowded(problem, other):
+            yield problem.resized(**other), Draw(46 + n)
     if not domain.valid_first:
         yield problem, Draw(44, selection="shuffled")
         yield problem, Draw(45, selection="holes", lengths="short")
 
 
+def _crowded(problem: Problem, sizes: dict[str, int]) -> bool:
+    """More index entries than keys: some must be duplicates or negative."""
+    return sizes.get(problem.slot_label, 0) > sizes.get("S2", 1 << 62)
+
+
 def _sizes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     """Other sizes of the axes that the model leaves open; see `sizes.variations`."""
     for n, other in enumerate(problem.others):
-        yield problem.resized(**other), Draw(60 + n)
-        yield problem.resized(**other), Draw(60 + n, query="zero", codes=True)
+        if _crowded(problem, other):
+            continue
+        yield problem.resized(**other), Draw(60 + n, lengths="full")
+        yield problem.resized(**other), Draw(60 + n, gain=0.3, codes=True, lengths="full")
 
 
 PROBES: tuple[Probe, ...] = (
@@ -91,7 +103,7 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "basis",
         "a score is not scale * (query . key) over all components",
-        _same(*(Draw(16 + n, query="basis", gain=40.0) for n in range(3))),
+        _same(*(Draw(16 + n, query="basis", gain=128.0) for n in range(3))),
     ),
     Probe(
         "shift up",
@@ -106,7 +118,7 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "contrast",
         "scores that are far apart or nearly equal are treated differently",
-        _same(Draw(25, gain=25.0), Draw(26, gain=1e-4)),
+        _same(Draw(25, gain=20.0), Draw(26, gain=1e-8)),
     ),
     Probe(
         "lengths",

@@ -165,7 +165,8 @@ class Problem:
             signs = rng.choice([-1.0, 1.0], (count, width)) if draw.scales == "signed" else 1.0
             return np.asarray((scales * signs).astype(np.float32).astype(np.float64))
         if draw.codes and operand.role is Role.LATENT:
-            return _codes(count, width, 1.0 + np.arange(count) // width)
+            laps = np.arange(count) // width
+            return _codes(count, width, 1.0 + 3.0 * laps / max(laps[-1], 1))
         return draw.width * rng.standard_normal((count, width))
 
     def _shifted(self, *roles: Role) -> Operand | None:

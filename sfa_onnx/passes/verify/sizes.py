@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.index import GraphIndex
@@ -70,7 +72,8 @@ def variations(
     free = {label for label in base if label not in fixed}
     found: list[dict[str, int]] = []
     keys = "S2" if "S2" in free else "M" if "M" in free else None
-    marks = [{keys: c + d} for c in sorted(set(constants)) for d in (-1, 0, 1)] if keys else []
+    straddled = [n for c in sorted(set(constants)) for n in (c - 1, c, c + 1, 2 * c + 1)]
+    marks = [{keys: n, "K": n} for n in straddled if n > 0] if keys else []
     for other in (*_OTHERS, *marks):
         sizes = {**base, **{k: v for k, v in other.items() if k in free}}
         sizes_ok = _consistent(candidate, sizes, fixed)
@@ -79,8 +82,14 @@ def variations(
     return found
 
 
-def integer_constants(arrays: Iterable[np.ndarray]) -> set[int]:
+def integer_constants(region: onnx.ModelProto) -> set[int]:
     """Small positive integers that a region's constants mention."""
+    graph = region.graph
+    arrays = [numpy_helper.to_array(t) for t in graph.initializer]
+    for attribute in (a for n in graph.node if n.op_type == "Constant" for a in n.attribute):
+        value = helper.get_attribute_value(attribute)
+        is_tensor = attribute.type == onnx.AttributeProto.TENSOR
+        arrays.append(numpy_helper.to_array(value) if is_tensor else np.asarray(value))
     found: set[int] = set()
     for array in arrays:
         if array.dtype.kind in "iu" and array.size <= 8:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from sfa_onnx.errors import ContractError
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
@@ -171,9 +170,7 @@ class _Site:
             except RuntimeError as error:
                 errors.append(_first_line(error))
                 continue
-            marks = integer_constants(
-                numpy_helper.to_array(t) for t in self._region_model.graph.initializer
-            )
+            marks = integer_constants(self._region_model)
             others = variations(self._candidate, sizes, self._fixed, marks)
             return dataclasses.replace(problem, others=tuple(others))
         raise UnverifiableError(
