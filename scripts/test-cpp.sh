@@ -26,7 +26,9 @@ echo "== operator tests in onnxruntime, library under AddressSanitizer"
 if "$python" -c 'import onnxruntime, pytest, hypothesis' 2>/dev/null; then
   # The interpreter itself is not instrumented: preload the runtime, and ignore what it leaks.
   cd "$root"
-  LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+  # libstdc++ as well, or exceptions thrown by onnxruntime find no one to catch them.
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)" \
+    ASAN_OPTIONS=detect_leaks=0 \
     SFA_ONNX_LIBRARY=$work/address/kernels/libsfa_onnx_ops.so \
     "$python" -m pytest -q -n 0 -p no:cacheprovider \
     tests/test_ort_untrusted.py tests/test_ort_refusals.py tests/test_ort_pack.py
