@@ -97,13 +97,12 @@ class Estimate:
     copies: list[CopyEstimate]
     notes: list[str] = field(default_factory=list)
     label: str = LABEL
+    us: float | None = field(init=False)  # sites and copies together; None when any part is open
 
-    @property
-    def us(self) -> float | None:
-        """Sum over sites and copies; None when any part is open."""
+    def __post_init__(self) -> None:
         parts = [*(s.us for s in self.sites), *(c.us for c in self.copies)]
         known = [p for p in parts if p is not None]
-        return sum(known) if len(known) == len(parts) else None
+        self.us = sum(known) if len(known) == len(parts) else None
 
 
 def estimate(

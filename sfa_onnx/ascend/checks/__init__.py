@@ -21,6 +21,7 @@ from sfa_onnx.ascend.checks.meaning import meaning
 from sfa_onnx.ascend.checks.operators import operators
 from sfa_onnx.ascend.checks.parser import replay
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
+from sfa_onnx.ascend.checks.rules import RULES
 from sfa_onnx.ascend.checks.support import support_findings, support_rows
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
 from sfa_onnx.errors import UsageError
@@ -28,6 +29,7 @@ from sfa_onnx.errors import UsageError
 __all__ = [
     "CANN_VERSIONS",
     "OWN_PLUGINS",
+    "RULES",
     "CheckReport",
     "Finding",
     "FixResult",

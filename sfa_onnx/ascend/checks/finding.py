@@ -15,6 +15,11 @@ Stage = Literal["parse", "meaning", "graph", "operator", "support"]
 ParserVerdict = Literal["accepted", "rejected", "crash"]
 Verdict = Literal["errors", "unknown", "warnings", "clean"]
 
+_WORST: Final[tuple[tuple[Severity, Verdict], ...]] = (
+    ("error", "errors"),
+    ("unknown", "unknown"),
+    ("warning", "warnings"),
+)
 STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
@@ -42,7 +47,12 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What `check` found, in the order the parser would meet it; the A3 conflict comes first."""
+    """What `check` found, in the order the parser would meet it; the A3 conflict comes first.
+
+    `parser` is what CANN's ONNX parser would do, `code` what it would report first ("" when it
+    accepts or dies). `verdict` is the worst of all findings; only `clean` may be shown green:
+    unknown is not good news.
+    """
 
     cann: str
     soc_version: str
@@ -50,44 +60,22 @@ class CheckReport:
     findings: list[Finding]
     support: list[SupportRow] = field(default_factory=list)
     strict: bool = False
+    parser: ParserVerdict = field(init=False)
+    code: str = field(init=False)
+    verdict: Verdict = field(init=False)
+    passed: bool = field(init=False)  # no errors; with `strict`, nothing worse than information
+
+    def __post_init__(self) -> None:
+        refused = [f for f in self.findings if f.stage == "parse" and f.severity == "error"]
+        self.parser, self.code = "accepted", ""
+        if refused:
+            self.parser, self.code = "crash" if refused[0].crash else "rejected", refused[0].code
+        self.verdict = next((v for s, v in _WORST if self.of(s)), "clean")
+        self.passed = self.verdict == "clean" if self.strict else self.verdict != "errors"
 
     def of(self, severity: Severity) -> list[Finding]:
         """The findings of one severity."""
         return [f for f in self.findings if f.severity == severity]
-
-    @property
-    def parser(self) -> ParserVerdict:
-        """What CANN's ONNX parser would do with the file."""
-        first = next(
-            (f for f in self.findings if f.stage == "parse" and f.severity == "error"), None
-        )
-        if first is None:
-            return "accepted"
-        return "crash" if first.crash else "rejected"
-
-    @property
-    def code(self) -> str:
-        """The code the parser would report first; "" when it accepts (or crashes)."""
-        codes = (f.code for f in self.findings if f.stage == "parse" and f.severity == "error")
-        return next(codes, "")
-
-    @property
-    def verdict(self) -> Verdict:
-        """The worst of all findings. Only `clean` may be shown green: unknown is not good news."""
-        names: tuple[tuple[Severity, Verdict], ...] = (
-            ("error", "errors"),
-            ("unknown", "unknown"),
-            ("warning", "warnings"),
-        )
-        for severity, verdict in names:
-            if self.of(severity):
-                return verdict
-        return "clean"
-
-    @property
-    def passed(self) -> bool:
-        """No errors; with `strict`, nothing worse than information."""
-        return self.verdict == "clean" if self.strict else self.verdict != "errors"
 
     @property
     def fixable(self) -> list[Finding]:

@@ -272,7 +272,8 @@ def _two_producers(ctx: Context, scope: Scope) -> Iterator[Finding]:
         for name in node.proto.output:
             if name and name in seen:
                 message = f"value {name!r} is written twice: the parser wires both to each reader"
-                yield _found("two-producers", "error", message, node.name, evidence="source")
+                hint = "give each output a name of its own"
+                yield _found("two-producers", "error", message, node.name, hint, evidence="source")
             seen.add(name)
 
 

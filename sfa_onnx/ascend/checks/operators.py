@@ -33,6 +33,23 @@ _T = onnx.TensorProto
 _ANTIQUANT: Final = ("NPUSparseFlashAttentionAntiquant", "NPUKvQuantSparseFlashAttention")
 _INDEXERS: Final = (LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name)
 _RANK: Final = {"BSND": 4, "TND": 3, "PA_BSND": 4}
+_HINTS: Final = {
+    "attribute-value": "write a value the operator accepts",
+    "block-table": "page keys with a block table [B, blocks per sequence], others without",
+    "empty": "convert for sizes of at least 1",
+    "indices-shape": "one row of selected keys per query token, one key head",
+    "input-dtype": "Cast the input to a dtype the operator takes",
+    "key-heads": "fuse the latent (MQA) form, which has one key head",
+    "layout": "give queries and keys one layout, or page the keys (PA_BSND)",
+    "lengths": "one int32 number per batch",
+    "lengths-missing": "give the lengths as a graph input or constant",
+    "page-size": "choose another page size when converting the cache (kv-cache --block-size)",
+    "rank": "reshape the tensor to the layout's rank",
+    "rope-missing": "fuse a site whose rope parts are bound",
+    "row-size": "the CPU kernel takes other sizes, the NPU operator does not",
+    "scale-missing": "give one float32 scale per tile",
+    "value-shape": "pass the key tensor as value",
+}
 _CAST_HINT: Final = "`sfa-onnx atc --npu-dtype bf16|fp16` casts float32 queries"
 
 
@@ -76,7 +93,7 @@ class Site:
         self, rule: str, message: str, hint: str = "", severity: Severity = "error"
     ) -> Finding:
         """A finding of the operator stage."""
-        text = f"{self.node.op_type}: {message}"
+        text, hint = f"{self.node.op_type}: {message}", hint or _HINTS.get(rule, "")
         name = self.node.name
         return Finding(rule, severity, "operator", text, name, "", hint, False, "contract")
 

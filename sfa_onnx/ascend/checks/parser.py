@@ -72,6 +72,7 @@ def _if_attributes(ctx: Context) -> Iterator[Finding]:
                 f"If carries the attributes {names}: expected exactly then_branch and else_branch",
                 "E19999",
                 node.name,
+                hint="remove the others",
                 evidence="source",
             )
 
@@ -156,23 +157,33 @@ def _key(ctx: Context, node: Node) -> Iterator[Finding]:
             evidence="source",
         )
         return
+    rule, hint = _no_plugin(ctx, node)
+    fixable = node.op_type in ("ReduceL1", "ReduceL2") and node.domain == "ai.onnx"
     message = f"no plug-in parses {node.key}"
-    yield _error("unregistered-op", message, "E13010", node.name, hint=_key_hint(ctx, node))
+    yield _error(rule, message, "E13010", node.name, hint=hint, fixable=fixable)
 
 
-def _key_hint(ctx: Context, node: Node) -> str:
-    versions = registered_versions("ai.onnx", node.op_type)
-    if find_op(node.proto.domain, node.op_type) or find_op("npu", node.op_type):
-        return f"our plug-in takes the ATC form of this op: {_ATC_HINT}"
+def _no_plugin(ctx: Context, node: Node) -> tuple[str, str]:
+    """The rule a node without plug-in falls under, and the way out."""
     if node.domain == "com.microsoft":
-        return (
+        return "com-microsoft", (
             "a fusion of onnxruntime's optimiser: start from the model as exported, not from one"
             " that onnxruntime has optimised and saved"
         )
     if any(f.domain == node.proto.domain and f.name == node.op_type for f in _functions(ctx)):
-        return f"functions are not expanded by the parser: inline them; {_ATC_HINT}"
+        return (
+            "function-call",
+            f"the parser does not expand functions: inline them; {_ATC_HINT}",
+        )
     if node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
-        return "QDQ ops have no plug-in: dequantise integer weights with Cast and Mul instead"
+        return "qdq-op", "QDQ ops have no plug-in: dequantise integer weights with Cast and Mul"
+    return "unregistered-op", _key_hint(node)
+
+
+def _key_hint(node: Node) -> str:
+    versions = registered_versions("ai.onnx", node.op_type)
+    if find_op(node.proto.domain, node.op_type) or find_op("npu", node.op_type):
+        return f"our plug-in takes the ATC form of this op: {_ATC_HINT}"
     if node.domain == "ai.onnx" and versions:
         return f"plug-ins exist for opsets {versions}: convert the model; {_ATC_HINT}"
     if node.domain == "npu" and registered_versions("npu", node.op_type):
@@ -245,7 +256,8 @@ def _constant(ctx: Context, tensor: onnx.TensorProto, name: str) -> Iterator[Fin
         yield from _external(ctx, tensor, name)
     elif not empty and not _has_data(tensor):
         message = f"constant {name!r} has dims {list(tensor.dims)} but no data at all"
-        yield _error("constant-no-data", message, "E19999", name, evidence="source")
+        hint = "write the tensor again, with its data"
+        yield _error("constant-no-data", message, "E19999", name, hint=hint, evidence="source")
 
 
 def _has_data(tensor: onnx.TensorProto) -> bool:
@@ -269,7 +281,8 @@ def _external(ctx: Context, tensor: onnx.TensorProto, name: str) -> Iterator[Fin
             )
     if not entries.get("location"):
         message = f"external data of {name!r} names no location"
-        yield _error("external-location", message, "E19999", name, evidence="source")
+        hint = "write the tensor again, with location, offset and length"
+        yield _error("external-location", message, "E19999", name, hint=hint, evidence="source")
 
 
 def _own_plugin(ctx: Context, node: Node) -> Iterator[Finding]:
