@@ -9,6 +9,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+command -v ninja >/dev/null && export CMAKE_GENERATOR=Ninja
 
 build() {  # NAME SANITIZERS
   cmake -S "$root" -B "$work/$1" -DSFA_ONNX_TESTS=ON -DSFA_ONNX_SANITIZE="$2" >/dev/null
