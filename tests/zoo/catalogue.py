@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tests.zoo.base import Case
 
-FAMILIES = ("int8", "official", "nearmiss", "hf")
+FAMILIES = ("int8", "official", "nearmiss", "hf", "expanded", "flash")
 
 
 def cases(pattern: str = "") -> Iterator[Case]:

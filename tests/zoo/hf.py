@@ -219,6 +219,22 @@ def _traceable() -> Iterator[None]:
         torch.Tensor.scatter, torch.diff = scatter, diff
 
 
+def _count_integers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The tracer counts booleans with CumSum, which ONNX forbids: cast them first."""
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type == "CumSum":
+            wide = f"{node.input[0]}_int"
+            cast = onnx.helper.make_node(
+                "Cast", [node.input[0]], [wide], name=wide, to=onnx.TensorProto.INT64
+            )
+            model.graph.node.append(cast)
+            node.input[0] = wide
+        model.graph.node.append(node)
+    return model
+
+
 def build(s: Spec) -> onnx.ModelProto:
     if s.exporter.startswith("hf"):
         return _own_exporter(s)
@@ -226,7 +242,7 @@ def build(s: Spec) -> onnx.ModelProto:
     wrapped = Positional(Wrapped(make_model(s), s), list(inputs))
     if s.exporter == "ts":
         with _traceable():
-            return export(
+            model = export(
                 wrapped,
                 inputs,
                 outputs(s),
@@ -234,6 +250,7 @@ def build(s: Spec) -> onnx.ModelProto:
                 opset=s.opset,
                 dynamic=axes(s) if s.dynamic else None,
             )
+        return _count_integers(model)
     shapes = None
     if s.dynamic:
         shapes = (tuple(dict.fromkeys(axes(s)[n], torch.export.Dim.DYNAMIC) for n in inputs),)
