@@ -94,7 +94,10 @@ def convert(
     target = min(source, MAX_OPSET)
     _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
     _note(result, apply(work, REPAIRS, facts, names, target), "nodes the parser misreads rewritten")
-    apply(work, (ToAtc(binding, npu_dtype, result.notes),), facts, names, target)
+    ours = ToAtc(binding, npu_dtype, result.notes)
+    apply(work, (ours,), facts, names, target)
+    if ours.narrowed:  # rows are narrower now than the exporter wrote down
+        _forget_shapes(work.graph)
     _move_vendor_nodes(work.graph)
     tied = form.feed_constant_outputs(work, names, facts, target)
     result.notes += [f"output {name}: constants only, tied to an input" for name in tied]
@@ -196,6 +199,12 @@ def _move_vendor_nodes(graph: GraphProto) -> None:
             )
         for inner in subgraphs(node):
             _move_vendor_nodes(inner)
+
+
+def _forget_shapes(graph: GraphProto) -> None:
+    kept = [v for v in graph.value_info if v.type.tensor_type.elem_type != TensorProto.INT8]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _seal(model: ModelProto, source: int, target: int, binding: str) -> None:

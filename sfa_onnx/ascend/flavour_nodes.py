@@ -31,6 +31,11 @@ EXACT_SUFFIX = (
 ROPE_DTYPE = "rope_dtype"  # STRING on KvCachePack: GE's Bitcast must know the rope's type
 _KINDS = {"float": onnx.AttributeProto.FLOAT, "int": onnx.AttributeProto.INT}
 NPU_DTYPES = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
+_ROPE_NAMES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
 # Inputs that carry the query's type and are cast with it.
 _FLOAT_INPUTS = ("query", "key", "value", "query_rope", "key_rope")
 
@@ -86,6 +91,8 @@ def _check_known(node: NodeProto, contracts: tuple[OpContract, ...], extra: set[
 
 
 def _exact_names(contract: OpContract) -> set[str]:
+    if contract is KV_CACHE_PACK:
+        return {ROPE_DTYPE}
     return {a.name + EXACT_SUFFIX for a in contract.attributes if a.kind == "float"}
 
 
@@ -114,6 +121,7 @@ class ToAtc:
     binding: str
     npu_dtype: str | None
     notes: list[str]
+    narrowed: bool = False  # a float32 rope was cast, so packed rows got shorter
 
     def __call__(self, scope: Scope, node: NodeProto) -> list[NodeProto] | None:
         """Rewrite one of our nodes; others are left alone."""
@@ -134,9 +142,26 @@ class ToAtc:
                 )
                 made.attribute.append(exact)
         self._check_inputs(made, contract)
-        if self.npu_dtype is None or op is KV_CACHE_PACK or op.domain != DOMAIN_NPU:
+        if op is KV_CACHE_PACK:
+            return self._pack(scope, made)
+        if self.npu_dtype is None:
             return [made]
         return self._cast(scope, made, contract)
+
+    def _pack(self, scope: Scope, node: NodeProto) -> list[NodeProto]:
+        """Say the rope's type (the plug-in cannot see it) and bring it to the NPU's type."""
+        rope = node.input[1] if len(node.input) > 1 else ""
+        nodes = []
+        if rope and scope.dtype(rope) == TensorProto.FLOAT and self.npu_dtype in NPU_DTYPES:
+            to = NPU_DTYPES[self.npu_dtype]
+            cast = scope.node("Cast", [rope], f"{node.name}/rope_cast", dtype=to, to=to)
+            node.input[1] = rope = cast.output[0]
+            nodes.append(cast)
+            self.narrowed = True
+            self.notes.append(f"{node.name}: rope cast float32 -> {self.npu_dtype}")
+        name = _ROPE_NAMES.get(scope.dtype(rope), "")
+        node.attribute.append(onnx.helper.make_attribute(ROPE_DTYPE, name))
+        return [*nodes, node]
 
     def _value(self, node: NodeProto, spec: Attribute, op: OpContract) -> AttributeValue:
         """The canonical node's value, or what the ATC contract alone has (pre/next_tokens)."""
@@ -182,7 +207,7 @@ class ToAtc:
         return [*nodes, node, back]
 
     def _refuse_wide_rows(self, scope: Scope, node: NodeProto) -> None:
-        if scope.dtype(node.input[1]) != TensorProto.INT8:
+        if scope.dtype(node.input[1]) != TensorProto.INT8 or not _from_outside(scope, node):
             return
         dims, query = scope.dims(node.input[1]), scope.dims(node.input[0])
         if dims and query and dims[-1] and query[-1]:
@@ -193,6 +218,20 @@ class ToAtc:
                     " which the NPU operator does not read; write the cache with a bf16 or fp16"
                     " model (kv-cache on the 16-bit export)"
                 )
+
+
+def _from_outside(scope: Scope, node: NodeProto) -> bool:
+    """Whether the packed rows a node reads come (in part) from a graph input."""
+    queue, seen = [node.input[1]], set()
+    while queue:
+        name = queue.pop()
+        producer = scope.producer(name)
+        if producer is None:
+            return True
+        if name not in seen and producer.op_type != KV_CACHE_PACK.name:
+            queue += [i for i in producer.input if scope.dtype(i) == TensorProto.INT8]
+        seen.add(name)
+    return False
 
 
 def _exact(node: NodeProto, spec: Attribute, op: OpContract) -> float:

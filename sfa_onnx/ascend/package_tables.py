@@ -32,6 +32,10 @@ def _companions(contract: OpContract) -> list[str]:
     return names + ([ROPE_DTYPE] if contract.domain == DOMAIN_OWN else [])
 
 
+def _tuple(names: list[str]) -> str:
+    return "(" + ", ".join(f'"{n}"' for n in names) + ("," if len(names) == 1 else "") + ")"
+
+
 def _attribute(attribute: Attribute) -> str:
     ge_bool = "true" if attribute.ge_kind == "bool" else "false"
     return f'    {{"{attribute.name}", {_TYPES[attribute.kind]}, {ge_bool}}},'
@@ -124,9 +128,7 @@ def python_table() -> str:
                 for a in contract.attributes
             ),
             "        ),",
-            '        "companions": (',
-            *(f'            "{name}",' for name in _companions(contract)),
-            "        ),",
+            f'        "companions": {_tuple(_companions(contract))},',
             "    },",
         ]
     return "\n".join([*lines, ")", ""])

@@ -33,9 +33,7 @@ OPS = (
             ("tile_size", "int", False),
             ("rope_head_dim", "int", False),
         ),
-        "companions": (
-            "scale_value_exact",
-        ),
+        "companions": ("scale_value_exact",),
     },
     {
         "onnx_type": "NPUSparseFlashAttentionAntiquant",
@@ -67,9 +65,7 @@ OPS = (
             ("tile_size", "int", False),
             ("rope_head_dim", "int", False),
         ),
-        "companions": (
-            "scale_value_exact",
-        ),
+        "companions": ("scale_value_exact",),
     },
     {
         "onnx_type": "NPUSparseFlashAttention",
@@ -99,9 +95,7 @@ OPS = (
             ("attention_mode", "int", False),
             ("return_softmax_lse", "int", True),
         ),
-        "companions": (
-            "scale_value_exact",
-        ),
+        "companions": ("scale_value_exact",),
     },
     {
         "onnx_type": "NPULightningIndexer",
@@ -126,8 +120,7 @@ OPS = (
             ("next_tokens", "int", False),
             ("return_values", "int", True),
         ),
-        "companions": (
-        ),
+        "companions": (),
     },
     {
         "onnx_type": "NPUQuantLightningIndexer",
@@ -155,7 +148,6 @@ OPS = (
             ("pre_tokens", "int", False),
             ("next_tokens", "int", False),
         ),
-        "companions": (
-        ),
+        "companions": (),
     },
 )
