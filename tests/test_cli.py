@@ -88,7 +88,7 @@ def test_expectation_not_met_exits_3_and_writes_nothing(
 ) -> None:
     assert main(["fuse", str(plain), "--expect-sites", "1"]) == 3
     assert not plain.with_name("plain.sfa.onnx").exists()
-    assert "expected 1" in capsys.readouterr().err.replace("\n", " ")
+    assert "1 were expected" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_output_is_not_overwritten_without_force(

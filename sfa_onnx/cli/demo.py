@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sfa_onnx.cli import show, show_ascend
+from sfa_onnx.cli import show, show_ascend, show_compare
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import VerificationError
 
@@ -55,9 +55,9 @@ def _tour(folder: Path, console: Console) -> int:
 
     console.title("4. compare with the original, in onnxruntime")
     compared = compare(model, fused)
-    show.compare_report(console, compared)
+    show_compare.compare_report(console, compared)
     compared_int8 = compare(model, int8)
-    show.compare_report(console, compared_int8)
+    show_compare.compare_report(console, compared_int8)
 
     console.title("5. time before and after (this machine, one decode token)")
     times = _times(console, {"original": model, "fused": fused, "packed int8": int8})

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sfa_onnx.cli import show
+from sfa_onnx.cli import show, show_compare
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import UsageError
 
@@ -71,7 +71,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
                 rtol=args.rtol,
                 seed=args.seed,
             )
-    show.compare_report(console, report)
+    show_compare.compare_report(console, report)
     console.result("compare", report)
     return 0 if report.passed else NOT_MET
 
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if args.output and args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; use --force to overwrite it")
     session = runtime.session(args.model)
-    feeds = load_inputs(args.inputs) or random_feeds(session, seed=args.seed)
+    feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))
     outputs = runtime.run(session, feeds)
     rows = [(n, f"{v.dtype}{list(v.shape)}", show.spread(v)) for n, v in outputs.items()]
     console.table(("output", "type", "values"), rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sfa_onnx.ascend.checks import CheckReport, Finding
-from sfa_onnx.cli.console import Console
+from sfa_onnx.ascend.estimate import Estimate
+from sfa_onnx.cli.console import Console, human_bytes
 
 __all__ = ["check_report", "estimate_report", "handover_report"]
 
@@ -70,7 +71,23 @@ def handover_report(console: Console, report: Any) -> None:
         console.say("{}", line)
 
 
-def estimate_report(console: Console, report: Any) -> None:
+def estimate_report(console: Console, report: Estimate) -> None:
     """The roofline model per site, labelled as what it is."""
-    for line in report.lines():
-        console.say("{}", line)
+    console.say("[bold]{}[/bold] ({}): {}", report.soc_version, report.chip.name, report.label)
+    rows = [
+        (
+            site.node, site.keys, human_bytes(site.bytes_per_token), f"{site.flop_per_byte:.0f}",
+            site.bound, f"{site.us_per_token:.1f}", "?" if site.us is None else f"{site.us:.1f}",
+        )
+        for site in report.sites
+    ]  # fmt: skip
+    if not rows:
+        console.say("no fused operator in this model")
+        return
+    head = ("site", "keys", "bytes/token", "FLOP/byte", "bound by", "us/token a core", "us")
+    console.table(head, rows, right=(1, 2, 3, 5, 6))
+    for copy in report.copies:
+        size = "?" if copy.bytes is None else human_bytes(copy.bytes)
+        console.say("copied whole at every call: {} -> {}, {}", copy.input, copy.output, size)
+    for note in report.notes:
+        console.say("note: {}", note)
