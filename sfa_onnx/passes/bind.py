@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind_attention import Parts, read_attention
 from sfa_onnx.passes.bind_mask import Literal, Selected, Visible
 from sfa_onnx.passes.bind_rows import Columns, State, require_one, same_rows, trace_columns
 from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
@@ -87,7 +88,8 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
         Stop: it is not the operator's mathematics, or not recognisably so.
         NotASite: nothing selects keys.
     """
-    out_node, out = _weighted_sum(tracer, anchor)
+    fused = anchor.form == "Attention"
+    out_node, out = (anchor.node, anchor.weights) if fused else _weighted_sum(tracer, anchor)
     bound.append(f"weighted sum {tracer.index.label(out_node)}")
     labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
     coords = tuple(Expr.of(x) for x in labels)
@@ -101,6 +103,25 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
 
 
 def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: list[str]) -> Site:
+    if anchor.form == "Attention":
+        parts = read_attention(tracer, tracer.index.nodes[anchor.node], out)
+    else:
+        parts = _read_softmax(tracer, anchor, out)
+    column = _value_column(parts.value, parts.others | {parts.key})
+    value = require_one(trace_columns(tracer, parts.value, column), "the value", parts.value.value)
+    bound.append("value " + value.deep.ref.value)
+    scores = parts.scores()
+    bound.append("scores " + ", ".join(dict.fromkeys(t.k.value for t in scores.terms)))
+    site = _keys(tracer, scores, parts.key, value, anchor)
+    site.out, site.out_node, site.column = out, out_node, column
+    site.bound = bound
+    _masks(site, scores.masks)
+    _axes(site, parts.others)
+    return site
+
+
+def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
+    """The operands of a softmax and the product that uses it."""
     step = tracer.step(out)
     if not isinstance(step, Dot) or step.factor != 1:
         raise Stop("the weighted sum of values is not a plain product", out.value)
@@ -113,17 +134,8 @@ def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: lis
             "expected the softmax over the keys that are summed",
         )
     others = {x for i, c in enumerate(weights.coords) if i != axis for x in c.labels}
-    column = _value_column(value_ref, others | {step.label})
-    value = require_one(trace_columns(tracer, value_ref, column), "the value", value_ref.value)
-    bound.append("value " + value.deep.ref.value)
-    scores = read_scores(tracer, Ref(anchor.scores, weights.coords), anchor.factor)
-    bound.append("scores " + ", ".join(dict.fromkeys(t.k.value for t in scores.terms)))
-    site = _keys(tracer, scores, step.label, value, anchor)
-    site.out, site.out_node, site.column = out, out_node, column
-    site.bound = bound
-    _masks(site, scores.masks)
-    _axes(site, others)
-    return site
+    ref = Ref(anchor.scores, weights.coords)
+    return Parts(value_ref, step.label, others, lambda: read_scores(tracer, ref, anchor.factor))
 
 
 def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
@@ -141,6 +153,8 @@ def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
             )
         for i, _ in index.uses(value):
             node = index.nodes[i]
+            if node.op_type in ("Shape", "Size"):
+                continue
             if node.op_type in ("MatMul", "Einsum", "FusedMatMul", "Gemm"):
                 found.append(i)
             elif node.op_type in _CARRIES_WEIGHTS:

@@ -51,48 +51,15 @@ class Selected:
 Literal = Visible | Selected
 
 
-def _constant(tracer: Tracer, value: str) -> float | None:
-    """The number a mask constant has everywhere: a scalar, an expanded scalar, a filled table."""
-    for _ in range(16):
-        fill = tracer.index.fill_value(value)
-        if fill is not None:
-            return fill
-        node = tracer.index.node_of(value)
-        if node is None:
-            return None
-        if node.op_type == "ConstantOfShape":
-            tensor = attributes(node).get("value")
-            return (
-                0.0 if tensor is None else float(onnx.numpy_helper.to_array(tensor).reshape(-1)[0])
-            )
-        if node.op_type in ("Where", "Mul") and (known := tracer.sizes.value(value)) is not None:
-            flat = known.reshape(-1)
-            return float(flat[0]) if flat.size and bool((flat == flat[0]).all()) else None
-        if node.op_type in ("Mul", "Sub", "Add", "Neg", "Div"):
-            return tracer.scalar(value)
-        if node.op_type not in (
-            "Expand",
-            "Cast",
-            "CastLike",
-            "Reshape",
-            "Unsqueeze",
-            "Identity",
-            "Tile",
-        ):
-            return None
-        value = node.input[0]
-    return None
-
-
 def is_hidden(tracer: Tracer, value: str) -> bool:
     """Whether `value` is a constant that hides a score."""
-    fill = _constant(tracer, value)
+    fill = tracer.fill(value)
     return fill is not None and fill < HIDDEN
 
 
 def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal]:
     """The literals of a float tensor that is added to scores: 0 where visible, else very low."""
-    fill = _constant(tracer, ref.value)
+    fill = tracer.fill(ref.value)
     if fill is not None:
         return _constant_mask(-fill if negated else fill, ref)
     node = tracer.index.node_of(ref.value)
@@ -155,7 +122,7 @@ def _additive_where(
     condition, first, second = (tracer.operand(n, ref.coords) for n in node.input)
     sign = -1.0 if negated else 1.0
     for branch, other, positive in ((second, first, True), (first, second, False)):
-        fill = _constant(tracer, branch.value)
+        fill = tracer.fill(branch.value)
         if fill is not None and fill * sign < HIDDEN:
             rest = additive(tracer, other, negated=negated)
             return [*boolean(tracer, condition, positive=positive), *rest]
@@ -168,7 +135,7 @@ def _weighted(
     """Cast(mask) * finfo.min: hidden where the mask is 1; or a mask times a positive number."""
     operands = [tracer.operand(n, ref.coords) for n in node.input]
     for mask, weight in (operands, operands[::-1]):
-        factor = _constant(tracer, weight.value)
+        factor = tracer.fill(weight.value)
         if factor is None:
             continue
         factor = -factor if negated else factor
@@ -235,7 +202,7 @@ def _boolean_node(
     if (op == "And" and positive) or (op == "Or" and not positive):
         operands = [tracer.operand(n, ref.coords) for n in node.input]
         return [lit for o in operands for lit in boolean(tracer, o, positive=positive)]
-    if op == "Sub" and _constant(tracer, node.input[0]) == 1:  # 1 - mask
+    if op == "Sub" and tracer.fill(node.input[0]) == 1:  # 1 - mask
         return boolean(tracer, tracer.operand(node.input[1], ref.coords), positive=not positive)
     if op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
         return _compared(tracer, node, ref, positive)
@@ -250,7 +217,7 @@ def _compared(
     tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool
 ) -> list[Literal] | None:
     """Count > 0, flag > 0.5, mask == 0, mask > -1: comparisons that only read a mask."""
-    limit = _constant(tracer, node.input[1])
+    limit = tracer.fill(node.input[1])
     source = tracer.operand(node.input[0], ref.coords)
     if limit is None:
         return None
@@ -310,8 +277,8 @@ def _scatter(
 ) -> list[Literal] | None:
     """Constants written at indices along the key axis: the selection itself."""
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
-    base = _constant(tracer, node.input[0])
-    update = _constant(tracer, node.input[2])
+    base = tracer.fill(node.input[0])
+    update = tracer.fill(node.input[2])
     if label_of(ref.coords[axis]) is None and not ref.coords[axis].labels:
         return None
     slot = fresh("slot", tracer.shape(node.input[1])[axis])

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
-from sfa_onnx.passes.axes_trace import Ref, Tracer
+from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
 from sfa_onnx.passes.bind import Site
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.build import axis_labels
@@ -33,7 +33,7 @@ class Region:
     sizes: dict[str, int | str] = field(default_factory=dict)
 
 
-def cover(site: Site, output: str, queries: Iterable[Ref], used: Iterable[str]) -> Region:
+def cover(site: Site, output: str, queries: Iterable[str], used: Iterable[str]) -> Region:
     """The region that computes `output`.
 
     Args:
@@ -43,7 +43,7 @@ def cover(site: Site, output: str, queries: Iterable[Ref], used: Iterable[str]) 
         used: values of the graph that the replacement reads.
     """
     names = _Names(site)
-    known = _known_operands(site, list(queries), names)
+    known = _known_operands(site, _query_refs(site, list(queries)), names)
     index = site.tracer.index
     inner, entering = _upstream(site.tracer, [output, *used], known)
     for value in entering:
@@ -54,6 +54,19 @@ def cover(site: Site, output: str, queries: Iterable[Ref], used: Iterable[str]) 
     removed = _dead(index, inner, output, needed)
     sizes = dict(names.sizes)
     return Region(tuple(removed), tuple(sorted(inner - set(removed))), tuple(live), sizes)
+
+
+def _query_refs(site: Site, values: list[str]) -> list[Ref]:
+    """The query elements at the given values."""
+    found = []
+    for query in (site.nope_query, site.rope_query):
+        ref = query.ref if query is not None else None
+        while ref is not None and ref.value not in values:
+            step = site.tracer.step(ref)
+            ref = step.ref if isinstance(step, Move | Scaled) else None
+        if ref is not None:
+            found.append(ref)
+    return found
 
 
 def _upstream(

@@ -93,6 +93,17 @@ class Emitter:
                     if old == value:
                         names[i] = name
 
+    def prune(self, output: str) -> None:
+        """Drop nodes and constants that `output` does not need."""
+        needed, kept = {output}, []
+        for node in reversed(self.nodes):
+            if any(o in needed for o in node.output):
+                kept.append(node)
+                needed.update(node.input)
+        self.nodes = kept[::-1]
+        self.initializers = [t for t in self.initializers if t.name in needed]
+        self.used = {v: None for v in self.used if v in needed}
+
     @property
     def initializer_names(self) -> set[str]:
         """Names of the constants made here."""
@@ -240,6 +251,7 @@ class Emitter:
             covered = math.prod(x.size for x in labels)
             if (coordinate.const, covered) != (0, size):
                 if not all(self.static(x) for x in labels):
+                    self.tracer.unify(covered, size)
                     raise Stop(f"axis {axis} of {ref.value} is cut at a dynamic size", ref.value)
                 value = self.slice(value, axis, coordinate.const, coordinate.const + covered)
             axes.append(labels)

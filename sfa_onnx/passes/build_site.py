@@ -314,7 +314,7 @@ def _gather_again(plan: _Plan, ref: Ref, groups: Sequence[Group]) -> str:
     labels = axis_labels(ref.coords[-1])
     if labels is None:
         return ""
-    lead = list(groups[:-2])
+    lead: list[Group] = [[x] for g in groups[:-1] for x in g]
     position = ""
     dims = e.emit("Shape", [ref.value], "shape", _T.INT64)
     for axis in range(rank):
@@ -333,7 +333,7 @@ def _gather_again(plan: _Plan, ref: Ref, groups: Sequence[Group]) -> str:
     start = ref.coords[-1].const
     if (start, covered) != (0, shape[-1]):
         rows = e.slice(rows, len(lead), start, start + covered)
-    return e.emit("Unsqueeze", [rows, e.ints([len(lead)])], "rows", e.elem_type(ref.value))
+    return e.permute(rows, [*lead, column], groups, "rows")
 
 
 def _wrap(e: Emitter, own: str, size: str) -> str:

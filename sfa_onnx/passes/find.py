@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import onnx
-
-from sfa_onnx.passes.axes_trace import Stop, Tracer
+from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind import Anchor, NotASite, Site, bind
 from sfa_onnx.passes.bind_region import cover
 from sfa_onnx.passes.build_site import Built, build_site
@@ -45,7 +43,7 @@ def find_candidates(
     found: list[Candidate | RefusedSite] = []
     for anchor in anchors(index):
         tracer = Tracer(index, sizes, other, options.max_steps)
-        if not fed_by_selection(tracer, anchor.scores):
+        if not fed_by_selection(tracer, anchor):
             continue
         site = _one(tracer, anchor, options)
         if site is not None:
@@ -57,8 +55,7 @@ def _one(tracer: Tracer, anchor: Anchor, options: FindOptions) -> Candidate | Re
     index, bound = tracer.index, [f"{anchor.form} {tracer.index.label(anchor.node)}"]
     layer = index.layer(anchor.node)
     try:
-        site, built = _bind_and_build(tracer, anchor, options, bound)
-        return _candidate(site, built, layer)
+        return _bound(tracer, anchor, options, bound)
     except NotASite:
         return None
     except Stop as stop:
@@ -68,13 +65,28 @@ def _one(tracer: Tracer, anchor: Anchor, options: FindOptions) -> Candidate | Re
     return RefusedSite(anchor.node, layer, refusal, tuple(bound))
 
 
+def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]) -> Candidate:
+    """Bind and build; symbols that turn out to be one size are made so, and all is done again."""
+    for _ in range(8):
+        try:
+            named, site, built = _bind_and_build(tracer, anchor, options, bound)
+            return _candidate(named, site, built)
+        except UnifyError as same:
+            tracer.sizes.unify(*same.pair)
+            tracer.other.unify(*same.pair)
+    raise Stop("the dynamic sizes of the attention contradict each other", anchor.scores)
+
+
 def _bind_and_build(
     tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]
-) -> tuple[Site, Built]:
+) -> tuple[Site, Site, Built]:
+    """(the site with indices followed to their source, the site as built, its replacement)."""
     stem = f"{tracer.index.label(anchor.node)}/sfa"
+    named: Site | None = None
     for tracer.opaque in (False, True):
         del bound[1:]
         site = bind(tracer, anchor, bound)
+        named = named or site
         if site.nope.kind == "expanded" and not options.absorb:
             raise Stop(
                 "keys and values are expanded per head, and absorption is switched off",
@@ -83,14 +95,15 @@ def _bind_and_build(
             )
         built = build_site(site, stem)
         if built is not None:
-            return site, built
+            return named, site, built
     raise Stop("the keys' gather is not understood", site.nope.deep.ref.value)
 
 
-def _candidate(site: Site, built: Built, layer: str) -> Candidate:
-    queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
+def _candidate(named: Site, site: Site, built: Built) -> Candidate:
     e = built.emitter
-    region = cover(site, built.output, queries, e.used)
+    e.prune(built.output)
+    queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
+    region = cover(named, built.output, [q.value for q in queries], e.used)
     _check_closed(site, region.nodes, built.output)
     index = site.tracer.index
     return Candidate(
@@ -103,16 +116,12 @@ def _candidate(site: Site, built: Built, layer: str) -> Candidate:
         operands=region.operands,
         outputs=(built.output,),
         replacement=e.nodes,
-        replacement_initializers=[t for t in e.initializers if _reads(e.nodes, t.name)],
+        replacement_initializers=e.initializers,
         sizes=region.sizes,
-        layer=layer,
+        layer=index.layer(site.anchor.node),
         site_id="",
         notes=built.notes,
     )
-
-
-def _reads(nodes: list[onnx.NodeProto], name: str) -> bool:
-    return any(name in node.input for node in nodes)
 
 
 def _check_closed(site: Site, nodes: tuple[int, ...], output: str) -> None:

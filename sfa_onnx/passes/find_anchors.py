@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes_trace import Tracer
@@ -16,72 +18,170 @@ __all__ = ["anchors", "fed_by_selection"]
 _PRODUCTS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm"))
 # Behind the product of queries and keys only views, casts and dequantisation are followed.
 _STRUCTURAL = (
-    frozenset(
-        ("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "GatherElements")
-    )
-    | frozenset(
-        (
-            "GatherND",
-            "Identity",
-            "IsNaN",
-            "Mul",
-            "Reshape",
-            "ScatterND",
-            "Slice",
-            "Split",
-            "Squeeze",
-        )
-    )
-    | frozenset(("Tile", "Transpose", "Unsqueeze", "Where"))
+    frozenset(("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity"))
+    | frozenset(("GatherElements", "GatherND", "IsNaN", "Mul", "Reshape", "ScatterND", "Slice"))
+    | frozenset(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"))
 )
 _GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
 _SCATTERS = frozenset(("ScatterElements", "ScatterND", "OneHot"))
 _INT_TYPES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+_LOOSE = frozenset(
+    ("Cast", "Mul", "Div", "Where", "ScatterND", "Identity", "Unsqueeze", "Reshape", "Log", "Add")
+)
 
 
 def anchors(index: GraphIndex) -> Iterator[Anchor]:
     """Every softmax of the graph, in any spelling, in graph order."""
     for i, node in enumerate(index.nodes):
-        if node.op_type == "Softmax" and node.domain in ("", "ai.onnx"):
+        op = node.op_type
+        if op == "Softmax":
             axis = attributes(node).get("axis", -1 if index.opsets.get("", 18) >= 13 else 1)
             yield Anchor(i, node.input[0], int(axis), node.output[0])
+        elif op == "Attention" and node.domain in ("", "ai.onnx"):
+            yield Anchor(i, node.input[0], -1, node.output[0], form="Attention")
+        elif op == "Div":
+            found = _divided(index, i)
+            if found is not None:
+                yield found
+        elif op in ("Exp", "Pow"):
+            found = _less_logsumexp(index, i)
+            if found is not None:
+                yield found
 
 
-def fed_by_selection(tracer: Tracer, scores: str) -> bool:
+def _exponential(index: GraphIndex, value: str) -> tuple[int, str, float] | None:
+    """(node, exponent, ln of the base) of Exp(x) or Pow(2, x), behind casts."""
+    for _ in range(4):
+        i = index.producer.get(value)
+        if i is None:
+            return None
+        node = index.nodes[i]
+        if node.op_type == "Exp":
+            return i, node.input[0], 1.0
+        if node.op_type == "Pow":
+            base = index.constant(node.input[0])
+            if base is None or base.size != 1 or float(base.reshape(-1)[0]) != 2:
+                return None
+            return i, node.input[1], math.log(2)
+        if node.op_type not in ("Cast", "Identity"):
+            return None
+        value = node.input[0]
+    return None
+
+
+def _divided(index: GraphIndex, i: int) -> Anchor | None:
+    """exp(s - max) / sum(exp(s - max)), with or without the maximum."""
+    node = index.nodes[i]
+    exponential = _exponential(index, node.input[0])
+    total = index.node_of(node.input[1])
+    while total is not None and total.op_type in ("Cast", "Identity", "Unsqueeze", "Expand"):
+        total = index.node_of(total.input[0])
+    if exponential is None or total is None or total.op_type != "ReduceSum":
+        return None
+    summed = _exponential(index, total.input[0])
+    if summed is None or summed[0] != exponential[0]:
+        return None
+    axis = _axis(index, total)
+    if axis is None:
+        return None
+    _, exponent, base = exponential
+    shifted = index.node_of(exponent)
+    scores = exponent
+    if shifted is None or shifted.op_type != "Sub":
+        return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
+    if _reaches(index, shifted.input[1], ("ReduceMax",), shifted.input[0]):
+        scores = shifted.input[0]
+    return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
+
+
+def _less_logsumexp(index: GraphIndex, i: int) -> Anchor | None:
+    """exp(s - logsumexp(s)), also in base 2 and with the log-sum patched where it is -inf."""
+    node = index.nodes[i]
+    exponential = _exponential(index, node.output[0])
+    if exponential is None:
+        return None
+    _, exponent, base = exponential
+    shifted = index.node_of(exponent)
+    if shifted is None or shifted.op_type != "Sub":
+        return None
+    scores, normaliser = shifted.input
+    total = _reaches(index, normaliser, ("ReduceLogSumExp", "ReduceLogSum", "ReduceSum"), "")
+    if total is None:
+        return None
+    axis = _axis(index, total)
+    if axis is None:
+        return None
+    return Anchor(i, scores, axis, node.output[0], base, "exp(s - logsumexp)")
+
+
+def _reaches(
+    index: GraphIndex, value: str, ops: tuple[str, ...], source: str
+) -> onnx.NodeProto | None:
+    """The reduction that `value` is made from (`source`: what it must reduce, if given)."""
+    stack, seen = [value], set[str]()
+    while stack and len(seen) < 64:
+        name = stack.pop()
+        node = index.node_of(name)
+        if node is None or name in seen:
+            continue
+        seen.add(name)
+        if node.op_type in ops:
+            return node if not source or node.input[0] == source else None
+        if node.op_type in _LOOSE:
+            stack += node.input
+    return None
+
+
+def _axis(index: GraphIndex, node: onnx.NodeProto) -> int | None:
+    """The one axis of a reduction."""
+    given = index.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+    axes = attributes(node).get("axes") if given is None else np.asarray(given).reshape(-1)
+    return int(axes[0]) if axes is not None and len(axes) == 1 else None
+
+
+def fed_by_selection(tracer: Tracer, anchor: Anchor) -> bool:
     """Whether selected indices reach the scores through a gather or a scattered mask.
 
     A quick look upstream, generous on purpose: binding decides.
     """
     index = tracer.index
-    stack: list[tuple[str, int]] = [(scores, 0)]
+    stack: list[tuple[str, int]] = [(anchor.scores, 0)]
+    if anchor.form == "Attention":
+        names = list(index.nodes[anchor.node].input)
+        stack = [(n, 1) for n in names[:3]] + [(n, 0) for n in names[3:4]]
     seen: set[tuple[str, int]] = set()
     while stack:
         value, depth = stack.pop()
-        if (value, depth) in seen or len(seen) > 20_000:
+        if not value or (value, depth) in seen or len(seen) > 20_000:
             continue
         seen.add((value, depth))
         node = index.node_of(value)
         if node is None:
             continue
-        op = node.op_type
-        if depth and op in _GATHERS and _is_selection(tracer, node.input[1]):
+        if _selects(tracer, node, depth):
             return True
-        if (
-            not depth
-            and op in _SCATTERS
-            and any(_is_selection(tracer, n) for n in node.input[: 2 if op == "OneHot" else 3])
-        ):
-            return True
-        if not depth and op == "Equal" and any(_is_selection(tracer, n) for n in node.input):
-            return True
-        if op in _PRODUCTS:
-            if depth < 2:
-                stack += [(n, depth + 1) for n in node.input]
-        elif op in ("TopK", "Softmax", "Shape", "Constant", "Size"):
-            continue
-        elif not depth or op in _STRUCTURAL:
-            stack += [(n, depth) for n in node.input if n]
+        stack += _follow(node, depth)
     return False
+
+
+def _selects(tracer: Tracer, node: onnx.NodeProto, depth: int) -> bool:
+    op = node.op_type
+    if depth:
+        return op in _GATHERS and _is_selection(tracer, node.input[1])
+    if op in _SCATTERS:
+        inputs = node.input[:2] if op == "OneHot" else node.input[:3]
+        return any(_is_selection(tracer, n) for n in inputs)
+    return op == "Equal" and any(_is_selection(tracer, n) for n in node.input)
+
+
+def _follow(node: onnx.NodeProto, depth: int) -> list[tuple[str, int]]:
+    """What to look at behind a node: `depth` counts the products passed."""
+    op = node.op_type
+    if op in _PRODUCTS:
+        return [(n, depth + 1) for n in node.input] if depth < 2 else []
+    if op in ("TopK", "Softmax", "Shape", "Constant", "Size"):
+        return []
+    return [(n, depth) for n in node.input if n] if not depth or op in _STRUCTURAL else []
 
 
 def _is_selection(tracer: Tracer, value: str) -> bool:

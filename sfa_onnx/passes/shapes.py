@@ -146,6 +146,13 @@ class Concrete:
             out.append(sizes.pop() if sizes else 1)
         return tuple(out)
 
+    def unify(self, a: str, b: str) -> None:
+        """Take symbols `a` and `b` to be the same size from now on."""
+        keep, drop = self.symbols[a], self.symbols[b]
+        self.symbols = {s: keep if n == drop else n for s, n in self.symbols.items()}
+        self._shapes.clear()
+        self._values.clear()
+
     def _unify(self, a: int, b: int) -> None:
         own = set(self.symbols.values())
         keep, drop = (a, b) if b in own else (b, a)
