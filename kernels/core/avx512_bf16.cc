@@ -20,6 +20,8 @@ inline void store_as(void* p, int dtype, vf v) {
 }  // namespace
 }  // namespace sfa
 
+#include "avx512_bf16_half.h"
+#include "avx512_bf16_narrow.h"
 #include "avx512_bf16_wide.h"
 #include "partial.h"
 
@@ -30,17 +32,27 @@ bool bf16_supports(const Geom& g) {
   const bool types = g.query_dtype != SFA_CORE_F32 &&
                      (g.cache_dtype == SFA_CORE_I8 ||
                       (g.cache_dtype == SFA_CORE_BF16 && g.query_dtype == SFA_CORE_BF16));
-  return types && g.tile % 64 == 0;
+  return types && g.tile % 64 == 0 && g.nope <= 4096 && g.rope <= 1024;
 }
 
 size_t bf16_scratch_bytes(const Geom& g) { return Plan(g, nullptr).bytes; }
 
 void bf16_load_query(const Geom& g, const void* query, const void* query_rope, void* scratch) {
-  pack_query(Plan(g, scratch), query, query_rope);
+  const Plan p(g, scratch);
+  const auto pack = g.heads <= kNarrowHeads ? pack_query_narrow
+                    : g.heads <= kHalfHeads ? pack_query_half
+                                            : pack_query;
+  pack(p, query, query_rope);
 }
 
 void bf16_attend(const Geom& g, const Rows& rows, const Rows* next, void* scratch, Partial* out) {
   const Plan p(g, scratch);
+  if (g.heads <= kNarrowHeads) return attend_few(p, rows, next, out);
+  if (g.heads <= kHalfHeads) {
+    scores_half(p, rows, next);
+    softmax_half(p, rows.n, out);
+    return values_half(p, rows, out);
+  }
   scores(p, rows, next);
   softmax(p, rows.n, out);
   values(p, rows, out);

@@ -57,6 +57,15 @@ struct Converter {
 // Position, inside a block of 32 dwords, of the pair of columns (2r, 2r + 1) after to_bf16.
 constexpr int converted_position(int r) { return (r % 8 < 4 ? 0 : 16) + 4 * (r / 8) + r % 4; }
 
+// 64 bf16 in order (a, b) -> the order of to_bf16.
+inline __attribute__((always_inline)) void split_lanes(__m512i* a, __m512i* b) {
+  const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
+  const __m512i odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
+  const __m512i x = *a, y = *b;
+  *a = _mm512_permutex2var_epi64(x, even, y);
+  *b = _mm512_permutex2var_epi64(x, odd, y);
+}
+
 // Columns of 64 from two rows -> four vectors of (row 0, row 1) pairs. Element 16L + 4v + j sits in
 // vector v, dword 4L + j, for int8 and bf16 rows alike.
 inline __attribute__((always_inline)) void pair_int8(const Converter& c, const uint8_t* r0,
@@ -70,15 +79,10 @@ inline __attribute__((always_inline)) void pair_int8(const Converter& c, const u
 
 inline __attribute__((always_inline)) void pair_bf16(const uint8_t* r0, const uint8_t* r1,
                                                      uint32_t* out) {
-  // Columns 16L + 0..7 of all lanes L into one vector, 16L + 8..15 into the other.
-  const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
-  const __m512i odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
-  const __m512i a0 = _mm512_loadu_si512(r0), b0 = _mm512_loadu_si512(r0 + 64);
-  const __m512i a1 = _mm512_loadu_si512(r1), b1 = _mm512_loadu_si512(r1 + 64);
-  const __m512i e0 = _mm512_permutex2var_epi64(a0, even, b0);
-  const __m512i e1 = _mm512_permutex2var_epi64(a1, even, b1);
-  const __m512i o0 = _mm512_permutex2var_epi64(a0, odd, b0);
-  const __m512i o1 = _mm512_permutex2var_epi64(a1, odd, b1);
+  __m512i e0 = _mm512_loadu_si512(r0), o0 = _mm512_loadu_si512(r0 + 64);
+  __m512i e1 = _mm512_loadu_si512(r1), o1 = _mm512_loadu_si512(r1 + 64);
+  split_lanes(&e0, &o0);
+  split_lanes(&e1, &o1);
   _mm512_store_si512(out, _mm512_unpacklo_epi16(e0, e1));
   _mm512_store_si512(out + 16, _mm512_unpackhi_epi16(e0, e1));
   _mm512_store_si512(out + 32, _mm512_unpacklo_epi16(o0, o1));

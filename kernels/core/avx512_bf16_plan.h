@@ -13,8 +13,7 @@ namespace {
 
 constexpr int kTileDwords = 64;  // pairs of columns per decoded key
 constexpr int kQkKeys = 48;      // keys per decoded tile of Q.K
-constexpr int kPvKeys = 128;     // keys per decoded tile of P.V
-constexpr int kLines = 16;       // prefetchable cache lines per row, at most
+constexpr int kKeyPad = 8;       // tiles are padded to a multiple of so many keys
 
 // Where everything lies in the scratch, and what shape the columns take.
 //
@@ -28,13 +27,15 @@ struct Plan {
   int block_pairs;  // pairs of latent columns decoded at a time: 64, or 32 for narrow tiles
   int rope_pairs;   // pairs of rope columns after splitting
   size_t rope_bytes;
-  uint32_t* tile;         // [kQkKeys, kTileDwords] decoded keys
-  uint32_t* values;       // [kPvKeys / 2, 64] decoded, interleaved values
-  float* scale;           // [kQkKeys]
-  uint32_t* weights;      // [lanes / 16, kPvKeys / 2, 16] probabilities times scales
-  float* s;               // [kChunk + 48, lanes]
-  uint32_t* q;            // [passes * nope / 2 + rope_pairs, lanes]
-  const uint8_t** lines;  // cache lines to prefetch
+  int row_bytes;      // contiguous bytes that belong to a key
+  uint32_t* tile;     // [kQkKeys, kTileDwords] decoded keys
+  uint32_t* values;   // [kChunk / 2, 64] decoded, interleaved values
+  float* scale;       // [kQkKeys]
+  uint32_t* weights;  // [lanes / 16, kChunk / 2, 16] probabilities times scales
+  float* s;           // [kChunk + 48, lanes]
+  uint32_t* q;        // [passes * nope / 2 + rope_pairs, lanes]
+  int narrow_rope;    // few heads: rope pairs, padded to vectors
+  int narrow_q;       // few heads: dwords per head of q
   size_t bytes;
 
   Plan(const Geom& geom, void* scratch) : g(geom) {
@@ -44,14 +45,19 @@ struct Plan {
     block_pairs = g.tile % 128 == 0 ? 64 : 32;
     rope_pairs = (g.rope + 1) / 2 * (passes == 2 ? 3 : 1);
     rope_bytes = (size_t)g.rope * 2;
+    row_bytes = packed ? g.nope + (int)rope_bytes + 4 * (g.nope / g.tile) : 2 * g.nope;
     char* at = (char*)scratch;
-    tile = (uint32_t*)take(&at, 4 * kQkKeys * kTileDwords);
-    values = (uint32_t*)take(&at, 4 * 32 * kPvKeys);
+    narrow_rope = round_up(rope_pairs, 16);
+    narrow_q = passes * g.nope / 2 + narrow_rope;
+    const int tile_dwords = 16 * g.nope / 2;
+    const int wide_dwords = kQkKeys * kTileDwords;
+    tile =
+        (uint32_t*)take(&at, 4 * (size_t)(tile_dwords > wide_dwords ? tile_dwords : wide_dwords));
+    values = (uint32_t*)take(&at, 4 * 32 * kChunk);
     scale = (float*)take(&at, 4 * (kQkKeys + 16));
-    weights = (uint32_t*)take(&at, 2 * (size_t)lanes * kPvKeys);
+    weights = (uint32_t*)take(&at, 2 * (size_t)lanes * kChunk);
     s = (float*)take(&at, 4 * (size_t)(kChunk + 48) * lanes);
-    q = (uint32_t*)take(&at, 4 * (size_t)(passes * g.nope / 2 + rope_pairs) * lanes);
-    lines = (const uint8_t**)take(&at, sizeof(void*) * (kQkKeys * kLines + kTileDwords));
+    q = (uint32_t*)take(&at, 4 * (size_t)(passes * g.nope / 2 + narrow_rope) * lanes);
     bytes = (size_t)(at - (char*)scratch);
   }
 
@@ -161,51 +167,52 @@ void pack_query(const Plan& p, const void* query, const void* query_rope) {
 
 // ---- prefetching ---------------------------------------------------------------------------
 
-// Asks for the rows of the next tile while this one is computed. The first line of every row is
-// asked for at once, so that the page walks overlap; the others follow one per step of the dot
-// products.
+// Asks for the rows of the next tile while this one is computed. The first and last line of every
+// row are asked for at once, so that the page walks overlap; the others follow three at a time
+// between the dot products.
 class Prefetch {
  public:
   // Rows [first, first + count) of `rows`, or the first ones of `next` when those are done.
-  Prefetch(const Plan& p, const Rows& rows, int first, int count, const Rows* next)
-      : lines_(p.lines) {
+  Prefetch(const Plan& p, const Rows& rows, int first, int count, const Rows* next) {
     const Rows* from = &rows;
     if (first >= rows.n) {
       from = next;
       first = 0;
     }
-    if (from) {
-      const int last = first + count < from->n ? first + count : from->n;
-      const int row_bytes =
-          p.packed ? p.g.nope + (int)p.rope_bytes + 4 * (p.g.nope / p.g.tile) : 2 * p.g.nope;
-      for (int k = first; k < last; ++k) _mm_prefetch((const char*)from->nope[k], _MM_HINT_T0);
-      for (int k = first; k < last; ++k) {
-        _mm_prefetch((const char*)from->nope[k] + row_bytes - 1, _MM_HINT_T0);
-      }
-      for (int k = first; k < last; ++k) add(from->nope[k], row_bytes);
-      for (int k = first; k < last && !p.packed; ++k) add(from->rope[k], (int)p.rope_bytes);
+    if (!from) return;
+    const int last = first + count < from->n ? first + count : from->n;
+    row_ = from->nope + first;
+    end_ = from->nope + last;
+    bytes_ = p.row_bytes;
+    for (const uint8_t* const* r = row_; r < end_; ++r) {
+      _mm_prefetch((const char*)*r, _MM_HINT_T0);
+      _mm_prefetch((const char*)*r + bytes_ - 1, _MM_HINT_T0);
     }
-    filler_ = rows.nope[0];
+    if (p.packed) return;
+    for (int k = first; k < last; ++k) {
+      for (size_t b = 0; b < p.rope_bytes; b += 64) {
+        _mm_prefetch((const char*)from->rope[k] + b, _MM_HINT_T0);
+      }
+    }
   }
 
-  // The next `n` lines; a harmless one when none is left.
-  const uint8_t* const* take(int n) {
-    const uint8_t** here = lines_ + next_;
-    for (int i = count_; i < next_ + n; ++i) lines_[i] = filler_;
-    next_ = next_ + n < count_ ? next_ + n : count_;
-    return here;
+  inline __attribute__((always_inline)) void some() {
+    if (row_ == end_) return;
+    const char* at = (const char*)*row_ + offset_;
+    _mm_prefetch(at, _MM_HINT_T0);
+    _mm_prefetch(at + 64, _MM_HINT_T0);
+    _mm_prefetch(at + 128, _MM_HINT_T0);
+    offset_ += 192;
+    if (offset_ >= bytes_) {
+      offset_ = 64;
+      ++row_;
+    }
   }
 
  private:
-  void add(const uint8_t* row, int bytes) {
-    for (int b = 64; b + 64 < bytes && count_ < kQkKeys * kLines; b += 64) {
-      lines_[count_++] = row + b;
-    }
-  }
-
-  const uint8_t** lines_;
-  const uint8_t* filler_;
-  int count_ = 0, next_ = 0;
+  const uint8_t* const* row_ = nullptr;
+  const uint8_t* const* end_ = nullptr;
+  int offset_ = 64, bytes_ = 0;
 };
 
 }  // namespace
