@@ -273,3 +273,10 @@ def test_joint_cache_of_latent_and_rope() -> None:
     got = float_outputs(interface, run(report.model, mine), mine)
     assert loss(got["o"], expected["o"]) < 2e-2
     assert loss(got["all"], expected["all"]) < 1.5e-2
+
+
+def test_a_model_without_float_sites_is_told_to_fuse() -> None:
+    source = growing()
+    source.graph.node[5].op_type = "NPUSomethingElse"
+    with pytest.raises(ModelError, match="fuse it first"):
+        convert(source, to="int8")

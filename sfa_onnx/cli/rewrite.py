@@ -143,8 +143,24 @@ def _kv_cache(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx.kv_convert import convert
 
     output = _output(args)
-    report = convert(args.model, output, to=args.to, block_size=args.block_size, force=args.force)
+    report = convert(
+        _with_sites(args, console), output, to=args.to, block_size=args.block_size, force=args.force
+    )
     show.kv_report(console, report)
     console.say("written: [bold]{}[/bold]", output)
     console.result("kv-cache", report)
     return 0
+
+
+def _with_sites(args: argparse.Namespace, console: Console) -> Any:
+    """The model as it is when it was fused already, else fused here."""
+    from sfa_onnx.kv_convert import float_sites
+    from sfa_onnx.kv_convert.interface import read_interface
+    from sfa_onnx.model import load_model
+
+    model = load_model(args.model)
+    if float_sites(model.graph) or read_interface(model) is not None:
+        return args.model
+    report = _run_fuse(args, console, output=None)
+    show.fuse_report(console, args.model, report)
+    return report.model

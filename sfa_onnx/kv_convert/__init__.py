@@ -19,7 +19,7 @@ from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
 
-__all__ = ["FORMS", "KvReport", "convert"]
+__all__ = ["FORMS", "KvReport", "convert", "float_sites"]
 
 FORMS = ("int8", "packed-int8", "paged-int8")
 
@@ -50,9 +50,7 @@ def convert(
     tile_size: int = 128,
     force: bool = False,
 ) -> KvReport:
-    """Convert every float-cache site of a model to the int8 operator.
-
-    A model that was not fused yet is fused first.
+    """Convert every float-cache site of a fused model to the int8 operator.
 
     Args:
         model: a path or a model; never modified.
@@ -74,8 +72,9 @@ def convert(
     if block_size <= 0:
         raise UsageError(f"block size {block_size}: expected a positive number of tokens per page")
     source = load_model(model)
+    _check(source)
     copy = onnx.ModelProto()
-    copy.CopyFrom(_fused(source))
+    copy.CopyFrom(source)
     conversion = Conversion(copy, to, block_size, tile_size)
     report = conversion.run()
     write_interface(copy, Interface(to, block_size, tuple(conversion.entries)))
@@ -86,18 +85,11 @@ def convert(
     return result
 
 
-def _fused(model: onnx.ModelProto) -> onnx.ModelProto:
+def _check(model: onnx.ModelProto) -> None:
     if read_interface(model) is not None:
         raise ModelError("this model's caches were converted already (see its metadata)")
-    if float_sites(model.graph):
-        return model
-    from sfa_onnx.passes.run_fuse import fuse
-
-    report = fuse(model)
-    if float_sites(report.model.graph):
-        return report.model
-    reasons = "; ".join(f"{s.anchor}: {s.reason}" for s in report.refused)
-    raise ModelError(
-        "no sparse attention over a float cache in this model, so there is nothing to convert"
-        + (f" (refused: {reasons})" if reasons else "")
-    )
+    if not float_sites(model.graph):
+        raise ModelError(
+            "no NPUSparseFlashAttention (float cache) in this model, so there is nothing to"
+            " convert; fuse it first: sfa_onnx.fuse(model, kv_cache=...) does both"
+        )
