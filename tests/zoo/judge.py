@@ -140,11 +140,11 @@ def judge(case: Case) -> Verdict:
 
 
 def _judge(case: Case, v: Verdict) -> None:
-    import sfa_onnx
+    from sfa_onnx import fuse
 
     model = case.build()
     started = time.perf_counter()
-    report = sfa_onnx.fuse(model)
+    report = fuse(model)
     v.seconds = round(time.perf_counter() - started, 2)
     v.fused = len(report.fused)
     v.ops = sorted({s.op_type for s in report.fused})
