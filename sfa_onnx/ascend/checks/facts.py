@@ -124,6 +124,7 @@ def _in_release(entry: dict[str, Any], version: int, release: str) -> Registrati
     return Registration(known, _ge_types(entry, version))
 
 
+@cache
 def registration(release: Cann, domain: str, version: int, op_type: str) -> Registration:
     """Whether `domain::version::op_type` has a built-in plug-in, and its GE types."""
     entry = _load("registered_ops.json").get(domain, {}).get(op_type)
@@ -140,6 +141,7 @@ def registered_versions(domain: str, op_type: str) -> str:
     return str(entry.get("versions", ""))
 
 
+@cache
 def arity(ge_type: str) -> tuple[int, int | None, int | None] | None:
     """(required inputs, all inputs or None, outputs or None) of a GE prototype; None: not read."""
     entry = _load("ge_arity.json")["arity"].get(ge_type)

@@ -6,6 +6,7 @@ All of it was seen on the real parser unless the finding's evidence says "source
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Final
 
 import onnx
@@ -235,10 +236,18 @@ def _required(ctx: Context, node: Node) -> int:
         return plugin.inputs[0] if plugin.inputs else 0
     if (op := contract_of(node.proto)) is not None:
         return sum(not t.optional for t in op.inputs)
-    if node.version is None or not onnx.defs.has(node.op_type, node.version, ""):
-        found = [arity(t) for t in ctx.registration(node).ge_types]
-        return min((a[0] for a in found if a), default=0) if all(found) else 0
-    return int(onnx.defs.get_schema(node.op_type, node.version, "").min_input)
+    least = _least_inputs(node.op_type, node.version or 0) if node.domain == "ai.onnx" else None
+    if least is not None:
+        return least
+    found = [arity(t) for t in ctx.registration(node).ge_types]
+    return min((a[0] for a in found if a), default=0) if all(found) else 0
+
+
+@cache
+def _least_inputs(op_type: str, version: int) -> int | None:
+    if not onnx.defs.has(op_type, version, ""):
+        return None
+    return int(onnx.defs.get_schema(op_type, version, "").min_input)
 
 
 def _empty_output_trap(ctx: Context, scope: Scope) -> Iterator[Finding]:

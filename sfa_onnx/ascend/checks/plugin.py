@@ -44,7 +44,7 @@ def _own(op_type: str, domain: str, contract: OpContract, ge_type: str) -> Plugi
         tuple(p for p in attributes if contract.attribute(p[0]).required),
         contract,
         ge_type,
-        frozenset(("scale_value_exact",)),
+        frozenset(("rope_dtype", "scale_value_exact")),
     )
 
 

@@ -23,6 +23,8 @@ __all__ = ["FAMILIES", "cell", "families", "support_findings", "support_rows"]
 FAMILIES: Final = {"A2": "ascend910b", "A3": "ascend910_93", "950": "ascend950"}
 # Ops that GE resolves by itself: no engine runs them, whatever the dtype.
 _FREE: Final = frozenset(("If", "Identity", *INTERNAL_OPS))
+# Ops that move no data; that only their AI CPU fallback is declared is no reason to warn.
+_VIEWS: Final = frozenset(("Flatten", "Reshape", "Squeeze", "Unsqueeze"))
 _NO_KERNEL: Final = frozenset(("PartitionedCall", ""))
 
 
@@ -138,7 +140,7 @@ def support_findings(rows: list[SupportRow]) -> Iterator[Finding]:
     for row in rows:
         for family, evidence in row.evidence.items():
             cpu = row.engines[family] == "AI CPU"
-            kind = "AI CPU" if cpu else evidence
+            kind = "AI CPU" if cpu and row.op_type not in _VIEWS else evidence
             if kind != "declared" and row.engines[family] != "none":
                 merged.setdefault((kind, family), []).append(row)
     for (kind, family), found in sorted(merged.items(), key=lambda kv: _ORDER.index(kv[0][0])):

@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,9 +46,13 @@ def is_external(tensor: onnx.TensorProto) -> bool:
 
 def contract_of(node: onnx.NodeProto) -> OpContract | None:
     """The operator contract the node stands for, ATC and foreign spellings included."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    op = find_op(domain, node.op_type)
-    return op if op or domain else find_op("npu", node.op_type) or find_op("sfa_onnx", node.op_type)
+    return _contract("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+
+
+@cache
+def _contract(domain: str, op_type: str) -> OpContract | None:
+    op = find_op(domain, op_type)
+    return op if op or domain else find_op("npu", op_type) or find_op("sfa_onnx", op_type)
 
 
 @dataclass(eq=False)
