@@ -141,17 +141,20 @@ void TestRealWidths(Random& r) {
   }
 }
 
-int32_t Garbage(Random& r) {
-  const int32_t extremes[] = {INT32_MIN, INT32_MAX, -1,      -2,         0,  1 << 16,
-                              1 << 24,   1 << 28,   1 << 30, 0x7ffffff0, 40, 41};
-  return Uniform(r, 0, 1) ? extremes[Uniform(r, 0, 11)] : Uniform(r, -3, 100);
+// Values that are just legal, just illegal, or wrap around in careless products.
+int32_t Garbage(Random& r, const Case& c) {
+  const int64_t s2 =
+      c.p.layout_kv == SFA_CORE_PA_BSND ? c.p.block_table_cols * c.p.block_size : c.p.kv_s;
+  const int64_t edges[] = {c.p.block_num, c.p.query_s, c.p.query_t, s2,      s2 / 2,  c.rows,
+                           INT32_MIN,     INT32_MAX,   1 << 16,     1 << 28, 1 << 30, 0};
+  return static_cast<int32_t>(edges[Uniform(r, 0, 11)] + Uniform(r, 0, 1) * Uniform(r, -2, 1));
 }
 
-void Spoil(Random& r, std::vector<int32_t>* values) {
+void Spoil(Random& r, const Case& c, std::vector<int32_t>* values) {
   if (values->empty() || Uniform(r, 0, 1)) return;
   const int top = static_cast<int>(values->size()) - 1;
   const int count = Uniform(r, 0, 1) ? top + 1 : Uniform(r, 1, 3);
-  for (int i = 0; i < count; ++i) (*values)[Uniform(r, 0, top)] = Garbage(r);
+  for (int i = 0; i < count; ++i) (*values)[Uniform(r, 0, top)] = Garbage(r, c);
 }
 
 // Nothing to assert about the result but that all paths refuse the same calls, for the same
@@ -161,10 +164,10 @@ void TestGarbage(Random& r, int rounds) {
     Sizes s = RandomSizes(r);
     s.heads = std::min(s.heads, 20);
     Case c = MakeCase(r, s);
-    Spoil(r, &c.indices);
-    Spoil(r, &c.table);
-    Spoil(r, &c.lengths_q);
-    Spoil(r, &c.lengths_kv);
+    Spoil(r, c, &c.indices);
+    Spoil(r, c, &c.table);
+    Spoil(r, c, &c.lengths_q);
+    Spoil(r, c, &c.lengths_kv);
     if (!Uniform(r, 0, 4)) c.p.sparse_block_size = 1 << Uniform(r, 4, 30);
     c.p.holes = Uniform(r, 0, 2);
     c.Bind();
