@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tests.zoo.base import Case
 
-FAMILIES = ("int8", "official", "nearmiss", "hf", "expanded", "flash")
+FAMILIES = ("int8", "official", "nearmiss", "hf", "expanded", "flash", "edited")
 
 
 def cases(pattern: str = "") -> Iterator[Case]:
