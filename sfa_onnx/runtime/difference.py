@@ -3,7 +3,7 @@
 Protocol (FlashMLA's): infinities and NaN must stand in the same places; then every element must be
 within an absolute *or* a relative bound; then the directions must agree (cosine distance). Unless
 the caller gives bounds they follow the type, the tensor's root mean square and the model's own
-rounding: an error of up to `NOISE_FACTOR` times what the original loses to its own precision passes.
+rounding: an error up to `NOISE_FACTOR` times what the original loses to its own precision passes.
 """
 
 from __future__ import annotations
@@ -107,15 +107,19 @@ class CompareReport:
     @property
     def passed(self) -> bool:
         """Something was compared, and everything that was agreed."""
-        rows = [*self.sites, *self.outputs]
-        return bool(rows) and all(row.passed for row in rows)
+        return bool(self._verdicts) and all(passed for _, passed in self._verdicts)
+
+    @property
+    def _verdicts(self) -> list[tuple[str, bool]]:
+        sites = [(row.name, row.passed) for row in self.sites]
+        return sites + [(row.name, row.passed) for row in self.outputs]
 
     @property
     def verdict(self) -> str:
         """One sentence."""
-        bad = [row.name for row in (*self.sites, *self.outputs) if not row.passed]
+        bad = [name for name, passed in self._verdicts if not passed]
         if bad:
-            return f"different: {len(bad)} of {len(self.sites) + len(self.outputs)} ({bad[0]} ...)"
+            return f"different: {len(bad)} of {len(self._verdicts)}, first {bad[0]}"
         if not self.passed:
             return "nothing could be compared"
         multiples = [r.difference.multiple for r in self.outputs if r.difference.multiple]

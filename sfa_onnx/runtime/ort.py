@@ -114,7 +114,11 @@ def register(sess_options: ort.SessionOptions) -> ort.SessionOptions:
 
 
 def session(
-    model: Model, sess_options: ort.SessionOptions | None = None, **kw: Any
+    model: Model,
+    sess_options: ort.SessionOptions | None = None,
+    *,
+    allow_external: bool = False,
+    **kw: Any,
 ) -> ort.InferenceSession:
     """An onnxruntime session with our operators registered.
 
@@ -123,6 +127,7 @@ def session(
     Args:
         model: path (the way for models with external data or beyond 2 GiB) or ModelProto.
         sess_options: extended in place; default: fresh ones.
+        allow_external: the options say in which folder a ModelProto's external data lie.
         kw: handed to `onnxruntime.InferenceSession`; `providers` defaults to the CPU.
 
     Raises:
@@ -137,7 +142,7 @@ def session(
     except MissingError as error:
         missing = error
     kw.setdefault("providers", ["CPUExecutionProvider"])
-    source, name = _source(model)
+    source, name = _source(model, allow_external)
     try:
         return ort.InferenceSession(source, options, **kw)
     except Exception as error:
@@ -146,14 +151,15 @@ def session(
         raise ModelError(f"onnxruntime {ort.__version__} refuses {name}: {error}") from error
 
 
-def _source(model: Model) -> tuple[str | bytes, str]:
+def _source(model: Model, allow_external: bool) -> tuple[str | bytes, str]:
     """What InferenceSession takes, and the model's name for messages."""
     if not isinstance(model, onnx.ModelProto):
         if not Path(model).is_file():
             raise UsageError(f"{model}: no such file")
         return os.fspath(model), os.fspath(model)
     name = f"the model {model.graph.name!r}"
-    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+    external = (t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
+    if not allow_external and any(external):
         raise ModelError(f"{name} keeps weights in external files: save it and pass the path")
     if model.ByteSize() >= _TWO_GIB:
         raise ModelError(f"{name} is beyond 2 GiB: save it with external data and pass the path")

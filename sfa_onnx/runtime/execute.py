@@ -1,0 +1,104 @@
+"""Running models that exist in memory only, with weights that stay in their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from sfa_onnx.errors import WeightsError
+from sfa_onnx.runtime.elem_types import ElemTypes, light_copy
+from sfa_onnx.runtime.ort import run, session
+
+__all__ = ["execute", "fill_dims", "infos", "with_outputs", "with_structure"]
+
+Array = NDArray[Any]
+_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+_SMALL: Final = 1 << 12  # elements of an integer tensor that is structure, not weights
+
+
+def with_structure(model: ModelProto, folder: Path | None) -> ModelProto:
+    """The model with small external integer tensors (shapes, axes) inside: inference needs them."""
+    small = [
+        t
+        for t in model.graph.initializer
+        if t.data_location == TensorProto.EXTERNAL
+        and t.data_type in (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+        and np.prod(t.dims) <= _SMALL
+    ]
+    if not small or folder is None:
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+    names = {t.name for t in small}
+    for tensor in out.graph.initializer:
+        if tensor.name in names:
+            try:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            except (OSError, onnx.checker.ValidationError) as error:
+                raise WeightsError(f"{tensor.name}: its data cannot be read: {error}") from error
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return out
+
+
+def infos(model: ModelProto, feeds: Mapping[str, Array]) -> dict[str, onnx.ValueInfoProto]:
+    """Types and shapes of all values, weights included, at the sizes of `feeds`."""
+    light = light_copy(model)
+    for value in light.graph.input:
+        shape = feeds[value.name].shape if value.name in feeds else ()
+        for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=False):
+            dim.dim_value = size
+    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    values = (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info)
+    infos = {v.name: v for v in values if v.type.tensor_type.HasField("shape")}
+    for tensor in model.graph.initializer:
+        infos[tensor.name] = helper.make_tensor_value_info(
+            tensor.name, tensor.data_type, list(tensor.dims)
+        )
+    return infos
+
+
+def fill_dims(info: onnx.ValueInfoProto, other: onnx.ValueInfoProto) -> None:
+    """Give `info` the dims that only `other` knows."""
+    dims = zip(info.type.tensor_type.shape.dim, other.type.tensor_type.shape.dim, strict=False)
+    for dim, known in dims:
+        if not dim.WhichOneof("value"):
+            dim.CopyFrom(known)
+
+
+def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """A copy of `model` whose outputs are `names`."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.output[:]
+    types = ElemTypes(model)
+    for name in names:
+        info = out.graph.output.add(name=name)
+        if kind := types.of(name):
+            info.type.tensor_type.elem_type = kind
+    return out
+
+
+def execute(
+    model: ModelProto,
+    folder: Path | None,
+    feeds: Mapping[str, Array],
+    outputs: list[str] | None = None,
+) -> dict[str, Array]:
+    """Run a model whose weights, if external, lie in `folder`; feeds it does not take are left."""
+    if outputs is not None and not outputs:
+        return {}
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if folder is not None:
+        options.add_session_config_entry(_FOLDER, str(folder))
+    sess = session(model, options, allow_external=folder is not None)
+    taken = {i.name for i in sess.get_inputs()}
+    return run(sess, {n: a for n, a in feeds.items() if n in taken}, outputs)

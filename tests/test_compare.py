@@ -1,0 +1,297 @@
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.report import to_json
+from sfa_onnx.runtime.compare import compare
+from sfa_onnx.runtime.difference import measure
+from sfa_onnx.runtime.feeds import random_feeds
+from sfa_onnx.runtime.portable import unfuse
+from tests.attention_cases import BF16
+from tests.op_models import elem_type, needs_library
+
+HEADS, NOPE, ROPE, HIDDEN, TOP, VOCABULARY = 4, 16, 8, 12, 10, 50
+SFA, SFAA = SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+
+
+def decoder(dtype=np.float32, op=SFA, layers=2, seed=0):
+    """Token ids -> embedding -> layers of (query, top-k of scores, our operator) -> logits."""
+    kind, r = elem_type(dtype), np.random.default_rng(seed)
+    nodes, weights, inputs = [], {}, []
+
+    def weight(name, *shape):
+        weights[name] = (r.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype)
+        return name
+
+    def add(kind_, *values, out, **attributes):
+        nodes.append(helper.make_node(kind_, list(values), [out], name=f"node_{out}", **attributes))
+        return out
+
+    weights["shape_q"] = np.array([0, 0, HEADS, NOPE + ROPE])
+    weights["flat"] = np.array([0, 0, HEADS * NOPE])
+    weights["top"], weights["two"] = np.array([TOP]), np.array([2])
+    hidden = add("Gather", weight("embed", VOCABULARY, HIDDEN), "input_ids", out="hidden0")
+    for i in range(layers):
+        q = add("MatMul", hidden, weight(f"wq{i}", HIDDEN, HEADS * (NOPE + ROPE)), out=f"q{i}")
+        q = add("Reshape", q, "shape_q", out=f"heads{i}")
+        scores = add("MatMul", hidden, f"index_key{i}", out=f"scores{i}")
+        scores = add("Cast", scores, out=f"wide{i}", to=TensorProto.FLOAT)
+        nodes.append(helper.make_node("TopK", [scores, "top"], [f"v{i}", f"i{i}"], name=f"topk{i}"))
+        narrow = add("Cast", f"i{i}", out=f"narrow{i}", to=TensorProto.INT32)
+        picked = add("Unsqueeze", narrow, "two", out=f"picked{i}")
+        attributes = op.complete(
+            {"scale_value": 0.2, "sparse_mode": 0}
+            | ({"rope_head_dim": ROPE, "tile_size": 8} if op is SFAA else {})
+        )
+        if op is SFA:
+            weights[f"split{i}"] = np.array([NOPE, ROPE])
+            nodes.append(
+                helper.make_node("Split", [q, f"split{i}"], [f"qn{i}", f"qr{i}"], axis=-1,
+                                 name=f"split_{i}")
+            )  # fmt: skip
+            operands = [f"qn{i}", f"past_latent{i}", f"past_latent{i}", picked, "", "", "",
+                        f"qr{i}", f"past_rope{i}"]  # fmt: skip
+            caches = {f"past_latent{i}": (kind, NOPE), f"past_rope{i}": (kind, ROPE)}
+        else:
+            operands = [q, f"past_rows{i}", f"past_rows{i}", picked]
+            size = np.dtype(dtype).itemsize
+            caches = {f"past_rows{i}": (TensorProto.INT8, NOPE + ROPE * size + 8)}
+        inputs += [
+            helper.make_tensor_value_info(n, t, ["batch", "past_len", 1, w])
+            for n, (t, w) in caches.items()
+        ]
+        inputs.append(
+            helper.make_tensor_value_info(f"index_key{i}", kind, ["batch", HIDDEN, "past_len"])
+        )
+        nodes.append(
+            helper.make_node(op.name, operands, [f"attn{i}"], name=f"site{i}", domain=op.domain,
+                             **attributes)
+        )  # fmt: skip
+        flat = add("Reshape", f"attn{i}", "flat", out=f"flat{i}")
+        out = add("MatMul", flat, weight(f"wo{i}", HEADS * NOPE, HIDDEN), out=f"o{i}")
+        hidden = add("Add", hidden, out, out=f"hidden{i + 1}")
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "seq"])
+    graph = helper.make_graph(
+        nodes,
+        "decoder",
+        [ids, *inputs],
+        [helper.make_tensor_value_info(hidden, kind, ["batch", "seq", HIDDEN])],
+        [numpy_helper.from_array(w, n) for n, w in weights.items()],
+    )
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("npu", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def scaled(model, site, factor):
+    """The unfused model with the scale of one site changed a little: a wrong fusion."""
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(model)
+    for node in wrong.graph.node:
+        if node.name == site:
+            next(a for a in node.attribute if a.name == "scale_value").f *= factor
+    return unfuse(wrong)
+
+
+@needs_library
+@pytest.mark.parametrize("op", [SFA, SFAA], ids=["float", "antiquant"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_true_fusion_passes_site_by_site_and_as_a_whole(op, dtype):
+    fused = decoder(BF16 if dtype == "bfloat16" else np.dtype(dtype), op)
+    before = unfuse(fused)
+    report = compare(before, fused, seed=3)
+    assert [s.method for s in report.sites] == ["captured", "captured"], report.sites
+    assert [s.name for s in report.sites] == ["attn0", "attn1"]
+    assert [o.name for o in report.outputs] == ["hidden2"]
+    assert report.passed, report
+    assert report.verdict.startswith("same")
+    assert all(s.difference.noise > 0 for s in report.sites)
+    assert report.outputs[0].difference.noise > 0
+    assert any("float32 twins" in n for n in report.notes) == (dtype == "bfloat16")
+    assert json.loads(json.dumps(to_json(report)))["sites"][0]["difference"]["dtype"] == dtype
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_wrong_site_is_named(dtype):
+    fused = decoder(dtype)
+    report = compare(scaled(fused, "site1", 1.05), fused)
+    assert [s.passed for s in report.sites] == [True, False]
+    assert not report.passed
+    assert report.verdict.startswith("different")
+    assert "attn1" in report.verdict
+
+
+@needs_library
+def test_the_callers_bounds_hold():
+    fused = decoder(np.float32)
+    before = unfuse(fused)
+    assert compare(before, fused, atol=1e-3, rtol=1e-3).passed
+    assert not compare(before, fused, atol=0.0, rtol=0.0).passed
+
+
+@needs_library
+def test_given_inputs_are_used_and_decide_the_sizes():
+    fused = decoder(np.float32)
+    ids = np.array([[7, 8, 9, 10, 11]])
+    report = compare(unfuse(fused), fused, inputs={"input_ids": ids})
+    assert report.inputs["input_ids"] == "int64[1, 5], given"
+    assert report.outputs[0].difference.shape == (1, 5, HIDDEN)
+    with pytest.raises(UsageError, match=r"no input \['nope'\]"):
+        compare(unfuse(fused), fused, inputs={"nope": ids})
+
+
+@needs_library
+def test_external_weights_are_opened_by_path(tmp_path):
+    fused = decoder(np.float32)
+    paths = []
+    for name, model in (("before", unfuse(fused)), ("after", fused)):
+        path = tmp_path / f"{name}.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=64)
+        (tmp_path / "w.bin").rename(tmp_path / f"{name}.bin")
+        light = onnx.load(path, load_external_data=False)
+        for tensor in light.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = f"{name}.bin"
+        onnx.save(light, path)
+        paths.append(path)
+    report = compare(*paths)
+    assert report.passed, report
+    assert [s.method for s in report.sites] == ["captured", "captured"]
+
+
+@needs_library
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_without_weights_the_sites_still_run_on_random_values(tmp_path, factor):
+    fused = decoder(np.float32)
+    paths = []
+    for name, model in (("before", scaled(fused, "site0", factor)), ("after", fused)):
+        path = tmp_path / f"{name}.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=600)
+        paths.append(path)
+    (tmp_path / "w.bin").unlink()
+    report = compare(*paths)
+    assert not report.outputs
+    assert any("whole models were not run" in n for n in report.notes)
+    assert [s.method for s in report.sites] == ["random", "random"], report.sites
+    assert [s.passed for s in report.sites] == [factor == 1.0, True]
+    assert report.passed == (factor == 1.0)
+
+
+@needs_library
+def test_portable_and_fused_are_one_model():
+    from sfa_onnx.runtime.portable import make_portable
+
+    fused = decoder(np.float32, layers=1)
+    report = compare(unfuse(fused), make_portable(fused))
+    assert report.passed
+
+
+def test_equal_models_pass_without_sites():
+    model = unfuse(decoder(np.float32, layers=1))
+    report = compare(model, model)
+    assert report.passed
+    assert any("no fused site" in n for n in report.notes)
+
+
+def test_a_broken_model_is_reported_not_swallowed(tmp_path):
+    broken = tmp_path / "x.onnx"
+    broken.write_bytes(b"not a model at all, sorry")
+    with pytest.raises(ModelError):
+        compare(broken, broken)
+
+
+# ------------------------------------------------------------------ the protocol
+
+
+def test_nonfinite_values_must_stand_in_the_same_places():
+    a = np.array([1.0, np.nan, np.inf, -np.inf], np.float32)
+    assert measure(a, a).passed
+    for i, wrong in ((1, 0.0), (2, -np.inf), (3, np.nan), (0, np.nan)):
+        b = a.copy()
+        b[i] = wrong
+        assert not measure(a, b).passed
+
+
+def test_absolute_or_relative_is_enough():
+    a = np.array([1e-6, 1000.0], np.float32)
+    assert measure(a, a + np.array([1e-4, 0.0]), atol=1e-3, rtol=0).passed
+    assert measure(a, a * np.array([1, 1.0005]), atol=0, rtol=1e-3).passed
+    worst = measure(a, a + np.array([2e-3, 5.0]), atol=1e-3, rtol=1e-3)
+    assert (worst.outside, worst.worst_index, worst.worst_before) == (2, (1,), 1000.0)
+    assert worst.worst_after == 1005.0
+
+
+def test_the_noise_floor_widens_the_bound_but_not_without_limit():
+    r = np.random.default_rng(0)
+    exact = r.standard_normal(1000)
+    noisy = (exact + 1e-3 * r.standard_normal(1000)).astype(np.float32)
+    other = (exact + 1e-3 * r.standard_normal(1000)).astype(np.float32)
+    assert not measure(noisy, other).passed
+    told = measure(noisy, other, exact=exact)
+    assert told.passed
+    assert 0.5 < told.multiple < 2
+    wild = (exact + 3 * r.standard_normal(1000)).astype(np.float32)
+    assert not measure(wild, exact.astype(np.float32), exact=exact).passed
+
+
+def test_a_small_turn_of_direction_is_caught_where_elements_are_not():
+    a = np.ones(10_000, np.float32)
+    b = a.copy()
+    b[::2] += 1.5e-5
+    assert measure(a, b).passed
+    turned = dataclasses.replace(measure(a, b), cosine=1e-3)
+    assert not turned.passed
+
+
+# ------------------------------------------------------------------ feeds
+
+
+def one_node(node, inputs, weights=()):
+    infos = [helper.make_tensor_value_info(n, t, s) for n, t, s in inputs]
+    out = helper.make_empty_tensor_value_info(node.output[0])
+    graph = helper.make_graph([node], "g", infos, [out], list(weights))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+
+
+def test_token_ids_stay_inside_the_vocabulary():
+    model = decoder(np.float32)
+    for seed in range(3):
+        ids = random_feeds(model, seed)["input_ids"]
+        assert 0 <= ids.min() <= ids.max() < VOCABULARY
+        assert ids.max() > 1
+    again = random_feeds(model, 2)
+    assert (ids == again["input_ids"]).all()
+
+
+def test_a_past_is_longer_than_every_selection():
+    feeds = random_feeds(decoder(np.float32))
+    assert feeds["past_latent0"].shape[1] == feeds["index_key0"].shape[2] >= TOP
+
+
+def test_masks_are_causal_and_positions_end_the_past():
+    table = numpy_helper.from_array(np.zeros((64, 4), np.float32), "table")
+    model = one_node(
+        helper.make_node("Gather", ["table", "position_ids"], ["y"]),
+        [
+            ("position_ids", TensorProto.INT64, ["batch", "seq"]),
+            ("attention_mask", TensorProto.FLOAT, ["batch", 1, "seq", "past_len + seq"]),
+            ("past_key", TensorProto.FLOAT, ["batch", "past_len", 4]),
+        ],
+        [table],
+    )
+    feeds = random_feeds(model, sizes={"past_len": 5})
+    assert feeds["position_ids"].tolist() == [[5, 6, 7]] * 2
+    mask = feeds["attention_mask"][0, 0]
+    assert mask.shape == (3, 8)
+    assert (mask[0, :6] == 0).all()
+    assert (mask[0, 6:] < -6e4).all()
+    assert (mask[-1] == 0).all()
