@@ -43,6 +43,7 @@ def _reshape(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     if [d for d in source if d != 1] == [d for d in target if d != 1]:
         kept = iter(c for c, d in zip(ref.coords, target, strict=True) if d != 1)
         return Move(Ref(node.input[0], tuple(ZERO if d == 1 else next(kept) for d in source)))
+    tracer.same_count(source, target)
     return Move(Ref(node.input[0], split(merge(ref.coords, target), source)))
 
 
@@ -154,6 +155,10 @@ def _gather(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
 
 def _gather_elements(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
+    rows, data = tracer.shape(node.input[1]), tracer.shape(node.input[0])
+    for i, (own, size) in enumerate(zip(rows, data, strict=True)):
+        if i != axis and own != size:
+            tracer.unify(own, size)
     coords = list(ref.coords)
     coords[axis] = tracer.index_value(Ref(node.input[1], ref.coords))
     return Move(Ref(node.input[0], tuple(coords)))

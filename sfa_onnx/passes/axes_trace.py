@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 
@@ -115,6 +117,26 @@ class Tracer:
         names = {size: symbol for symbol, size in self.sizes.symbols.items()}
         if a in names and b in names:
             raise UnifyError(names[a], names[b])
+
+    def same_count(self, source: Shape, target: Shape) -> None:
+        """A view keeps the number of elements; where it does not, symbols are too many.
+
+        Exporters give each input its own symbols: a view from [b2, s2, k] to [b * s, k'] with
+        k' = b2 * s2 * k // (b * s) only makes sense when b2 = b and s2 = s.
+
+        Raises:
+            UnifyError: the first pair of symbols that must be equal.
+        """
+        if math.prod(source) == math.prod(target):
+            return
+        here, there = self._symbols_in(source), self._symbols_in(target)
+        here, there = [s for s in here if s not in there], [s for s in there if s not in here]
+        if here and there:
+            raise UnifyError(there[0], here[0])
+
+    def _symbols_in(self, shape: Shape) -> list[str]:
+        symbols = self.sizes.symbols.items()
+        return [name for dim in shape for name, size in symbols if dim % size == 0]
 
     def spend(self, value: str) -> None:
         """Count one step; stops recognition when the budget is used up."""

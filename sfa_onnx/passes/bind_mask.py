@@ -279,9 +279,13 @@ def _scatter(
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
     base = tracer.fill(node.input[0])
     update = tracer.fill(node.input[2])
+    rows = tracer.shape(node.input[1])
+    for i, (own, size) in enumerate(zip(rows, tracer.shape(node.input[0]), strict=True)):
+        if i != axis and own != size:
+            tracer.unify(own, size)
     if label_of(ref.coords[axis]) is None and not ref.coords[axis].labels:
         return None
-    slot = fresh("slot", tracer.shape(node.input[1])[axis])
+    slot = fresh("slot", rows[axis])
     at = tuple(Expr.of(slot) if i == axis else c for i, c in enumerate(ref.coords))
     valid = None
     if update is None and is_bool and base == 0 and positive:  # scatter(valid)

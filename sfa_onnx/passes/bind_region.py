@@ -12,14 +12,15 @@ from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
 from sfa_onnx.passes.bind import Site
 from sfa_onnx.passes.bind_rows import Columns
+from sfa_onnx.passes.bind_sources import all_reads, index_sources
 from sfa_onnx.passes.build import axis_labels
-from sfa_onnx.passes.build_select import from_topk
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.index import GraphIndex
 
 __all__ = ["Region", "cover"]
 
 _T = onnx.TensorProto
+_PRIME, _NEAR = 10_000, 6  # symbols have sizes above; how far apart two sizes may be
 _MASKED = float(np.finfo(np.float32).min)
 
 
@@ -155,10 +156,15 @@ class _Names:
     def axes(self, ref: Ref) -> tuple[str, ...]:
         """Axis names of the tensor of `ref`."""
         shape = self.site.tracer.shape(ref.value)
-        return tuple(
+        names = [
             self._axis(ref.value, i, c, d)
             for i, (c, d) in enumerate(zip(ref.coords, shape, strict=True))
-        )
+        ]
+        if "P" in names and "S2" in names:  # two-level: [pages, page size]
+            at = names.index("S2")
+            names[at] = "BS"
+            self._size("BS", ref.value, at, shape[at])
+        return tuple(names)
 
     def _axis(self, value: str, axis: int, coordinate: Expr, size: int) -> str:
         if size == 1:
@@ -178,7 +184,7 @@ class _Names:
             name = "D" if names == ["C"] or names == ["R"] else f"{names[-1]}_of_{value}"
         else:
             name = self._read_axis(coordinate)
-        if name and "*" not in name:
+        if name and "*" not in name and name != "S2":
             self._size(name, value, axis, tracer.shape(value)[axis])
         return name
 
@@ -217,6 +223,9 @@ def _outside_reads(columns: Columns) -> set[Label]:
         for atom, _ in coordinate.terms:
             if not isinstance(atom, Read):
                 found |= Expr.of(atom).labels
+        for read in coordinate.reads:  # block_table[batch, page of an index]
+            if _nested(read):
+                found |= {x for c in read.coords if not c.reads for x in c.labels}
     return found
 
 
@@ -250,9 +259,8 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
             continue
         add(literal.ref, Role.MASK, _mask_domain(literal.is_bool, literal.positive))
     for columns in (site.nope, site.rope):
-        for coordinate in columns.deep.ref.coords if columns is not None else ():
-            for read in coordinate.reads:
-                _add_indices(site, Ref(read.value, read.coords), known, names)
+        for read in all_reads(columns.deep.ref.coords) if columns is not None else ():
+            _add_indices(site, Ref(read.value, read.coords), known, names)
     return known
 
 
@@ -268,35 +276,31 @@ def _mask_domain(is_bool: bool, positive: bool) -> Domain:
 
 
 def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names) -> None:
-    """Follow an index tensor to where it comes from: TopK, or the tensor that is given."""
+    """Operands an index tensor is computed from: indices, block table, lengths."""
     tracer = site.tracer
-    topk = from_topk(tracer, ref)
-    while True:
-        node = tracer.index.node_of(ref.value)
-        if node is None or node.op_type in ("TopK", "Gather", "GatherElements", "GatherND"):
-            break
-        step = tracer.step(ref)
-        if not hasattr(step, "ref") or step.ref == ref or step.ref.value == ref.value:
-            break
-        ref = step.ref
-    node = tracer.index.node_of(ref.value)
-    given = tracer.index.is_graph_input(ref.value)
-    if ref.value in known or not (topk or given):
-        return
-    axes = names.axes(ref)
-    if not axes or "K" not in axes:
-        return
-    domain = Domain(
+    for value, source in index_sources(tracer, ref).items():
+        elem = tracer.sizes.elem_type(value)
+        if value in known or elem not in (_T.INT32, _T.INT64):
+            continue
+        axes = names.axes(source)
+        if any(c.reads for c in source.coords):
+            axes = tuple("M" if c.reads else a for a, c in zip(axes, source.coords, strict=True))
+            known[value] = Operand(value, Role.BLOCK_TABLE, axes, elem)
+        elif "K" in axes:
+            known[value] = Operand(value, Role.INDICES, axes, elem, _indices_domain(site, value))
+
+
+def _indices_domain(site: Site, value: str) -> Domain:
+    node = site.tracer.index.node_of(value)
+    topk = site.tracer.index.label(site.tracer.index.producer[value]) if node is not None else ""
+    return Domain(
         distinct=bool(topk),
-        sorted_descending=False,
         low=0,
         high="S2",
         negative_allowed=not topk,
         assumption="indices are distinct and in range" if topk else "indices are in range",
         discharged_by=f"TopK {topk}" if topk else "the caller",
     )
-    elem = tracer.sizes.elem_type(ref.value)
-    known[ref.value] = Operand(ref.value, Role.INDICES, axes, elem, domain)
 
 
 def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Operand:
@@ -326,7 +330,7 @@ def _has_slots(site: Site, shape: tuple[int, ...]) -> bool:
 
 def _guess(site: Site, shape: tuple[int, ...], names: _Names) -> tuple[str, ...]:
     """Axis names by size, in the operator's order, for tensors that no trace reached."""
-    order = [*site.rows, *site.heads, site.key, *(s.slot for s in site.selected)]
+    order = [*site.rows, site.key, *(s.slot for s in site.selected), *site.heads]
     order += [site.nope.label, *([site.rope.label] if site.rope is not None else [])]
     left = list(order)
     out = []
@@ -336,8 +340,16 @@ def _guess(site: Site, shape: tuple[int, ...], names: _Names) -> tuple[str, ...]
             continue
         match = next((x for x in left if x.size == size), None)
         if match is None:
-            out.append("")
+            out.append(_nearly(size, left, names))
             continue
         left.remove(match)
         out.append(names.names.get(match, ""))
     return tuple(out)
+
+
+def _nearly(size: int, labels: list[Label], names: _Names) -> str:
+    """Such as "S2-1" for the cache before a token is appended."""
+    for label in labels:
+        if label.size > _PRIME and 0 < abs(size - label.size) < _NEAR:
+            return f"{names.names.get(label, '')}{size - label.size:+d}"
+    return ""

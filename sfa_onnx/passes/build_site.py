@@ -11,7 +11,7 @@ import onnx
 from sfa_onnx.contract import OpContract
 from sfa_onnx.op import INT64_MAX, KV_CACHE_PACK, SPARSE_FLASH_ATTENTION
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION_ANTIQUANT as ANTIQUANT
-from sfa_onnx.passes.axes import Expr, Label, Read, label_of
+from sfa_onnx.passes.axes import Expr, Label, Read, label_of, merge
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Stop, is_float
 from sfa_onnx.passes.bind import Query, Site
 from sfa_onnx.passes.bind_rows import Columns, State
@@ -316,6 +316,12 @@ def _gather_again(plan: _Plan, ref: Ref, groups: Sequence[Group]) -> str:
         return ""
     lead: list[Group] = [[x] for g in groups[:-1] for x in g]
     position = ""
+    flat = merge(ref.coords[:-1], shape[:-1])
+    if all(isinstance(atom, Read) and c == 1 for atom, c in flat.terms) and not flat.const:
+        size = e.emit("Shape", [rows], "shape", _T.INT64)
+        size = e.emit("Gather", [size, e.ints([0])], "dim", _T.INT64, axis=0)
+        position = _wrap(e, e.index(flat, lead), size)
+        rank = 0
     dims = e.emit("Shape", [ref.value], "shape", _T.INT64)
     for axis in range(rank):
         own = e.index(ref.coords[axis], lead)
