@@ -196,6 +196,10 @@ CASES: list[Case] = [
     )), "error", "E13010", "local::1::Twice"),
     ("unsqueeze-axes", lambda: one("Unsqueeze", opset=11), "error", "EZ9999", "axes"),
     # accepted, but something else
+    ("attribute-ignored", lambda: one("Unique", axis=0), "warning", "", "never reads axis"),
+    ("nested-branch-value", lambda: branch(branch(
+        N("Neg", ["x"], ["t"]), N("Neg", ["x"], ["e"])
+    ).graph.node[0], N("Neg", ["z"], ["o"], name="o"), ins=(X, ("z", F, (4,)), ("c", BOOL, ()))), "error", "", "two graphs further out"),
     ("cast-dtype", lambda: one("Cast", to=TensorProto.FLOAT8E4M3FN), "warning", "", "undefined"),
     ("constant-form", lambda: model([
         N("Constant", [], ["c"], name="n0", value_float=1.0), N("Add", ["x", "c"], ["y"])
@@ -431,6 +435,21 @@ def test_user_plugins_open_keys() -> None:
     assert check(m, cann="9.2", user_plugins=["ai.onnx::11..18::MyOp(1,2)"]).code == "E19999"
     with pytest.raises(UsageError, match="domain::version::OpType"):
         parse_plugin("MyOp")
+
+
+def test_a_dropped_input_that_means_something_is_an_error() -> None:
+    ins = (X, ("p", I64, (2,)), ("a", I64, (1,)))
+    found = find(check(one("Pad", "x", "p", "", "a", ins=ins)), "surplus-inputs")
+    assert found[0].severity == "error"
+
+
+def test_the_rest_is_checked_behind_the_opset_imports() -> None:
+    m = mixed()
+    m.graph.node.append(N("Gelu", ["q"], ["g1"], name="g1"))
+    m.graph.node.append(N("Gelu", ["q"], ["g2"], name="g2"))
+    report = check(m, cann="9.1")
+    assert report.code == "E16005"
+    assert find(report, "unregistered-op")[0].nodes == ("g1", "g2")
 
 
 def test_without_our_plugin_our_ops_have_none() -> None:

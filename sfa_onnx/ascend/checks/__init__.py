@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -86,7 +87,19 @@ def check(
         *graph_ops(ctx),
         *support_findings(support),
     ]
-    return CheckReport(cann, ctx.soc_version, _flavour(ctx), findings, support, strict)
+    return CheckReport(cann, ctx.soc_version, _flavour(ctx), _merged(findings), support, strict)
+
+
+def _merged(findings: Iterable[Finding]) -> list[Finding]:
+    """Equal findings about several nodes become one, at the place of the first."""
+    groups: dict[Finding, list[Finding]] = {}
+    for found in findings:
+        groups.setdefault(replace(found, node="", nodes=()), []).append(found)
+    merged = []
+    for group in groups.values():
+        names = dict.fromkeys(n for f in group for n in (f.nodes or (f.node,)) if n)
+        merged.append(replace(group[0], nodes=tuple(names)))
+    return merged
 
 
 _release = cann

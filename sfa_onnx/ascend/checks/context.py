@@ -20,13 +20,18 @@ __all__ = ["Context", "Node", "NodeRule", "Rule"]
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A node where it stands, with the key the parser looks up (version None: no opset found)."""
+    """A node where it stands, with the key the parser looks up.
+
+    `found` False: the parser stops because it finds no opset version for the node's domain.
+    `version` is then the one it would find in the ATC flavour, so that other rules can go on.
+    """
 
     scope: Scope
     index: int
     proto: onnx.NodeProto
     domain: str = "ai.onnx"
     version: int | None = None
+    found: bool = True
 
     @property
     def name(self) -> str:
@@ -84,15 +89,15 @@ class Context:
         return self.view.facts()
 
     def _node(self, scope: Scope, index: int, proto: onnx.NodeProto) -> Node:
-        domain, imports = proto.domain, self.view.imports
+        spelled, imports = proto.domain, self.view.imports
+        domain = spelled or "ai.onnx"
+        merged = {d or "ai.onnx": v for d, v in imports.items()}.get(domain)
         if self.cann.many_domains:
-            merged = {d or "ai.onnx": v for d, v in imports.items()}
-            domain = domain or "ai.onnx"
-            return Node(scope, index, proto, domain, merged.get(domain))
-        version = imports.get(domain) if domain else None
-        if not domain and len(imports) == 1:
-            domain, version = next(iter(imports.items()))
-        return Node(scope, index, proto, domain or "ai.onnx", version)
+            return Node(scope, index, proto, domain, merged, merged is not None)
+        if not spelled and len(imports) == 1:
+            only, version = next(iter(imports.items()))
+            return Node(scope, index, proto, only or "ai.onnx", version)
+        return Node(scope, index, proto, domain, merged, bool(spelled) and spelled in imports)
 
     def plugin(self, node: Node) -> Plugin | None:
         """The user plug-in that takes the node; built-in plug-ins come after."""

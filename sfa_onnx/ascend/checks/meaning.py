@@ -22,6 +22,13 @@ __all__ = ["meaning"]
 
 _T = onnx.TensorProto
 _ATC = "`sfa-onnx atc` rewrites this"
+# Attributes of standard ops that their plug-ins do not read (others are in rules of their own).
+_UNREAD: Final = {
+    "GRU": ("activations", "activation_alpha", "activation_beta", "clip", "layout"),
+    "LSTM": ("activations", "activation_alpha", "activation_beta", "clip", "layout"),
+    "Resize": ("cubic_coeff_a", "exclude_outside", "extrapolation_value", "nearest_mode"),
+    "Unique": ("axis",),
+}
 
 
 def _found(
@@ -146,12 +153,12 @@ def _gather_nd(ctx: Context, node: Node) -> Iterator[Finding]:
 
 
 def _softmax(_: Context, node: Node) -> Iterator[Finding]:
-    if (node.version or 0) < 13:
+    if (node.version or 13) < 13:
         yield _found(
             "softmax-coercion",
             "warning",
-            "Softmax before opset 13 flattens to 2-D; the parser leaves that to a later pass, which"
-            " was not observed",
+            f"{node.op_type} before opset 13 flattens to 2-D; the parser leaves that to a later"
+            " pass, which was not observed",
             node.name,
             "convert the model to opset 13 or later",
         )
@@ -200,6 +207,19 @@ def _cast(_: Context, node: Node) -> Iterator[Finding]:
         )
 
 
+def _ignored(_: Context, node: Node) -> Iterator[Finding]:
+    names = [a.name for a in node.proto.attribute if a.name in _UNREAD[node.op_type]]
+    if names:
+        yield _found(
+            "attribute-ignored",
+            "warning",
+            f"{node.op_type}: the plug-in never reads {', '.join(names)}",
+            node.name,
+            "leave the attribute at its default, or replace the op",
+            evidence="source",
+        )
+
+
 def _inputs(ctx: Context, node: Node) -> Iterator[Finding]:
     """Inputs that stay open: written by nobody, or required and not given."""
     sparse = {s.values.name for s in node.scope.graph.sparse_initializer}
@@ -217,6 +237,16 @@ def _inputs(ctx: Context, node: Node) -> Iterator[Finding]:
         elif name and ctx.view.resolve_scope(node.scope, name) is None:
             message = f"nothing writes input {name!r}: it stays open, without an error"
             yield _found("missing-producer", "error", message, node.name, "connect or remove it")
+        elif name and not _reaches(node.scope, name):
+            yield _found(
+                "nested-branch-value",
+                "error",
+                f"input {name!r} comes from two graphs further out: the parser hands outer values"
+                " to the branches of one If only, so this input stays open",
+                node.name,
+                "read the value with an Identity in the branch between, or take the inner If out",
+                evidence="source",
+            )
     required = _required(ctx, node)
     missing = [i for i in range(required) if not "".join(node.proto.input[i : i + 1])]
     if missing:
@@ -228,6 +258,16 @@ def _inputs(ctx: Context, node: Node) -> Iterator[Finding]:
             node.name,
             "give the input",
         )
+
+
+def _reaches(scope: Scope, name: str) -> bool:
+    """Whether each graph on the way to the value reads it itself: only then it is handed on."""
+    at: Scope | None = scope
+    while at is not None and not at.known(name):
+        if name not in at.outer_values:
+            return False
+        at = at.parent
+    return True
 
 
 def _required(ctx: Context, node: Node) -> int:
@@ -336,9 +376,14 @@ _BY_OP: Final[dict[str, Callable[[Context, Node], Iterator[Finding]]]] = {
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "GatherND": _gather_nd,
+    "GRU": _ignored,
     "Gemm": _gemm,
+    "LSTM": _ignored,
     "Mod": _mod,
+    "Resize": _ignored,
     "ScatterND": _scatter_nd,
+    "LogSoftmax": _softmax,
     "Shape": _shape,
     "Softmax": _softmax,
+    "Unique": _ignored,
 }

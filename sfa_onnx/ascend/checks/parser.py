@@ -88,14 +88,15 @@ def _interface(ctx: Context, scope: Scope) -> Iterator[Finding]:
 
 
 def _precheck(ctx: Context, scope: Scope) -> Iterator[Finding]:
-    """Domains (the first ends the check), then names and keys node by node."""
+    """Domains, names and keys, node by node. The parser stops at the first domain it misses."""
     seen: set[str] = set()
+    stopped = False
     for node in ctx.nodes_of(scope):
-        if node.op_type not in INTERNAL_OPS and node.version is None:
+        if node.op_type not in INTERNAL_OPS and not node.found and not stopped:
+            stopped = True
             yield _no_opset(ctx, node)
-            return
         yield from _name(node.name, scope.names[node.index], seen, fixable=True)
-        if node.op_type not in INTERNAL_OPS:
+        if node.op_type not in INTERNAL_OPS and node.version is not None:
             yield from _key(ctx, node)
     generated = [*scope.inputs, *(() if scope.parent is None else scope.outer_values)]
     generated += [f"{n}_Initializer_{i}" for i, n in enumerate(_parser_order(scope))]
@@ -326,15 +327,24 @@ def _surplus(ctx: Context, node: Node) -> Iterator[Finding]:
     if ctx.cann.checks_arity:
         yield _error("surplus-inputs", message, "E19999", node.name, hint="drop the surplus inputs")
         return
+    schema = onnx_inputs(node)
     yield Finding(
         "surplus-inputs",
-        "warning",
+        "error" if schema is not None and given[-1] < schema else "warning",
         "meaning",
         f"{message}: CANN {ctx.cann.version} drops the rest without a word",
         node.name,
         hint="drop the surplus inputs",
         evidence="recorded",
     )
+
+
+def onnx_inputs(node: Node) -> int | None:
+    """How many inputs ONNX gives the op; None when it is none of its ops."""
+    version = node.version or 0
+    if node.domain != "ai.onnx" or not onnx.defs.has(node.op_type, version, ""):
+        return None
+    return int(onnx.defs.get_schema(node.op_type, version, "").max_input)
 
 
 def input_count(ctx: Context, node: Node) -> int | None:

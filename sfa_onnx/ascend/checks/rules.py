@@ -46,6 +46,7 @@ _PARSE: Final = {
 }
 # Meaning: accepted, but another graph comes out.
 _MEANING: Final = {
+    "attribute-ignored": "an attribute the plug-in never reads",
     "cast-dtype": "Cast to a dtype the plug-in maps to undefined",
     "constant-form": "Constant given otherwise than as a tensor: empty",
     "constant-of-shape-value": "ConstantOfShape whose value lies in a typed field: lost",
@@ -61,6 +62,7 @@ _MEANING: Final = {
     "missing-input": "a required input left out: stays open",
     "missing-producer": "an input nothing writes: stays open",
     "mod-sign": "Mod on negative operands: fmod makes no difference",
+    "nested-branch-value": "a value from two graphs further out: not handed on to a nested If",
     "raw-data-short": "raw_data shorter than the dims say",
     "scatternd-reduction": "ScatterND with a reduction: ignored",
     "shape-slice": "Shape with start or end: ignored",
