@@ -10,6 +10,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sfa_onnx.ascend.checks import RULES, CheckReport, Finding, check, parse_plugin
+from sfa_onnx.ascend.flavour import to_atc
 from sfa_onnx.errors import UsageError
 from sfa_onnx.report import to_json
 from tests.test_estimate import ATTRS, fused
@@ -199,7 +200,8 @@ CASES: list[Case] = [
     ("attribute-ignored", lambda: one("Unique", axis=0), "warning", "", "never reads axis"),
     ("nested-branch-value", lambda: branch(branch(
         N("Neg", ["x"], ["t"]), N("Neg", ["x"], ["e"])
-    ).graph.node[0], N("Neg", ["z"], ["o"], name="o"), ins=(X, ("z", F, (4,)), ("c", BOOL, ()))), "error", "", "two graphs further out"),
+    ).graph.node[0], N("Neg", ["z"], ["o"], name="o"), ins=(X, ("z", F, (4,)), ("c", BOOL, ()))),
+     "error", "", "two graphs further out"),
     ("cast-dtype", lambda: one("Cast", to=TensorProto.FLOAT8E4M3FN), "warning", "", "undefined"),
     ("constant-form", lambda: model([
         N("Constant", [], ["c"], name="n0", value_float=1.0), N("Add", ["x", "c"], ["y"])
@@ -527,3 +529,21 @@ def test_the_report_as_json() -> None:
 
 def test_the_attributes_used_here_are_the_operators_own() -> None:
     assert set(ATTRS) == {a.name for a in fused(16, int8=True).graph.node[0].attribute}
+
+
+REPAIRED = (
+    *("clip-without-bounds", "constant-form", "constant-of-shape-value", "constant-output"),
+    *("duplicate-name", "empty-output", "external-in-branch", "gathernd-batch-dims"),
+    *("gathernd-negative", "gemm-alpha", "mod-sign", "opset-imports", "scatternd-reduction"),
+    *("shape-slice", "sparse-initializer", "split-num-outputs", "transpose-without-perm"),
+)
+
+
+@pytest.mark.parametrize("rule", REPAIRED)
+def test_the_atc_flavour_has_none_of_it(rule: str) -> None:
+    build = next(c[1] for c in CASES if c[0] == rule)
+    converted = to_atc(build())
+    for version in ("8.5", "9.1", "9.2"):
+        report = check(converted, cann=version)
+        assert report.parser == "accepted", report.findings
+        assert not [f for f in report.findings if f.stage == "meaning"], report.findings

@@ -17,6 +17,7 @@ import onnx.inliner
 from onnx import GraphProto, ModelProto, TensorProto
 
 from sfa_onnx.ascend import flavour_form as form
+from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
 from sfa_onnx.ascend.downlevel import MAX_OPSET, MIN_OPSET, to_opset
 from sfa_onnx.ascend.flavour_nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour_repairs import REPAIRS
@@ -93,7 +94,8 @@ def convert(
     result.notes += to_opset(work, source, names, facts)
     target = min(source, MAX_OPSET)
     _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
-    _note(result, apply(work, REPAIRS, facts, names, target), "nodes the parser misreads rewritten")
+    repairs = (*REPAIRS, *PARSER_REPAIRS)
+    _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
     ours = ToAtc(binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
     if ours.narrowed:  # rows are narrower now than the exporter wrote down

@@ -27,7 +27,7 @@ from sfa_onnx.ascend.flavour_repairs import (
 )
 from sfa_onnx.ascend.flavour_scope import Rule, Scope, attribute
 
-__all__ = ["NODE_RULES", "constant_k"]
+__all__ = ["NODE_RULES", "PARSER_REPAIRS", "constant_k"]
 
 _T = TensorProto
 
@@ -233,6 +233,9 @@ def dropped_dropout(_: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
         return None
     return [onnx.helper.make_node("Identity", [node.input[0]], [node.output[0]], name=node.name)]
 
+
+# What the built-in plug-ins refuse or misread beyond the repairs of the ATC flavour; it runs both.
+PARSER_REPAIRS: Final[tuple[Rule, ...]] = (written_perm, open_clip, gemm_alpha, shape_fill)
 
 # Rule id of a finding -> the rewrite that removes it.
 NODE_RULES: Final[dict[str, Callable[[Scope, NodeProto], Sequence[NodeProto] | None]]] = {
