@@ -1,0 +1,217 @@
+"""Write everything ATC needs for a model into one folder, and read back what a device answered.
+
+    model.atc.onnx   the ATC flavour (beside the weights when they are external)
+    atc.sh           the exact atc call; sources the package, builds the plug-in when needed
+    opp/ plugin/ python/ build_plugin.sh    the plug-in as a vendor package (`package.py`)
+    mapping.json     fused node -> replaced nodes
+    inputs/ outputs.json run_om.py          to run the .om and compare
+    README.md        what is here, and what to do when it fails
+
+No CANN is needed. When `atc` is on PATH and `execute` is set, it is run and its log explained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from sfa_onnx.ascend import atc_command, atc_log, handover_data, handover_run_om, package
+from sfa_onnx.ascend.flavour import AtcModel, convert
+from sfa_onnx.ascend.handover_against import compare_against
+from sfa_onnx.ascend.handover_mapping import find_original, mapping
+from sfa_onnx.ascend.handover_readme import atc_script, readme
+from sfa_onnx.ascend.handover_scope import cut, parse_scope
+from sfa_onnx.errors import SfaError
+from sfa_onnx.model import atomic_write, load_model, save_model
+from sfa_onnx.weights import external_files
+
+__all__ = ["HandoverReport", "compare_against", "write"]
+
+Array = NDArray[Any]
+_SAMPLE_LIMIT = 64 << 20  # bytes of random inputs written unasked
+
+
+@dataclass
+class HandoverReport:
+    """What was written and what is left to do."""
+
+    folder: Path
+    model: Path
+    soc_version: str
+    binding: str
+    cann: str
+    command: str
+    unbound: dict[str, str] = field(default_factory=dict)  # dim -> shell variable of atc.sh
+    plugin_built: bool = False
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # what ATC or the operators would refuse
+    warnings: list[str] = field(default_factory=list)
+    ran: atc_log.AtcRun | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Nothing known stands in the way, and atc (when it was run) succeeded."""
+        return not self.errors and (self.ran is None or self.ran.passed)
+
+    def lines(self) -> list[str]:
+        """The report for a person."""
+        head = [f"ATC flavour: {self.model}", f"hand-over:   {self.folder}"]
+        head += [f"  {note}" for note in self.notes]
+        head += [f"renamed: {text}" for text in self.renamed]
+        head += [f"error: {text}" for text in self.errors]
+        head += [f"warning: {text}" for text in self.warnings]
+        if self.ran is not None:
+            verdict = "succeeded" if self.ran.passed else f"failed ({self.ran.exit_code})"
+            head.append(f"atc {verdict}, log: {self.ran.log}")
+            head += [f"  {f.code}: {f.meaning} -> {f.advice}" for f in self.ran.findings]
+        return [*head, "next, on a machine with CANN:", f"  bash {self.folder / 'atc.sh'}"]
+
+
+def write(
+    model: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    soc_version: str,
+    cann: str = "9.1",
+    binding: str = "kv-quant",
+    npu_dtype: str | None = None,
+    dims: Mapping[str, str | int] | None = None,
+    scope: str | None = None,
+    inputs: Mapping[str, Array] | None = None,
+    before: str | os.PathLike[str] | None = None,
+    execute: bool = False,
+    force: bool = False,
+) -> HandoverReport:
+    """Write the hand-over folder of a fused model.
+
+    Args:
+        model: the fused model's file; weights embedded or external.
+        out_dir: the folder to write, created when missing.
+        soc_version: the exact chip ("Ascend910B2", "Ascend910_9391").
+        cann: the CANN line: "8.5", "9.0", "9.1" or "9.2".
+        binding: "kv-quant" or "recipes".
+        npu_dtype: "bf16" or "fp16": cast float32 queries of our operators.
+        dims: symbolic dim -> number, "a~b" or gears "a,b,c".
+        scope: "layer:N" or "stage:A-B": convert only that part.
+        inputs: arrays to write for the device; random ones when None and small enough.
+        before: the model before fusing, for mapping.json; found beside `model` when None.
+        execute: run atc when it is there.
+        force: overwrite existing files.
+
+    Raises:
+        UsageError: a value is not as described, or a file exists and `force` is not set.
+        ModelError, ContractError, WeightsError: the model has no ATC form; see `flavour.convert`.
+    """
+    path, folder = Path(model), Path(out_dir)
+    proto = load_model(path)
+    if scope is not None:
+        proto = cut(proto, parse_scope(scope))
+    external = bool(external_files(proto))
+    command = atc_command.build(
+        proto, soc_version=soc_version, dims=dims, external_weights=external
+    )
+    converted = convert(proto, binding=binding, npu_dtype=npu_dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = _model_path(path, folder, scope, external)
+    save_model(converted.model, target, source_dir=path.parent, force=force)
+    where = os.path.relpath(target, folder)
+    parcel = package.write(folder, cann=cann, force=force)
+    report = HandoverReport(
+        folder, target, soc_version, binding, cann, command.line(where, "model"), command.unbound
+    )
+    report.plugin_built, report.renamed = parcel.built, converted.renamed
+    report.notes = [*converted.notes, *command.notes, *parcel.notes]
+    report.files = list(parcel.files)
+    texts = {
+        "atc.sh": atc_script(command, where, str(package.VENDOR)),
+        "README.md": readme(report, target.name),
+        "run_om.py": Path(handover_run_om.__file__).read_text(encoding="utf-8"),
+        "mapping.json": _mapping(converted, path, before, target.name),
+    }
+    for name, text in texts.items():
+        atomic_write(folder / name, text.encode(), force=force)
+        report.files.append(name)
+    (folder / "atc.sh").chmod(0o755)
+    handover_data.write_output_names(converted.model, folder / "outputs.json")
+    _write_inputs(report, converted.model, inputs, dims)
+    _check(report, target)
+    if execute and shutil.which("atc"):
+        report.ran = atc_log.run(folder)
+    return report
+
+
+def _model_path(path: Path, folder: Path, scope: str | None, external: bool) -> Path:
+    """Beside the weights when they are files (the parser looks there), else in the folder."""
+    if not external:
+        return folder / "model.atc.onnx"
+    stem = path.name.removesuffix(".onnx").removesuffix(".sfa")
+    part = "" if scope is None else "." + scope.replace(":", "")
+    return path.parent / f"{stem}{part}.atc.onnx"
+
+
+def _mapping(
+    converted: AtcModel, path: Path, before: str | os.PathLike[str] | None, name: str
+) -> str:
+    original = Path(before) if before is not None else find_original(path)
+    text = mapping(converted.model, converted.renamed, original, name)
+    return json.dumps(text, indent=2) + "\n"
+
+
+def _write_inputs(
+    report: HandoverReport,
+    model: ModelProto,
+    inputs: Mapping[str, Array] | None,
+    dims: Mapping[str, str | int] | None,
+) -> None:
+    folder = report.folder / "inputs"
+    if inputs is None:
+        inputs = _sample(report, model, dims or {})
+    if inputs is not None:
+        written = handover_data.write_inputs(model, inputs, folder)
+        report.files += [str(p.relative_to(report.folder)) for p in written]
+
+
+def _sample(
+    report: HandoverReport, model: ModelProto, dims: Mapping[str, str | int]
+) -> Mapping[str, Array] | None:
+    from sfa_onnx.runtime.feeds import random_feeds
+
+    sizes = {name: int(value) for name, value in dims.items() if str(value).isdigit()}
+    count = 0
+    for value in model.graph.input:
+        product = 8
+        for dim in value.type.tensor_type.shape.dim:
+            product *= dim.dim_value or sizes.get(dim.dim_param, 1)
+        count += product
+    if report.unbound or count == 0 or len(sizes) < len(dims) or count > _SAMPLE_LIMIT:
+        report.notes.append("inputs/ not written: give an .npz of real inputs, or bind every dim")
+        return None
+    try:
+        return random_feeds(report.model, seed=0, sizes=sizes)
+    except (SfaError, RuntimeError, ValueError) as error:
+        report.notes.append(f"inputs/ not written: {error}")
+        return None
+
+
+def _check(report: HandoverReport, target: Path) -> None:
+    from sfa_onnx.ascend import checks
+
+    found = checks.check(target, cann=report.cann, soc_version=report.soc_version)
+    for finding in found.findings:
+        where = f" at {finding.node}" if finding.node else ""
+        code = f" [{finding.code}]" if finding.code else ""
+        text = f"{finding.rule}{where}: {finding.message}{code}"
+        if finding.severity == "error":
+            report.errors.append(text)
+        elif finding.severity == "warning":
+            report.warnings.append(text)

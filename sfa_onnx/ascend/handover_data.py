@@ -1,0 +1,97 @@
+"""Inputs and outputs as files in graph order: written for the device, read back for comparing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from sfa_onnx.errors import UsageError
+
+__all__ = ["read_arrays", "write_inputs", "write_output_names"]
+
+Array = NDArray[Any]
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+# Types NumPy files cannot name travel as integers of their width.
+_CARRIERS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+
+def _file(index: int, name: str, suffix: str) -> str:
+    return f"{index:03d}_{_UNSAFE.sub('_', name)}{suffix}"
+
+
+def _entry(index: int, name: str, dtype: str, shape: list[Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "dtype": dtype,
+        "numpy": _CARRIERS.get(dtype, dtype),
+        "shape": shape,
+        "file": _file(index, name, ".bin"),
+    }
+
+
+def write_inputs(model: ModelProto, feeds: Mapping[str, Array], folder: Path) -> list[Path]:
+    """Write every graph input as .bin and .npy, numbered in graph order, and inputs.json.
+
+    Raises:
+        UsageError: an input of the graph has no array.
+    """
+    constants = {t.name for t in model.graph.initializer}
+    names = [v.name for v in model.graph.input if v.name not in constants]
+    missing = [n for n in names if n not in feeds]
+    if missing:
+        raise UsageError(f"inputs: no array for {', '.join(missing)}; the graph wants {names}")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries, written = [], []
+    for index, name in enumerate(names):
+        array = np.ascontiguousarray(feeds[name])
+        entry = _entry(index, name, str(array.dtype), list(np.shape(feeds[name])))
+        carried = array.view(entry["numpy"]).reshape(entry["shape"])
+        path = folder / entry["file"]
+        path.write_bytes(carried.tobytes())
+        np.save(path.with_suffix(".npy"), carried)
+        entries.append(entry)
+        written += [path, path.with_suffix(".npy")]
+    (folder / "inputs.json").write_text(json.dumps(entries, indent=2) + "\n")
+    return [*written, folder / "inputs.json"]
+
+
+def write_output_names(model: ModelProto, path: Path) -> Path:
+    """outputs.json: name, type and shape of every graph output, in order."""
+    entries = []
+    for index, value in enumerate(model.graph.output):
+        tensor = value.type.tensor_type
+        dtype = str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+        shape = [d.dim_value or d.dim_param or "?" for d in tensor.shape.dim]
+        entries.append(_entry(index, value.name, dtype, shape))
+    path.write_text(json.dumps(entries, indent=2) + "\n")
+    return path
+
+
+def read_arrays(folder: Path, listing: str) -> dict[str, Array]:
+    """Read what `listing` (inputs.json, outputs.json) names, with the types of the graph.
+
+    Raises:
+        UsageError: the listing or one of its files is missing.
+    """
+    path = folder / listing
+    if not path.is_file():
+        raise UsageError(f"{path}: not found; expected the folder that run_om.py filled")
+    arrays = {}
+    for entry in json.loads(path.read_text()):
+        data = folder / entry["file"]
+        if not data.is_file():
+            raise UsageError(f"{data}: not found, though {listing} names it")
+        dtype: Any = getattr(ml_dtypes, entry["dtype"], entry["dtype"])
+        flat = np.fromfile(data, dtype=entry["numpy"]).view(dtype)
+        known = all(isinstance(d, int) for d in entry["shape"])
+        arrays[entry["name"]] = flat.reshape(entry["shape"]) if known else flat
+    return arrays

@@ -1,0 +1,124 @@
+"""The vendor package: layout, the one-line build, a toolkit that is there or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sfa_onnx.ascend import package
+from sfa_onnx.errors import UsageError
+
+LIBRARY = "opp/vendors/sfa_onnx/framework/onnx/libcust_onnx_parsers.so"
+
+
+@pytest.fixture
+def no_cann(monkeypatch):
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "CXX", "ASCEND_CUSTOM_OPP_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def fake_cann(no_cann, monkeypatch, tmp_path):
+    """A toolkit reduced to the headers our plug-in includes."""
+    home = tmp_path / "cann"
+    shutil.copytree(package.plugin_root() / "testing" / "include", home / "include")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(home))
+    return home
+
+
+def test_layout_without_a_toolkit(no_cann, tmp_path):
+    done = package.write(tmp_path, cann="8.5")
+    vendor = tmp_path / "opp" / "vendors" / "sfa_onnx"
+    assert (tmp_path / "opp/vendors/config.ini").read_text() == "load_priority=sfa_onnx\n"
+    assert (vendor / "version.info").read_text() == "custom_opp_compiler_version=8.5.0\n"
+    assert (vendor / "framework" / "onnx").is_dir()
+    assert not done.built
+    assert "run ./build_plugin.sh on the machine that has one" in done.notes[0]
+    assert {p.name for p in (tmp_path / "plugin").iterdir()} >= {"register.cc", "attribute_table.h"}
+    assert (tmp_path / "python/sfa_onnx_ge_plugin/_tables.py").is_file()
+    assert all((tmp_path / name).is_file() for name in done.files)
+
+
+def test_set_env_puts_the_vendor_first_wherever_the_folder_lies(no_cann, tmp_path):
+    package.write(tmp_path)
+    script = tmp_path / "opp/vendors/sfa_onnx/bin/set_env.bash"
+    shell = f'export ASCEND_CUSTOM_OPP_PATH=/other; source "{script}"; echo $ASCEND_CUSTOM_OPP_PATH'
+    done = subprocess.run(["bash", "-uc", shell], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{tmp_path}/opp/vendors/sfa_onnx:/other"
+    done = subprocess.run(
+        ["bash", "-uc", f'source "{script}"; echo $ASCEND_CUSTOM_OPP_PATH'],
+        capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.stdout.strip() == f"{tmp_path}/opp/vendors/sfa_onnx"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_plug_in_is_built_when_a_toolkit_is_there(fake_cann, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    done = package.write(out)
+    assert done.built
+    assert LIBRARY in done.files
+    symbols = subprocess.run(["nm", "-DC", str(out / LIBRARY)], capture_output=True, text=True)
+    assert "domi::OpReceiver::OpReceiver" in symbols.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_build_script_builds_it_later(no_cann, tmp_path):
+    package.write(tmp_path)
+    headers = package.plugin_root() / "testing"
+    env = os.environ | {"ASCEND_HOME_PATH": str(headers)}
+    done = subprocess.run(
+        ["./build_plugin.sh"], cwd=tmp_path, capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / LIBRARY).is_file()
+
+
+def test_the_build_script_says_when_there_is_no_toolkit(no_cann, tmp_path):
+    package.write(tmp_path)
+    done = subprocess.run(["./build_plugin.sh"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ASCEND_HOME_PATH" in done.stderr
+
+
+def test_a_failing_compiler_is_reported_not_raised(fake_cann, tmp_path):
+    (fake_cann / "include/graph/operator.h").write_text("#error broken toolkit\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    done = package.write(out)
+    assert not done.built
+    assert "the compiler failed" in done.notes[0]
+
+
+def test_a_missing_compiler_is_reported(fake_cann, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    out = tmp_path / "out"
+    out.mkdir()
+    assert "no compiler no-such-compiler" in package.write(out).notes[0]
+
+
+def test_nothing_is_overwritten_without_force(no_cann, tmp_path):
+    package.write(tmp_path)
+    with pytest.raises(UsageError, match="exists already"):
+        package.write(tmp_path)
+    package.write(tmp_path, force=True)
+
+
+def test_unknown_release(tmp_path):
+    with pytest.raises(UsageError, match=r"8\.5, 9\.0, 9\.1, 9\.2"):
+        package.write(tmp_path, cann="7.0")
+
+
+def test_a_folder_without_headers_is_no_toolkit(monkeypatch, tmp_path):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
+    assert package.toolkit() is None
+
+
+def test_sources_are_found_in_this_tree():
+    assert Path(package.plugin_root() / "plugin" / "register.cc").is_file()
