@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import onnx
 
@@ -15,7 +15,7 @@ from sfa_onnx.ascend.checks.view import ModelView, Scope
 from sfa_onnx.ascend.flavour_scope import Facts, Names
 from sfa_onnx.ascend.flavour_scope import Scope as RewriteScope
 
-__all__ = ["Context", "Node", "NodeRule", "Rule"]
+__all__ = ["Context", "Node"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,15 @@ class Context:
         """The nodes of one scope."""
         return (n for n in self.nodes() if n.scope is scope)
 
+    def well_formed(self, node: Node) -> bool:
+        """Whether a standard node has the inputs and outputs its op asks for; others are taken."""
+        counts = _counts(node.op_type, node.version or 0) if node.domain == "ai.onnx" else None
+        if counts is None:
+            return True
+        least, most, least_out = counts
+        given = len(node.proto.input)
+        return least <= given <= most and len(node.proto.output) >= least_out
+
     def rewrite_scope(self, scope: Scope) -> RewriteScope:
         """The scope as the rewriting rules of the ATC flavour see it (for asking, not writing)."""
         if scope not in self._rewrite_scopes:
@@ -121,5 +130,9 @@ class Context:
         return self.registration(node).known is not False
 
 
-Rule = Callable[[Context], Iterator[Finding]]
-NodeRule = Callable[[Context, Node], Iterator[Finding]]
+@cache
+def _counts(op_type: str, version: int) -> tuple[int, int, int] | None:
+    if not onnx.defs.has(op_type, version, ""):
+        return None
+    schema = onnx.defs.get_schema(op_type, version, "")
+    return schema.min_input, schema.max_input, schema.min_output

@@ -144,7 +144,7 @@ class _Tried:
         label, kept = node.name or first, len(scope.graph.initializer)
         try:
             new = self._rule(scope, node)
-        except ModelError as error:
+        except (ModelError, IndexError, ValueError) as error:
             self._to.skipped.append(f"{self._id}: {label}: {error}")
             return None
         if new is None:

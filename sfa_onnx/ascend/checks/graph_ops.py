@@ -58,7 +58,7 @@ def _found(
 def graph_ops(ctx: Context) -> Iterator[Finding]:
     """Everything about single ops, one finding per op and reason."""
     for node in ctx.nodes():
-        if not ctx.builtin(node):
+        if not ctx.builtin(node) or not ctx.well_formed(node):
             continue
         if node.op_type == "TopK":
             yield from _topk(ctx, node)
@@ -213,6 +213,8 @@ def _experts(ctx: Context) -> Iterator[Finding]:
     nodes, total, unknown = [], 0, 0
     for node in ctx.nodes():
         if node.op_type not in ("Gather", "GatherND", "GatherElements"):
+            continue
+        if not ctx.well_formed(node):
             continue
         weight = _weight(ctx, node)
         if weight is None or not _chosen_at_run_time(ctx, node):

@@ -47,7 +47,8 @@ def meaning(ctx: Context) -> Iterator[Finding]:
     """Every silent change of meaning, nodes in graph order, then initializers and outputs."""
     for node in ctx.nodes():
         rule = _BY_OP.get(node.op_type)
-        if rule is not None and node.domain == "ai.onnx" and ctx.plugin(node) is None:
+        ours = node.domain != "ai.onnx" or ctx.plugin(node) is not None
+        if rule is not None and not ours and ctx.well_formed(node):
             yield from rule(ctx, node)
         yield from _inputs(ctx, node)
     for scope in ctx.view.scopes:
@@ -122,6 +123,8 @@ def _mod(ctx: Context, node: Node) -> Iterator[Finding]:
 
 def _either_rule(node: Node) -> bool:
     """Whether the node is part of Mod(Mod(x, y) + y, y), which is right under either sign rule."""
+    if len(node.proto.input) != 2:
+        return False
     value, divisor = node.proto.input
     added = node.scope.producer(value)
     if added is not None and added.op_type == "Add" and added.input[1] == divisor:
