@@ -38,6 +38,12 @@ def _same(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Move(Ref(node.input[0], ref.coords)) if ref.value == node.output[0] else None
 
 
+def _dropout(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+    """Nothing, unless it runs in training mode."""
+    trains = len(node.input) > 2 and node.input[2] and tracer.scalar(node.input[2]) != 0
+    return None if trains else _same(tracer, node, ref)
+
+
 def _reshape(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     source, target = tracer.shape(node.input[0]), tracer.shape(ref.value)
     if [d for d in source if d != 1] == [d for d in target if d != 1]:
@@ -268,7 +274,7 @@ STEPS: Final[dict[str, _Rule]] = {
     "Concat": _concat,
     "DequantizeLinear": _dequantize,
     "Div": _div,
-    "Dropout": _same,
+    "Dropout": _dropout,
     "Einsum": _einsum,
     "Expand": _expand,
     "Flatten": _reshape,

@@ -11,6 +11,7 @@ from sfa_onnx.passes.bind_attention import Parts, read_attention
 from sfa_onnx.passes.bind_mask import Literal, Selected, Visible
 from sfa_onnx.passes.bind_rows import Columns, State, require_one, same_rows, trace_columns
 from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
+from sfa_onnx.passes.index import GraphIndex
 
 __all__ = ["Anchor", "NotASite", "Query", "Site", "bind"]
 
@@ -161,15 +162,27 @@ def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
                 todo += [o for o in node.output if o and o not in seen]
                 seen.update(node.output)
             else:
-                raise Stop(
-                    f"the attention weights are also used by {node.op_type} {index.label(i)}",
-                    value,
-                    "only the weighted sum of values may use them",
-                )
+                raise _other_use(index, i, value)
     if len(set(found)) != 1:
         names = ", ".join(index.label(i) for i in found) or "nothing"
         raise Stop(f"the attention weights are multiplied by {names}; expected one product", value)
     return found[0], index.nodes[found[0]].output[0]
+
+
+def _other_use(index: GraphIndex, i: int, value: str) -> Stop:
+    node = index.nodes[i]
+    if node.op_type in ("Slice", "Split", "Gather"):
+        return Stop(
+            f"{node.op_type} {index.label(i)} cuts a column off the attention weights: scores of a"
+            " sink were joined to those of the keys (Concat)",
+            value,
+            "the operator has no sink",
+        )
+    return Stop(
+        f"the attention weights are also used by {node.op_type} {index.label(i)}",
+        value,
+        "only the weighted sum of values may use them",
+    )
 
 
 _CARRIES_WEIGHTS = frozenset(

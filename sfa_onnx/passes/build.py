@@ -244,10 +244,7 @@ class Emitter:
         for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
             labels = axis_labels(coordinate)
             if labels is None:
-                raise Stop(
-                    f"axis {axis} of {ref.value} is read at {coordinate}, which is no view",
-                    ref.value,
-                )
+                return self._cut_strided(ref, shape)
             covered = math.prod(x.size for x in labels)
             if (coordinate.const, covered) != (0, size):
                 if not all(self.static(x) for x in labels):
@@ -255,6 +252,33 @@ class Emitter:
                     raise Stop(f"axis {axis} of {ref.value} is cut at a dynamic size", ref.value)
                 value = self.slice(value, axis, coordinate.const, coordinate.const + covered)
             axes.append(labels)
+        return value, axes
+
+    def _cut_strided(self, ref: Ref, shape: tuple[int, ...]) -> tuple[str, list[list[Label]]]:
+        """As `_cut` where an axis holds a part of every block: split it into blocks first.
+
+        An expansion weight [C, N * (nope + v)] read at n * (nope + v) + d is one.
+        """
+        dims: list[int] = []
+        axes: list[list[Label]] = []
+        cuts: list[tuple[int, int, int]] = []
+        for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
+            blocks = _blocks(coordinate, size)
+            if blocks is None or not self.tracer.static(ref.value, axis):
+                raise Stop(
+                    f"axis {axis} of {ref.value} is read at {coordinate}, which is no view",
+                    ref.value,
+                )
+            for label, length, start in blocks:
+                if label.size != length:
+                    cuts.append((len(dims), start, start + label.size))
+                dims.append(length)
+                axes.append([label])
+        value = self.emit(
+            "Reshape", [ref.value, self.ints(dims)], "blocks", self.elem_type(ref.value)
+        )
+        for axis, start, stop in cuts:
+            value = self.slice(value, axis, start, stop)
         return value, axes
 
     def slice(self, value: str, axis: int, start: int, stop: int) -> str:
@@ -313,6 +337,21 @@ class Emitter:
 def _single(coordinate: Expr) -> Label | None:
     labels = axis_labels(coordinate)
     return labels[0] if labels is not None and len(labels) == 1 and not coordinate.const else None
+
+
+def _blocks(coordinate: Expr, size: int) -> list[tuple[Label, int, int]] | None:
+    """(label, length, first) of nested blocks: coordinate = ((n * b1) + m) * b2 + ... + first."""
+    rest, const, out = size, coordinate.const, []
+    for atom, coefficient in sorted(coordinate.terms, key=lambda t: -t[1]):
+        if not isinstance(atom, Label) or rest % coefficient:
+            return None
+        length = rest // coefficient
+        start, const = divmod(const, coefficient)
+        if start + atom.size > length:
+            return None
+        out.append((atom, length, start))
+        rest = coefficient
+    return out if rest == 1 and const == 0 else None
 
 
 def axis_labels(coordinate: Expr) -> list[Label] | None:

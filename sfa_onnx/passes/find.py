@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind import Anchor, NotASite, Site, bind
 from sfa_onnx.passes.bind_region import cover
-from sfa_onnx.passes.build_site import Built, build_site
+from sfa_onnx.passes.build_plan import Built
+from sfa_onnx.passes.build_site import build_site
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find_anchors import anchors, fed_by_selection
 from sfa_onnx.passes.index import GraphIndex

@@ -1,0 +1,178 @@
+"""Decisions that every replacement shares: types, scale, query and output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from sfa_onnx.contract import OpContract
+from sfa_onnx.passes.axes import Label
+from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Stop, is_float
+from sfa_onnx.passes.bind import Query, Site
+from sfa_onnx.passes.bind_rows import Columns, State
+from sfa_onnx.passes.build import Emitter, Group, axis_labels
+from sfa_onnx.passes.build_absorb import Absorbed
+
+__all__ = ["Built", "Plan", "deliver", "is_view", "queries", "query_rows", "working_type"]
+
+_T = onnx.TensorProto
+
+
+@dataclass
+class Built:
+    """A replacement and what it says about the site."""
+
+    emitter: Emitter
+    op: OpContract
+    family: str
+    output: str
+    query: Ref
+    query_rope: Ref | None
+    scale: float
+    notes: list[str]
+
+
+@dataclass
+class Plan:
+    """Decisions shared by the steps: axes of the operator's query, types, scale."""
+
+    e: Emitter
+    site: Site
+    batch: list[Label]
+    tokens: list[Label]
+    elem_type: int
+    output: str
+    scale: float = 1.0
+    absorb: Absorbed | None = None
+
+
+def working_type(site: Site) -> tuple[int, str]:
+    """The operator's float type, and the value its output replaces.
+
+    The weighted sum's own type, or the one it is cast to when query and keys come from that type
+    (a graph that computes in float32 over 16-bit tensors: so does the operator).
+    """
+    index, sizes = site.tracer.index, site.tracer.sizes
+    own = sizes.elem_type(site.out.value)
+    uses = index.uses(site.out.value)
+    if len(uses) == 1 and uses[0][1] == 0 and not index.is_graph_output(site.out.value):
+        node = index.nodes[uses[0][0]]
+        if node.op_type == "Cast":
+            target = sizes.elem_type(node.output[0])
+            if target == own or (is_float(target) and _all_have(site, target)):
+                return target, node.output[0]
+    if own not in (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16):
+        raise Stop(
+            f"the attention is computed in {_T.DataType.Name(own)}",
+            site.out.value,
+            "the operator takes float32, float16 and bfloat16",
+        )
+    return own, site.out.value
+
+
+def _all_have(site: Site, elem_type: int) -> bool:
+    """Whether query and key exist in this type in the graph."""
+
+    def has(states: Sequence[State]) -> bool:
+        return any(site.tracer.sizes.elem_type(s.ref.value) == elem_type for s in states)
+
+    queries = [q for q in (site.nope_query, site.rope_query) if q is not None]
+    if not all(has(_query_path(site, q)) for q in queries):
+        return False
+    keys = [c.path for c in (site.nope, site.rope) if c is not None and c.kind == "float"]
+    return all(has(path) for path in keys)
+
+
+def _query_path(site: Site, query: Query) -> list[State]:
+    path = [State(query.ref)]
+    while True:
+        step = site.tracer.step(path[-1].ref)
+        if isinstance(step, Move):
+            path.append(State(step.ref, path[-1].factor))
+        elif isinstance(step, Scaled):
+            path.append(State(step.ref, path[-1].factor * step.factor))
+        else:
+            return path
+
+
+def queries(plan: Plan) -> tuple[State, State | None]:
+    """Where to take the query from, behind constant factors and casts from the operator's type."""
+    site = plan.site
+    nope = _pick_query(plan, site.nope_query)
+    rope = _pick_query(plan, site.rope_query) if site.rope_query is not None else None
+    scale = site.scale * nope.factor * _row_factor(site.nope)
+    plan.scale = scale
+    _learn(plan, [nope, *([rope] if rope is not None else [])])
+    if rope is not None and site.rope is not None:
+        other = site.rope_factor * rope.factor * _row_factor(site.rope)
+        if abs(other - scale) > 1e-6 * abs(scale):
+            raise Stop(
+                f"rope scores are scaled by {other:.8g}, nope scores by {scale:.8g}",
+                rope.ref.value,
+                "the operator has one scale_value",
+            )
+    if _row_factor(site.value) != 1:
+        raise Stop(
+            f"the value is {_row_factor(site.value):g} times the stored rows",
+            site.value.path[0].ref.value,
+            "expected the key's nope part unscaled",
+        )
+    return nope, rope
+
+
+def _learn(plan: Plan, queries: Sequence[State]) -> None:
+    """Sizes are read off tensors that stay in the graph: queries, stored rows, selections."""
+    site = plan.site
+    refs = [q.ref for q in queries]
+    refs += [c.deep.ref for c in (site.nope, site.rope) if c is not None]
+    refs += [s.indices for s in site.selected] + [v.ref for v in site.visible]
+    refs += [Ref(r.value, r.coords) for c in site.nope.deep.ref.coords for r in c.reads]
+    for ref in refs:
+        plan.e.learn(ref)
+
+
+def _row_factor(columns: Columns) -> float:
+    factor = columns.deep.factor
+    if columns.scale:
+        factor *= columns.scale[-1].factor
+    return factor
+
+
+def _pick_query(plan: Plan, query: Query) -> State:
+    path = _query_path(plan.site, query)
+    first = max(
+        (i for i, s in enumerate(path) if s.factor != path[max(i - 1, 0)].factor), default=0
+    )
+    sizes = plan.site.tracer.sizes
+    for state in path[first:]:
+        if sizes.elem_type(state.ref.value) == plan.elem_type and is_view(state.ref):
+            return state
+    return next(s for s in reversed(path[: first + 1]) if is_view(s.ref))
+
+
+def is_view(ref: Ref) -> bool:
+    """Whether every axis runs over labels, without an index read."""
+    return all(axis_labels(c) is not None for c in ref.coords)
+
+
+def query_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
+    """The query in the order of `groups`, in the operator's type (absorbed where needed)."""
+    e = plan.e
+    if plan.absorb is not None and plan.absorb.column in state.ref.labels:
+        return plan.absorb.query(e, state.ref, groups, plan.elem_type)
+    value = e.broadcast(e.arrange(state.ref, groups, "query"), groups, state.ref.labels)
+    return e.cast(value, plan.elem_type)
+
+
+def deliver(plan: Plan, out: str, groups: Sequence[Group]) -> None:
+    """Bring the operator's output to the axes of the value it replaces."""
+    e, site = plan.e, plan.site
+    target = [axis_labels(c) for c in site.out.coords]
+    if any(t is None for t in target):
+        raise Stop("the output's axes are no view of the operator's", site.out.value)
+    if plan.absorb is not None:
+        out, groups = plan.absorb.output(e, out, groups, plan.elem_type)
+    value = e.permute(out, [list(g) for g in groups], [t or [] for t in target], "out")
+    e.finish(value, plan.output)
