@@ -182,10 +182,11 @@ constexpr Table kWithoutShapes = MakeTable(false);
 // The domain is deliberately never released: sessions keep pointers into it, and the session
 // options that could tell us when the last one goes do not.
 OrtStatus* AddDomain(const OrtApi* api, OrtSessionOptions* options, const char* name, const Op* ops,
-                     int count) {
+                     int count, const Op* more = nullptr, int more_count = 0) {
   OrtCustomOpDomain* domain = nullptr;
   SFA_ORT_TRY(api->CreateCustomOpDomain(name, &domain));
   for (int i = 0; i < count; ++i) SFA_ORT_TRY(api->CustomOpDomain_Add(domain, &ops[i]));
+  for (int i = 0; i < more_count; ++i) SFA_ORT_TRY(api->CustomOpDomain_Add(domain, &more[i]));
   return api->AddCustomOpDomain(options, domain);
 }
 
@@ -223,5 +224,6 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   // Files for ATC have one opset import only: the same node types in ONNX's own domain. The price:
   // a model whose opset is newer than the runtime is refused for its first unknown node rather than
   // for its opset.
-  return sfa::AddDomain(api, options, "", ops.attention, sfa::kAttentionOps);
+  return sfa::AddDomain(api, options, "", ops.attention, sfa::kAttentionOps, ops.pack,
+                        sfa::kPackOps);
 }
