@@ -6,10 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sfa_onnx.ascend.checks import RULES, CheckReport, Finding, check, parse_plugin
+from sfa_onnx.ascend.checks import (
+    RULES,
+    CheckReport,
+    Finding,
+    apply_fixes,
+    check,
+    parse_plugin,
+)
 from sfa_onnx.ascend.flavour import to_atc
 from sfa_onnx.errors import UsageError
 from sfa_onnx.report import to_json
@@ -124,6 +134,7 @@ def weights(count: int) -> ModelProto:
     return m
 
 
+RECORDED = sorted((Path(__file__).parent / "data" / "atc" / "cases").glob("*.onnx"))
 K3 = const("k", [3])
 TOPK = [N("TopK", ["x", "k"], ["v", "i"], name="n0")]
 ATC_FUSED = edit(
@@ -258,6 +269,9 @@ CASES: list[Case] = [
     ("lengths", lambda: with_input(sfa(), 8, "akv", I32, (3,)), "error", "", "3 entries"),
     ("lengths-missing", lambda: sfa(layout_query="TND", layout_kv="TND"), "error", "",
      "actual_seq_lengths_query"),
+    ("output", lambda: edit(sfa(), lambda m: m.graph.output[0].CopyFrom(
+        value("o", F16, (1, 4, 16, 512))
+    )), "error", "", "is fp16"),
     ("page-size", lambda: paged(page=100), "error", "", "multiple of 16"),
     ("rank", lambda: with_input(sfa(), 0, "q", BF16, (4, 16, 576)), "error", "", "rank 3"),
     ("reserved-input", lambda: with_input(sfa(), 4, "ks", F, (1,)), "error", "", "ignores it"),
@@ -283,7 +297,7 @@ CASES: list[Case] = [
     ("int8-input-dynamic", lambda: one("Neg", ins=[("x", I8, ("B", 4))]), "warning", "", "DT_INT8"),
     ("precision-mode", lambda: one("Neg", ins=[("x", BF16, (4,))]), "warning", "",
      "turns that into float16"),
-    ("recipes-package", lambda: ATC_FUSED, "warning", "", "no longer published"),
+    ("recipes-package", lambda: ATC_FUSED, "warning", "E10501", "no longer published"),
     ("scatter-dtype", lambda: one("ScatterElements", "x", "i", "x", ins=(
         ("x", BOOL, (4,)), ("i", I64, (4,))
     )), "warning", "", "over bool"),
@@ -452,6 +466,33 @@ def test_the_rest_is_checked_behind_the_opset_imports() -> None:
     report = check(m, cann="9.1")
     assert report.code == "E16005"
     assert find(report, "unregistered-op")[0].nodes == ("g1", "g2")
+
+
+def test_keys_of_our_ops_bring_their_prototype() -> None:
+    keys = ["ai.onnx::11..18::NPUSparseFlashAttentionAntiquant"]
+    m = edit(ModelProto.FromString(ATC_FUSED.SerializeToString()), lambda m: m)
+    assert check(m, user_plugins=keys).parser == "accepted"
+    m.graph.node[0].attribute.remove(
+        next(a for a in m.graph.node[0].attribute if a.name == "scale_value")
+    )
+    assert check(m, user_plugins=keys).code == "E19999"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_broken_models_are_reported_not_raised(data) -> None:
+    file = data.draw(st.sampled_from(RECORDED))
+    m = onnx.load(file, load_external_data=False)
+    for node in m.graph.node:
+        names = [*node.input, "", "ghost"]
+        node.input[:] = data.draw(st.lists(st.sampled_from(names), max_size=4))
+        if data.draw(st.booleans()):
+            node.op_type = data.draw(st.sampled_from(["TopK", "Split", "Einsum", "If", "GatherND"]))
+    for name in ("input", "output", "initializer"):
+        if data.draw(st.integers(0, 4)) == 0:
+            del getattr(m.graph, name)[:]
+    report = check(m, cann=data.draw(st.sampled_from(["8.5", "9.2"])), base_dir=file.parent)
+    apply_fixes(m, report)
 
 
 def test_without_our_plugin_our_ops_have_none() -> None:

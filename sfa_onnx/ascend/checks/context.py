@@ -9,7 +9,6 @@ from functools import cache, cached_property
 import onnx
 
 from sfa_onnx.ascend.checks.facts import Cann, Registration, registration
-from sfa_onnx.ascend.checks.finding import Finding
 from sfa_onnx.ascend.checks.plugin import Plugin
 from sfa_onnx.ascend.checks.view import ModelView, Scope
 from sfa_onnx.ascend.flavour_scope import Facts, Names
@@ -62,6 +61,7 @@ class Context:
     def __post_init__(self) -> None:
         self._by_key = {(d, v, p.op_type): p for p in self.plugins for d, v in p.keys}
         self._nodes: list[Node] | None = None
+        self._by_scope: dict[Scope, list[Node]] = {}
         self._rewrite_scopes: dict[Scope, RewriteScope] = {}
 
     def nodes(self) -> list[Node]:
@@ -72,7 +72,10 @@ class Context:
 
     def nodes_of(self, scope: Scope) -> Iterator[Node]:
         """The nodes of one scope."""
-        return (n for n in self.nodes() if n.scope is scope)
+        if not self._by_scope:
+            for node in self.nodes():
+                self._by_scope.setdefault(node.scope, []).append(node)
+        return iter(self._by_scope.get(scope, ()))
 
     def well_formed(self, node: Node) -> bool:
         """Whether a standard node has the inputs and outputs its op asks for; others are taken."""

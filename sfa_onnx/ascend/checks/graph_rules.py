@@ -139,4 +139,5 @@ def _recipes(ctx: Context) -> Iterator[Finding]:
             " experimental op of the same name that is not ours",
             nodes[0].name,
             "use the default binding (kv-quant), built in since CANN 8.5",
+            "E10501",
         )

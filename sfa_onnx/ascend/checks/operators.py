@@ -43,6 +43,7 @@ _HINTS: Final = {
     "layout": "give queries and keys one layout, or page the keys (PA_BSND)",
     "lengths": "one int32 number per batch",
     "lengths-missing": "give the lengths as a graph input or constant",
+    "output": "let the output be what the operator gives, and Cast behind it",
     "page-size": "choose another page size when converting the cache (kv-cache --block-size)",
     "rank": "reshape the tensor to the layout's rank",
     "rope-missing": "fuse a site whose rope parts are bound",
@@ -113,6 +114,7 @@ def operators(ctx: Context) -> Iterator[Finding]:
             continue
         yield from _layouts(site)
         yield from _batch(site)
+        yield from _output(site)
         if site.op.name in _ANTIQUANT:
             yield from _antiquant(site)
         elif op is SPARSE_FLASH_ATTENTION:
@@ -236,10 +238,25 @@ def _batch(site: Site) -> Iterator[Finding]:
         yield site.error("key-heads", message)
 
 
+def _output(site: Site) -> Iterator[Finding]:
+    """What the model declares of the first output, where it declares anything."""
+    view, name = site.ctx.view, "".join(site.node.proto.output[:1])
+    elem, dims = view.dtype(site.node.scope, name), view.shape(site.node.scope, name)
+    attention = site.op.outputs[0].name == "attention_out"
+    wanted = site.dtype("query") if attention else int(_T.INT32)
+    if elem and wanted and elem != wanted:
+        message = f"output {name!r} is {dtype_name(elem)}: the operator gives {dtype_name(wanted)}"
+        yield site.error("output", message)
+    size = dims[-1] if attention and dims else None
+    if isinstance(size, int) and size != NPU.nope:
+        yield site.error("output", f"output rows have {size} elements: expected {NPU.nope}")
+
+
 def _heads(site: Site) -> Iterator[Finding]:
     heads = site.dim("query", -2)
-    if heads is not None and heads not in NPU.heads:
-        message = f"{heads} query heads: expected one of {', '.join(map(str, NPU.heads))}"
+    legal = (*NPU.heads, 48) if "950" in site.ctx.soc_version else NPU.heads
+    if heads is not None and heads not in legal:
+        message = f"{heads} query heads: expected one of {', '.join(map(str, legal))}"
         yield site.error("heads", message, "pad the heads with zeros and slice the output")
 
 

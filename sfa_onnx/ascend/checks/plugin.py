@@ -70,5 +70,11 @@ def parse_plugin(text: str) -> Plugin:
         )
     domain, low, high, name, required, most = match.groups()
     versions = range(int(low), int(high or low) + 1)
+    keys = frozenset((domain, v) for v in versions)
     inputs = None if required is None else (int(required), int(most or required))
-    return Plugin(name, frozenset((domain, v) for v in versions), inputs)
+    ours = next((p for p in OWN_PLUGINS if p.op_type == name), None)
+    if ours is None:
+        return Plugin(name, keys, inputs)
+    # Whoever wrote it: the prototype is the same, and without a scale there is no operator.
+    scale = tuple(a for a in ours.required_attributes if a[0] == "scale_value")
+    return Plugin(name, keys, inputs or ours.inputs, scale, ge_type=ours.ge_type)

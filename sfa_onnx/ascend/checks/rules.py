@@ -82,6 +82,7 @@ _OPERATOR: Final = {
     "layout": "key and query layouts that do not go together",
     "lengths": "lengths of another shape than one number per batch",
     "lengths-missing": "lengths a layout cannot do without",
+    "output": "an output declared otherwise than the operator gives it",
     "page-size": "a page size the kernel does not take",
     "rank": "a rank that is not the layout's",
     "reserved-input": "a reserved input that is given",
