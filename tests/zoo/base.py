@@ -31,15 +31,16 @@ class Case:
     """One model of the zoo and what the product must do with it.
 
     expect: "fuse" (exactly `sites` sites of type `op`), "refuse" (at least one candidate is listed
-    as refused with a reason matching `reason`, none fused) or "leave" (nothing fused; listing it
-    is optional). `stress` feeds are legal inputs of the original that a loose fusion gets wrong.
+    as refused with a reason matching `reason`, none fused), "leave" (nothing fused; listing it is
+    optional) or "either" (refused, or fused with the right numbers).
+    `stress` feeds are legal inputs of the original that a loose fusion gets wrong.
     """
 
     name: str
     family: str
     make: Callable[[], onnx.ModelProto]
     make_feeds: Callable[[int], Feeds]
-    expect: Literal["fuse", "refuse", "leave"] = "fuse"
+    expect: Literal["fuse", "refuse", "leave", "either"] = "fuse"
     op: str | None = None
     sites: int = 1
     reason: str = ""

@@ -8,7 +8,18 @@ from collections.abc import Iterator
 
 from tests.zoo.base import Case
 
-FAMILIES = ("int8", "official", "nearmiss", "hf", "expanded", "flash", "edited")
+FAMILIES = (
+    "int8",
+    "official",
+    "nearmiss",
+    "hf",
+    "expanded",
+    "flash",
+    "handmade",
+    "packed",
+    "masks",
+    "edited",
+)
 
 
 def cases(pattern: str = "") -> Iterator[Case]:
