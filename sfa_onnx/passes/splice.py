@@ -151,22 +151,28 @@ def import_domains(model: onnx.ModelProto, candidates: Iterable[Candidate]) -> N
 
 
 def _dead_nodes(index: GraphIndex, candidates: Sequence[Candidate]) -> list[int]:
-    """Support nodes that nobody reads once all regions are gone (shared masks, shape chains)."""
+    """Nodes above the regions that nobody reads any more (scattered masks, shape chains)."""
     gone = {i for c in candidates for i in c.nodes}
     read = {v for c in candidates for n in c.replacement for v in n.input}
-    support = {i for c in candidates for i in c.support} - gone
-    dead = []
-    for i in sorted(support, reverse=True):
-        outputs = [o for o in index.nodes[i].output if o]
-        used = any(
-            o in read or index.is_graph_output(o) or any(u not in gone for u, _ in index.uses(o))
-            for o in outputs
-        )
-        was_used = any(index.uses(o) for o in outputs)
-        if was_used and not used:
-            gone.add(i)
-            dead.append(i)
+    dead: set[int] = set()
+    waiting = list(gone)
+    while waiting:
+        for value in index.nodes[waiting.pop()].input:
+            i = index.producer.get(value)
+            if i is None or i in gone or i in dead:
+                continue
+            outputs = [o for o in index.nodes[i].output if o]
+            if not any(_is_read(index, o, read, gone | dead) for o in outputs):
+                dead.add(i)
+                waiting.append(i)
     return sorted(dead)
+
+
+def _is_read(index: GraphIndex, value: str, read: set[str], gone: set[int]) -> bool:
+    """Whether anything that stays reads `value`."""
+    if value in read or index.is_graph_output(value):
+        return True
+    return any(user not in gone for user, _ in index.uses(value))
 
 
 def _taken_names(index: GraphIndex) -> set[str]:
