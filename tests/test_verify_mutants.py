@@ -64,7 +64,7 @@ MUTANTS = {
             SCALED: _const("cap", 1e6) + "  s0 = Mul(sum, scale)\n  s2 = Div(s0, cap)\n"
             "  s3 = Tanh(s2)\n  scaled = Mul(s3, cap)"
         },
-        "shift",
+        "",
         False,
     ),
     "scores clipped at 200": (
@@ -264,11 +264,12 @@ NEEDED = {
         },
         "far apart or nearly equal",
     ),
-    "lengths": (  # off by one, but only where no sequence is longer than its queries
+    "lengths": (  # off by one where no sequence exceeds its queries, in a larger cache
         {
             "  base = Sub(len64, s1)": "  most = ReduceMax<keepdims=0>(len64)\n"
-            "  young = Equal(most, s1)\n  off = Cast<to=7>(young)\n  more = Add(len64, off)\n"
-            "  base = Sub(more, s1)"
+            "  young = Equal(most, s1)\n  lsh = Shape(lat)\n  s2 = Gather(lsh, c1)\n"
+            "  room = Less(s1, s2)\n  both = And(young, room)\n  off = Cast<to=7>(both)\n"
+            "  more = Add(len64, off)\n  base = Sub(more, s1)"
         },
         "edge of the valid length",
     ),

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfa_onnx.passes.candidate import Operand, Role
-from sfa_onnx.passes.verify.layout import atoms
 
 if TYPE_CHECKING:
     from sfa_onnx.passes.verify.problem import Draw, Problem
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Geometry"]
 
 Array = NDArray[Any]
-Tables = dict[Role, tuple[list[str], Array]]
+Tables = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Geometry:
     """One consistent set of integer inputs.
 
     Attributes:
-        tables: role -> (labels, array) for lengths, block table, mask and indices.
-        hidden: [key labels...] True for key rows that no query row may read.
+        tables: operand -> array of lengths, block table, mask or indices (in row-major order).
+        hidden: [key rows] True for key rows that no query row may read.
     """
 
     tables: Tables
@@ -38,12 +37,21 @@ class Geometry:
         """Lengths first, then what each row sees, then what it selects among that."""
         tables: Tables = {}
         layout = _Layout.draw(problem, draw, rng, tables)
-        visible = layout.visible(problem, draw, rng, tables)  # [rows, S2]
-        selected = _select(problem, draw, visible, layout.batch, rng)  # [rows, K]
-        rows = [problem.sizes[label] for label in problem.rows]
-        labels = [*problem.rows, problem.slot_label]
-        tables[Role.INDICES] = (labels, selected.reshape(*rows, selected.shape[-1]))
-        return cls(tables, layout.hidden(problem, selected, visible, tables))
+        common = layout.common(rng)
+        visible = layout.visible(problem)
+        slots = np.ones((problem.dims.count, problem.dims.slots), bool)
+        for operand in problem.all(Role.MASK):
+            mask = _mask(problem, operand, common, draw, rng)
+            tables[operand.value] = _mask_values(operand, mask)
+            if _over_slots(problem, operand):
+                slots = _and_mask(problem, slots, mask)
+            else:
+                visible = _and_mask(problem, visible, mask)
+        selected = _select(problem, draw, layout, visible, common, rng)  # [rows, K]
+        for operand in problem.all(Role.INDICES):
+            tables[operand.value] = selected
+        read = np.where(slots, selected, -1)
+        return cls(tables, layout.hidden(problem, read, visible, tables))
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class _Layout:
     """Batches of query rows and keys.
 
     `batch` [rows] and `position` [rows] of each query row, `queries` [B] and `keys` [B] valid
-    counts, `start` [B] first key row of each batch in packed (TND) keys, `capacity` S2.
+    counts, `start` [B] first key row of each batch, `capacity` S2.
     """
 
     batch: Array
@@ -65,138 +73,92 @@ class _Layout:
     def draw(
         cls, problem: Problem, draw: Draw, rng: np.random.Generator, tables: Tables
     ) -> _Layout:
-        sizes, attrs = problem.sizes, problem.attributes
-        batches = sizes.get("B", 1)
+        dims, attrs = problem.dims, problem.attributes
         if attrs.get("layout_query") == "TND":
-            queries = _composition(rng, sizes["T"], batches)
-            tables[Role.LENGTHS_QUERY] = _prefix(problem, Role.LENGTHS_QUERY, queries)
-            batch = np.repeat(np.arange(batches), queries)
+            queries = _composition(rng, dims.count, dims.batches)
+            batch = np.repeat(np.arange(dims.batches), queries)
             position = np.concatenate([np.arange(q) for q in queries])
         else:
-            length = math.prod(sizes[label] for label in problem.rows if label != "B")
-            queries = np.full(batches, length)
-            tables[Role.LENGTHS_QUERY] = (["B"], queries)
-            batch, position = np.divmod(np.arange(batches * length), length)
+            batch, position = _rows(problem)
+            queries = np.full(dims.batches, dims.count // dims.batches)
         if attrs.get("layout_kv") == "TND":
-            keys = queries + _composition(
-                rng, problem.size(problem.key_labels[0]) - int(queries.sum()), batches, 0
-            )
-            tables[Role.LENGTHS_KV] = _prefix(problem, Role.LENGTHS_KV, keys)
+            spare = dims.keys[0] - int(queries.sum())
+            keys = queries + _composition(rng, spare, dims.batches, 0)
             start = np.concatenate([[0], np.cumsum(keys)[:-1]])
-            return cls(batch, position, queries, keys, start, int(keys.max()))
-        capacity = _capacity(problem)
-        keys = _lengths(problem, draw, rng, queries, capacity)
-        tables[Role.LENGTHS_KV] = (["B"], keys)
-        if problem.paged:
-            tables[Role.BLOCK_TABLE] = _block_table(problem, batches, rng)
-        return cls(batch, position, queries, keys, np.arange(batches) * capacity, capacity)
+            capacity = int(keys.max())
+        else:
+            capacity = dims.capacity
+            keys = _lengths(problem, draw, rng, queries, capacity)
+            start = np.arange(dims.batches) * capacity
+        for role, counts, key in (
+            (Role.LENGTHS_QUERY, queries, "layout_query"),
+            (Role.LENGTHS_KV, keys, "layout_kv"),
+        ):
+            for operand in problem.all(role):
+                prefix = attrs.get(key) == "TND"
+                tables[operand.value] = _prefix(operand, counts) if prefix else counts
+        for operand in problem.all(Role.BLOCK_TABLE):
+            pages = rng.permutation(dims.keys[0])
+            count = dims.batches * (dims.capacity // dims.keys[1])
+            tables[operand.value] = np.resize(pages, count).reshape(dims.batches, -1)
+        return cls(batch, position, queries, keys, start, capacity)
 
-    def visible(
-        self, problem: Problem, draw: Draw, rng: np.random.Generator, tables: Tables
-    ) -> Array:
-        """[rows, S2]: the keys that lengths, the causal rule and the mask leave to each row."""
+    def visible(self, problem: Problem) -> Array:
+        """[rows, S2]: the keys that lengths and the causal rule leave to each row."""
         threshold = self.keys[self.batch]
         if problem.attributes.get("sparse_mode") == 3:
             threshold = threshold - self.queries[self.batch] + self.position + 1
         seen: Array = np.less(np.arange(self.capacity), threshold[:, None])
-        operand = problem.first(Role.MASK)
-        if operand is None:
-            return seen
-        labels, mask = _mask(problem, operand, self.capacity, draw, rng)
-        if "S2" in labels:
-            everyone = rng.integers(max(int(threshold.min()), 1))  # a key that nobody masks
-            mask[..., everyone] = True
-            seen = seen & _per_row(problem, mask, labels, self.capacity)
-        else:
-            mask[..., 0] = True
-        tables[Role.MASK] = (labels, _mask_values(operand, mask))
         return seen
 
-    def hidden(self, problem: Problem, selected: Array, visible: Array, tables: Tables) -> Array:
-        """[key labels...]: the key rows that no query row reads."""
-        read = np.zeros((len(self.keys), self.capacity), bool)
-        for row, entries in enumerate(selected):
-            for start in _tokens(problem, entries):
-                if start < self.capacity and visible[row, start]:
-                    read[self.batch[row], start] = True
-        sizes = [problem.size(label) for label in problem.key_labels]
-        hidden = np.ones(math.prod(sizes), bool)
-        batches, tokens = np.nonzero(read)
+    def common(self, rng: np.random.Generator) -> Array:
+        """[B]: per sequence a key that every rule leaves visible to all of its rows."""
+        certain = np.maximum(self.keys - self.queries + 1, 1)
+        return np.asarray(rng.integers(0, certain))
+
+    def hidden(self, problem: Problem, read: Array, visible: Array, tables: Tables) -> Array:
+        """[key rows]: True where no query row selects the key and may see it."""
+        entries = _tokens(problem, read)
+        rows = np.repeat(np.arange(len(entries)), entries.shape[1])
+        tokens = entries.reshape(-1)
+        keep = (tokens >= 0) & (tokens < self.capacity)
+        keep &= visible[rows, np.clip(tokens, 0, self.capacity - 1)]
+        batches, tokens = self.batch[rows[keep]], tokens[keep]
+        hidden = np.ones(math.prod(problem.dims.keys), bool)
         hidden[self._addresses(problem, batches, tokens, tables)] = False
-        return hidden.reshape(sizes)
+        return hidden
 
     def _addresses(self, problem: Problem, batches: Array, tokens: Array, tables: Tables) -> Array:
         """Flat key rows of tokens."""
-        if not problem.paged:
-            return np.asarray(self.start[batches] + tokens)
-        size = page_size(problem)
-        table = tables[Role.BLOCK_TABLE][1]
-        return np.asarray(table[batches, tokens // size] * size + tokens % size)
+        operand = problem.first(Role.BLOCK_TABLE)
+        if operand is None:
+            return np.asarray(np.minimum(self.start[batches] + tokens, self._last(problem)))
+        size = problem.dims.keys[1]
+        return np.asarray(tables[operand.value][batches, tokens // size] * size + tokens % size)
+
+    def _last(self, problem: Problem) -> int:
+        return math.prod(problem.dims.keys) - 1
 
 
-def _mask(
-    problem: Problem, operand: Operand, capacity: int, draw: Draw, rng: np.random.Generator
-) -> tuple[list[str], Array]:
-    """A random mask over the labels that the mask operand has; True is visible."""
-    known = [*problem.rows, "S2", problem.slot_label]
-    labels = [label for label in known if label in atoms(operand.axes)]
-    sizes = {**problem.sizes, "S2": capacity}
-    density = 1.0 if draw.lengths == "full" else 0.6
-    return labels, rng.random([sizes[label] for label in labels]) < density
+def _rows(problem: Problem) -> tuple[Array, Array]:
+    """(batch, position) of each query row, in row-major order of the indices."""
+    dims = problem.dims
+    grid = np.indices(dims.rows).reshape(len(dims.rows), -1)
+    if dims.batch_axis is None:
+        each = max(dims.count // dims.batches, 1)
+        batch, position = np.divmod(np.arange(dims.count), each)
+        return np.minimum(batch, dims.batches - 1), position
+    batch = grid[dims.batch_axis]
+    position = np.zeros(dims.count, np.int64)
+    for b in range(dims.batches):
+        position[batch == b] = np.arange(int((batch == b).sum()))
+    return batch, position
 
 
-def _per_row(problem: Problem, mask: Array, labels: list[str], capacity: int) -> Array:
-    """[rows, S2]: a mask over some of the row labels, repeated over the others."""
-    sizes = {**problem.sizes, "S2": capacity}
-    full = [*problem.rows, "S2"]
-    shape = [sizes[label] if label in labels else 1 for label in full]
-    wide = np.broadcast_to(mask.reshape(shape), [sizes[label] for label in full])
-    return wide.reshape(-1, capacity)
-
-
-def _mask_values(operand: Operand, mask: Array) -> Array:
-    """The mask as the operand spells it: booleans, or (visible, masked) of its domain."""
-    if operand.domain.values is None:
-        return mask
-    visible, masked = operand.domain.values[:2]
-    return np.where(mask, visible, masked)
-
-
-def page_size(problem: Problem) -> int:
-    """Rows of one page."""
-    return problem.size(problem.key_labels[1])
-
-
-def _capacity(problem: Problem) -> int:
-    """S2: key slots of one sequence."""
-    if problem.paged:
-        return page_size(problem) * problem.sizes[_pages_label(problem)]
-    return problem.sizes["S2"]
-
-
-def _pages_label(problem: Problem) -> str:
-    operand = problem.first(Role.BLOCK_TABLE)
-    assert operand is not None
-    return atoms(operand.axes)[-1]
-
-
-def _block_table(
-    problem: Problem, batches: int, rng: np.random.Generator
-) -> tuple[list[str], Array]:
-    """Distinct pages in random order, the tables of all sequences disjoint."""
-    label = _pages_label(problem)
-    pages = problem.sizes[problem.key_labels[0]]
-    count = problem.sizes[label]
-    order = rng.permutation(pages)
-    return ["B", label], np.resize(order, batches * count).reshape(batches, count)
-
-
-def _prefix(problem: Problem, role: Role, counts: Array) -> tuple[list[str], Array]:
+def _prefix(operand: Operand, counts: Array) -> Array:
     """Prefix sums; with a leading zero where the operand's axis is "B+1"."""
-    operand = problem.first(role)
-    if operand is not None and operand.axes == ("B+1",):
-        return ["B+1"], np.concatenate([[0], np.cumsum(counts)])
-    return ["B"], np.cumsum(counts)
+    sums = np.cumsum(counts)
+    return np.concatenate([[0], sums]) if operand.axes == ("B+1",) else sums
 
 
 def _composition(rng: np.random.Generator, total: int, parts: int, least: int = 1) -> Array:
@@ -212,36 +174,93 @@ def _lengths(
     operand = problem.first(Role.LENGTHS_KV)
     if operand is None or draw.lengths == "full":
         return np.full(len(queries), capacity)
-    low = np.minimum(queries if problem.attributes.get("sparse_mode") == 3 else 1, capacity)
+    low = np.minimum(queries, capacity)
     if draw.lengths == "short":
-        lengths = np.broadcast_to(low, queries.shape).copy()
+        lengths = np.array(low)
     elif draw.lengths == "edge":
         lengths = rng.choice(_edges(problem, capacity), len(queries))
     else:
         lengths = rng.integers(low, capacity + 1, len(queries))
     lengths = np.clip(lengths, low, capacity)
-    if "B" not in "".join(operand.axes):
+    if math.prod(problem.shapes[operand.value]) == 1:
         lengths[:] = lengths[0]
     return np.asarray(lengths)
 
 
 def _edges(problem: Problem, capacity: int) -> list[int]:
     """Lengths on either side of every boundary: K, a page, the whole cache."""
-    marks = {problem.sizes[problem.slot_label], capacity, 1}
+    marks = {problem.dims.slots, capacity, 1}
     if problem.paged:
-        marks |= {page_size(problem), 2 * page_size(problem)}
+        marks |= {problem.dims.keys[1], 2 * problem.dims.keys[1]}
     return sorted({m + d for m in marks for d in (-1, 0, 1)})
 
 
+def _mask(
+    problem: Problem,
+    operand: Operand,
+    common: Array,
+    draw: Draw,
+    rng: np.random.Generator,
+) -> Array:
+    """A random mask, True is visible, in the operand's shape.
+
+    Over slots (last axis K) the first slot stays visible, over keys each sequence's common key.
+    """
+    shape = problem.shapes[operand.value]
+    mask = rng.random(shape) < (1.0 if draw.lengths == "full" else draw.visible)
+    if _over_slots(problem, operand):
+        mask[..., 0] = True
+        return mask
+    for key in common if len(common) > 1 else common[:1]:
+        if shape and key < shape[-1]:
+            mask[..., key] = True
+    return mask
+
+
+def _over_slots(problem: Problem, operand: Operand) -> bool:
+    """Whether a mask runs over index entries rather than over keys."""
+    shape = problem.shapes[operand.value]
+    if not shape or operand.axes[-1] == "K":
+        return True
+    return operand.axes[-1] != "S2" and shape[-1] == problem.dims.slots != problem.dims.capacity
+
+
+def _and_mask(problem: Problem, visible: Array, mask: Array) -> Array:
+    """[rows, n] and a mask over the same last axis, where its shape lines up with the rows."""
+    if not mask.shape or mask.shape[-1] != visible.shape[1]:
+        return visible
+    rows = problem.dims.rows
+    squeezed = mask.reshape([n for n in mask.shape[:-1] if n > 1] + [mask.shape[-1]])
+    try:
+        wide = np.broadcast_to(squeezed, (*[n for n in rows if n > 1], mask.shape[-1]))
+    except ValueError:
+        return visible
+    return np.asarray(visible & wide.reshape(visible.shape))
+
+
+def _mask_values(operand: Operand, mask: Array) -> Array:
+    """The mask as the operand spells it: booleans, or (visible, masked) of its domain."""
+    if operand.domain.values is None:
+        return mask
+    visible, masked = operand.domain.values[:2]
+    return np.where(mask, visible, masked)
+
+
 def _tokens(problem: Problem, entries: Array) -> Array:
-    """Tokens that entries of one row stand for."""
+    """[rows, K * sparse_block_size]: tokens of the entries; negative where there is none."""
     size = int(problem.attributes.get("sparse_block_size", 1))
-    starts = entries[entries >= 0] * size
-    return (starts[:, None] + np.arange(size)).reshape(-1)
+    starts = entries[..., None] * size
+    tokens = np.where(starts < 0, -1, starts + np.arange(size))
+    return tokens.reshape(*entries.shape[:-1], -1)
 
 
 def _select(
-    problem: Problem, draw: Draw, visible: Array, batch: Array, rng: np.random.Generator
+    problem: Problem,
+    draw: Draw,
+    layout: _Layout,
+    visible: Array,
+    common: Array,
+    rng: np.random.Generator,
 ) -> Array:
     """[rows, K] entries of `sparse_indices`, inside the operand's domain."""
     size = int(problem.attributes.get("sparse_block_size", 1))
@@ -249,10 +268,15 @@ def _select(
     padded = np.zeros((len(visible), blocks * size), bool)
     padded[:, : visible.shape[1]] = visible
     seen = np.asarray(padded.reshape(len(visible), blocks, size).any(-1))
-    slots = problem.sizes[problem.slot_label]
-    order = {b: rng.permutation(blocks) for b in np.unique(batch)}
-    picker = _Picker(problem, draw, slots, rng)
-    return np.stack([picker.row(seen[r], order[batch[r]]) for r in range(len(seen))])
+    order = {b: rng.permutation(blocks) for b in np.unique(layout.batch)}
+    picker = _Picker(problem, draw, problem.dims.slots, rng)
+    batch = layout.batch
+    return np.stack(
+        [
+            picker.row(seen[r], order[batch[r]], int(common[batch[r]]) // size)
+            for r in range(len(seen))
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -264,47 +288,49 @@ class _Picker:
     slots: int
     rng: np.random.Generator
 
-    def row(self, seen: Array, order: Array) -> Array:
+    def row(self, seen: Array, order: Array, sure: int) -> Array:
         """`slots` entries: visible blocks, then what the domain allows as filling.
 
         `order` is the batch's own order of blocks; "shared" rows of a batch all follow it, so that
-        few keys are read by anybody.
+        few keys are read by anybody. `sure` is a block that no rule hides: it is always selected.
         """
         shared = self.draw.selection == "shared"
         order = order if shared else self.rng.permutation(len(seen))
         valid, invalid = order[seen[order]], order[~seen[order]]
-        picked = valid[: self._count(len(valid))]
-        if self.draw.selection == "duplicates" and not self.domain.distinct and len(valid):
+        valid = np.concatenate([[sure], valid[valid != sure]])
+        count = self._count(len(valid))
+        picked = valid[:count]
+        if not shared:
+            picked = self.rng.permutation(picked)
+        domain = self.problem.indices.domain
+        if self.draw.selection == "duplicates" and not domain.distinct:
             picked = self.rng.choice(valid, self.slots)
+            picked[0] = sure
         filling = self._filling(picked, invalid, self.slots - len(picked))
-        return self._mixed(np.concatenate([picked, filling]).astype(np.int64))
+        row = np.concatenate([picked, filling]).astype(np.int64)
+        free = not domain.valid_first and self.draw.selection != "shared"
+        return self._slot_rule(self.rng.permutation(row) if free else row, sure)
 
-    @property
-    def domain(self) -> Any:
-        return self.problem.indices.domain
+    def _slot_rule(self, row: Array, sure: int) -> Array:
+        """Masks over slots leave the first slot visible: put the sure block there."""
+        masks = self.problem.all(Role.MASK)
+        if not any(_over_slots(self.problem, o) for o in masks):
+            return row
+        at = int(np.argmax(row == sure))
+        row[0], row[at] = row[at], row[0]
+        return row
 
     def _count(self, valid: int) -> int:
         """How many visible blocks a row selects."""
         most = min(self.slots, valid)
-        fillable = self.domain.negative_allowed
-        if self.draw.selection == "none" and fillable:
-            return 0
-        if self.draw.selection == "single" and fillable:
-            return min(1, most)
-        if fillable and self.draw.selection != "shared":
-            return int(self.rng.integers(min(1, most), most + 1))
-        return most
+        if not self.problem.indices.domain.negative_allowed or self.draw.selection == "shared":
+            return most
+        return 1 if self.draw.selection == "single" else int(self.rng.integers(1, most + 1))
 
     def _filling(self, picked: Array, invalid: Array, count: int) -> Array:
         """What follows the visible entries of a row."""
         if count <= 0:
             return np.zeros(0, np.int64)
-        if self.domain.negative_allowed:
+        if self.problem.indices.domain.negative_allowed:
             return np.full(count, -1)
         return np.resize(invalid if len(invalid) else picked, count)
-
-    def _mixed(self, row: Array) -> Array:
-        """The row in any order where the domain does not promise valid entries first."""
-        if self.domain.valid_first or self.draw.selection not in ("shuffled", "holes"):
-            return row
-        return self.rng.permutation(row)

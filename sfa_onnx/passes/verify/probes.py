@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sfa_onnx.passes.verify.problem import Draw, Problem
+from sfa_onnx.passes.verify.sizes import Dims
 
 __all__ = ["BOUND", "PROBES", "Probe"]
 
@@ -55,7 +56,7 @@ def _edges(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     yield problem, Draw(33, lengths="full")
     yield problem, Draw(34, lengths="short")
     for n, other in enumerate(problem.others[:2]):
-        yield problem.resized(**other), Draw(35 + n)
+        yield problem.resized(*other), Draw(35 + n)
 
 
 def _selection(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
@@ -67,25 +68,24 @@ def _selection(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     if domain.negative_allowed:
         yield problem, Draw(43, selection="single")
     for n, other in enumerate(problem.others):
-        if _crowded(problem, other):
-            yield problem.resized(**other), Draw(46 + n)
+        if _crowded(other[1]):
+            yield problem.resized(*other), Draw(46 + n)
     if not domain.valid_first:
-        yield problem, Draw(44, selection="shuffled")
-        yield problem, Draw(45, selection="holes", lengths="short")
+        yield problem, Draw(44, selection="shuffled", lengths="short")
 
 
-def _crowded(problem: Problem, sizes: dict[str, int]) -> bool:
+def _crowded(dims: Dims) -> bool:
     """More index entries than keys: some must be duplicates or negative."""
-    return sizes.get(problem.slot_label, 0) > sizes.get("S2", 1 << 62)
+    return dims.slots > dims.capacity
 
 
 def _sizes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     """Other sizes of the axes that the model leaves open; see `sizes.variations`."""
     for n, other in enumerate(problem.others):
-        if _crowded(problem, other):
+        if _crowded(other[1]):
             continue
-        yield problem.resized(**other), Draw(60 + n, lengths="full")
-        yield problem.resized(**other), Draw(60 + n, gain=0.3, codes=True, lengths="full")
+        yield problem.resized(*other), Draw(60 + n, lengths="full")
+        yield problem.resized(*other), Draw(60 + n, gain=0.3, codes=True, lengths="full")
 
 
 PROBES: tuple[Probe, ...] = (

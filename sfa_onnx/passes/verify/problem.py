@@ -1,7 +1,7 @@
-"""Inputs of a site by role: sizes for its axes, and arrays that put a question to it.
+"""Inputs of a site by role: arrays that put a question to it.
 
 A `Draw` says what to ask (which keys exist, who selects them, how large scores are) and
-`Problem.feeds` turns it into one array per operand, in its own axis order, inside its domain.
+`Problem.feeds` turns it into one array per operand, in the operand's shape, inside its domain.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 from sfa_onnx.passes.verify.geometry import Geometry
-from sfa_onnx.passes.verify.layout import arrange, atoms, shape_of
+from sfa_onnx.passes.verify.sizes import KEYS, Dims
 
 __all__ = ["Draw", "Problem"]
 
 Array = NDArray[Any]
-Selection = Literal["random", "shared", "single", "duplicates", "holes", "shuffled", "none"]
-KEYS = (Role.LATENT, Role.LATENT_INT8, Role.SCALE, Role.KEY_ROPE)
+Shapes = dict[str, tuple[int, ...]]
+Selection = Literal["random", "shared", "single", "duplicates", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -35,36 +35,40 @@ class Draw:
     width: float = 1.0  # spread of the keys
     codes: bool = False  # keys are distinct one-hot rows: the output tells which were read
     shift: float = 0.0  # added to every score, by one key and query component
-    poison: float | None = None  # value scale of all rows outside every selection (may be NaN)
+    poison: float | None = None  # value scale of all rows outside every selection
     selection: Selection = "random"
     lengths: Literal["ragged", "full", "short", "edge"] = "ragged"
-    scales: Literal["positive", "signed"] = "signed"
+    visible: float = 0.6  # share of the mask that is visible
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A site's operands at concrete sizes.
+    """A site's operands at concrete shapes.
 
     Attributes:
-        sizes: axis label -> size; paged caches give S2 = pages per sequence * page size.
         attributes: the fused operator's attributes (layouts, sparse_mode, sparse_block_size).
         constants: values of operands that are read from the file.
-        others: other sizes to probe.
+        others: other shapes to probe.
     """
 
     candidate: Candidate
-    sizes: dict[str, int]
+    shapes: Shapes
+    dims: Dims
     attributes: dict[str, Any]
     constants: dict[str, Array] = field(default_factory=dict)
-    others: tuple[dict[str, int], ...] = ()
+    others: tuple[tuple[Shapes, Dims], ...] = ()
 
-    def resized(self, **sizes: int) -> Problem:
-        """The same site at other sizes."""
-        return replace(self, sizes={**self.sizes, **sizes})
+    def resized(self, shapes: Shapes, dims: Dims) -> Problem:
+        """The same site at other shapes."""
+        return replace(self, shapes=shapes, dims=dims)
 
     def first(self, *roles: Role) -> Operand | None:
         """The first operand with one of these roles."""
         return next((o for o in self.candidate.operands if o.role in roles), None)
+
+    def all(self, role: Role) -> list[Operand]:
+        """Every operand with this role."""
+        return [o for o in self.candidate.operands if o.role is role]
 
     @property
     def paged(self) -> bool:
@@ -74,33 +78,7 @@ class Problem:
     @property
     def indices(self) -> Operand:
         """The operand that selects keys."""
-        found = self.first(Role.INDICES)
-        if found is None:
-            raise ValueError("the site has no operand with role INDICES")
-        return found
-
-    @property
-    def rows(self) -> list[str]:
-        """Labels of the query rows: every axis of the indices but the last."""
-        return [label for label in atoms(self.indices.axes) if label != self.slot_label]
-
-    @property
-    def slot_label(self) -> str:
-        """Label of the entries of one row of indices."""
-        return atoms(self.indices.axes)[-1]
-
-    @property
-    def key_labels(self) -> list[str]:
-        """Labels that number key rows: [B, S2], [T2] or [pages, page size]."""
-        operand = self.first(*KEYS)
-        labels = atoms(operand.axes) if operand is not None else []
-        if self.paged:
-            return labels[:2]
-        return labels[:1] if self.attributes.get("layout_kv") == "TND" else ["B", "S2"]
-
-    def size(self, label: str) -> int:
-        """Size of an axis; 1 for a label that no operand carries (a squeezed batch)."""
-        return self.sizes.get(label, 1)
+        return self.all(Role.INDICES)[0]
 
     def feeds(self, draw: Draw) -> dict[str, Array]:
         """One array per operand, floats in float64."""
@@ -108,21 +86,21 @@ class Problem:
         geometry = Geometry.draw(self, draw, rng)
         values: dict[str, Array] = {}
         for operand in self.candidate.operands:
-            if operand.value in self.constants:
-                values[operand.value] = self.constants[operand.value]
-            elif operand.role in geometry.tables:
-                labels, table = geometry.tables[operand.role]
-                array = arrange(table, labels, operand.axes, self.sizes)
-                values[operand.value] = array.astype(_dtype(operand))
+            name = operand.value
+            if name in self.constants:
+                values[name] = self.constants[name]
+            elif name in geometry.tables:
+                shape = self.shapes[name]
+                values[name] = np.resize(geometry.tables[name], shape).astype(_dtype(operand))
             elif operand.role in KEYS:
-                values[operand.value] = self._keys(operand, draw, geometry.hidden, rng)
+                values[name] = self._keys(operand, draw, geometry.hidden, rng)
             else:
-                values[operand.value] = self._dense(operand, draw, rng)
+                values[name] = self._dense(operand, draw, rng)
         return values
 
     def _dense(self, operand: Operand, draw: Draw, rng: np.random.Generator) -> Array:
         """Queries, expansion weights and anything whose values are free."""
-        shape = shape_of(operand.axes, self.sizes)
+        shape = self.shapes[operand.value]
         if operand.role not in (Role.QUERY, Role.QUERY_ROPE):
             return _typed(rng.standard_normal(shape), operand)
         if draw.query == "zero":
@@ -139,18 +117,21 @@ class Problem:
         return array
 
     def _keys(self, operand: Operand, draw: Draw, hidden: Array, rng: np.random.Generator) -> Array:
-        """Key rows [key labels..., width]; `hidden` marks the rows that nobody may read."""
-        rows = self.key_labels
-        columns = [label for label in atoms(operand.axes) if label not in rows]
-        count, width = hidden.size, math.prod(self.size(label) for label in columns)
+        """Key rows of one operand; `hidden` [rows] marks those that nobody may read."""
+        shape = self.shapes[operand.value]
+        count = len(hidden)
+        width = math.prod(shape) // count if math.prod(shape) % count == 0 else shape[-1]
+        if math.prod(shape) != count * width:
+            return _typed(rng.standard_normal(shape), operand)
         array = self._visible_keys(operand, draw, count, width, rng)
         if draw.shift and operand is self._shifted(Role.KEY_ROPE, Role.LATENT):
             array[:, -1] = abs(draw.shift) / self.attributes["scale_value"]
         if draw.poison is not None and operand.role is not Role.LATENT_INT8:
             bad = draw.poison * rng.standard_normal((count, width))
-            array = np.where(hidden.reshape(-1, 1), bad, array)
-        sizes = [self.size(label) for label in (*rows, *columns)]
-        return arrange(array.reshape(sizes), [*rows, *columns], operand.axes, self.sizes)
+            array = np.where(hidden[:, None], bad, array)
+        if self.dims.swapped:
+            array = array.reshape(*self.dims.keys, width).swapaxes(0, 1)
+        return array.reshape(shape)
 
     def _visible_keys(
         self, operand: Operand, draw: Draw, count: int, width: int, rng: np.random.Generator
@@ -162,7 +143,7 @@ class Problem:
             return rng.integers(-128, 128, (count, width)).astype(np.int8)
         if operand.role is Role.SCALE:
             scales = rng.uniform(0.25, 2.0, (count, width)) * draw.width / 64
-            signs = rng.choice([-1.0, 1.0], (count, width)) if draw.scales == "signed" else 1.0
+            signs = rng.choice([-1.0, 1.0], (count, width))
             return np.asarray((scales * signs).astype(np.float32).astype(np.float64))
         if draw.codes and operand.role is Role.LATENT:
             laps = np.arange(count) // width
@@ -183,9 +164,8 @@ def _codes(count: int, width: int, values: Array) -> Array:
 
 def _dtype(operand: Operand) -> np.dtype[Any]:
     """The array type of a promoted operand."""
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(operand.elem_type)
-    integral = np.dtype(dtype).kind in "iub"
-    return np.dtype(dtype) if integral else np.dtype(np.float64)
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(operand.elem_type))
+    return dtype if dtype.kind in "iub" else np.dtype(np.float64)
 
 
 def _typed(array: Array, operand: Operand) -> Array:

@@ -1,26 +1,36 @@
-"""Concrete sizes for a site's axes: what the file declares, and choices for what it leaves open."""
+"""Concrete sizes for a site: what the file declares, and choices for what it leaves open.
+
+Sizes are chosen per symbol of the graph's inputs, and every operand's shape follows by evaluating
+the graph's own shape rules, so that inner values ("past + 1") fit what feeds them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from sfa_onnx.passes.candidate import Candidate, Refusal, Role
+from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
 from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.shapes import Concrete
 from sfa_onnx.passes.verify.extract import UnverifiableError
-from sfa_onnx.passes.verify.layout import atoms
 
-__all__ = ["base_sizes", "fixed_sizes", "variations"]
+__all__ = ["KEYS", "Dims", "Sizer", "integer_constants"]
 
-# Choices for open axes, tried in this order until the original graph runs.
+KEYS = (Role.LATENT, Role.LATENT_INT8, Role.SCALE, Role.KEY_ROPE)
+Shapes = dict[str, tuple[int, ...]]
+
+# Wanted sizes, tried in this order until the original graph runs.
 _BASES: tuple[dict[str, int], ...] = (
     {"B": 3, "S1": 3, "S2": 17, "K": 6},
     {"B": 1, "S1": 3, "S2": 17, "K": 6},
     {"B": 3, "S1": 1, "S2": 17, "K": 6},
     {"B": 1, "S1": 1, "S2": 17, "K": 6},
+    {"B": 2, "S1": 2, "S2": 64, "K": 16},
+    {"B": 1, "S1": 1, "S2": 640, "K": 16},
 )
 _OTHERS: tuple[dict[str, int], ...] = (
     {"B": 1, "S1": 1, "S2": 8, "K": 8},
@@ -28,58 +38,237 @@ _OTHERS: tuple[dict[str, int], ...] = (
     {"B": 4, "S1": 2, "S2": 7, "K": 12},
     {"B": 2, "S1": 4, "S2": 64, "K": 33},
 )
-_DEFAULTS = {"N1": 3, "T": 7, "T2": 23, "M": 3, "C": 16, "R": 4}
+_DEFAULTS = {"N1": 3, "T": 7, "T2": 23, "M": 3, "pages": 14, "slots": 4, "width": 16}
 _CONSTANT_MAX = 600  # integer constants up to this size are straddled by S2
+_ORDER = ("pages", "M", "slots", "S2", "K", "S1", "B", "T", "T2", "N1", "width")
 
 
-def fixed_sizes(index: GraphIndex, candidate: Candidate) -> dict[str, int]:
-    """Axis label -> size, for every axis whose size the file or the binder states."""
-    sizes = {k: v for k, v in candidate.sizes.items() if isinstance(v, int)}
-    for operand in candidate.operands:
-        shape = index.shape(operand.value)
-        if shape is None or len(shape) != len(operand.axes):
-            continue
-        for position, (axis, dim) in enumerate(zip(operand.axes, shape, strict=True)):
-            if isinstance(dim, int) and axis != "1" and "*" not in axis:
-                sizes.setdefault(axis or f"?{position}", dim)
-    return sizes
+@dataclass(frozen=True)
+class Dims:
+    """What the shapes of indices, keys and tables say.
 
-
-def base_sizes(candidate: Candidate, fixed: dict[str, int]) -> list[dict[str, int]]:
-    """Complete sizes to try, most telling first.
-
-    Raises:
-        UnverifiableError: the declared sizes contradict the operator (K > S2 of distinct indices).
+    Attributes:
+        batches: B.
+        rows: shape of the indices without their last axis.
+        batch_axis: axis of `rows` that runs over batches; None when there is one batch.
+        slots: K.
+        capacity: S2, key slots per sequence (TND keys: all keys together).
+        keys: axes that number key rows: (B, S2), (T2,) or (pages, page size).
+        swapped: keys lie as [S2, B, ...].
     """
-    labels = _labels(candidate)
-    tries = []
-    for base in _BASES:
-        wished = {label: fixed.get(label, base.get(label, _default(label))) for label in labels}
-        sizes = _consistent(candidate, wished, fixed)
-        if sizes is not None and sizes not in tries:
-            tries.append(sizes)
-    if not tries:
-        raise UnverifiableError(
-            Refusal(f"the sizes of the site contradict each other: {fixed}", candidate.outputs[0])
-        )
-    return tries
+
+    batches: int
+    rows: tuple[int, ...]
+    batch_axis: int | None
+    slots: int
+    capacity: int
+    keys: tuple[int, ...]
+    swapped: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of query rows."""
+        return int(np.prod(self.rows, dtype=np.int64))
+
+    def named(self) -> dict[str, int]:
+        """The sizes for the record."""
+        return {
+            "B": self.batches,
+            "S1": self.count // max(self.batches, 1),
+            "S2": self.capacity,
+            "K": self.slots,
+        }
 
 
-def variations(
-    candidate: Candidate, base: dict[str, int], fixed: dict[str, int], constants: Iterable[int]
-) -> list[dict[str, int]]:
-    """Other sizes of the open axes: S2 below, at and above K and every integer constant."""
-    free = {label for label in base if label not in fixed}
-    found: list[dict[str, int]] = []
-    keys = "S2" if "S2" in free else "M" if "M" in free else None
-    straddled = [n for c in sorted(set(constants)) for n in (c - 1, c, c + 1, 2 * c + 1)]
-    marks = [{keys: n, "K": n} for n in straddled if n > 0] if keys else []
-    for other in (*_OTHERS, *marks):
-        sizes = {**base, **{k: v for k, v in other.items() if k in free}}
-        sizes_ok = _consistent(candidate, sizes, fixed)
-        if sizes_ok is not None and sizes_ok != base and sizes_ok not in found:
-            found.append(sizes_ok)
-    return found
+class Sizer:
+    """Shapes of a candidate's operands under any choice of the graph's symbols."""
+
+    def __init__(self, index: GraphIndex, candidate: Candidate, layout_kv: str) -> None:
+        self._index = index
+        self._candidate = candidate
+        self._layout_kv = layout_kv
+        base = Concrete(index)
+        self._primes = dict(base.symbols)
+        self._roles = self._find_roles(self._evaluate(self._primes))
+
+    def canonical(self) -> Shapes:
+        """Shapes with the symbols replaced by their order of appearance (for fingerprints)."""
+        numbers = {n: -1 - i for i, n in enumerate(dict.fromkeys(self._primes.values()))}
+        seen: dict[int, int] = {}
+        result = {}
+        for value, shape in self._evaluate(self._primes).items():
+            dims = []
+            for n in shape:
+                dims.append(seen.setdefault(n, -1 - len(seen)) if n in numbers else n)
+            result[value] = tuple(dims)
+        return result
+
+    def bases(self) -> list[tuple[Shapes, Dims]]:
+        """Sizes to start from, most telling first.
+
+        Raises:
+            UnverifiableError: no choice gives shapes that fit the operator.
+        """
+        found = [s for wanted in _BASES if (s := self.choose(wanted)) is not None]
+        if not found:
+            shapes = self._evaluate(self._primes)
+            raise UnverifiableError(
+                Refusal(
+                    f"the sizes of the site contradict each other: {shapes}",
+                    self._candidate.outputs[0],
+                )
+            )
+        return _distinct(found)
+
+    def others(self, constants: Iterable[int]) -> list[tuple[Shapes, Dims]]:
+        """Sizes around K and around every integer constant of the region."""
+        straddled = [n for c in sorted(set(constants)) for n in (c - 1, c, c + 1, 2 * c + 1)]
+        wanted = [*_OTHERS, *({**_BASES[0], "S2": n, "K": n} for n in straddled if n > 0)]
+        return _distinct(s for w in wanted if (s := self.choose(w)) is not None)
+
+    def choose(self, wanted: Mapping[str, int]) -> tuple[Shapes, Dims] | None:
+        """Shapes for wanted sizes of axes; None where the operator's domain forbids them."""
+        sizes = {**_DEFAULTS, **wanted}
+        sizes["S1"] = min(sizes["S1"], sizes["S2"])
+        symbols = dict(self._primes)
+        for symbol, roles in self._roles.items():
+            role = next((r for r in _ORDER if r in roles), None)
+            if "S1" in roles and "S2" in roles:  # prefill: queries and keys grow together
+                role = "S1" if self._offset("S2") else "S2"
+            symbols[symbol] = sizes.get(role or "", 5)
+        shapes = self._evaluate(symbols)
+        dims = self.dims(shapes)
+        domain = _operand(self._candidate, Role.INDICES).domain
+        crowded = dims.slots > dims.capacity
+        if crowded and domain.distinct and not domain.negative_allowed:
+            free = [s for s, roles in self._roles.items() if roles == {"K"}]
+            if not free:
+                return None
+            symbols.update(dict.fromkeys(free, dims.capacity))
+            shapes = self._evaluate(symbols)
+            dims = self.dims(shapes)
+        return shapes, dims
+
+    def _offset(self, role: str) -> bool:
+        """Whether another symbol alone also grows `role` (a cache in front of the new tokens)."""
+        return any(role in roles and "S1" not in roles for roles in self._roles.values())
+
+    def dims(self, shapes: Shapes) -> Dims:
+        """Read the axes off the shapes."""
+        indices = shapes[_operand(self._candidate, Role.INDICES).value]
+        keys, swapped = self._keys(shapes)
+        table = _first(self._candidate, Role.BLOCK_TABLE)
+        if table is not None:
+            mapped = shapes[table.value]
+            batches = int(np.prod(mapped[:-1], dtype=np.int64))
+            capacity = mapped[-1] * keys[-1]
+        elif self._layout_kv == "TND":
+            batches, capacity = self._packed_batches(shapes), keys[-1]
+        else:
+            batches = keys[0] if len(keys) > 1 else 1
+            capacity = keys[-1]
+        rows = indices[:-1]
+        axis = self._batch_axis(rows, batches)
+        return Dims(batches, rows, axis, indices[-1], capacity, keys, swapped)
+
+    def _packed_batches(self, shapes: Shapes) -> int:
+        """Number of sequences in packed (TND) inputs: entries of the prefix sums."""
+        for role in (Role.LENGTHS_QUERY, Role.LENGTHS_KV):
+            operand = _first(self._candidate, role)
+            if operand is not None:
+                entries = int(np.prod(shapes[operand.value], dtype=np.int64))
+                return entries - (operand.axes == ("B+1",))
+        return 1
+
+    def _keys(self, shapes: Shapes) -> tuple[tuple[int, ...], bool]:
+        """Axes of the key rows, broadcast axes left out."""
+        operand = _operand(self._candidate, *KEYS)
+        shape = shapes[operand.value]
+        axes = [i for i in range(len(shape) - 1) if operand.axes[i] != "1"]
+        while len(axes) > 2 and any(shape[i] == 1 for i in axes):
+            axes.remove(next(i for i in reversed(axes) if shape[i] == 1))
+        axes = axes[:2]
+        labels = [operand.axes[i] for i in axes]
+        sizes = tuple(shape[i] for i in axes)
+        swapped = labels == ["S2", "B"]
+        if self._layout_kv == "TND":
+            return (int(np.prod(sizes, dtype=np.int64)),), False
+        return (sizes[::-1], True) if swapped else (sizes, False)
+
+    def _batch_axis(self, rows: tuple[int, ...], batches: int) -> int | None:
+        labels = _operand(self._candidate, Role.INDICES).axes
+        if batches == 1:
+            return None
+        fitting = [i for i, n in enumerate(rows) if n == batches]
+        named = [i for i in fitting if labels[i] == "B"]
+        return next(iter((*named, *fitting)), None)
+
+    def _evaluate(self, symbols: Mapping[str, int]) -> Shapes:
+        """Shape of every operand when the symbols have these sizes."""
+        concrete = Concrete(self._index, symbols)
+        shapes: Shapes = {}
+        for operand in self._candidate.operands:
+            shape = concrete.shape(operand.value)
+            if shape is None or len(shape) != len(operand.axes):
+                raise UnverifiableError(
+                    Refusal(
+                        f"the shape of {operand.value!r} cannot be told without running the model",
+                        operand.value,
+                        "export with shapes, or run onnx.shape_inference on the file first",
+                    )
+                )
+            shapes[operand.value] = shape
+        return shapes
+
+    def _find_roles(self, base: Shapes) -> dict[str, set[str]]:
+        """Symbol -> what it sizes, found by changing one symbol at a time."""
+        found: dict[str, set[str]] = {}
+        for symbol, size in self._primes.items():
+            changed = self._evaluate({**self._primes, symbol: size + 4})
+            roles = {
+                self._role(operand, axis)
+                for operand in self._candidate.operands
+                for axis, (a, b) in enumerate(
+                    zip(base[operand.value], changed[operand.value], strict=True)
+                )
+                if a != b
+            }
+            if roles:
+                found[symbol] = roles - {""} or {"other"}
+        return found
+
+    def _role(self, operand: Operand, axis: int) -> str:
+        """What an axis of an operand sizes, by the operand's role and the axis' place."""
+        rank = len(operand.axes)
+        if operand.role is Role.INDICES:
+            if axis == rank - 1:
+                return "K"
+            first = 0 if operand.axes[0] != "1" else 1
+            several = sum(a != "1" for a in operand.axes[:-1]) > 1
+            if self._layout_kv == "TND" or (not several and operand.axes[axis] == "T"):
+                return "T"
+            return "B" if axis == first and several else "S1"
+        if operand.role in KEYS:
+            return self._key_role(operand, axis, rank)
+        if operand.role is Role.BLOCK_TABLE:
+            return "M" if axis == rank - 1 else "B"
+        if operand.role in (Role.LENGTHS_KV, Role.LENGTHS_QUERY):
+            return "B"
+        if operand.role in (Role.QUERY, Role.QUERY_ROPE) and axis == rank - 2:
+            return "N1" if operand.axes[axis] == "N1" else ""
+        return ""
+
+    def _key_role(self, operand: Operand, axis: int, rank: int) -> str:
+        if axis == rank - 1:
+            return "width"
+        if _first(self._candidate, Role.BLOCK_TABLE) is not None:
+            return "pages" if axis == 0 else "slots"
+        if self._layout_kv == "TND":
+            return "T2"
+        axes = [i for i in range(rank - 1) if operand.axes[i] != "1"]
+        if [operand.axes[i] for i in axes[:2]] == ["S2", "B"]:
+            return "S2" if axis == axes[0] else "B"
+        return "S2" if axis == axes[min(1, len(axes) - 1)] else "B"
 
 
 def integer_constants(region: onnx.ModelProto) -> set[int]:
@@ -97,37 +286,28 @@ def integer_constants(region: onnx.ModelProto) -> set[int]:
     return found
 
 
-def _labels(candidate: Candidate) -> list[str]:
-    return sorted({label for o in candidate.operands for label in atoms(o.axes)})
+def _first(candidate: Candidate, *roles: Role) -> Operand | None:
+    return next((o for o in candidate.operands if o.role in roles), None)
 
 
-def _default(label: str) -> int:
-    return _DEFAULTS.get(label, 5)
+def _operand(candidate: Candidate, *roles: Role) -> Operand:
+    """The operand with one of these roles.
+
+    Raises:
+        UnverifiableError: the candidate has none.
+    """
+    found = _first(candidate, *roles)
+    if found is None:
+        names = " or ".join(str(r) for r in roles)
+        raise UnverifiableError(
+            Refusal(f"the site has no operand that is {names}", candidate.outputs[0])
+        )
+    return found
 
 
-def _consistent(
-    candidate: Candidate, sizes: dict[str, int], fixed: dict[str, int]
-) -> dict[str, int] | None:
-    """Adapt open sizes to each other; None where the domain forbids the combination."""
-    sizes = dict(sizes)
-    indices = next((o for o in candidate.operands if o.role is Role.INDICES), None)
-    table = next((o for o in candidate.operands if o.role is Role.BLOCK_TABLE), None)
-    keys = next((o for o in candidate.operands if o.role in (Role.LATENT, Role.LATENT_INT8)), None)
-    if indices is None or keys is None:
-        return sizes
-    capacity = sizes.get("S2", 0)
-    if table is not None:
-        pages, page = atoms(keys.axes)[:2]
-        mapped = atoms(table.axes)[-1]
-        if pages not in fixed:
-            sizes[pages] = sizes.get("B", 1) * sizes[mapped] + 2
-        capacity = sizes[mapped] * sizes[page]
-    slot = atoms(indices.axes)[-1]
-    domain = indices.domain
-    if domain.distinct and not domain.negative_allowed and capacity and sizes[slot] > capacity:
-        if slot in fixed:
-            return None
-        sizes[slot] = capacity
-    if capacity and "S1" in sizes and sizes["S1"] > capacity and "S1" not in fixed:
-        sizes["S1"] = capacity
-    return sizes
+def _distinct(choices: Iterable[tuple[Shapes, Dims]]) -> list[tuple[Shapes, Dims]]:
+    found: list[tuple[Shapes, Dims]] = []
+    for choice in choices:
+        if choice not in found:
+            found.append(choice)
+    return found
