@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sfa_onnx.ascend import package
+from sfa_onnx import op
+from sfa_onnx.ascend import doctor, package
 from sfa_onnx.errors import UsageError
 
+SOURCES = Path(__file__).parents[1] / "kernels" / "ascend"
 LIBRARY = "opp/vendors/sfa_onnx/framework/onnx/libcust_onnx_parsers.so"
 
 
@@ -25,7 +28,7 @@ def no_cann(monkeypatch):
 def fake_cann(no_cann, monkeypatch, tmp_path):
     """A toolkit reduced to the headers our plug-in includes."""
     home = tmp_path / "cann"
-    shutil.copytree(package.plugin_root() / "testing" / "include", home / "include")
+    shutil.copytree(SOURCES / "testing" / "include", home / "include")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(home))
     return home
 
@@ -70,7 +73,7 @@ def test_the_plug_in_is_built_when_a_toolkit_is_there(fake_cann, tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_build_script_builds_it_later(no_cann, tmp_path):
     package.write(tmp_path)
-    headers = package.plugin_root() / "testing"
+    headers = SOURCES / "testing"
     env = os.environ | {"ASCEND_HOME_PATH": str(headers)}
     done = subprocess.run(
         ["./build_plugin.sh"], cwd=tmp_path, capture_output=True, text=True, env=env
@@ -122,3 +125,92 @@ def test_a_folder_without_headers_is_no_toolkit(monkeypatch, tmp_path):
 
 def test_sources_are_found_in_this_tree():
     assert Path(package.plugin_root() / "plugin" / "register.cc").is_file()
+
+
+# ---- doctor: fake trees, read the way CANN reads real ones --------------------------------------
+
+OURS = "op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info.json"
+
+
+def probes():
+    return {p.name: p for p in doctor.examine_cann()}
+
+
+def operators(folder: Path, entries) -> None:
+    path = folder / OURS
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(entries))
+
+
+@pytest.fixture
+def tree(fake_cann, monkeypatch):
+    """A toolkit with the built-in operators and no vendor package."""
+    (fake_cann / "compiler").mkdir()
+    (fake_cann / "compiler" / "version.info").write_text("Version=9.1.0\n")
+    builtin = {b.ge_type: {"input0": {"name": "query"}} for b in op.BINDINGS if b.name != "recipes"}
+    operators(fake_cann / "opp" / "built-in", builtin)
+    monkeypatch.delenv("ASCEND_OPP_PATH", raising=False)
+    return fake_cann
+
+
+def test_doctor_without_cann(no_cann, monkeypatch):
+    monkeypatch.setattr(doctor, "_usual_place", lambda: None)
+    (only,) = doctor.examine_cann()
+    assert (only.state, only.name) == ("info", "CANN toolkit")
+
+
+def test_doctor_with_builtins_only(tree):
+    found = probes()
+    assert found["CANN toolkit"].state == "ok"
+    assert "9.1.0" in found["CANN toolkit"].text
+    assert found["operator KvQuantSparseFlashAttention"].state == "ok"
+    assert found["operator SparseFlashAttentionAntiquant"].state == "info"
+    assert "not visible" in found["our plug-in"].text
+
+
+def test_doctor_warns_of_an_old_release(tree):
+    (tree / "compiler" / "version.info").write_text("Version=8.2.RC1\n")
+    assert "8.5.0 is the first release" in probes()["CANN toolkit"].text
+
+
+def test_doctor_sees_the_load_order_and_what_is_not_loaded(tree, monkeypatch, tmp_path):
+    custom = tmp_path / "mine"
+    custom.mkdir()
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", f"{custom}:{tmp_path}/gone")
+    vendors = tree / "opp" / "vendors"
+    for name in ("a", "b", "forgotten"):
+        (vendors / name).mkdir(parents=True)
+    (vendors / "config.ini").write_text("load_priority=b,a\n")
+    order = [v.name for v in doctor.vendors(tree / "opp")]
+    assert order == ["mine", "gone", "b", "a", "forgotten", "built-in"]
+    found = probes()
+    assert found["vendor 2: gone"].state == "warning"
+    assert "not in config.ini" in found["vendor 5: forgotten"].text
+
+
+def test_doctor_finds_our_plug_in_once_or_twice(tree, monkeypatch, tmp_path):
+    for name in ("one", "two"):
+        folder = tmp_path / name / "framework" / "onnx"
+        folder.mkdir(parents=True)
+        (folder / package.LIBRARY).write_bytes(b"..NPUKvQuantSparseFlashAttention..")
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", str(tmp_path / "one"))
+    assert probes()["our plug-in"].state == "ok"
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", f"{tmp_path}/two:{tmp_path}/one")
+    assert "found 2 times" in probes()["our plug-in"].text
+
+
+def test_doctor_tells_the_namesake_from_the_recipes_operator(tree, monkeypatch, tmp_path):
+    recipes = {"SparseFlashAttentionAntiquant": {"attr": {"list": "scale_value,tile_size"}}}
+    namesake = {
+        "SparseFlashAttentionAntiquant": {"attr": {"list": "scale_value,sparse_shard_size"}}
+    }
+    operators(tmp_path / "recipes", recipes)
+    operators(tmp_path / "experimental", namesake)
+    name = "operator SparseFlashAttentionAntiquant"
+    both = [str(tmp_path / "experimental"), str(tmp_path / "recipes")]
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", ":".join(both))
+    assert "experimental namesake" in probes()[name].text
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", ":".join(reversed(both)))
+    assert "recipes (ASCEND_CUSTOM_OPP_PATH) wins over experimental" in probes()[name].text
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", both[1])
+    assert probes()[name].state == "ok"

@@ -201,6 +201,8 @@ def _notes(model: ModelProto, bound: dict[str, str], command: AtcCommand) -> Non
                 " its dims to numbers"
             )
     for name, variable in command.unbound.items():
-        command.notes.append(
-            f"dim {name} has no value: give --dim {name}=N, or set {variable} when running atc.sh"
-        )
+        if variable.startswith("SHAPE_"):
+            text = f'input {name} has no shape: run {variable}="1,2,3" bash atc.sh'
+        else:
+            text = f"dim {name} has no value: give --dim {name}=N, or {variable}=N bash atc.sh"
+        command.notes.append(text)
