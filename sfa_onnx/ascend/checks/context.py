@@ -77,6 +77,11 @@ class Context:
                 self._by_scope.setdefault(node.scope, []).append(node)
         return iter(self._by_scope.get(scope, ()))
 
+    def takes_as_is(self, node: Node) -> bool:
+        """Whether the parser gets this node as it stands, not its ATC form."""
+        atc = node.proto.domain in ("", "ai.onnx")
+        return atc or self.cann.many_domains or len(self.view.imports) == 1
+
     def well_formed(self, node: Node) -> bool:
         """Whether a standard node has the inputs and outputs its op asks for; others are taken."""
         counts = _counts(node.op_type, node.version or 0) if node.domain == "ai.onnx" else None
@@ -126,11 +131,13 @@ class Context:
             return Registration(False)
         return registration(self.cann, node.domain, node.version, node.op_type)
 
+    def standard(self, node: Node) -> bool:
+        """Whether the node is a standard op, of whatever opset, that no user's plug-in takes."""
+        return node.domain == "ai.onnx" and self.plugin(node) is None
+
     def builtin(self, node: Node) -> bool:
         """Whether CANN's own plug-in of a standard op takes the node."""
-        if node.domain != "ai.onnx" or self.plugin(node) is not None:
-            return False
-        return self.registration(node).known is not False
+        return self.standard(node) and self.registration(node).known is not False
 
 
 @cache

@@ -58,7 +58,7 @@ def _found(
 def graph_ops(ctx: Context) -> Iterator[Finding]:
     """Everything about single ops, one finding per op and reason."""
     for node in ctx.nodes():
-        if not ctx.builtin(node) or not ctx.well_formed(node):
+        if not ctx.standard(node) or not ctx.well_formed(node):
             continue
         if node.op_type == "TopK":
             yield from _topk(ctx, node)
@@ -196,7 +196,7 @@ def einsum_form(equation: str, shapes: Sequence[Dims | None]) -> MatMulForm | No
 
 def _data_dependent(ctx: Context) -> Iterator[Finding]:
     for op_type in _DATA_DEPENDENT:
-        nodes = [n for n in ctx.nodes() if n.op_type == op_type and ctx.builtin(n)]
+        nodes = [n for n in ctx.nodes() if n.op_type == op_type and ctx.standard(n)]
         if nodes:
             yield _found(
                 "data-dependent-shape",

@@ -128,7 +128,7 @@ def _recipes(ctx: Context) -> Iterator[Finding]:
     nodes = [
         n
         for n in ctx.nodes()
-        if n.op_type == "NPUSparseFlashAttentionAntiquant" and n.proto.domain in ("", "ai.onnx")
+        if n.op_type == "NPUSparseFlashAttentionAntiquant" and ctx.takes_as_is(n)
     ]
     if nodes:
         yield _found(
@@ -138,6 +138,6 @@ def _recipes(ctx: Context) -> Iterator[Finding]:
             " (v0.2.0 or v0.3.0), which is no longer published; CANN 9.1 and later hold another,"
             " experimental op of the same name that is not ours",
             nodes[0].name,
-            "use the default binding (kv-quant), built in since CANN 8.5",
+            "run `sfa-onnx atc`, whose default binding (kv-quant) is built in since CANN 8.5",
             "E10501",
         )

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from sfa_onnx.ascend.checks.context import Context, Node
-from sfa_onnx.ascend.checks.facts import INTERNAL_OPS, dtype_name, ge_support, ge_types_of
+from sfa_onnx.ascend.checks.facts import (
+    INTERNAL_OPS,
+    dtype_name,
+    ge_support,
+    ge_types_of,
+    registered_versions,
+)
 from sfa_onnx.ascend.checks.finding import Finding, Severity, SupportRow
 from sfa_onnx.ascend.chips import family_of
 
@@ -25,6 +31,9 @@ FAMILIES: Final = {"A2": "ascend910b", "A3": "ascend910_93", "950": "ascend950"}
 _FREE: Final = frozenset(("If", "Identity", *INTERNAL_OPS))
 # Ops that move no data; that only their AI CPU fallback is declared is no reason to warn.
 _VIEWS: Final = frozenset(("Flatten", "Reshape", "Squeeze", "Unsqueeze"))
+# What the canonical node becomes when it has to go through the ATC flavour first.
+_RECIPES: Final = "SparseFlashAttentionAntiquant"
+_BUILT_IN: Final = "KvQuantSparseFlashAttention"
 _NO_KERNEL: Final = frozenset(("PartitionedCall", ""))
 
 
@@ -97,11 +106,15 @@ def _shown(dtypes: tuple[str, ...]) -> str:
 
 def _ge_types(ctx: Context, node: Node) -> tuple[str, ...]:
     plugin = ctx.plugin(node)
+    if plugin is not None and plugin.ge_type == _RECIPES and not ctx.takes_as_is(node):
+        return (_BUILT_IN,)
     if plugin is not None:
         return (plugin.ge_type,) if plugin.ge_type not in _NO_KERNEL else ()
     registered = ctx.registration(node)
+    if registered.known is False and not registered_versions(node.domain, node.op_type):
+        return ()
     named = tuple(t for t in registered.ge_types if t not in _NO_KERNEL)
-    return named or (ge_types_of(node.op_type) or ()) if registered.known is not False else ()
+    return named or ge_types_of(node.op_type) or ()
 
 
 def support_rows(ctx: Context) -> list[SupportRow]:
