@@ -149,7 +149,7 @@ def _split_expansion(ctx: Context, node: Node) -> Iterator[Finding]:
     proto, scope = node.proto, node.scope
     sized = len(proto.input) > 1 or bool(attribute(proto, "split"))
     parts = attribute(proto, "num_outputs", 0)
-    if sized or not parts:
+    if sized or not parts or not proto.input:
         return
     hint = "give the sizes as the second input"
     visible = scope is ctx.view.root and proto.input[0] in scope.inputs
