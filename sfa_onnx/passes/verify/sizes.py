@@ -223,22 +223,26 @@ class Sizer:
     def _find_roles(self, base: Shapes) -> dict[str, set[str]]:
         """Symbol -> what it sizes, found by changing one symbol at a time."""
         found: dict[str, set[str]] = {}
+        used: dict[tuple[str, int], int] = {}  # (operand, merged axis) -> symbols seen so far
         for symbol, size in self._primes.items():
             changed = self._evaluate({**self._primes, symbol: size + 4})
-            roles = {
-                self._role(operand, axis)
-                for operand in self._candidate.operands
-                for axis, (a, b) in enumerate(
-                    zip(base[operand.value], changed[operand.value], strict=True)
-                )
-                if a != b
-            }
+            roles: set[str] = set()
+            for operand in self._candidate.operands:
+                before, after = base[operand.value], changed[operand.value]
+                for axis, (a, b) in enumerate(zip(before, after, strict=True)):
+                    if a != b:
+                        place = (operand.value, axis)
+                        roles.add(self._role(operand, axis, used.get(place, 0)))
+                        used[place] = used.get(place, 0) + 1
             if roles:
                 found[symbol] = roles - {""} or {"other"}
         return found
 
-    def _role(self, operand: Operand, axis: int) -> str:
-        """What an axis of an operand sizes, by the operand's role and the axis' place."""
+    def _role(self, operand: Operand, axis: int, nth: int = 0) -> str:
+        """What an axis of an operand sizes, by the operand's role and the axis' place.
+
+        `nth` counts the symbols that size a merged axis ("B*S1"), in the order of the inputs.
+        """
         rank = len(operand.axes)
         if operand.role is Role.INDICES:
             if axis == rank - 1:
@@ -254,9 +258,9 @@ class Sizer:
             return "M" if axis == rank - 1 else "B"
         if operand.role in (Role.LENGTHS_KV, Role.LENGTHS_QUERY):
             return "B"
-        if operand.role in (Role.QUERY, Role.QUERY_ROPE) and axis == rank - 2:
-            return "N1" if operand.axes[axis] == "N1" else ""
-        return ""
+        parts = operand.axes[axis].split("*")
+        label = parts[min(nth, len(parts) - 1)]
+        return label if label in ("B", "S1", "S2", "K", "N1", "T", "M") else ""
 
     def _key_role(self, operand: Operand, axis: int, rank: int) -> str:
         if axis == rank - 1:
