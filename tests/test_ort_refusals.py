@@ -269,6 +269,36 @@ def attribute_model(op: OpContract, name: str, value: Any) -> Any:
     return model
 
 
+CONTRACT = [(op, a) for op in (PACKED, BUILT_IN, FLOAT) for a in op.attributes]
+
+
+@needs_library
+@pytest.mark.parametrize(("op", "a"), CONTRACT, ids=lambda x: x.name)
+def test_defaults_and_legal_values_are_the_contracts(op, a):
+    """The compiled table cannot drift away from `sfa_onnx.op`."""
+
+    def loads(value: Any) -> bool:
+        model = attribute_model(op, a.name, value)
+        try:
+            runtime.session(model)
+        except ModelError as error:
+            if f"attribute {a.name}: " in str(error):
+                return False
+            raise
+        return True
+
+    default_is_legal = not a.required and (a.cpu is None or a.default in a.cpu)
+    if a.name == "tile_size":  # 0 stands for "not given" in the older op
+        default_is_legal = a.default != 0
+    if a.name in ("layout_query", "layout_kv"):
+        return  # legal in pairs only: the tables above have them
+    assert loads(REMOVED) == default_is_legal
+    for value in a.cpu or ():
+        assert loads(value)
+    if a.cpu:
+        assert not loads(max(a.cpu) - 7)
+
+
 @needs_library
 def test_an_int_scale_is_taken_as_a_float():
     case = make_case()
