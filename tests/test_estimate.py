@@ -126,6 +126,21 @@ def test_whole_cache_copies_are_counted() -> None:
     assert any("copied whole" in n for n in result.notes)
 
 
+def test_the_indexer_reads_all_keys() -> None:
+    inputs = [
+        info("q", BF16, (1, 8, 64, 128)),
+        info("k", BF16, (1, 65536, 1, 128)),
+        info("w", BF16, (1, 8, 64)),
+    ]
+    node = helper.make_node("NPULightningIndexer", ["q", "k", "w"], ["i"], name="li", domain="npu")
+    graph = helper.make_graph([node], "g", inputs, [info("i", INT32, (1, 8, 1, 2048))])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("npu", 1)]
+    site = estimate(helper.make_model(graph, opset_imports=opsets)).sites[0]
+    assert (site.keys, site.heads, site.tokens) == (65536, 64, 8)
+    assert site.flops_per_token == 2 * 64 * 65536 * 128
+    assert site.bytes_per_token == 65536 * 256
+
+
 def test_it_says_what_it_is() -> None:
     data = to_json(estimate(fused(16, int8=True)))
     assert data["label"] == LABEL

@@ -45,6 +45,7 @@ _DEQUANT_CYCLES: Final = (
     4.5  # per 64 int8 numbers: to fp16 0.5, to fp32 1, times scale 2, to bf16 1
 )
 _SOFTMAX_CYCLES: Final = 13.0  # per 64 scores
+_SCORE_CYCLES: Final = 4.0  # per 64 index scores: relu 1, times weight 2, sum 1
 _BLOCK: Final = 512  # keys per pass of the kernel
 _VECTORS: Final = 2  # vector cores per cube core
 _US: Final = 1e6
@@ -268,7 +269,7 @@ def _indexer(
     rate = chip.flops / chip.cube_cores * (2 if item == 1 else 1)
     seconds = {
         "gather": traffic / (_VECTORS * _GATHER),
-        "vector": heads * keys / _LANES * 4.0 / (_VECTORS * chip.clock_hz),
+        "vector": heads * keys / _LANES * _SCORE_CYCLES / (_VECTORS * chip.clock_hz),
         "cube": flops / rate,
     }
     stages = {name: s * _US for name, s in seconds.items()}

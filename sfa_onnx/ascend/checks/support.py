@@ -148,27 +148,36 @@ def _row(
 
 
 def support_findings(rows: list[SupportRow]) -> Iterator[Finding]:
-    """One finding per op whose engine nobody declares or documents; unknown is said as unknown."""
-    merged: dict[tuple[str, str], list[SupportRow]] = {}
+    """One finding per kind of gap and set of ops, SoC families together."""
+    gaps: dict[tuple[str, str], list[SupportRow]] = {}
     for row in rows:
         for family, evidence in row.evidence.items():
-            cpu = row.engines[family] == "AI CPU"
-            kind = "AI CPU" if cpu and row.op_type not in _VIEWS else evidence
+            cpu = row.engines[family] == "AI CPU" and row.op_type not in _VIEWS
+            kind = "AI CPU" if cpu else evidence
             if kind != "declared" and row.engines[family] != "none":
-                merged.setdefault((kind, family), []).append(row)
-    for (kind, family), found in sorted(merged.items(), key=lambda kv: _ORDER.index(kv[0][0])):
+                gaps.setdefault((kind, family), []).append(row)
+    merged: dict[tuple[str, str], list[str]] = {}
+    for (kind, family), found in gaps.items():
+        merged.setdefault((kind, _shown_rows(found)), []).append(family)
+    for (kind, ops), where in sorted(merged.items(), key=lambda kv: _ORDER.index(kv[0][0])):
         severity, text = _TEXT[kind]
-        ops = sorted({f"{r.op_type}({_first(r)})" for r in found})
-        count = sum(r.count for r in found)
-        message = f"{family}: {text} for {count} nodes: {', '.join(ops)}"
         yield Finding(
             f"engine-{kind.lower().replace(' ', '-')}",
             severity,
             "support",
-            message,
+            f"{', '.join(where)}: {text}: {ops}",
             hint=_HINTS[kind],
             evidence="declared" if kind == "AI CPU" else kind,
         )
+
+
+def _shown_rows(rows: list[SupportRow]) -> str:
+    """`Add(fp32) x3, Neg(bf16)`."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        name = f"{row.op_type}({_first(row)})"
+        counts[name] = counts.get(name, 0) + row.count
+    return ", ".join(f"{n} x{c}" if c > 1 else n for n, c in sorted(counts.items()))
 
 
 def _first(row: SupportRow) -> str:

@@ -138,7 +138,7 @@ def _run(
     results = [onnx.helper.make_empty_tensor_value_info(o) for o in outputs]
     graph = onnx.helper.make_graph(list(nodes), "trial", inputs, results, constants)
     opset = onnx.helper.make_opsetid("", scope.opset)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
     given = {n: feeds[n] for n in read & feeds.keys()}
     if any(v.dtype.kind == "V" or v.dtype.name == "bfloat16" for v in given.values()):
         # onnxruntime's CPU provider lacks bf16 kernels for these ops; onnx's own evaluator has them
