@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -116,10 +117,21 @@ def markdown(verdicts: list[Verdict], notes: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(verdicts: list[Verdict], folder: Path, part: str) -> None:
+    """SCORE.md and SCORE.json of what is known so far."""
+    notes = folder / "NOTES.md"
+    text = markdown(verdicts, notes.read_text() if notes.exists() else "")
+    (folder / f"SCORE{part}.md").write_text(text)
+    table = json.dumps([v.as_dict() for v in verdicts], indent=1)
+    (folder / f"SCORE{part}.json").write_text(table)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-k", default="", help="regular expression on case names")
     parser.add_argument("-o", type=Path, default=Path(tempfile.gettempdir()) / "zoo")
+    parser.add_argument("-n", type=int, default=1, help="only every n-th case, spread evenly")
+    parser.add_argument("-f", action="store_true", help="only what failed in the last SCORE.json")
     parser.add_argument("-q", action="store_true", help="print failing cases only")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -127,19 +139,23 @@ def main() -> int:
         worker()
         return 0
     args.o.mkdir(parents=True, exist_ok=True)
-    notes = args.o / "NOTES.md"
+    chosen = [c for c in cases(args.k) if zlib.crc32(c.name.encode()) % args.n == 0]
+    if args.f:
+        failed = json.loads((args.o / "SCORE.json").read_text())
+        names = {v["name"] for v in failed if v["failure"]}
+        chosen = [c for c in chosen if c.name in names]
     child, verdicts = Child(), []
+    part = "-part" if args.k or args.f else ""
     try:
-        for case in cases(args.k):
+        for number, case in enumerate(chosen):
             verdicts.append(child.ask(case))
             if not (args.q and verdicts[-1].ok):
                 print(one_line(verdicts[-1]), flush=True)
+            if number % 20 == 19:
+                write(verdicts, args.o, part)
     finally:
         child.close()
-        text = markdown(verdicts, notes.read_text() if notes.exists() else "")
-        name = "SCORE" if not args.k else "SCORE-part"
-        (args.o / f"{name}.md").write_text(text)
-        (args.o / f"{name}.json").write_text(json.dumps([v.as_dict() for v in verdicts], indent=1))
+        write(verdicts, args.o, part)
     print(f"{sum(v.ok for v in verdicts)} of {len(verdicts)} as expected")
     return 0 if all(v.ok for v in verdicts) else 1
 
