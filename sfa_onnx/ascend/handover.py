@@ -29,7 +29,7 @@ from sfa_onnx.ascend.handover_against import compare_against
 from sfa_onnx.ascend.handover_mapping import find_original, mapping
 from sfa_onnx.ascend.handover_readme import atc_script, readme
 from sfa_onnx.ascend.handover_scope import cut, parse_scope
-from sfa_onnx.errors import SfaError
+from sfa_onnx.errors import SfaError, UsageError
 from sfa_onnx.model import atomic_write, load_model, save_model
 from sfa_onnx.weights import external_files
 
@@ -114,6 +114,8 @@ def write(
         ModelError, ContractError, WeightsError: the model has no ATC form; see `flavour.convert`.
     """
     path, folder = Path(model), Path(out_dir)
+    if (folder / "atc.sh").exists() and not force:
+        raise UsageError(f"{folder}: there is a hand-over in it already; use --force to replace it")
     proto = load_model(path)
     if scope is not None:
         proto = cut(proto, parse_scope(scope))

@@ -112,4 +112,5 @@ def _difference(
         return plain
     wide = mine.astype(np.float64)
     rms = float(np.sqrt(np.mean(wide * wide))) if wide.size else 0.0
-    return measure(mine, theirs, atol=max(plain.atol, extra * rms), rtol=rtol)
+    relative = max(plain.rtol, extra) if rtol is None else rtol
+    return measure(mine, theirs, atol=max(plain.atol, extra * rms), rtol=relative)

@@ -70,12 +70,12 @@ def _entry(node: NodeProto, before: GraphProto | None, after: GraphProto) -> dic
 
 def _replaced(node: NodeProto, before: GraphProto, after: GraphProto) -> list[str]:
     """Nodes of the original above the fused output that the fused graph no longer has."""
-    kept = {out for n in after.node if n.name != node.name for out in n.output}
+    kept = {_key(n) for n in after.node}
     producers = {out: n for n in before.node for out in n.output}
     queue, found, seen = list(_landing(node, before, after)), [], set()
     while queue:
         producer = producers.get(queue.pop())
-        if producer is None or id(producer) in seen or _is_kept(producer, kept):
+        if producer is None or id(producer) in seen or _key(producer) in kept:
             continue
         seen.add(id(producer))
         found.append(producer)
@@ -85,8 +85,8 @@ def _replaced(node: NodeProto, before: GraphProto, after: GraphProto) -> list[st
     return [n.name or n.output[0] for n in found]
 
 
-def _is_kept(producer: NodeProto, kept: set[str]) -> bool:
-    return any(out in kept for out in producer.output)
+def _key(node: NodeProto) -> tuple[str, tuple[str, ...]]:
+    return node.op_type, tuple(node.output)
 
 
 def _landing(node: NodeProto, before: GraphProto, after: GraphProto) -> set[str]:

@@ -68,7 +68,7 @@ def cut(model: ModelProto, scope: Scope) -> ModelProto:
     _add_shared(nodes, layers, chosen)
     if scope.last == max(present):
         _add_tail(nodes, layers, chosen)
-    return _extract(model, nodes, chosen)
+    return _extract(model, nodes, chosen, {i for i in chosen if layers[i] is not None})
 
 
 def _layers(model: ModelProto) -> list[int | None]:
@@ -139,7 +139,10 @@ def _add_tail(nodes: list[NodeProto], layers: list[int | None], chosen: set[int]
                 grown = True
 
 
-def _extract(model: ModelProto, nodes: list[NodeProto], chosen: set[int]) -> ModelProto:
+def _extract(
+    model: ModelProto, nodes: list[NodeProto], chosen: set[int], owned: set[int]
+) -> ModelProto:
+    """The sub-model of `chosen`; what no layer owns, other stages compute themselves."""
     graph = model.graph
     facts = Facts.of(model)
     read = {name for i in chosen for name in _reads(nodes[i])}
@@ -151,7 +154,7 @@ def _extract(model: ModelProto, nodes: list[NodeProto], chosen: set[int]) -> Mod
     inputs += sorted(read - made - constants - set(inputs) - {""})
     outputs = [v.name for v in graph.output if v.name in made]
     rest = (made & later) - set(outputs)
-    outputs = [n for i in sorted(chosen) for n in nodes[i].output if n in rest] + outputs
+    outputs = [n for i in sorted(owned) for n in nodes[i].output if n in rest] + outputs
 
     part = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     part.opset_import.extend(model.opset_import)

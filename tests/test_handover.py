@@ -1,0 +1,400 @@
+"""The hand-over folder: what is written, cut, run and compared; nothing of it needs CANN."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sfa_onnx import kv_cache, op, runtime
+from sfa_onnx.ascend import handover, handover_against, handover_data, handover_mapping
+from sfa_onnx.ascend.handover_scope import Scope, cut, parse_scope
+from sfa_onnx.errors import ModelError, UsageError
+from tests.test_flavour import build, ours
+
+SOC = "Ascend910B2"
+RNG = np.random.default_rng(11)
+HALF = TensorProto.FLOAT16
+
+
+@pytest.fixture(autouse=True)
+def no_cann(monkeypatch):
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_CUSTOM_OPP_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def attention(batch=1, name="/layers.0/attn"):
+    """One fused node over a contiguous packed cache, and inputs for it."""
+    node = ours(op.SPARSE_FLASH_ATTENTION_ANTIQUANT, name=name, layout_kv="BSND")
+    node.input[:] = ["query", "key", "key", "sparse_indices"]
+    inputs = [
+        ("query", HALF, [batch, 2, 16, 576]),
+        ("key", TensorProto.INT8, [batch, 64, 1, 656]),
+        ("sparse_indices", TensorProto.INT32, [batch, 2, 1, 32]),
+    ]
+    model = build([node], inputs, [("attention_out", HALF, [batch, 2, 16, 512])], domains=("npu",))
+    rows = RNG.standard_normal((1, 64, 1, 512)).astype(np.float32)
+    rope = RNG.standard_normal((1, 64, 1, 64)).astype(np.float16)
+    feeds = {
+        "query": RNG.standard_normal((1, 2, 16, 576)).astype(np.float16),
+        "key": kv_cache.pack(rows, rope),
+        "sparse_indices": np.tile(np.arange(32, dtype=np.int32), (1, 2, 1, 1)),
+    }
+    return model, feeds
+
+
+@pytest.fixture
+def fused(tmp_path):
+    model, feeds = attention()
+    path = tmp_path / "m.sfa.onnx"
+    onnx.save(model, path)
+    return path, feeds
+
+
+def test_everything_is_there_and_the_report_says_what_to_do(fused, tmp_path):
+    path, feeds = fused
+    report = handover.write(path, tmp_path / "out", soc_version=SOC, inputs=feeds)
+    assert report.passed, report.errors
+    for name in ("model.atc.onnx", "atc.sh", "README.md", "mapping.json", "run_om.py",
+                 "outputs.json", "inputs/inputs.json", "build_plugin.sh"):  # fmt: skip
+        assert (tmp_path / "out" / name).is_file(), name
+    assert set(report.files) <= {
+        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")
+    }
+    script = (tmp_path / "out" / "atc.sh").read_text()
+    assert "--input_shape='query:1,2,16,576;key:1,64,1,656;sparse_indices:1,2,1,32'" in script
+    assert "source opp/vendors/sfa_onnx/bin/set_env.bash" in script
+    assert "E16005" in (tmp_path / "out" / "README.md").read_text()
+    assert "atc.sh" in report.lines()[-1]
+    shell = subprocess.run(["bash", "-n", str(tmp_path / "out" / "atc.sh")])
+    assert shell.returncode == 0
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("binding", ["kv-quant", "recipes"])
+def test_the_atc_file_gives_the_same_bits_in_onnxruntime(fused, tmp_path, binding):
+    path, feeds = fused
+    report = handover.write(path, tmp_path / "out", soc_version=SOC, binding=binding, inputs=feeds)
+    mine, theirs = runtime.run(path, feeds), runtime.run(report.model, feeds)
+    np.testing.assert_array_equal(mine["attention_out"], theirs["attention_out"])
+
+
+def test_symbolic_dims_are_asked_for_by_the_script(tmp_path):
+    model, _ = attention()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(model, tmp_path / "m.onnx")
+    report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC)
+    assert report.unbound == {"batch": "DIM_BATCH"}
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "atc").write_text("#!/bin/bash\nexit 0\n")
+    (fake / "atc").chmod(0o755)
+    env = {"PATH": f"{fake}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "out/atc.sh"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "DIM_BATCH" in done.stderr
+    bound = handover.write(
+        tmp_path / "m.onnx", tmp_path / "two", soc_version=SOC, dims={"batch": 1}
+    )
+    assert not bound.unbound
+    assert "query:1,2,16,576" in bound.command
+
+
+def test_weights_stay_where_they_are(tmp_path):
+    weight = RNG.standard_normal((576, 576)).astype(np.float16)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "mm")]
+    io = ("x", HALF, [1, 576]), ("y", HALF, [1, 576])
+    model = build(nodes, io[:1], io[1:], inits=[("w", weight)])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    onnx.save(model, folder / "m.onnx", save_as_external_data=True, location="m.bin")
+    before = (folder / "m.bin").stat()
+    report = handover.write(folder / "m.onnx", tmp_path / "out", soc_version=SOC)
+    assert report.model == folder / "m.atc.onnx"
+    assert (folder / "m.bin").stat() == before
+    assert not list((tmp_path / "out").glob("*.bin"))
+    assert "--model=../model/m.atc.onnx" in report.command
+    assert "--external_weight=1" in report.command
+    tensor = onnx.load(report.model, load_external_data=False).graph.initializer[0]
+    assert {e.key for e in tensor.external_data} <= {"location", "offset", "length"}
+    x = np.ones((1, 576), np.float16)
+    np.testing.assert_array_equal(
+        runtime.run(report.model, {"x": x})["y"], runtime.run(folder / "m.onnx", {"x": x})["y"]
+    )
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(fused, tmp_path):
+    path, feeds = fused
+    handover.write(path, tmp_path / "out", soc_version=SOC, inputs=feeds)
+    with pytest.raises(UsageError, match="a hand-over in it already"):
+        handover.write(path, tmp_path / "out", soc_version=SOC)
+    handover.write(path, tmp_path / "out", soc_version=SOC, inputs=feeds, force=True)
+    broken, _ = attention()
+    broken.graph.node[0].attribute.remove(broken.graph.node[0].attribute[0])
+    onnx.save(broken, tmp_path / "broken.onnx")
+    with pytest.raises(ValueError, match="scale_value is missing"):
+        handover.write(tmp_path / "broken.onnx", tmp_path / "new", soc_version=SOC)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_the_operator_refuses_makes_the_report_fail(tmp_path):
+    model, _ = attention()
+    spec = next(a for a in model.graph.node[0].attribute if a.name == "tile_size")
+    spec.i = 64
+    onnx.save(model, tmp_path / "m.onnx")
+    report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC)
+    assert not report.passed
+    assert any("tile_size" in text for text in report.errors)
+
+
+# ---- atc itself (a fake one: only its log matters here) -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "passed"),
+    [
+        ('echo "$@" > call.txt; echo "ATC run success, welcome to the next use."', True),
+        ('echo "E10501: IR for Op [sfa_0] is not registered"; exit 1', False),
+    ],
+)
+def test_atc_is_run_when_it_is_there(fused, tmp_path, monkeypatch, body, passed):
+    path, feeds = fused
+    headers = tmp_path / "cann"
+    shutil.copytree(handover.package.plugin_root() / "testing" / "include", headers / "include")
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "atc").write_text(f"#!/bin/bash\n{body}\n")
+    (fake / "atc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(headers))
+    report = handover.write(path, tmp_path / "out", soc_version=SOC, inputs=feeds, execute=True)
+    assert report.plugin_built
+    assert report.ran is not None
+    assert report.passed is passed
+    if passed:
+        assert "--soc_version=Ascend910B2" in (tmp_path / "out" / "call.txt").read_text()
+    else:
+        assert "no prototype" in "\n".join(report.lines())
+
+
+# ---- mapping -------------------------------------------------------------------------------------
+
+
+def test_mapping_names_the_replaced_nodes(tmp_path):
+    chain = [
+        helper.make_node("Abs", ["x"], ["a"], "first"),
+        helper.make_node("Neg", ["a"], ["b"], "inner1"),
+        helper.make_node("Exp", ["b"], ["c"], "inner2"),
+        helper.make_node("Add", ["c", "a"], ["out"], "inner3"),
+        helper.make_node("Abs", ["out"], ["y"], "last"),
+    ]
+    io = ("x", HALF, [1, 2, 16, 576]), ("y", HALF, None)
+    before = build(chain, io[:1], io[1:])
+    onnx.save(before, tmp_path / "m.onnx")
+    node = ours(op.SPARSE_FLASH_ATTENTION_ANTIQUANT, name="fused")
+    node.input[:] = ["a", "k", "k", "i"]
+    node.output[:] = ["attended"]
+    inputs = [
+        *io[:1],
+        ("k", TensorProto.INT8, [1, 8, 1, 656]),
+        ("i", TensorProto.INT32, [1, 2, 1, 4]),
+    ]
+    cast = helper.make_node("Cast", ["attended"], ["out"], "glue", to=HALF)
+    after = build([chain[0], node, cast, chain[4]], inputs, io[1:], domains=("npu",))
+    onnx.save(after, tmp_path / "m.sfa.onnx")
+    assert handover_mapping.find_original(tmp_path / "m.sfa.onnx") == tmp_path / "m.onnx"
+    handover.write(tmp_path / "m.sfa.onnx", tmp_path / "out", soc_version=SOC)
+    written = json.loads((tmp_path / "out" / "mapping.json").read_text())
+    assert written["golden"] == "m.onnx"
+    (entry,) = written["nodes"]
+    assert entry["ge_type"] == "KvQuantSparseFlashAttention"
+    assert entry["replaces"] == ["inner1", "inner2", "inner3"]
+
+
+# ---- inputs, the device, outputs ----------------------------------------------------------------
+
+
+def test_inputs_are_written_in_graph_order_with_their_bits(tmp_path):
+    kinds = [("b", TensorProto.BFLOAT16), ("a", HALF), ("n", TensorProto.INT64)]
+    nodes = [helper.make_node("Identity", ["b"], ["y"], "id")]
+    model = build(nodes, [(n, t, [3]) for n, t in kinds], [("y", TensorProto.BFLOAT16, [3])])
+    feeds = {
+        "n": np.arange(3),
+        "a": np.arange(3, dtype=np.float16),
+        "b": np.array([1.5, -2, 3], ml_dtypes.bfloat16),
+    }
+    handover_data.write_inputs(model, feeds, tmp_path)
+    names = sorted(p.name for p in tmp_path.glob("*.bin"))
+    assert names == ["000_b.bin", "001_a.bin", "002_n.bin"]
+    assert (tmp_path / "000_b.bin").read_bytes() == feeds["b"].tobytes()
+    assert np.load(tmp_path / "000_b.npy").dtype == np.uint16
+    back = handover_data.read_arrays(tmp_path, "inputs.json")
+    for name, array in feeds.items():
+        assert back[name].dtype == array.dtype
+        np.testing.assert_array_equal(back[name], array)
+    with pytest.raises(UsageError, match="no array for a"):
+        handover_data.write_inputs(model, {"b": feeds["b"], "n": feeds["n"]}, tmp_path)
+
+
+def device(folder, feeds, path, spoil=None, noise=0.0):
+    """Stand in for ais_bench: answers with the model's own outputs, a little off."""
+    outputs = runtime.run(path, feeds)
+    values = []
+    for array in outputs.values():
+        wide = array.astype(np.float64)
+        wide = wide * (1 + noise * RNG.standard_normal(array.shape))
+        if spoil is not None:
+            wide.flat[spoil] += 1
+        values.append(wide.astype(array.dtype))
+    module = folder / "fake" / "ais_bench" / "infer"
+    module.mkdir(parents=True, exist_ok=True)
+    (module.parent / "__init__.py").touch()
+    (module / "__init__.py").touch()
+    np.savez(folder / "answer.npz", *values)
+    (module / "interface.py").write_text(
+        "import numpy as np\n"
+        "class InferSession:\n"
+        "    def __init__(self, device, path): self.path = path\n"
+        "    def infer(self, inputs, mode):\n"
+        "        assert mode == 'static'\n"
+        "        assert [i.shape for i in inputs][0] == (1, 2, 16, 576)\n"
+        f"        return list(np.load({str(folder / 'answer.npz')!r}).values())\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(folder / "fake")}
+    subprocess.run([sys.executable, "run_om.py", "model.om"], cwd=folder, env=env, check=True)
+
+
+@pytest.mark.kernel
+def test_a_device_run_is_compared_with_the_npus_roundings_in_mind(fused, tmp_path):
+    path, feeds = fused
+    out = tmp_path / "out"
+    handover.write(path, out, soc_version=SOC, inputs=feeds)
+    device(out, feeds, path, noise=2e-3)
+    report = handover.compare_against(path, out)
+    assert report.passed, report.verdict
+    assert "roundings" in report.notes[0]
+    assert handover.compare_against(path, out / "outputs").passed
+    device(out, feeds, path, spoil=5)
+    report = handover.compare_against(path, out)
+    assert not report.passed
+    assert report.outputs[0].difference.worst_index == (0, 0, 0, 5)
+    assert handover.compare_against(path, out, atol=10.0, rtol=10.0).passed
+
+
+def test_the_npus_roundings_are_small_but_not_nothing():
+    assert 1e-4 < handover_against.npu_rounding("float16") < 2e-2
+    assert 1e-4 < handover_against.npu_rounding("bfloat16") < 2e-2
+
+
+def test_comparing_needs_what_run_om_wrote(fused, tmp_path):
+    path, feeds = fused
+    handover.write(path, tmp_path / "out", soc_version=SOC, inputs=feeds)
+    with pytest.raises(UsageError, match=r"outputs\.json: not found"):
+        handover.compare_against(path, tmp_path / "out")
+
+
+# ---- cutting -------------------------------------------------------------------------------------
+
+
+def stack(layers=3):
+    """Embedding, a shared table, layers with a cache each, a head."""
+    size = 4
+    nodes = [
+        helper.make_node("Gather", ["embed", "ids"], ["h0"], "/embed_tokens/Gather"),
+        helper.make_node("Sin", ["table"], ["shared"], "/rotary/Sin"),
+    ]
+    inits = [("embed", RNG.standard_normal((9, size)).astype(np.float32)),
+             ("table", np.ones(size, np.float32))]  # fmt: skip
+    inputs, outputs = [("ids", 7, [3])], [("logits", 1, [3, size])]
+    for i in range(layers):
+        where = f"/layers.{i}/"
+        inits.append((f"w{i}", RNG.standard_normal((size, size)).astype(np.float32)))
+        inputs.append((f"past{i}", 1, [3, size]))
+        outputs.append((f"present{i}", 1, [3, size]))
+        nodes += [
+            helper.make_node("MatMul", [f"h{i}", f"w{i}"], [f"m{i}"], where + "mm"),
+            helper.make_node("Add", [f"m{i}", f"past{i}"], [f"present{i}"], where + "cache"),
+            helper.make_node("Mul", [f"present{i}", "shared"], [f"h{i + 1}"], where + "out"),
+        ]
+    nodes.append(helper.make_node("MatMul", [f"h{layers}", "head"], ["logits"], "/lm_head/MatMul"))
+    inits.append(("head", RNG.standard_normal((size, size)).astype(np.float32)))
+    return build(nodes, inputs, outputs, inits=inits)
+
+
+def names(values):
+    return [v.name for v in values]
+
+
+def test_stages_chained_give_the_whole_model():
+    model = stack()
+    feeds = {"ids": np.array([1, 5, 2])}
+    feeds |= {f"past{i}": RNG.standard_normal((3, 4)).astype(np.float32) for i in range(3)}
+    whole = runtime.run(model, feeds)
+    first, last = cut(model, Scope(0, 1)), cut(model, Scope(2, 2))
+    assert names(first.graph.input) == ["ids", "past0", "past1"]
+    assert names(first.graph.output) == ["h2", "present0", "present1"]
+    assert names(last.graph.input) == ["past2", "h2"]
+    assert names(last.graph.output) == ["logits", "present2"]
+    assert "embed" not in names(last.graph.initializer)
+    got = runtime.run(first, {k: feeds[k] for k in names(first.graph.input)})
+    got |= runtime.run(last, {"past2": feeds["past2"], "h2": got["h2"]})
+    for name, value in whole.items():
+        np.testing.assert_array_equal(got[name], value)
+
+
+def test_one_layer_in_the_middle():
+    part = cut(stack(), parse_scope("layer:1"))
+    assert names(part.graph.input) == ["past1", "h1"]
+    assert names(part.graph.output) == ["h2", "present1"]
+    assert {n.name for n in part.graph.node} == {
+        "/rotary/Sin", "/layers.1/mm", "/layers.1/cache", "/layers.1/out",
+    }  # fmt: skip
+
+
+def test_scope_goes_into_the_hand_over(tmp_path):
+    onnx.save(stack(), tmp_path / "m.onnx")
+    handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC, scope="stage:1-2")
+    part = onnx.load(tmp_path / "out" / "model.atc.onnx")
+    assert names(part.graph.input) == ["past1", "past2", "h1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("layer", "expected layer:N"), ("stage:4-2", "ends before it starts")]
+)
+def test_bad_scopes(text, reason):
+    with pytest.raises(UsageError, match=reason):
+        parse_scope(text)
+
+
+def test_layers_that_are_not_there():
+    with pytest.raises(ModelError, match=r"layers \[3, 4\] are not in the graph \(layers 0-2\)"):
+        cut(stack(), Scope(2, 4))
+    nodes = [helper.make_node("Abs", ["x"], ["y"], "a")]
+    with pytest.raises(ModelError, match="no layer names"):
+        cut(build(nodes, [("x", 1, [2])], [("y", 1, [2])]), Scope(0, 0))
+
+
+def test_scripts_are_executable(fused, tmp_path):
+    handover.write(fused[0], tmp_path / "out", soc_version=SOC, inputs=fused[1])
+    for name in ("atc.sh", "build_plugin.sh", "opp/vendors/sfa_onnx/bin/set_env.bash"):
+        assert (tmp_path / "out" / name).stat().st_mode & stat.S_IXUSR
+
+
+def test_an_initializer_given_as_array_survives(tmp_path):
+    model = stack(1)
+    onnx.save(model, tmp_path / "m.onnx")
+    report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC)
+    written = {t.name: numpy_helper.to_array(t) for t in onnx.load(report.model).graph.initializer}
+    for tensor in model.graph.initializer:
+        np.testing.assert_array_equal(written[tensor.name], numpy_helper.to_array(tensor))
