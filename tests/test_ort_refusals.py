@@ -163,8 +163,8 @@ PACKED_REFUSALS: dict[str, tuple[tuple[str, str], Change, str]] = {
     ),
     "page outside": (
         PAGED,
-        putting("block_table", (0, 0), 10**6),
-        r"block_table\[0\]\[0\] is 1000000, but query row \d needs that page",
+        lambda case: putting("block_table", (0, 0), len(case.inputs["key"]))(case),
+        r"block_table\[0\]\[0\] is \d+, but query row \d needs that page and the cache has pages",
     ),
     "page negative": (PAGED, putting("block_table", (0, 1), -1), r"block_table\[0\]\[1\] is -1"),
     "hole": (
