@@ -531,6 +531,13 @@ def test_embedding_tables_are_not_experts() -> None:
     assert not find(check(m), "expert-gather")
 
 
+def test_rotary_tables_are_not_experts() -> None:
+    table = TensorProto(name="w", data_type=F, dims=[1, 512, 64], raw_data=bytes(131072))
+    nodes = [N("Gather", ["w", "ids"], ["y"], axis=1), N("TopK", ["x", "k"], ["v", "i"])]
+    m = model(nodes, [X, ("ids", I64, ("B",))], init=[table, K3])
+    assert not find(check(m), "expert-gather")
+
+
 def test_weights_against_the_chip() -> None:
     report = check(weights(20000), soc_version="Ascend910B4")
     assert find(report, "device-memory")[0].severity == "error"

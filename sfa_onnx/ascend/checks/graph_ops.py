@@ -38,7 +38,8 @@ _DATA_DEPENDENT: Final = ("NonZero", "Unique", "Compress", "NonMaxSuppression", 
 _INT64_OPS: Final = frozenset(
     ("Add", "Sub", "Mul", "Div", "Mod", "Equal", "Less", "LessOrEqual", "Greater", "Where", "Min")
 ) | {"GreaterOrEqual", "Max", "CumSum", "ReduceSum", "GatherElements", "ScatterElements", "Concat"}
-_HOT: Final = 1 << 16
+_HOT: Final = 1 << 16  # elements
+_SEARCH: Final = 256  # values looked at upstream of an index
 _NOT_SCATTERED: Final = frozenset((_T.BOOL, _T.DOUBLE, _T.UINT16, _T.UINT32, _T.UINT64))
 
 
@@ -217,7 +218,7 @@ def _experts(ctx: Context) -> Iterator[Finding]:
         if not ctx.well_formed(node):
             continue
         weight = _weight(ctx, node)
-        if weight is None or not _chosen_at_run_time(ctx, node):
+        if weight is None or not _chosen_at_run_time(ctx, node, weight):
             continue
         nodes.append(node)
         size = _bytes(ctx, node.scope, node.proto.output[0])
@@ -257,8 +258,31 @@ def _weight(ctx: Context, node: Node) -> onnx.TensorProto | None:
     return None
 
 
-def _chosen_at_run_time(ctx: Context, node: Node) -> bool:
-    return provable(ctx.view, node.scope, node.proto.input[1]) is None
+def _chosen_at_run_time(ctx: Context, node: Node, weight: onnx.TensorProto) -> bool:
+    """Whole matrices picked by a router; rotary tables and embeddings pick rows."""
+    axis = int(attribute(node.proto, "axis", 0)) if node.op_type == "Gather" else 0
+    rest = [d for i, d in enumerate(weight.dims) if i != axis % len(weight.dims)]
+    if (
+        sum(d > 1 for d in rest) < 2
+        or provable(ctx.view, node.scope, node.proto.input[1]) is not None
+    ):
+        return False
+    return math.prod(rest) >= _HOT or _routed(node.scope, node.proto.input[1])
+
+
+def _routed(scope: Scope, name: str) -> bool:
+    """Whether a top-k or argmax decides the value."""
+    queue, seen = [name], {name}
+    while queue and len(seen) < _SEARCH:
+        producer = scope.producer(queue.pop())
+        if producer is None:
+            continue
+        if producer.op_type in ("TopK", "ArgMax"):
+            return True
+        fresh = [i for i in producer.input if i and i not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return False
 
 
 def _int64(ctx: Context) -> Iterator[Finding]:
