@@ -45,17 +45,21 @@ void bf16_load_query(const Geom& g, const void* query, const void* query_rope, v
   pack(p, query, query_rope);
 }
 
-void bf16_attend(const Geom& g, const Rows& rows, const Rows* next, void* scratch, Partial* out) {
+void bf16_attend(const Geom& g, const Rows& rows, const Rows* next, bool warm, void* scratch,
+                 Partial* out) {
   const Plan p(g, scratch);
-  if (g.heads <= kNarrowHeads) return attend_few(p, rows, next, out);
+  if (g.heads <= kNarrowHeads) return attend_few(p, rows, next, warm, out);
+  Prefetch prefetch(p, rows, next, warm);
   if (g.heads <= kHalfHeads) {
-    scores_half(p, rows, next);
+    scores_half(p, rows, &prefetch);
     softmax_half(p, rows.n, out);
-    return values_half(p, rows, out);
+    values_half(p, rows, out, &prefetch);
+  } else {
+    scores(p, rows, &prefetch);
+    softmax(p, rows.n, out);
+    values(p, rows, out, &prefetch);
   }
-  scores(p, rows, next);
-  softmax(p, rows.n, out);
-  values(p, rows, out);
+  prefetch.finish();
 }
 
 void bf16_store(const Geom& g, const Partial& acc, void* out) {

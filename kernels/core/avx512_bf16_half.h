@@ -126,24 +126,24 @@ void decode_rope_pairs(const Plan& p, const Rows& rows, int first, int keys, int
   }
 }
 
-void scores_half(const Plan& p, const Rows& rows, const Rows* next) {
+void scores_half(const Plan& p, const Rows& rows, Prefetch* pf) {
   for (int first = 0; first < rows.n; first += kQkKeys) {
     const int left = rows.n - first;
     const int keys = left < kQkKeys ? round_up(left, 2 * kKeyPad) : kQkKeys;
     float* s = p.s + (size_t)first / 2 * 16;
-    Prefetch pf(p, rows, first + kQkKeys, kQkKeys, next);
+    pf->tile();
     for (int d = 0; d < p.g.nope; d += 2 * p.block_pairs) {
       decode_key_pairs(p, rows, first, keys, d, p.block_pairs);
       for (int pass = 0; pass < p.passes; ++pass) {
         const size_t row = (size_t)pass * p.g.nope / 2 + d / 2;
-        score_block_half(p, keys / 2, p.block_pairs, p.q + row * 16, d == 0 && pass == 0, s, &pf);
+        score_block_half(p, keys / 2, p.block_pairs, p.q + row * 16, d == 0 && pass == 0, s, pf);
       }
     }
     for (int w = 0; w < p.narrow_rope; w += kTileDwords) {
       const int columns = p.narrow_rope - w < kTileDwords ? p.narrow_rope - w : kTileDwords;
       decode_rope_pairs(p, rows, first, keys, w, columns);
       const size_t row = (size_t)p.passes * p.g.nope / 2 + w;
-      score_block_half(p, keys / 2, columns, p.q + row * 16, false, s, &pf);
+      score_block_half(p, keys / 2, columns, p.q + row * 16, false, s, pf);
     }
   }
 }
@@ -190,7 +190,8 @@ void fold_scales_half(const Plan& p, const Rows& rows, int t) {
   }
 }
 
-void values_half(const Plan& p, const Rows& rows, Partial* out) {
+void values_half(const Plan& p, const Rows& rows, Partial* out, Prefetch* pf) {
+  pf->values();
   const int groups = p.g.heads > 6 ? 2 : 1;
   for (int d = 0; d < p.g.nope; d += 64) {
     if (d % p.g.tile == 0) fold_scales_half(p, rows, d / p.g.tile);
@@ -198,7 +199,7 @@ void values_half(const Plan& p, const Rows& rows, Partial* out) {
     for (int i = 0; i < groups; ++i) {
       const int h = i * p.g.heads / groups, count = (i + 1) * p.g.heads / groups - h;
       kValueFns[count - 1](p.values, (rows.n + 1) / 2, p.weights + h, 8, p.g.o_stride,
-                           out->o + (size_t)h * p.g.o_stride + d);
+                           out->o + (size_t)h * p.g.o_stride + d, pf);
     }
   }
 }

@@ -64,10 +64,12 @@ inline __m512 sum_lanes(__m512 v[16]) {
                        _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
 }
 
-// Decodes one key into `out` and adds its H raw scores, lane by lane, to sums.
+// Decodes one key into `out` and adds its H raw scores, lane by lane, to sums. The lines of row
+// `soon` are asked for on the way, evenly and into L2: a run of prefetches into L1 would take its
+// miss buffers away from the work at hand.
 template <int H>
 inline void score_key(const Plan& p, const Converter& convert, const uint8_t* nope,
-                      const uint8_t* rope, uint32_t* out, __m512 sums[H]) {
+                      const uint8_t* rope, const uint8_t* soon, uint32_t* out, __m512 sums[H]) {
 #pragma GCC unroll 4
   for (int h = 0; h < H; ++h) sums[h] = _mm512_setzero_ps();
   const uint8_t* scales = rope + p.rope_bytes;
@@ -78,8 +80,11 @@ inline void score_key(const Plan& p, const Converter& convert, const uint8_t* no
     for (const int end = d + p.g.tile; d < end; d += 64) {
       __m512i a, b;
       if (p.packed) {
+        _mm_prefetch((const char*)soon + d + 64, _MM_HINT_T1);
         convert.to_bf16(_mm512_loadu_si512(nope + d), &a, &b);
       } else {
+        _mm_prefetch((const char*)soon + 2 * d, _MM_HINT_T1);
+        _mm_prefetch((const char*)soon + 2 * d + 64, _MM_HINT_T1);
         a = _mm512_loadu_si512(nope + 2 * d);
         b = _mm512_loadu_si512(nope + 2 * d + 64);
         split_lanes(&a, &b);
@@ -103,6 +108,7 @@ inline void score_key(const Plan& p, const Converter& convert, const uint8_t* no
       sums[h] = _mm512_fmadd_ps(_mm512_add_ps(even[h], odd[h]), factor, sums[h]);
     }
   }
+  if (p.packed) _mm_prefetch((const char*)soon + p.g.nope + 64, _MM_HINT_T1);
   const uint32_t* q = p.q + (size_t)p.passes * (p.g.nope / 2);
   alignas(64) uint32_t parts[16];
   for (int w = 0; w < p.narrow_rope; w += 16) {
@@ -123,29 +129,60 @@ inline void score_key(const Plan& p, const Converter& convert, const uint8_t* no
   }
 }
 
-// Asks for all lines of one row.
-inline void prefetch_row(const Plan& p, const Rows& rows, int k) {
-  const char* at = (const char*)rows.nope[k];
-  for (int b = 0; b < p.row_bytes; b += 64) _mm_prefetch(at + b, _MM_HINT_T0);
-  _mm_prefetch(at + p.row_bytes - 1, _MM_HINT_T0);
-  if (p.packed) return;
-  for (size_t b = 0; b < p.rope_bytes; b += 64) {
-    _mm_prefetch((const char*)rows.rope[k] + b, _MM_HINT_T0);
+// The rows that will be decoded `ahead` keys from now: of this chunk, else of the next.
+struct Coming {
+  const Rows* rows;
+  int first, count;
+
+  Coming(const Rows& now, const Rows* next, int at) : rows(&now), first(at) {
+    if (at >= now.n) {
+      rows = next;
+      first = at - round_up(now.n, kGroup);
+    }
+    count = rows ? rows->n - first : 0;
+    if (count > kGroup) count = kGroup;
   }
-}
+
+  // One line of either end of every row, in one burst: each may cost a page walk, and walks overlap
+  // only when they are asked for together.
+  void ask_pages(int row_bytes) const {
+    for (int k = 0; k < count; ++k) {
+      const char* at = (const char*)rows->nope[first + k];
+      _mm_prefetch(at, _MM_HINT_T0);
+      _mm_prefetch(at + row_bytes - 1, _MM_HINT_T0);
+    }
+  }
+
+  // Row k, or `instead` when there is none.
+  const uint8_t* row(int k, const uint8_t* instead) const {
+    return k < count ? rows->nope[first + k] : instead;
+  }
+  void ask_all(const Plan& p, int k) const {
+    for (int b = 64; b < p.row_bytes; b += 64) {
+      _mm_prefetch((const char*)rows->nope[first + k] + b, _MM_HINT_T1);
+    }
+    ask_rope(p, k);
+  }
+  void ask_rope(const Plan& p, int k) const {
+    if (p.packed || k >= count) return;
+    for (size_t b = 0; b < p.rope_bytes; b += 64) {
+      _mm_prefetch((const char*)rows->rope[first + k] + b, _MM_HINT_T1);
+    }
+  }
+};
 
 // Raw scores of sixteen keys, lanes = keys, per head.
 template <int H>
 void score_group(const Plan& p, const Rows& rows, int first, const Rows* next, __m512 s[H]) {
   const Converter convert;
   __m512 sums[H][kGroup];
-  const int ahead = first + kGroup;
-  const Rows* from = ahead < rows.n ? &rows : next;
-  const int offset = ahead < rows.n ? ahead : 0;
+  const Coming soon(rows, next, first + kGroup);
+  Coming(rows, next, first + 2 * kGroup).ask_pages(p.row_bytes);
   for (int k = 0; k < kGroup; ++k) {
-    if (from) prefetch_row(p, *from, offset + k);
+    soon.ask_rope(p, k);
     __m512 one[H];
-    score_key<H>(p, convert, rows.nope[first + k], rows.rope[first + k],
+    const uint8_t* nope = rows.nope[first + k];
+    score_key<H>(p, convert, nope, rows.rope[first + k], soon.row(k, nope),
                  p.tile + (size_t)k * (p.g.nope / 2), one);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) sums[h][k] = one[h];
@@ -286,7 +323,13 @@ void group_weights(const Plan& p, const Rows& rows, int first, const __m512 prob
 }
 
 template <int H>
-void attend_narrow(const Plan& p, const Rows& rows, const Rows* next, Partial* out) {
+void attend_narrow(const Plan& p, const Rows& rows, const Rows* next, bool warm, Partial* out) {
+  if (!warm) {
+    const Coming here(rows, nullptr, 0);
+    here.ask_pages(p.row_bytes);
+    Coming(rows, nullptr, kGroup).ask_pages(p.row_bytes);
+    for (int k = 0; k < here.count; ++k) here.ask_all(p, k);
+  }
   const __m512 log2 = _mm512_set1_ps(p.g.scale_log2), nothing = _mm512_set1_ps(-__builtin_inff());
   Online online[H];
   for (int first = 0; first < rows.n; first += kGroup) {
@@ -309,16 +352,16 @@ void attend_narrow(const Plan& p, const Rows& rows, const Rows* next, Partial* o
   }
 }
 
-void attend_few(const Plan& p, const Rows& rows, const Rows* next, Partial* out) {
+void attend_few(const Plan& p, const Rows& rows, const Rows* next, bool warm, Partial* out) {
   switch (p.g.heads) {
     case 1:
-      return attend_narrow<1>(p, rows, next, out);
+      return attend_narrow<1>(p, rows, next, warm, out);
     case 2:
-      return attend_narrow<2>(p, rows, next, out);
+      return attend_narrow<2>(p, rows, next, warm, out);
     case 3:
-      return attend_narrow<3>(p, rows, next, out);
+      return attend_narrow<3>(p, rows, next, warm, out);
     default:
-      return attend_narrow<4>(p, rows, next, out);
+      return attend_narrow<4>(p, rows, next, warm, out);
   }
 }
 

@@ -167,52 +167,90 @@ void pack_query(const Plan& p, const void* query, const void* query_rope) {
 
 // ---- prefetching ---------------------------------------------------------------------------
 
-// Asks for the rows of the next tile while this one is computed. The first and last line of every
-// row are asked for at once, so that the page walks overlap; the others follow three at a time
-// between the dot products.
+// Asks for rows before they are decoded, evenly between the dot products and into L2: a run of
+// prefetches into L1 would take its miss buffers away from the work at hand. Only the first line of
+// a row goes to L1, sixteen rows in a burst: each may cost a page walk, and walks overlap only when
+// they are asked for together.
+//
+// The rows are needed during Q.K, but asked for all the time: `lead` rows of the next chunk during
+// P.V, the rest of this one tile by tile.
 class Prefetch {
  public:
-  // Rows [first, first + count) of `rows`, or the first ones of `next` when those are done.
-  Prefetch(const Plan& p, const Rows& rows, int first, int count, const Rows* next) {
-    const Rows* from = &rows;
-    if (first >= rows.n) {
-      from = next;
-      first = 0;
-    }
-    if (!from) return;
-    const int last = first + count < from->n ? first + count : from->n;
-    row_ = from->nope + first;
-    end_ = from->nope + last;
-    bytes_ = p.row_bytes;
-    for (const uint8_t* const* r = row_; r < end_; ++r) {
-      _mm_prefetch((const char*)*r, _MM_HINT_T0);
-      _mm_prefetch((const char*)*r + bytes_ - 1, _MM_HINT_T0);
-    }
-    if (p.packed) return;
-    for (int k = first; k < last; ++k) {
-      for (size_t b = 0; b < p.rope_bytes; b += 64) {
-        _mm_prefetch((const char*)from->rope[k] + b, _MM_HINT_T0);
-      }
-    }
+  // `warm`: the first `lead` rows were asked for during the chunk before.
+  Prefetch(const Plan& p, const Rows& rows, const Rows* next, bool warm)
+      : p_(p), rows_(rows), next_(next), lead_(p.lanes < 64 ? 272 : kQkKeys) {
+    // A cold chunk starts with its first tile and must then keep the pace of the decoder.
+    position_ = warm ? lead_ : 0;
+    pace_ = warm && lead_ > kQkKeys ? kQkKeys / 2 : kQkKeys;
+    if (warm) return;
+    aim(rows_, 0, kQkKeys);
+    while (row_ != end_) some();
+    position_ = kQkKeys;
+  }
+
+  // Before a tile of Q.K: the rows to ask for during it.
+  void tile() {
+    finish();
+    aim(rows_, position_, position_ + pace_);
+    position_ += pace_;
+  }
+  // Before P.V.
+  void values() {
+    finish();
+    if (next_) aim(*next_, 0, lead_);
+  }
+  // Asks at once for what the last aim left over.
+  void finish() {
+    while (row_ != end_) some();
   }
 
   inline __attribute__((always_inline)) void some() {
     if (row_ == end_) return;
-    const char* at = (const char*)*row_ + offset_;
-    _mm_prefetch(at, _MM_HINT_T0);
-    _mm_prefetch(at + 64, _MM_HINT_T0);
-    _mm_prefetch(at + 128, _MM_HINT_T0);
-    offset_ += 192;
-    if (offset_ >= bytes_) {
+    if (offset_ == 0) {
+      if (burst_-- == 0) {
+        burst_ = kBurst - 1;
+        for (int i = 0; i < kBurst && row_ + i < end_; ++i) {
+          _mm_prefetch((const char*)row_[i], _MM_HINT_T0);
+        }
+      }
       offset_ = 64;
+    }
+    const char* at = (const char*)*row_ + offset_;
+    _mm_prefetch(at, _MM_HINT_T1);
+    _mm_prefetch(at + 64, _MM_HINT_T1);
+    offset_ += 128;
+    if (offset_ >= bytes_) {
+      _mm_prefetch((const char*)*row_ + bytes_ - 1, _MM_HINT_T1);
+      offset_ = 0;
       ++row_;
     }
   }
 
  private:
+  static constexpr int kBurst = 16;
+
+  void aim(const Rows& rows, int first, int last) {
+    if (last > rows.n) last = rows.n;
+    if (first >= last) return;
+    row_ = rows.nope + first;
+    end_ = rows.nope + last;
+    offset_ = burst_ = 0;
+    bytes_ = p_.row_bytes;
+    for (int k = first; k < last && !p_.packed; ++k) {
+      for (size_t b = 0; b < p_.rope_bytes; b += 64) {
+        _mm_prefetch((const char*)rows.rope[k] + b, _MM_HINT_T1);
+      }
+    }
+  }
+
+  const Plan& p_;
+  const Rows& rows_;
+  const Rows* const next_;
+  const int lead_;
+  int position_, pace_;
   const uint8_t* const* row_ = nullptr;
   const uint8_t* const* end_ = nullptr;
-  int offset_ = 64, bytes_ = 0;
+  int offset_ = 0, bytes_ = 0, burst_ = 0;
 };
 
 }  // namespace

@@ -124,24 +124,24 @@ void decode_ropes(const Plan& p, const Rows& rows, int first, int keys, int from
   }
 }
 
-void scores(const Plan& p, const Rows& rows, const Rows* next) {
+void scores(const Plan& p, const Rows& rows, Prefetch* pf) {
   for (int first = 0; first < rows.n; first += kQkKeys) {
     const int left = rows.n - first;
     const int keys = left < kQkKeys ? round_up(left, kKeyPad) : kQkKeys;
     float* s = p.s + (size_t)first * p.lanes;
-    Prefetch pf(p, rows, first + kQkKeys, kQkKeys, next);
+    pf->tile();
     for (int d = 0; d < p.g.nope; d += 2 * p.block_pairs) {
       decode_keys(p, rows, first, keys, d, p.block_pairs);
       for (int pass = 0; pass < p.passes; ++pass) {
         const size_t row = (size_t)pass * p.g.nope / 2 + d / 2;
-        score_block(p, keys, p.block_pairs, p.q + row * p.lanes, d == 0 && pass == 0, s, &pf);
+        score_block(p, keys, p.block_pairs, p.q + row * p.lanes, d == 0 && pass == 0, s, pf);
       }
     }
     for (int w = 0; w < p.rope_pairs; w += kTileDwords) {
       const int pairs = p.rope_pairs - w < kTileDwords ? p.rope_pairs - w : kTileDwords;
       decode_ropes(p, rows, first, keys, w, pairs);
       const size_t row = (size_t)p.passes * p.g.nope / 2 + w;
-      score_block(p, keys, pairs, p.q + row * p.lanes, false, s, &pf);
+      score_block(p, keys, pairs, p.q + row * p.lanes, false, s, pf);
     }
   }
 }
@@ -185,24 +185,34 @@ void softmax(const Plan& p, int n, Partial* out) {
 // loading and storing the accumulators for every L1-sized piece.
 template <int H>
 void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int weight_stride,
-                int stride, float* o) {
+                int stride, float* o, Prefetch* pf) {
   __m512 acc[H][4];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) acc[h][v] = _mm512_setzero_ps();
   }
-  for (int w = 0; w < pairs; ++w, weights += weight_stride) {
-    __m512bh row[4];
+  const auto step = [&](const uint32_t* columns, const uint32_t* weight_row)
+                        __attribute__((always_inline)) {
+                          __m512bh row[4];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) row[v] = (__m512bh)_mm512_load_si512(values + 64 * w + 16 * v);
+                          for (int v = 0; v < 4; ++v)
+                            row[v] = (__m512bh)_mm512_load_si512(columns + 16 * v);
 #pragma GCC unroll 8
-    for (int h = 0; h < H; ++h) {
-      const __m512bh weight = (__m512bh)_mm512_set1_epi32((int)weights[h]);
+                          for (int h = 0; h < H; ++h) {
+                            const __m512bh weight = (__m512bh)_mm512_set1_epi32((int)weight_row[h]);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[h][v] = _mm512_dpbf16_ps(acc[h][v], weight, row[v]);
-    }
+                            for (int v = 0; v < 4; ++v)
+                              acc[h][v] = _mm512_dpbf16_ps(acc[h][v], weight, row[v]);
+                          }
+                        };
+  int w = 0;
+  for (; w + 4 <= pairs; w += 4, values += 256, weights += 4 * weight_stride) {
+    pf->some();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) step(values + 64 * i, weights + i * weight_stride);
   }
+  for (; w < pairs; ++w, values += 64, weights += weight_stride) step(values, weights);
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
 #pragma GCC unroll 4
@@ -210,7 +220,7 @@ void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int 
   }
 }
 
-using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, int, int, float*);
+using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, int, int, float*, Prefetch*);
 constexpr ValueFn kValueFns[6] = {value_tile<1>, value_tile<2>, value_tile<3>,
                                   value_tile<4>, value_tile<5>, value_tile<6>};
 
@@ -252,7 +262,8 @@ void decode_values(const Plan& p, const Rows& rows, int d) {
   }
 }
 
-void values(const Plan& p, const Rows& rows, Partial* out) {
+void values(const Plan& p, const Rows& rows, Partial* out, Prefetch* pf) {
+  pf->values();
   for (int d = 0; d < p.g.nope; d += 64) {
     if (d % p.g.tile == 0) fold_scales(p, rows, d / p.g.tile);
     decode_values(p, rows, d);
@@ -262,7 +273,7 @@ void values(const Plan& p, const Rows& rows, Partial* out) {
       for (int i = 0; i < groups; ++i) {
         const int h = i * heads / groups, count = (i + 1) * heads / groups - h;
         kValueFns[count - 1](p.values, (rows.n + 1) / 2, weights + h, 16, p.g.o_stride,
-                             out->o + (size_t)(lane + h) * p.g.o_stride + d);
+                             out->o + (size_t)(lane + h) * p.g.o_stride + d, pf);
       }
     }
   }

@@ -119,7 +119,7 @@ int run_block(Call* c, int64_t token, const Lengths& len, int64_t slots, int blo
   const Geom g = geom_of(*c, block);
   Scratch s = lay_out(*c, g, memory);
   sfa_core_error err;
-  bool any = false;
+  bool any = false, warm = false;
   int status = resolve_rows(c->p, len, token, 0, s.rows[0], &err);
   for (int64_t first = 0, turn = 0; first < slots && status == SFA_CORE_OK; ++turn) {
     const Rows& rows = *s.rows[turn & 1];
@@ -130,7 +130,8 @@ int run_block(Call* c, int64_t token, const Lengths& len, int64_t slots, int blo
     if (more) status = resolve_rows(c->p, len, token, first, next, &err);
     if (status != SFA_CORE_OK || rows.n == 0) continue;
     if (!any) load_query(*c, g, token, block, s.path);
-    c->path->attend(g, rows, next->n ? next : nullptr, s.path, any ? &s.part : &s.acc);
+    c->path->attend(g, rows, next->n ? next : nullptr, warm, s.path, any ? &s.part : &s.acc);
+    warm = true;
     if (any) c->path->merge(g, &s.acc, s.part);
     any = true;
   }
@@ -188,6 +189,13 @@ int run_chunk(Call* c, int64_t token, int64_t chunk, char* memory) {
     Scratch s = lay_out(*c, geom_of(*c, 0), memory);
     sfa_core_error err;
     status = resolve_rows(c->p, len, token, chunk * kChunk, s.rows[0], &err);
+    // Whoever runs the next chunk reports its errors; here its rows are only announced.
+    s.rows[1]->n = 0;
+    if ((chunk + 1) * kChunk < slots) {
+      sfa_core_error other;
+      if (resolve_rows(c->p, len, token, (chunk + 1) * kChunk, s.rows[1], &other)) s.rows[1]->n = 0;
+    }
+    const Rows* next = s.rows[1]->n ? s.rows[1] : nullptr;
     if (status != SFA_CORE_OK) {
       record(c, err);
     } else {
@@ -197,7 +205,7 @@ int run_chunk(Call* c, int64_t token, int64_t chunk, char* memory) {
       const Geom g = geom_of(*c, block);
       Partial out = shared_partial(*c, token, chunk, block);
       load_query(*c, g, token, block, s.path);
-      c->path->attend(g, *s.rows[0], nullptr, s.path, &out);
+      c->path->attend(g, *s.rows[0], next, false, s.path, &out);
     }
   }
   c->counts[token * c->chunks + chunk] = count;
@@ -220,7 +228,7 @@ int64_t longest_row(const sfa_core_params& p) {
 }
 
 // Cuts heads into equal blocks and decides whether tokens are cut into chunks.
-int plan(Call* c, sfa_core_error* err) {
+int plan(Call* c, bool may_split, sfa_core_error* err) {
   const sfa_core_params& p = c->p;
   c->blocks = (int32_t)ceil_div(p.num_heads, kMaxHeads);
   c->block_heads = (int32_t)ceil_div(p.num_heads, c->blocks);
@@ -229,7 +237,7 @@ int plan(Call* c, sfa_core_error* err) {
   c->chunks = ceil_div(longest_row(p), kChunk);
   const size_t part = align64(4 * partial_floats(geom_of(*c, 0))) * c->blocks;
   const size_t partials = part * c->chunks * p.query_t;
-  c->split = c->chunks > 1 && p.query_t < kSplitTokens && partials <= kSplitBytes;
+  c->split = may_split && c->chunks > 1 && p.query_t < kSplitTokens && partials <= kSplitBytes;
   if (!c->split) return SFA_CORE_OK;
   const size_t counters = 4 * (size_t)p.query_t * (c->chunks + 1);
   c->partials = (char*)pool_take(partials + counters);
@@ -240,13 +248,7 @@ int plan(Call* c, sfa_core_error* err) {
   return SFA_CORE_OK;
 }
 
-}  // namespace
-}  // namespace sfa
-
-extern "C" {
-
-int sfa_core_begin(const sfa_core_params* params, sfa_core_call** call, sfa_core_error* err) {
-  using namespace sfa;
+int begin(const sfa_core_params* params, bool may_split, Call** call, sfa_core_error* err) {
   *call = nullptr;
   set_error(err, SFA_CORE_OK, "", 0, 0);
   if (params->struct_size != sizeof(sfa_core_params)) {
@@ -263,13 +265,22 @@ int sfa_core_begin(const sfa_core_params* params, sfa_core_call** call, sfa_core
   c->p = *params;
   c->path = path;
   set_error(&c->error, SFA_CORE_OK, "", 0, 0);
-  status = plan(c, err);
+  status = plan(c, may_split, err);
   if (status != SFA_CORE_OK) {
     pool_give(c);
     return status;
   }
   *call = c;
   return SFA_CORE_OK;
+}
+
+}  // namespace
+}  // namespace sfa
+
+extern "C" {
+
+int sfa_core_begin(const sfa_core_params* params, sfa_core_call** call, sfa_core_error* err) {
+  return sfa::begin(params, true, call, err);
 }
 
 int64_t sfa_core_num_tasks(const sfa_core_call* call) {
@@ -301,7 +312,7 @@ int sfa_core_end(sfa_core_call* call, sfa_core_error* err) {
 
 int sfa_core_run(const sfa_core_params* params, sfa_core_error* err) {
   sfa_core_call* call;
-  const int status = sfa_core_begin(params, &call, err);
+  const int status = sfa::begin(params, false, &call, err);
   if (status != SFA_CORE_OK) return status;
   const int64_t tasks = sfa_core_num_tasks(call);
   for (int64_t task = 0; task < tasks; ++task) sfa_core_run_task(call, task);

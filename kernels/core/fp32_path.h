@@ -300,8 +300,10 @@ void store_partial(const Geom& g, const Partial& acc, void* out) {
   }
 }
 
-void fp32_attend(const Geom& g, const Rows& rows, const Rows* next, void* scratch, Partial* out) {
+void fp32_attend(const Geom& g, const Rows& rows, const Rows* next, bool warm, void* scratch,
+                 Partial* out) {
   (void)next;
+  (void)warm;
   const Buffers b = lay_out(g, scratch);
   scores(g, rows, b);
   softmax(g, rows.n, b, out);

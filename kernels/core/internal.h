@@ -50,8 +50,10 @@ struct Path {
   // Packs the heads of one query token. Packed op: `query` holds nope | rope and stride counts
   // both; float op: rope comes from `query_rope`.
   void (*load_query)(const Geom& g, const void* query, const void* query_rope, void* scratch);
-  // Attention of the loaded token over rows.n >= 1 keys; `next` (may be null) is read soon.
-  void (*attend)(const Geom& g, const Rows& rows, const Rows* next, void* scratch, Partial* out);
+  // Attention of the loaded token over rows.n >= 1 keys. `next` (may be null) will be read soon;
+  // `warm` says that `rows` was announced so.
+  void (*attend)(const Geom& g, const Rows& rows, const Rows* next, bool warm, void* scratch,
+                 Partial* out);
   // acc = acc + add, both unnormalised.
   void (*merge)(const Geom& g, Partial* acc, const Partial& add);
   // Normalises and converts to query_dtype: out [heads, nope], dense.

@@ -1,5 +1,5 @@
-// Process-wide pool of scratch buffers. A buffer is taken for the length of one task, so there are
-// never more of them than threads that ran at the same time, plus one per open call.
+// Process-wide pool of scratch buffers, by powers of two. A buffer is taken for the length of one
+// task or call, so there are never more of a size than were in use at the same time.
 #include <stdlib.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,44 +11,47 @@ namespace sfa {
 namespace {
 
 struct alignas(64) Header {
-  size_t bytes;
+  int order;  // the block, header included, has 2^order bytes
 };
 
-constexpr int kSlots = 512;
-constexpr size_t kHugePage = (size_t)2 << 20;
-Header* g_slots[kSlots];
+constexpr int kSlots = 128;  // idle buffers kept per size
+constexpr int kMinOrder = 12, kMaxOrder = 40, kHugeOrder = 21;
+Header* g_idle[kMaxOrder + 1][kSlots];
 __thread int t_slot = -1;
 int g_next_slot;
 
+// Threads start to look at different places, so that each tends to get its own warm buffer back.
 int start_slot() {
   if (t_slot < 0) t_slot = __atomic_fetch_add(&g_next_slot, 1, __ATOMIC_RELAXED) % kSlots;
   return t_slot;
 }
 
+Header* allocate(int order) {
+  const size_t bytes = (size_t)1 << order;
+  const bool huge = order >= kHugeOrder;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, huge ? (size_t)1 << kHugeOrder : 64, bytes) != 0) return nullptr;
+#if defined(__linux__)
+  if (huge) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  ((Header*)memory)->order = order;
+  return (Header*)memory;
+}
+
 }  // namespace
 
 void* pool_take(size_t bytes) {
+  int order = kMinOrder;
+  while (order <= kMaxOrder && ((size_t)1 << order) < bytes + sizeof(Header)) ++order;
+  if (order > kMaxOrder) return nullptr;
   const int start = start_slot();
   for (int i = 0; i < kSlots; ++i) {
-    Header** slot = &g_slots[(start + i) % kSlots];
+    Header** slot = &g_idle[order][(start + i) % kSlots];
     if (!__atomic_load_n(slot, __ATOMIC_RELAXED)) continue;
-    Header* h = __atomic_exchange_n(slot, nullptr, __ATOMIC_ACQ_REL);
-    if (!h) continue;
-    if (h->bytes >= bytes) return h + 1;
-    free(h);  // too small for today's calls: replaced below
-    break;
+    if (Header* h = __atomic_exchange_n(slot, nullptr, __ATOMIC_ACQ_REL)) return h + 1;
   }
-  const size_t total = bytes + sizeof(Header);
-  const bool huge = total >= kHugePage / 2;
-  const size_t align = huge ? kHugePage : 64, room = (total + align - 1) / align * align;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, align, room) != 0) return nullptr;
-#if defined(__linux__)
-  if (huge) madvise(memory, room, MADV_HUGEPAGE);
-#endif
-  Header* h = (Header*)memory;
-  h->bytes = room - sizeof(Header);
-  return h + 1;
+  Header* h = allocate(order);
+  return h ? h + 1 : nullptr;
 }
 
 void pool_give(void* buffer) {
@@ -56,10 +59,9 @@ void pool_give(void* buffer) {
   Header* h = (Header*)buffer - 1;
   const int start = start_slot();
   for (int i = 0; i < kSlots; ++i) {
-    Header** slot = &g_slots[(start + i) % kSlots];
-    Header* expected = nullptr;
-    if (__atomic_compare_exchange_n(slot, &expected, h, false, __ATOMIC_ACQ_REL,
-                                    __ATOMIC_RELAXED)) {
+    Header** slot = &g_idle[h->order][(start + i) % kSlots];
+    Header* empty = nullptr;
+    if (__atomic_compare_exchange_n(slot, &empty, h, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
       return;
     }
   }
@@ -69,5 +71,7 @@ void pool_give(void* buffer) {
 }  // namespace sfa
 
 extern "C" void sfa_core_trim(void) {
-  for (auto& slot : sfa::g_slots) free(__atomic_exchange_n(&slot, nullptr, __ATOMIC_ACQ_REL));
+  for (auto& size : sfa::g_idle) {
+    for (auto& slot : size) free(__atomic_exchange_n(&slot, nullptr, __ATOMIC_ACQ_REL));
+  }
 }
