@@ -156,6 +156,14 @@ def test_einsum_over_open_dims() -> None:
     fixed(m, "einsum", feeds)
 
 
+def test_einsum_with_a_dim_known_on_one_side_only() -> None:
+    nodes = [helper.make_node("Einsum", ["a", "b"], ["y"], name="e", equation="bsd,btd->bst")]
+    ins = [info("a", F, ("B", 3, "D")), info("b", F, (2, "T", 8))]
+    m = model(nodes, ins, [info("y", F, ("B", 3, "T"))])
+    feeds = {"a": np.ones((2, 3, 8), np.float32), "b": np.ones((2, 5, 8), np.float32)}
+    fixed(m, "einsum", feeds)
+
+
 @pytest.mark.parametrize("equation", ["aab,bc->ac", "ab,bc,cd->ad", "abz,bc->ac", "...a,ab->...b"])
 def test_einsum_of_another_form_stays(equation: str) -> None:
     ranks = [len(s) for s in equation.split("->")[0].split(",")]

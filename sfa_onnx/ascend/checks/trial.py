@@ -65,7 +65,12 @@ def _draw(scope: Scope, node: NodeProto, name: str) -> Array | None:
     dims, elem = scope.dims(name), scope.dtype(name)
     if dims is None or not elem:
         return None
-    shape = tuple(_OPEN_DIM if d is None else d for d in dims)
+    labels = _labels(node, name)
+    sizes = _label_sizes(scope, node) if len(labels) == len(dims) else {}
+    shape = tuple(
+        d if d is not None else sizes.get(labels[i], _OPEN_DIM) if sizes else _OPEN_DIM
+        for i, d in enumerate(dims)
+    )
     if np.prod(shape, dtype=np.float64) > _LIMIT:
         return None
     rng = np.random.default_rng(len(shape))
@@ -79,6 +84,25 @@ def _draw(scope: Scope, node: NodeProto, name: str) -> Array | None:
     if dtype.kind == "u":
         low = max(low, 0)
     return rng.integers(low, 5, shape).astype(dtype)
+
+
+def _labels(node: NodeProto, name: str) -> str:
+    """The subscripts of an Einsum operand; "" for other ops."""
+    found = attribute(node, "equation")
+    if node.op_type != "Einsum" or found is None:
+        return ""
+    operands = found.s.decode().replace(" ", "").partition("->")[0].split(",")
+    position = list(node.input).index(name)
+    return operands[position] if position < len(operands) else ""
+
+
+def _label_sizes(scope: Scope, node: NodeProto) -> dict[str, int]:
+    """Sizes that one operand of an Einsum knows hold for the other one too."""
+    sizes: dict[str, int] = {}
+    for name in node.input:
+        pairs = zip(_labels(node, name), scope.dims(name) or (), strict=False)
+        sizes.update({c: d for c, d in pairs if d is not None})
+    return sizes
 
 
 def _indices(
