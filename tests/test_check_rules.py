@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sfa_onnx.ascend.checks import (
     parse_plugin,
 )
 from sfa_onnx.ascend.flavour import to_atc
+from sfa_onnx.cli import main
 from sfa_onnx.errors import UsageError
 from sfa_onnx.report import to_json
 from tests.test_estimate import ATTRS, fused
@@ -595,3 +597,13 @@ def test_the_atc_flavour_has_none_of_it(rule: str) -> None:
         report = check(converted, cann=version)
         assert report.parser == "accepted", report.findings
         assert not [f for f in report.findings if f.stage == "meaning"], report.findings
+
+
+def test_the_command_takes_plugin_keys(capsys) -> None:
+    case = str(next(f for f in RECORDED if f.name.startswith("041")))
+    key = "ai.onnx::11..18::AttrEcho(1,3)"
+    assert main(["check", case, "--cann", "9.1", "--plugin", key]) == 0
+    assert main(["check", case, "--cann", "9.1", "--plugin", key, "--strict"]) == 3
+    capsys.readouterr()
+    assert main(["check", case, "--cann", "9.2", "--plugin", key, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["code"] == "E19999"

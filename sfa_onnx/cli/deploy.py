@@ -22,6 +22,14 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument("model", type=Path, help="the ONNX model")
     check.add_argument("--cann", choices=CANN, default="9.1", help="CANN release to check for")
     check.add_argument("--soc-version", help="exact chip, e.g. Ascend910B2, Ascend910_9391")
+    check.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a parser plug-in of yours: npu::1::MyOp, or npu::1::MyOp(1,3) with its input counts",
+    )
+    check.add_argument("--strict", action="store_true", help="fail on warnings and unknowns too")
     check.add_argument("--fix", action="store_true", help="apply mechanical fixes, verified")
     check.add_argument("-o", "--output", type=Path, help="where --fix writes (*.fixed.onnx)")
     check.add_argument("--certificate", type=Path, help="check a fusion certificate instead")
@@ -53,14 +61,22 @@ def _check(args: argparse.Namespace, console: Console) -> int:
         return _check_certificate(args, console)
     from sfa_onnx.ascend import checks
 
-    report = checks.check(args.model, cann=args.cann, soc_version=args.soc_version)
+    options: dict[str, Any] = {
+        "cann": args.cann,
+        "soc_version": args.soc_version,
+        "user_plugins": (*checks.OWN_PLUGINS, *args.plugin),
+        "strict": args.strict,
+    }
+    report = checks.check(args.model, **options)
     if args.fix:
         output = args.output or args.model.with_name(args.model.stem + ".fixed.onnx")
         fixed = checks.fix_file(args.model, report, output, force=args.force)
         for line in fixed.applied:
             console.say("fixed: {}", line)
+        for line in fixed.skipped:
+            console.say("not fixed: {}", line, style="dim")
         console.say("written: [bold]{}[/bold]", output)
-        report = checks.check(output, cann=args.cann, soc_version=args.soc_version)
+        report = checks.check(output, **options)
     show_ascend.check_report(console, report)
     console.result("check", report)
     return 0 if report.passed else NOT_MET
