@@ -252,6 +252,20 @@ def reduce_norm(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     return [part, total, scope.replace(node, "Sqrt", [total.output[0]])]
 
 
+def softmax_2d(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
+    """Softmax before opset 13 means all axes from `axis` on; the parser leaves that to others."""
+    if node.op_type not in ("Softmax", "LogSoftmax", "Hardmax") or scope.opset >= 13:
+        return None
+    axis, rank = int(_get(node, "axis", 1)), scope.rank(node.input[0])
+    if axis == -1 or (rank is not None and axis in (rank - 1, -1)):
+        return None
+    label = node.name
+    flat = scope.node("Flatten", [node.input[0]], f"{label}/rows", axis=axis)
+    part = scope.node(node.op_type, [flat.output[0]], f"{label}/by_row", axis=-1)
+    shape = scope.node("Shape", [node.input[0]], f"{label}/shape")
+    return [flat, part, shape, scope.replace(node, "Reshape", [part.output[0], shape.output[0]])]
+
+
 def cast_like(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """CastLike -> Cast where the type is known: its GE prototype is not part of every release."""
     if node.op_type != "CastLike" or not scope.dtype(node.input[1]):
@@ -268,4 +282,5 @@ REPAIRS: tuple[Rule, ...] = (
     scatter_nd,
     mod_sign,
     reduce_norm,
+    softmax_2d,
 )
