@@ -10,6 +10,7 @@ reference on its own inputs, and the loss is told ("reference").
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from sfa_onnx.kv_convert.interface import Interface, adapt_feeds, float_outputs,
 from sfa_onnx.model import load_model
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, find_op
 from sfa_onnx.runtime.difference import CompareReport, OutputRow, SiteRow, measure
+from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.execute import execute, fill_dims, infos, with_outputs, with_structure
 from sfa_onnx.runtime.extract import AFTER, Site, find_sites, joined_model, region_model
 from sfa_onnx.runtime.feeds import describe, random_feeds
@@ -38,6 +40,7 @@ __all__ = ["compare"]
 Array = NDArray[Any]
 _LOG = logging.getLogger("sfa_onnx")
 _NOISE_LIMIT: Final = 1 << 29  # bytes of weights up to which the whole graph gets a float64 twin
+_LARGEST: Final = 1 << 31  # bytes of a region's largest tensor in float64
 _TOGETHER: Final = 8  # sites whose border values are captured in one run
 
 
@@ -117,9 +120,8 @@ class _Comparison:
             for n, a in feeds.items()
         }
         try:
-            for start in range(0, len(sites), _TOGETHER):
-                self._captured(sites[start : start + _TOGETHER], feeds)
-            self._whole(feeds)
+            want = self._sites(sites, feeds)
+            self._whole(want, feeds)
         except UsageError:
             raise
         except SfaError as error:
@@ -129,10 +131,26 @@ class _Comparison:
             self.report.sites += [self._random(site, feeds) for site in rest]
         return self.report
 
+    def _sites(self, sites: list[Site], feeds: dict[str, Array]) -> dict[str, Array]:
+        """Judge every site; returns the first model's outputs, which come with the first run."""
+        if self.lossy:
+            self.report.sites += self._judged(sites, feeds)
+            return execute(self.first, self.folders[0], feeds)
+        made = {o for n in self.first.graph.node for o in n.output}
+        outputs = [o.name for o in self.first.graph.output]
+        want: dict[str, Array] = {}
+        for start in range(0, max(len(sites), 1), _TOGETHER):
+            group = sites[start : start + _TOGETHER]
+            border = [v for s in group for v in s.border if v in made]
+            names = list(dict.fromkeys([*border, *([] if want else outputs)]))
+            values = execute(with_outputs(self.first, names), self.folders[0], feeds, names)
+            want = want or {n: values[n] for n in outputs}
+            self.report.sites += [self._site(site, values | feeds) for site in group]
+        return want
+
     # ------------------------------------------------------------------ whole graph
 
-    def _whole(self, feeds: dict[str, Array]) -> None:
-        want = execute(self.first, self.folders[0], feeds)
+    def _whole(self, want: dict[str, Array], feeds: dict[str, Array]) -> None:
         adapted = self._adapted(feeds)
         got = execute(self.second, self.folders[1], adapted)
         if self.interface is not None:
@@ -150,16 +168,20 @@ class _Comparison:
             self._note(f"outputs of one model only: {', '.join(missing)}")
 
     def _exact_outputs(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        """The original in float64; {} when it is too large or onnxruntime lacks an operator."""
+        """The original in another precision; {} when too large, or onnxruntime cannot run it."""
         if _weight_bytes(self.original) > _NOISE_LIMIT:
             self._note("no noise floor for the whole graph: its weights are too large to double")
             return {}
         try:
-            model = twin(self.original, FLOATS, TensorProto.DOUBLE)
-            return execute(model, self.folders[0], feeds)
+            if self.dtype is None:
+                other = twin(self.original, FLOATS, TensorProto.DOUBLE)
+            else:  # the original rounds at every step; the float32 twin hardly at all
+                bfloat16 = [TensorProto.BFLOAT16]
+                other = twin(self.original, bfloat16, TensorProto.FLOAT, rounded=True)
+            return execute(other, self.folders[0], feeds)
         except SfaError as error:
-            _LOG.debug("no float64 twin: %s", error)
-            self._note("no noise floor for the whole graph: it does not run in float64")
+            _LOG.debug("no twin for the noise floor: %s", error)
+            self._note("no noise floor for the whole graph: it does not run in another precision")
             return {}
 
     def _adapted(self, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -170,18 +192,6 @@ class _Comparison:
         return adapt_feeds(self.interface, feeds, new_tokens=tokens)
 
     # ------------------------------------------------------------------ sites
-
-    def _captured(self, sites: list[Site], feeds: dict[str, Array]) -> None:
-        """Run the first model once for these sites' border values, then each site twice."""
-        if self.lossy:
-            self.report.sites += self._judged(sites, feeds)
-            return
-        made = {o for n in self.first.graph.node for o in n.output}
-        wanted = dict.fromkeys(v for s in sites for v in s.border if v in made)
-        values = execute(with_outputs(self.first, wanted), self.folders[0], feeds, list(wanted))
-        values |= feeds
-        for site in sites:
-            self.report.sites.append(self._site(site, values))
 
     def _site(self, site: Site, values: dict[str, Array]) -> SiteRow:
         title, feeds = _title(site), {n: values[n] for n in site.border if n in values}
@@ -213,10 +223,23 @@ class _Comparison:
         return SiteRow(_title(site), site.op_type, site.layer, method, worst)
 
     def _exact_region(self, region: ModelProto, feeds: dict[str, Array]) -> dict[str, Array]:
+        """A site's region in another precision; {} when too large, or it cannot run."""
+        sizes = (
+            math.prod(d.dim_value for d in v.type.tensor_type.shape.dim)
+            for v in infos(region, feeds).values()
+        )
+        if max(sizes, default=0) * 8 > _LARGEST:
+            return {}
         try:
-            return execute(twin(region, FLOATS, TensorProto.DOUBLE), self.folders[0], feeds)
+            if self.dtype is None:
+                other = twin(region, FLOATS, TensorProto.DOUBLE)
+            else:
+                known = ElemTypes(self.original)
+                bfloat16 = [TensorProto.BFLOAT16]
+                other = twin(region, bfloat16, TensorProto.FLOAT, rounded=True, known=known)
+            return execute(other, self.folders[0], feeds)
         except SfaError as error:
-            _LOG.debug("no float64 twin of a site: %s", error)
+            _LOG.debug("no twin for a site's noise floor: %s", error)
             return {}
 
     def _random(self, site: Site, feeds: dict[str, Array]) -> SiteRow:

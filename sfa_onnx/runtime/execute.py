@@ -96,7 +96,7 @@ def execute(
     if outputs is not None and not outputs:
         return {}
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; the log would repeat them
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder))
     sess = session(model, options, allow_external=folder is not None)

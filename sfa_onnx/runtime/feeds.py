@@ -7,7 +7,6 @@ is decided by the input's name.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from sfa_onnx.contract import PackedRow
 from sfa_onnx.errors import UsageError
 from sfa_onnx.model import load_model
 from sfa_onnx.op import find_op
+from sfa_onnx.runtime.feed_sizes import Sizes
 from sfa_onnx.runtime.ort import Model
 
 __all__ = ["describe", "random_feeds"]
@@ -32,10 +32,6 @@ _VIEWS: Final = frozenset(
      "Concat", "Where", "Sub", "Max", "Min", "Clip", "Tile", "Gather", "ScatterND",
      "ScatterElements", "Flatten", "Split")
 )  # fmt: skip
-_BATCH: Final = ("batch", "b", "bs", "bsz", "n")
-_KEYS: Final = ("past", "kv", "cache", "ctx", "context", "total", "s2", "key", "history")
-_FEW: Final = 3  # new tokens when there is a past
-_MOST: Final = 8192
 
 
 def random_feeds(
@@ -81,10 +77,10 @@ class _Feeds:
         model: ModelProto,
         seed: int,
         given: dict[str, Array],
-        sizes: dict[str, int],
+        fixed: dict[str, int],
         fused: ModelProto | None,
     ) -> None:
-        self.graph, self.given, self.sizes = model.graph, given, sizes
+        self.graph, self.given = model.graph, given
         weights = {t.name for t in self.graph.initializer}
         self.inputs = {v.name: v for v in self.graph.input if v.name not in weights}
         if unknown := [name for name in given if name not in self.inputs]:
@@ -95,9 +91,14 @@ class _Feeds:
             for i, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append((node, i))
         self.shapes = {t.name: tuple(t.dims) for t in self.graph.initializer}
+        known = dict(fixed)
         for name, array in given.items():
-            self._learn(self.inputs[name], array)
-        self._choose_sizes()
+            dims = self.inputs[name].type.tensor_type.shape.dim
+            for dim, size in zip(dims, array.shape, strict=False):
+                if dim.dim_param:
+                    known.setdefault(dim.dim_param, size)
+        self.roles = self._roles()
+        self.sizes = Sizes(self.inputs, known, self.roles, self._largest_selection())
 
     def all(self) -> dict[str, Array]:
         """Every input; lengths and tables come after the caches they describe."""
@@ -107,35 +108,17 @@ class _Feeds:
                 made[name] = self._one(value)
         return {name: made[name] for name in self.inputs}
 
-    # ------------------------------------------------------------------ sizes
-
-    def _learn(self, value: ValueInfoProto, array: Array) -> None:
-        for dim, size in zip(value.type.tensor_type.shape.dim, array.shape, strict=False):
-            if dim.dim_param:
-                self.sizes.setdefault(dim.dim_param, size)
-
-    def _choose_sizes(self) -> None:
-        symbols = {
-            d.dim_param: None
-            for v in self.inputs.values()
-            for d in v.type.tensor_type.shape.dim
-            if d.dim_param and d.dim_param.isidentifier()
-        }
-        keys = min(max(2 * self._largest_selection(), 32), _MOST)
-        is_key = {s: any(k in s.lower() for k in _KEYS) for s in symbols}
-        for symbol in symbols:
-            if symbol in self.sizes:
-                continue
-            lowered = symbol.lower()
-            if lowered.startswith("batch") or lowered in _BATCH:
-                size = 2
-            elif "block" in lowered or "page" in lowered:
-                size = 2 + keys // 16
-            elif is_key[symbol]:
-                size = keys
-            else:
-                size = _FEW if any(is_key.values()) else keys
-            self.sizes[symbol] = size
+    def _roles(self) -> dict[str, tuple[str, str]]:
+        """Input -> (slot, layout) for inputs that reach one of our operators."""
+        roles = {}
+        for name in self.inputs:
+            node, slot = self._use(name)
+            if node is not None and slot != "gather":
+                attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+                side = "layout_query" if slot.startswith(("query", "sparse")) else "layout_kv"
+                layout = attrs.get(side) or attrs.get("layout_key") or b"BSND"
+                roles[name] = slot, layout.decode()
+        return roles
 
     def _largest_selection(self) -> int:
         """The largest k of a TopK, or K of a static selection: a past must be longer."""
@@ -151,25 +134,10 @@ class _Feeds:
                     found.append(int(onnx.numpy_helper.to_array(tensor).ravel()[0]))
         return max(found)
 
-    def _shape(self, value: ValueInfoProto) -> tuple[int, ...]:
-        return tuple(
-            d.dim_value if d.HasField("dim_value") else self._size(d.dim_param)
-            for d in value.type.tensor_type.shape.dim
-        )
-
-    def _size(self, text: str) -> int:
-        """A symbol or an expression of symbols ("past_len + 1")."""
-        if text in self.sizes:
-            return self.sizes[text]
-        try:
-            return max(int(_evaluate(ast.parse(text, mode="eval").body, self.sizes)), 0)
-        except (SyntaxError, KeyError, TypeError, ValueError):
-            return 2
-
     # ------------------------------------------------------------------ values
 
     def _one(self, value: ValueInfoProto) -> Array:
-        shape, elem_type = self._shape(value), value.type.tensor_type.elem_type
+        shape, elem_type = self.sizes.shape(value), value.type.tensor_type.elem_type
         dtype = helper.tensor_dtype_to_np_dtype(elem_type)
         node, role = self._use(value.name)
         if node is not None and find_op(node.domain, node.op_type) is not None:
@@ -190,7 +158,8 @@ class _Feeds:
         if len(shape) < 3:
             return np.ones(shape, np.bool_)
         rows, keys = shape[-2:]
-        return np.broadcast_to(np.tri(rows, keys, keys - rows, dtype=np.bool_), shape).copy()
+        visible = np.tri(rows, keys, keys - rows, dtype=np.bool_)
+        return np.array(np.broadcast_to(visible, shape))
 
     def _use(self, name: str) -> tuple[NodeProto | None, str]:
         """The first node that gives an input its meaning, and the slot's name."""
@@ -217,7 +186,7 @@ class _Feeds:
         if "position" in lowered or lowered in ("pos", "start_pos", "cache_position"):
             return self._positions(shape)
         if "len" in lowered:
-            return np.full(shape, self._past())
+            return np.full(shape, self.sizes.past())
         if node is not None and role == "gather":
             table = self.shapes.get(node.input[0])
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
@@ -226,31 +195,18 @@ class _Feeds:
         if "slot" in lowered:
             return np.arange(int(np.prod(shape))).reshape(shape)
         if any(word in lowered for word in ("ind", "topk", "idx", "select")):
-            return self._selection(shape, self._past())
+            return self._selection(shape, self.sizes.past())
         return self.rng.integers(0, 2, shape)
 
     def _positions(self, shape: tuple[int, ...]) -> Array:
         """Consecutive positions that end at the last key (a decode step) or start at zero."""
         length = shape[-1] if len(shape) > 1 else 1
-        past = self._past()
-        start = past if any(self._is_past(v.name) for v in self.inputs.values()) else 0
+        past = self.sizes.past()
+        start = past if self.sizes.has_past else 0
         if len(shape) == 1 and not start:
             return np.arange(shape[0])
-        return np.broadcast_to(start + np.arange(length) if len(shape) > 1 else start, shape)
-
-    @staticmethod
-    def _is_past(name: str) -> bool:
-        return any(word in name.lower() for word in ("past", "cache", "packed"))
-
-    def _past(self) -> int:
-        """Keys in the past: the longest second axis of a cache-like input."""
-        lengths = [
-            self._shape(v)[1]
-            for v in self.inputs.values()
-            if self._is_past(v.name) and len(v.type.tensor_type.shape.dim) > 2
-        ]
-        keys = [size for s, size in self.sizes.items() if any(k in s.lower() for k in _KEYS)]
-        return max(lengths or keys or [max(self.sizes.values(), default=8)])
+        steps = start + np.arange(length) if len(shape) > 1 else np.array(start)
+        return np.broadcast_to(steps, shape)
 
     def _selection(self, shape: tuple[int, ...], bound: int) -> Array:
         """Distinct entries below `bound` in every row, -1 behind them."""
@@ -265,46 +221,42 @@ class _Feeds:
     ) -> Array | None:
         """A value for a slot of one of our operators; None: any value of its type will do."""
         attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        op = find_op(node.domain, node.op_type)
-        sources = (
-            {} if op is None else dict(zip((t.name for t in op.inputs), node.input, strict=False))
-        )
         if role == "key" and dtype == np.int8 and "tile_size" in attrs:
             rope, tile = attrs["rope_head_dim"], attrs["tile_size"]
-            query = self._shape_of(sources["query"])
+            query = self._slot_shape("query")
             widths = [query[-1]] if query else range(rope + tile, rope + 64 * tile + 1, tile)
             for width in widths:
                 for itemsize in (2, 4):
                     if PackedRow(width - rope, rope, tile, itemsize).bytes == shape[-1]:
                         return self._rows(shape, width - rope, rope, tile, itemsize)
         if role == "sparse_indices":
-            key = self._shape_of(sources["key"]) or (0, self._past())
-            table = self._shape_of(sources.get("block_table", ""))
+            key = self._slot_shape("key") or (0, self.sizes.past())
+            table = self._slot_shape("block_table")
             keys = key[1] * table[1] if table else key[1]
             size = attrs.get("sparse_block_size", 1)
             return self._selection(shape, max(keys // size, 1)).astype(dtype)
         if role == "block_table":
-            blocks = (self._shape_of(sources["key"]) or (int(np.prod(shape)),))[0]
+            blocks = (self._slot_shape("key") or (int(np.prod(shape)),))[0]
             order = np.resize(self.rng.permutation(blocks), int(np.prod(shape)))
             return order.reshape(shape).astype(dtype)
         if role.startswith("actual_seq_lengths"):
-            return self._lengths(role, shape, attrs, sources).astype(dtype)
+            return self._lengths(role, shape, attrs).astype(dtype)
         return None
 
-    def _lengths(
-        self, role: str, shape: tuple[int, ...], attrs: dict[str, Any], sources: dict[str, str]
-    ) -> Array:
+    def _lengths(self, role: str, shape: tuple[int, ...], attrs: dict[str, Any]) -> Array:
         side = "query" if role.endswith("query") else "key"
         layout = attrs.get("layout_query" if side == "query" else "layout_kv", b"BSND").decode()
-        tensor = self._shape_of(sources[side]) or (1, self._past())
+        tensor = self._slot_shape(side) or (1, self.sizes.past())
         if layout == "TND":
             return np.linspace(0, tensor[0], shape[0] + 1)[1:].astype(np.int64)
-        table = self._shape_of(sources.get("block_table", ""))
+        table = self._slot_shape("block_table")
         room = tensor[1] * table[1] if layout == "PA_BSND" and table else tensor[1]
         return np.full(shape, room)
 
-    def _shape_of(self, name: str) -> tuple[int, ...] | None:
-        return self._shape(self.inputs[name]) if name in self.inputs else None
+    def _slot_shape(self, slot: str) -> tuple[int, ...] | None:
+        """The shape of the input that reaches a slot of our operator, views between or not."""
+        name = next((n for n, (role, _) in self.roles.items() if role == slot), None)
+        return None if name is None else self.sizes.shape(self.inputs[name])
 
     def _rows(
         self, shape: tuple[int, ...], nope: int, rope: int, tile: int, itemsize: int
@@ -313,21 +265,6 @@ class _Feeds:
         kind = np.dtype(np.float32 if itemsize == 4 else np.float16)
         latent = self.rng.standard_normal((*lead, nope)).astype(np.float32)
         key_rope = self.rng.standard_normal((*lead, rope)).astype(kind)
-        if itemsize == 2:  # valid as float16 and as bfloat16 alike: small powers of two
-            key_rope = np.ones_like(key_rope)
+        if itemsize == 2:  # float16 or bfloat16, who knows: +-1 is a plain number in both
+            key_rope = np.sign(key_rope)
         return kv_cache.pack(latent, key_rope if rope else None, tile_size=tile)
-
-
-def _evaluate(node: ast.AST, sizes: Mapping[str, int]) -> int:
-    """An integer expression over known symbols."""
-    if isinstance(node, ast.Constant):
-        return int(node.value)  # type: ignore[arg-type]
-    if isinstance(node, ast.Name):
-        return sizes[node.id]
-    if isinstance(node, ast.BinOp):
-        left, right = _evaluate(node.left, sizes), _evaluate(node.right, sizes)
-        steps = {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}
-        if isinstance(node.op, ast.FloorDiv) and right:
-            return left // right
-        return steps[type(node.op)]
-    raise ValueError(f"not an expression of dims: {ast.dump(node)}")

@@ -45,15 +45,24 @@ def uses(model: ModelProto, elem_type: int) -> bool:
     )
 
 
-def twin(model: ModelProto, types: Iterable[int], to: int) -> ModelProto:
+def twin(
+    model: ModelProto,
+    types: Iterable[int],
+    to: int,
+    *,
+    rounded: bool = False,
+    known: ElemTypes | None = None,
+) -> ModelProto:
     """A copy of `model` that computes in `to` where it computed in one of `types`.
 
     Names, integer arithmetic and the types of graph inputs and weights stay; float outputs and
-    everything between have type `to`.
+    everything between have type `to`. With `rounded` every result is rounded to the type it had,
+    which emulates the original where onnxruntime cannot run it; `known` tells these types when
+    `model` itself does not say them any more.
     """
     out = ModelProto()
     out.CopyFrom(model)
-    rewriter = _Twin(frozenset(types), to, ElemTypes(model))
+    rewriter = _Twin(frozenset(types), to, known or ElemTypes(model), rounded)
     rewriter.graph(out.graph, {}, main=True)
     for function in out.functions:
         if find_op(function.domain, function.name) is None:
@@ -64,8 +73,8 @@ def twin(model: ModelProto, types: Iterable[int], to: int) -> ModelProto:
 
 
 class _Twin:
-    def __init__(self, types: frozenset[int], to: int, known: ElemTypes) -> None:
-        self.types, self.to, self.known = types, to, known
+    def __init__(self, types: frozenset[int], to: int, known: ElemTypes, rounded: bool) -> None:
+        self.types, self.to, self.known, self.rounded = types, to, known, rounded
 
     def graph(self, graph: GraphProto, outer: dict[str, str], main: bool = False) -> None:
         """Rewrite one graph in place; `outer` renames what a sub-graph captures."""
@@ -98,7 +107,18 @@ class _Twin:
         if silent and TensorProto.FLOAT in self.types:  # its default is a float32 zero
             zero = helper.make_tensor("value", self.to, [1], [0.0])
             node.attribute.append(helper.make_attribute("value", zero))
-        return [node]
+        return [node, *(self._roundings(node) if self.rounded else ())]
+
+    def _roundings(self, node: NodeProto) -> list[NodeProto]:
+        """Casts to each output's original type and back; the output's name is kept."""
+        casts = []
+        for i, value in enumerate(list(node.output)):
+            kind = self.known.of(value) if value else None
+            if kind in self.types:
+                node.output[i] = value + "__exact"
+                casts.append(self._cast(node.output[i], value + "__rounded", int(kind or 0)))
+                casts.append(self._cast(value + "__rounded", value, self.to))
+        return casts
 
     def _cast(self, value: str, name: str, to: int) -> NodeProto:
         return helper.make_node("Cast", [value], [name], name=f"{name}/Cast", to=to)
