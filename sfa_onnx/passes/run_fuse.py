@@ -186,7 +186,8 @@ class _Run:
         with self.stage("find"):
             index = GraphIndex.of(model, reader)
             found = find_candidates(index)
-            sites = [_describe(index, item, n) for n, item in enumerate(found)]
+            costs = _Costs(index)
+            sites = [_describe(index, item, n, costs) for n, item in enumerate(found)]
             _unique_ids(sites)
         with self.stage("verify"):
             ready = self._judge(index, found, sites, plan)
@@ -290,7 +291,9 @@ class _Run:
         return verdict
 
 
-def _describe(index: GraphIndex, item: Candidate | RefusedSite, number: int) -> SiteReport:
+def _describe(
+    index: GraphIndex, item: Candidate | RefusedSite, number: int, costs: _Costs
+) -> SiteReport:
     """The report of one candidate, refused until proved otherwise."""
     label = index.label(item.anchor)
     site = SiteReport(
@@ -309,20 +312,26 @@ def _describe(index: GraphIndex, item: Candidate | RefusedSite, number: int) -> 
     site.npu_limits = npu_limits(item)
     site.bound = tuple(item.notes)
     item.site_id = site.site_id
-    site.cost = _cost(index, item)
+    site.cost = costs.of(item)
     return site
 
 
-def _cost(index: GraphIndex, item: Candidate) -> dict[str, float]:
-    """Estimated work before and after; empty where shapes are unknown."""
-    try:
-        sizes = Concrete(index, nominal_sizes(index))
-        before = region_cost(sizes, (index.nodes[i] for i in item.nodes))
-        after = region_cost(sizes, item.replacement)
-    except (ModelError, ValueError, KeyError, IndexError, TypeError) as error:
-        _log.debug("no cost for %s: %s", item.site_id, error)
-        return {}
-    return compare_costs(before, after) if before.flops and after.flops else {}
+class _Costs:
+    """Estimated work of sites, at nominal sizes of the graph's symbols."""
+
+    def __init__(self, index: GraphIndex) -> None:
+        self._index = index
+        self._sizes = Concrete(index, nominal_sizes(index))
+
+    def of(self, item: Candidate) -> dict[str, float]:
+        """Before and after; empty where shapes are unknown."""
+        try:
+            before = region_cost(self._sizes, (self._index.nodes[i] for i in item.nodes))
+            after = region_cost(self._sizes, item.replacement)
+        except (ModelError, ValueError, KeyError, IndexError, TypeError) as error:
+            _log.debug("no cost for %s: %s", item.site_id, error)
+            return {}
+        return compare_costs(before, after) if before.flops and after.flops else {}
 
 
 def _unique_ids(sites: list[SiteReport]) -> None:

@@ -1,0 +1,72 @@
+"""A 671B model: seconds and megabytes, and the weights file is never opened."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sfa_onnx
+from tests import big_model
+
+# A child process, so that its peak memory is its own. Counted is processor time, because others
+# may use the machine; neither verification nor hashing is part of the budget.
+CHILD = """
+import resource, sys, time
+from sfa_onnx.passes import certificate, run_fuse
+certificate.snapshot = lambda model: certificate.Snapshot()
+begin = time.process_time()
+report = run_fuse.fuse(sys.argv[1], sys.argv[2], verify=False)
+seconds = time.process_time() - begin
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(seconds, peak, len(report.fused), report.weights_bytes_read, report.nodes_before)
+print(report.seconds)
+"""
+
+
+@pytest.mark.parametrize(
+    ("metadata", "seconds", "megabytes"), [(False, 2.0, 450), (True, 6.0, 1100)]
+)
+def test_time_and_memory(tmp_path, metadata, seconds, megabytes):
+    path = big_model.write(tmp_path, metadata=metadata)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, path, tmp_path / "out.onnx"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    took, peak, fused, read, nodes = done.stdout.splitlines()[0].split()
+    assert int(nodes) > 125_000
+    assert int(fused) == big_model.LAYERS
+    assert int(read) == 0
+    assert int(peak) / 1024 <= megabytes, done.stdout
+    assert float(took) <= 1.5 * seconds, done.stdout  # slack for slow test machines
+
+
+def test_weights_are_never_opened(tmp_path, monkeypatch):
+    """An audit hook sees every file that is opened while a model with weights is fused."""
+    path = big_model.write(tmp_path, layers=4, experts=2, filler=5)
+    code = (
+        "import sys, sfa_onnx\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
+        "report = sfa_onnx.fuse(sys.argv[1], sys.argv[2])\n"
+        "assert len(report.fused) == 4, report.sites\n"
+        "print(sum('w.bin' in o for o in opened), sum('big.onnx' in o for o in opened))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, tmp_path / "out.onnx"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.stdout.split() == ["0", "1"], done.stdout + done.stderr
+
+
+def test_equal_layers_are_verified_once(tmp_path):
+    path = big_model.write(tmp_path, layers=6, experts=0, filler=2)
+    (tmp_path / "w.bin").unlink()  # the weights need not even be there
+    report = sfa_onnx.fuse(path)
+    shared = [s.record.shared_with for s in report.fused]
+    assert shared == [None] + [report.sites[0].anchor] * 5
