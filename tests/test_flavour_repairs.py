@@ -266,8 +266,8 @@ def test_softmax_of_old_opsets_keeps_its_flattening(op_type, axis):
 DATA = Path(__file__).parent / "data" / "atc"
 # What no rewrite can give: only these may remain, and `check` says so.
 # (softmax-coercion: of a 2-D tensor along its last axis, where it changes nothing.)
-BEYOND = {"softmax-coercion", "unregistered-op", "qdq-op", "missing-input", "constant-dtype", "input-dtype",
-          "external-missing", "external-length", "cast-dtype"}  # fmt: skip
+BEYOND = {"softmax-coercion", "unregistered-op", "qdq-op", "missing-input", "constant-dtype",
+          "input-dtype", "external-missing", "external-length", "cast-dtype"}  # fmt: skip
 ECHO = ["npu::1::AttrEcho", *(f"ai.onnx::{v}::AttrEcho" for v in range(11, 19))]
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import types
@@ -15,12 +12,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 
 from sfa_onnx import op
-from sfa_onnx.ascend import flavour, package_tables
-from tests.test_flavour import fused, ours
+from sfa_onnx.ascend import package_tables
+from tests.plugin_double import (
+    ROOT,
+    as_hex,
+    atc_node,
+    key,
+    needs_compiler,
+    parser_text,
+    plugin,
+    typed,
+)
 
+__all__ = ["plugin"]  # the fixture
 DATA = Path(__file__).parent / "data" / "atc"
 # Cases our plug-in must refuse although the parser (or its demo plug-in) let them pass.
 REFUSED = {
@@ -32,100 +39,8 @@ REFUSED = {
     "258-kvquant-wrong-type",
     "269-antiquant-defaults-only",
 }
-ROOT = Path(__file__).parents[1] / "kernels" / "ascend"
-NAMES = [b.atc_type for b in op.BINDINGS] + ["KvCachePack"]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-class Plugin:
-    """The plug-in loaded into this process beside the double."""
-
-    def __init__(self, double: Path, library: Path):
-        self._double = ctypes.CDLL(str(double), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
-        self._library = ctypes.CDLL(str(library), mode=os.RTLD_NOW)
-        self._double.double_parse.restype = ctypes.c_char_p
-        self._double.double_keys.restype = ctypes.c_char_p
-
-    def keys(self) -> dict[str, str]:
-        text = self._double.double_keys().decode()
-        return dict(line.split(" ") for line in text.splitlines())
-
-    def parse(self, key, text, inputs, name="sfa_0", preset=None):
-        raw = (ctypes.c_char_p * len(inputs))(*(i.encode() for i in inputs))
-        out = self._double.double_parse(
-            key.encode(), name.encode(), None if text is None else text.encode(), raw,
-            ctypes.c_size_t(len(inputs)), preset.encode() if preset else None,
-        )  # fmt: skip
-        return json.loads(out) if out else None
-
-    def missing(self, ge_type):
-        self._double.double_missing_prototype(ge_type.encode())
-
-    def all_there(self):
-        self._double.double_all_prototypes()
-
-
-def _compile(out: Path, sources, abi: int) -> Path:
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
-    command += [f"-I{ROOT / 'testing' / 'include'}", *map(str, sources), "-o", str(out)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return out
-
-
-@pytest.fixture(scope="session")
-def plugin(tmp_path_factory):
-    """CANN's old string ABI for the double, the machine's new one for the plug-in: both load."""
-    folder = tmp_path_factory.mktemp("plugin")
-    double = _compile(folder / "libdouble.so", [ROOT / "testing" / "ge_double.cc"], abi=0)
-    library = _compile(folder / "libplugin.so", sorted((ROOT / "plugin").glob("*.cc")), abi=1)
-    return Plugin(double, library)
-
-
-def parser_text(node: onnx.NodeProto) -> str | None:
-    """A node's attributes as CANN's parser prints them for a ByOperator plug-in."""
-    if not node.attribute:
-        return None
-    return json.dumps({"attribute": [_entry(a) for a in node.attribute]}, indent=2)
-
-
-def _entry(attr: onnx.AttributeProto) -> dict:
-    entry: dict = {"name": attr.name, "type": attr.type}
-    if attr.type == onnx.AttributeProto.FLOAT and (attr.f or str(attr.f) == "-0.0"):
-        text = f"{attr.f:g}"  # as C's %g
-        entry["f"] = text if len(text) <= 9 else attr.f
-    elif attr.type == onnx.AttributeProto.INT and attr.i:
-        entry["i"] = attr.i
-    elif attr.type == onnx.AttributeProto.STRING and attr.s:
-        plain = {ord("\n"): "\\n", ord('"'): '\\"', ord("\\"): "\\\\"}
-        entry["s"] = "".join(
-            plain.get(b, chr(b) if 32 <= b < 127 else f"\\{b:03o}") for b in attr.s
-        )
-    elif attr.type == onnx.AttributeProto.FLOATS and attr.floats:
-        entry["floats"] = list(attr.floats)
-    return entry
-
-
-def key(node_type: str, opset=18) -> str:
-    return f"ai.onnx::{opset}::{node_type}"
-
-
-def atc_node(contract: op.OpContract, binding="kv-quant", **values) -> onnx.NodeProto:
-    node = ours(contract, **values)
-    return flavour.to_atc(fused(contract, node), binding=binding).graph.node[0]
-
-
-def typed(attr: onnx.AttributeProto, spec: op.Attribute) -> str:
-    if spec.kind == "float":
-        return f"float:{float(attr.f).hex()}"
-    if spec.kind == "string":
-        return f"string:{attr.s.decode()}"
-    return f"bool:{int(attr.i != 0)}" if spec.ge_kind == "bool" else f"int:{attr.i}"
-
-
-def as_hex(text: str) -> str:
-    kind, _, value = text.partition(":")
-    return f"float:{float.fromhex(value).hex()}" if kind == "float" else text
+pytestmark = needs_compiler
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -348,136 +263,6 @@ def test_our_printer_writes_what_the_parser_wrote(case, opset, node, graph):
         assert mine[entry["name"]] == entry
 
 
-# ---- KvCachePack -------------------------------------------------------------------------------
-
-
-def pack_node(rope="bfloat16", inputs=("nope", "rope"), tile=128):
-    node = helper.make_node("KvCachePack", list(inputs), ["packed"], "pack", tile_size=tile)
-    node.attribute.append(helper.make_attribute("rope_dtype", rope))
-    return node
-
-
-def expand(plugin, node):
-    done = plugin.parse(key("KvCachePack"), parser_text(node), node.input, name="pack")
-    return done and {n["name"].removeprefix("pack_"): n for n in done["graph"]}, done
-
-
-@pytest.mark.parametrize("rope", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "inputs", [("nope", "rope"), ("nope", "rope", "", "clip"), ("n", "r", "s")]
-)
-def test_kv_cache_pack_expands_to_rows(plugin, rope, inputs):
-    graph, done = expand(plugin, pack_node(rope, inputs))
-    assert done["node"]["attrs"]["original_type"] == "string:ai.onnx::18::KvCachePack"
-    assert done["node"]["dynamic"] == f"in:args:{len(inputs)} out:output:1 "
-    parts = dict(graph["packed"]["in"])
-    first = "pack_input0" if len(inputs) == 3 else "pack_nope_rows"
-    assert list(parts.values()) == [first, "pack_rope_rows", "pack_scale_rows"]
-    assert graph["packed"]["attrs"]["concat_dim"] == "int:-1"
-    bits = dict(graph["rope_bits" if rope == "bfloat16" else "rope_rows_bits"]["in"])["x"]
-    assert bits == ("pack_rope_float" if rope == "bfloat16" else "pack_input1")
-    data = sorted(n["attrs"]["index"] for n in graph.values() if n["type"] == "Data")
-    assert data == [f"int:{i}" for i, name in enumerate(inputs) if name]
-    assert done["inputs"] == len(data)
-    assert ("Maximum" in {n["type"] for n in graph.values()}) == ("clip" in inputs)
-
-
-def evaluate(graph, feeds):
-    """Run an expansion with NumPy: what the built-in GE operators mean."""
-    import ml_dtypes
-
-    kinds = {"0": np.float32, "1": np.float16, "2": np.int8, "9": np.int64}
-    done: dict[str, np.ndarray] = {}
-
-    def value(name):
-        name = name.removeprefix("pack_")
-        if name not in done:
-            done[name] = one(graph[name])
-        return done[name]
-
-    def const(text):
-        _, kind, dims, items = text.split(":")
-        parse = float.fromhex if kind == "0" else int
-        flat = np.array([parse(i) for i in items.split(",") if i], kinds[kind])
-        return flat.reshape([int(d) for d in dims.strip("[]").split(",") if d])
-
-    def one(node):
-        kind, attrs = node["type"], {k: v.partition(":")[2] for k, v in node["attrs"].items()}
-        if kind == "Data":
-            return feeds[int(attrs["index"])]
-        if kind == "Const":
-            return const(node["attrs"]["value"])
-        args = [value(name) for _, name in node["in"]]
-        f32 = np.float32
-        table = {
-            "Shape": lambda x: np.array(x.shape, np.int64),
-            "StridedSliceV2": lambda x, b, e, ax, st: x[..., b[0] : e[0]],
-            "ConcatD": lambda *p: np.concatenate(p, int(attrs["concat_dim"])),
-            "Reshape": lambda x, s: x.reshape(s),
-            "Cast": lambda x: x.astype(kinds[attrs["dst_type"]]),
-            "Abs": np.abs,
-            "Neg": np.negative,
-            "Round": np.rint,
-            "ReduceMax": lambda x, ax: x.max(tuple(ax), keepdims=attrs["keep_dims"] == "1"),
-            "Mul": lambda a, b: (a * b).astype(f32),
-            "Maximum": np.maximum,
-            "Minimum": np.minimum,
-            "DivNoNan": lambda a, b: np.divide(a, b, out=np.zeros_like(b), where=b != 0),
-            "Bitcast": lambda x: x.view(kinds[attrs["type"]]).reshape(*x.shape, x.itemsize),
-        }
-        assert ml_dtypes.bfloat16 not in [getattr(a, "dtype", None) for a in args] or kind == "Cast"
-        return table[kind](*args)
-
-    return value("packed")
-
-
-@pytest.mark.parametrize("rope", ["bfloat16", "float16"])
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_the_expansion_means_what_the_reference_does(plugin, rope, clip):
-    import ml_dtypes
-
-    from sfa_onnx import kv_cache
-
-    rng = np.random.default_rng(3)
-    nope = rng.standard_normal((2, 3, 512)).astype(np.float32)
-    nope[0, 1, 128:256] = 0  # an all-zero tile
-    kind = ml_dtypes.bfloat16 if rope == "bfloat16" else np.float16
-    lanes = rng.standard_normal((2, 3, 64)).astype(kind)
-    names = ("nope", "rope", "", "clip") if clip else ("nope", "rope")
-    graph, _ = expand(plugin, pack_node(rope, names))
-    feeds = {0: nope, 1: lanes} | ({3: np.float32(clip)} if clip else {})
-    rows = evaluate(graph, feeds)
-    np.testing.assert_array_equal(rows, kv_cache.pack(nope, lanes, clip=clip))
-    q, scale = kv_cache.quantise(nope)
-    graph, _ = expand(plugin, pack_node(rope, ("nope", "rope", "scale")))
-    rows = evaluate(graph, {0: q, 1: lanes, 2: scale})
-    np.testing.assert_array_equal(rows, kv_cache.pack(q, lanes, scale))
-
-
-@pytest.mark.parametrize(
-    ("node", "reason"),
-    [
-        (pack_node(inputs=("n", "r", "s", "c")), "has scale (int8 rows are copied) and clip"),
-        (pack_node(inputs=("n",)), "without rope"),
-        (pack_node(rope="float32"), "rope_dtype float32"),
-        (pack_node(tile=0), "tile_size 0"),
-        (helper.make_node("KvCachePack", ["n", "r"], ["y"], "pack"), "attribute tile_size"),
-    ],
-)
-def test_kv_cache_pack_refusals(plugin, capfd, node, reason):
-    assert expand(plugin, node)[1] is None
-    assert reason in capfd.readouterr().err
-
-
-def test_a_missing_prototype_is_named(plugin, capfd):
-    plugin.missing("Bitcast")
-    try:
-        assert expand(plugin, pack_node())[1] is None
-    finally:
-        plugin.all_there()
-    assert "needs GE operator Bitcast" in capfd.readouterr().err
-
-
 # ---- the Python twin ----------------------------------------------------------------------------
 
 
@@ -555,10 +340,3 @@ def test_the_twin_refuses_what_the_plug_in_refuses(twin):
     with pytest.raises(ValueError, match="unknown attribute foo"):
         function(ge_node(node), Target())
     assert key("KvCachePack") not in twin
-
-
-def test_flavour_names_the_rope_type_for_the_plug_in():
-    for kind, name in ((TensorProto.BFLOAT16, "bfloat16"), (TensorProto.FLOAT16, "float16")):
-        node = flavour.to_atc(fused(op.KV_CACHE_PACK, qtype=kind)).graph.node[0]
-        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        assert given == {"tile_size": 128, "rope_dtype": name.encode()}

@@ -1,0 +1,123 @@
+"""The parser plug-in loaded beside a test double of CANN; nodes as its parser gives them."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import onnx
+import pytest
+
+from sfa_onnx import op
+from sfa_onnx.ascend import flavour
+from tests.test_flavour import fused, ours
+
+ROOT = Path(__file__).parents[1] / "kernels" / "ascend"
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+class Plugin:
+    """The plug-in loaded into this process beside the double."""
+
+    def __init__(self, double: Path, library: Path):
+        self._double = ctypes.CDLL(str(double), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
+        self._library = ctypes.CDLL(str(library), mode=os.RTLD_NOW)
+        self._double.double_parse.restype = ctypes.c_char_p
+        self._double.double_keys.restype = ctypes.c_char_p
+
+    def keys(self) -> dict[str, str]:
+        text = self._double.double_keys().decode()
+        return dict(line.split(" ") for line in text.splitlines())
+
+    def parse(self, key, text, inputs, name="sfa_0", preset=None):
+        raw = (ctypes.c_char_p * len(inputs))(*(i.encode() for i in inputs))
+        out = self._double.double_parse(
+            key.encode(), name.encode(), None if text is None else text.encode(), raw,
+            ctypes.c_size_t(len(inputs)), preset.encode() if preset else None,
+        )  # fmt: skip
+        return json.loads(out) if out else None
+
+    def missing(self, ge_type):
+        self._double.double_missing_prototype(ge_type.encode())
+
+    def all_there(self):
+        self._double.double_all_prototypes()
+
+
+def _compile(out: Path, sources, abi: int) -> Path:
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+    command += [f"-I{ROOT / 'testing' / 'include'}", *map(str, sources), "-o", str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return out
+
+
+@functools.cache
+def _load() -> Plugin:
+    """CANN's old string ABI for the double, the machine's new one for the plug-in: both load.
+
+    Once per process: a second double would share its symbols with the first.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="sfa-onnx-plugin-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    double = _compile(folder / "libdouble.so", [ROOT / "testing" / "ge_double.cc"], abi=0)
+    library = _compile(folder / "libplugin.so", sorted((ROOT / "plugin").glob("*.cc")), abi=1)
+    return Plugin(double, library)
+
+
+@pytest.fixture
+def plugin() -> Plugin:
+    """The plug-in, ready to parse."""
+    return _load()
+
+
+def parser_text(node: onnx.NodeProto) -> str | None:
+    """A node's attributes as CANN's parser prints them for a ByOperator plug-in."""
+    if not node.attribute:
+        return None
+    return json.dumps({"attribute": [_entry(a) for a in node.attribute]}, indent=2)
+
+
+def _entry(attr: onnx.AttributeProto) -> dict:
+    entry: dict = {"name": attr.name, "type": attr.type}
+    if attr.type == onnx.AttributeProto.FLOAT and (attr.f or str(attr.f) == "-0.0"):
+        text = f"{attr.f:g}"  # as C's %g
+        entry["f"] = text if len(text) <= 9 else attr.f
+    elif attr.type == onnx.AttributeProto.INT and attr.i:
+        entry["i"] = attr.i
+    elif attr.type == onnx.AttributeProto.STRING and attr.s:
+        plain = {ord("\n"): "\\n", ord('"'): '\\"', ord("\\"): "\\\\"}
+        entry["s"] = "".join(
+            plain.get(b, chr(b) if 32 <= b < 127 else f"\\{b:03o}") for b in attr.s
+        )
+    elif attr.type == onnx.AttributeProto.FLOATS and attr.floats:
+        entry["floats"] = list(attr.floats)
+    return entry
+
+
+def key(node_type: str, opset=18) -> str:
+    return f"ai.onnx::{opset}::{node_type}"
+
+
+def atc_node(contract: op.OpContract, binding="kv-quant", **values) -> onnx.NodeProto:
+    node = ours(contract, **values)
+    return flavour.to_atc(fused(contract, node), binding=binding).graph.node[0]
+
+
+def typed(attr: onnx.AttributeProto, spec: op.Attribute) -> str:
+    if spec.kind == "float":
+        return f"float:{float(attr.f).hex()}"
+    if spec.kind == "string":
+        return f"string:{attr.s.decode()}"
+    return f"bool:{int(attr.i != 0)}" if spec.ge_kind == "bool" else f"int:{attr.i}"
+
+
+def as_hex(text: str) -> str:
+    kind, _, value = text.partition(":")
+    return f"float:{float.fromhex(value).hex()}" if kind == "float" else text
