@@ -22,7 +22,7 @@ bool AttributeReader::ReadString(const char* name, char* text, size_t size) {
 }
 
 void AttributeReader::NameNode(const char* op_type) {
-  char name[256] = {};
+  char name[512] = {};  // one that is longer is left out
   size_t size = sizeof name;
   if (!Ok(api_->KernelInfo_GetNodeName(info_, name, &size))) snprintf(name, sizeof name, "?");
   error_->Add("%s '%s': ", op_type, name);

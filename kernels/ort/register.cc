@@ -30,7 +30,6 @@ struct Op : OrtCustomOp {
 const Op& Self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 const char* Name(const OrtCustomOp* op) { return Self(op).name; }
-// Named, because without a provider old runtimes log a warning per op.
 const char* Provider(const OrtCustomOp*) { return "CPUExecutionProvider"; }
 size_t One(const OrtCustomOp*) { return 1; }
 OrtCustomOpInputOutputCharacteristic Required(const OrtCustomOp*, size_t) {
