@@ -96,7 +96,7 @@ class Dense(Pipeline):
 def gathered_feeds(seed: int, extra: np.ndarray | None = None) -> Feeds:
     rng = np.random.default_rng(seed)
     idx = rng.permuted(np.broadcast_to(np.arange(S2), (B, S1, S2)), axis=-1)[..., :K]
-    idx[:, 1, K - 4 :] = -1
+    idx[:, :, K - 1] = idx[:, 1, K - 4 :] = -1
     return {
         "query": rng.standard_normal((B, S1, N, C + R), np.float32),
         "nope": rng.integers(-127, 128, (B, S2, C)).astype(np.int8),
@@ -388,7 +388,11 @@ OR_RIGHT = {
     "per-head-scale", "row-temperature", "halved-probs", "value-doubled", "value-half",
     "value-flipped", "rope-other-rows", "scale-other-rows", "rope-rotated-after", "other-batch",
     "first-batch", "interleaved-batch", "reversed-scales", "rope-first-value", "value-scaled",
+    "mask-inverted",
 }  # fmt: skip
+
+
+NO_SOFTMAX = {"log-softmax", "sigmoid", "plus-one", "epsilon", "no-norm"}  # need not be listed
 
 
 def _module(base: type[Pipeline], override: dict) -> Pipeline:
