@@ -119,7 +119,17 @@ def run_fused(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
     return session.run(None, feeds)
 
 
-def difference(before: onnx.ModelProto, after: onnx.ModelProto, feeds: Feeds, dtype: str) -> float:
+def _all_of(_: Feeds, outs: list[np.ndarray]) -> list[np.ndarray]:
+    return outs
+
+
+def difference(
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    feeds: Feeds,
+    dtype: str,
+    crop: Callable[[Feeds, list[np.ndarray]], list[np.ndarray]] = _all_of,
+) -> float:
     """Scaled error of `after` against `before` on `feeds`, both in onnxruntime."""
     names = {value.name for value in before.graph.input}
     feeds = {k: v for k, v in feeds.items() if k in names}  # the tracer drops unused inputs
@@ -177,7 +187,7 @@ def _judge(case: Case, v: Verdict) -> None:
 def _compare(case: Case, before: onnx.ModelProto, after: onnx.ModelProto, v: Verdict) -> None:
     dtype = case.tags.get("dtype", "f32")
     bound = case.tags.get("bound", BOUND[dtype])
-    crop = case.tags.get("crop", lambda _, outs: outs)
+    crop = case.tags.get("crop", _all_of)
     v.error = max(difference(before, after, case.feeds(seed), dtype, crop) for seed in (0, 1))
     if not v.error <= bound:
         v.failure = f"WRONG NUMBERS: {v.error:.2e} > {bound:.0e}"
