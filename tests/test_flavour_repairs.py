@@ -127,6 +127,22 @@ def test_mod_does_not_depend_on_the_sign_rule(fmod, kind):
     np.testing.assert_array_equal(run(flipped, feeds)[0], run(model, feeds)[0])
 
 
+@pytest.mark.parametrize("axes", [[0], [-1, 0], [2], [1, 2, 0]])
+@pytest.mark.parametrize("given", [True, False])
+def test_pad_axes_become_pads_of_every_axis(axes, given):
+    pads = np.arange(1, 2 * len(axes) + 1)
+    inputs = [("x", 1, ["a", 3, 4])] + ([("p", 7, [len(pads)])] if given else [])
+    inits = [] if given else [("p", pads)]
+    inits += [("v", np.float32(7)), ("axes", np.array(axes))]
+    node = helper.make_node("Pad", ["x", "p", "v", "axes"], ["y"], "n0")
+    model = build([node], inputs, [("y", 1, None)], inits=inits)
+    feeds = {"x": RNG.standard_normal((2, 3, 4)).astype(np.float32)} | (
+        {"p": pads} if given else {}
+    )
+    atc = same_results(model, feeds)
+    assert len(atc.graph.node[-1].input) == 3
+
+
 @pytest.mark.parametrize("op_type", ["ReduceL1", "ReduceL2"])
 def test_reduce_norms_of_opset_18_are_spelled_out(op_type):
     inits = [("axes", np.array([-1]))]

@@ -252,6 +252,31 @@ def reduce_norm(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     return [part, total, scope.replace(node, "Sqrt", [total.output[0]])]
 
 
+def pad_axes(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
+    """Pad with `axes` (opset 18) -> pads of every axis: GE's operator has no such input."""
+    if node.op_type != "Pad" or len(node.input) < 4:
+        return None
+    mode = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if not node.input[3]:
+        return [scope.replace(node, "Pad", node.input[:3], **mode)]
+    axes, rank = scope.array(node.input[3]), scope.rank(node.input[0])
+    if axes is None or rank is None:
+        raise ModelError(
+            f"node {node.name!r}: Pad with computed axes, or of unknown rank; CANN's operator takes"
+            " pads of every axis. Export with constant axes"
+        )
+    wanted = [int(a) % rank for a in axes.ravel()]
+    none = 2 * len(wanted)  # index of the zero appended to the pads
+    source = [wanted.index(i) if i in wanted else none for i in range(rank)]
+    picks = source + [s if s == none else s + len(wanted) for s in source]
+    zero = scope.constant([0], f"{node.name}/none")
+    longer = scope.node("Concat", [node.input[1], zero], f"{node.name}/pads_and_none", axis=0)
+    order = scope.constant(picks, f"{node.name}/order")
+    full = scope.node("Gather", [longer.output[0], order], f"{node.name}/pads", axis=0)
+    args = [node.input[0], full.output[0], *node.input[2:3]]
+    return [longer, full, scope.replace(node, "Pad", args, **mode)]
+
+
 def softmax_2d(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Softmax before opset 13 means all axes from `axis` on; the parser leaves that to others."""
     if node.op_type not in ("Softmax", "LogSoftmax", "Hardmax") or scope.opset >= 13:
@@ -283,4 +308,5 @@ REPAIRS: tuple[Rule, ...] = (
     mod_sign,
     reduce_norm,
     softmax_2d,
+    pad_axes,
 )
