@@ -130,21 +130,40 @@ def _by_range(ref: Ref, axis: int, ranges: list[tuple[int, int, str, int]]) -> S
 
 
 def _scatter_nd(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    """Rows written in place at constant positions: which tensor a row comes from is a range."""
-    table = tracer.sizes.value(node.input[1])
-    if table is None or table.ndim < 1 or table.shape[-1] != 1 or table.size == 0:
+    """A window written in place at constant positions: along one axis, a range is the update's."""
+    first = _window(tracer, node)
+    if first is None:
         return None
-    rows = table.reshape(-1)
-    low = int(rows[0])
-    size = tracer.shape(node.input[0])[0]
-    low = low + size if low < 0 else low
-    if table.ndim != 2 or not bool((rows - rows[0] == np.arange(rows.size)).all()):
+    shape, update = tracer.shape(node.input[0]), tracer.shape(node.input[2])
+    cut = [i for i, (d, u) in enumerate(zip(shape, update, strict=True)) if d != u]
+    if len(cut) > 1:
         return None
-    high = low + rows.size
+    axis = cut[0] if cut else 0
+    low, size = first[axis] if axis < len(first) else 0, shape[axis]
+    high = low + update[axis]
     ranges = [(low, high, node.input[2], -low)]
     ranges += [(0, low, node.input[0], 0)] if low else []
     ranges += [(high, size, node.input[0], 0)] if high < size else []
-    return _by_range(ref, 0, sorted(ranges))
+    return _by_range(ref, axis, sorted(ranges))
+
+
+def _window(tracer: Tracer, node: onnx.NodeProto) -> list[int] | None:
+    """First position of the written window on each indexed axis; None if it is no window."""
+    table = tracer.shape(node.input[1])
+    if len(table) - 1 != table[-1] or attributes(node).get("reduction", "none") != "none":
+        return None
+    labels = [fresh("w", d) for d in table[:-1]]
+    was, tracer.opaque = tracer.opaque, False
+    first = []
+    for j, label in enumerate(labels):
+        at = tracer.index_value(Ref(node.input[1], (*map(Expr.of, labels), Expr(j))))
+        offset = at - Expr.of(label)
+        if offset.terms:
+            break
+        size = tracer.shape(node.input[0])[j]
+        first.append(offset.const + size if offset.const < 0 else offset.const)
+    tracer.opaque = was
+    return first if len(first) == len(labels) else None
 
 
 # -- gathers --------------------------------------------------------------------------------------
@@ -154,7 +173,7 @@ def _gather(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = int(attributes(node).get("axis", 0)) % len(tracer.shape(node.input[0]))
     rank = len(tracer.shape(node.input[1]))
     own = ref.coords[axis : axis + rank]
-    at = tracer.index_value(Ref(node.input[1], own))
+    at = tracer.index_value(Ref(node.input[1], own), tracer.shape(node.input[0])[axis])
     coords = (*ref.coords[:axis], at, *ref.coords[axis + rank :])
     return Move(Ref(node.input[0], coords))
 
@@ -166,16 +185,17 @@ def _gather_elements(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
         if i != axis and own != size:
             tracer.unify(own, size)
     coords = list(ref.coords)
-    coords[axis] = tracer.index_value(Ref(node.input[1], ref.coords))
+    coords[axis] = tracer.index_value(Ref(node.input[1], ref.coords), data[axis])
     return Move(Ref(node.input[0], tuple(coords)))
 
 
 def _gather_nd(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     batch = int(attributes(node).get("batch_dims", 0))
-    indices = tracer.shape(node.input[1])
+    data, indices = tracer.shape(node.input[0]), tracer.shape(node.input[1])
     outer = ref.coords[: len(indices) - 1]
     at = tuple(
-        tracer.index_value(Ref(node.input[1], (*outer, Expr(j)))) for j in range(indices[-1])
+        tracer.index_value(Ref(node.input[1], (*outer, Expr(j))), data[batch + j])
+        for j in range(indices[-1])
     )
     return Move(Ref(node.input[0], (*outer[:batch], *at, *ref.coords[len(indices) - 1 :])))
 

@@ -43,6 +43,10 @@ __all__ = [
 _FILLED = frozenset(("Expand", "Cast", "CastLike", "Reshape", "Unsqueeze", "Identity", "Tile"))
 
 
+_SOURCES = frozenset(("TopK", "MatMul", "If", "Loop", "Scan", "RandomUniform", "RandomNormal"))
+_TINY = 64  # elements of a constant that is compared by content
+
+
 class UnifyError(Exception):
     """Two symbols must be one size for the attention to make sense; bind again with them equal."""
 
@@ -58,6 +62,8 @@ class Tracer:
         """`other` assigns other sizes to the symbols: what agrees in both is static."""
         self.index, self.sizes, self.other = index, sizes, other
         self.budget = budget
+        self._representatives: dict[str, str] = {}
+        self._equal: dict[object, str] = {}
         self.opaque = False  # True: index tensors are read as they are, without arithmetic
 
     # -- sizes and constants ----------------------------------------------------------------------
@@ -164,20 +170,45 @@ class Tracer:
         own = coords[len(coords) - len(shape) :]
         return Ref(value, tuple(ZERO if d == 1 else c for c, d in zip(own, shape, strict=True)))
 
-    def index_value(self, ref: Ref) -> Expr:
-        """What an integer tensor holds at `ref`, as far as arithmetic shows."""
+    def index_value(self, ref: Ref, size: int = 0) -> Expr:
+        """What an integer tensor holds at `ref`, as far as arithmetic shows.
+
+        `size` is that of the axis it indexes: an index modulo that size is the index, wrapped.
+        """
         self.spend(ref.value)
         if not self.opaque:
             if (known := self._known_index(ref)) is not None:
                 return known
             node = self.index.node_of(ref.value)
-            arithmetic = None if node is None else self._index_arithmetic(node, ref)
+            arithmetic = None if node is None else self._index_arithmetic(node, ref, size)
             if arithmetic is not None:
                 return arithmetic
         step = self.step(ref)
         if isinstance(step, Move) and not is_float(self.sizes.elem_type(step.ref.value)):
-            return self.index_value(step.ref)
-        return Expr.of(Read(ref.value, ref.coords))
+            return self.index_value(step.ref, size)
+        return Expr.of(Read(self.representative(ref.value), ref.coords))
+
+    def representative(self, value: str, depth: int = 24) -> str:
+        """The first value of the graph that is computed exactly like `value`.
+
+        Exporters repeat index arithmetic for every gather; equal arithmetic is one tensor.
+        """
+        if value in self._representatives:
+            return self._representatives[value]
+        key: object = value
+        node = self.index.node_of(value)
+        constant = self.index.constant(value)
+        if constant is not None and constant.size <= _TINY:
+            key = (constant.dtype.str, constant.shape, constant.tobytes())
+        elif node is not None and depth and node.op_type not in _SOURCES:
+            self.spend(value)
+            inputs = tuple(self.representative(n, depth - 1) for n in node.input)
+            named = sorted((a.name, a.SerializeToString()) for a in node.attribute)
+            which = list(node.output).index(value)
+            key = (node.domain, node.op_type, which, inputs, tuple(named))
+        found = self._equal.setdefault(key, value)
+        self._representatives[value] = found
+        return found
 
     def _known_index(self, ref: Ref) -> Expr | None:
         """A constant table that is linear in its coordinates: arange, batch offsets, a number."""
@@ -200,8 +231,10 @@ class Tracer:
             total = total + coordinate * by
         return total
 
-    def _index_arithmetic(self, node: onnx.NodeProto, ref: Ref) -> Expr | None:
+    def _index_arithmetic(self, node: onnx.NodeProto, ref: Ref, size: int) -> Expr | None:
         op = node.op_type
+        if op == "Mod" and size and self.sizes.scalar(node.input[1]) == size:
+            return self.index_value(self.operand(node.input[0], ref.coords))
         if op in ("Add", "Sub"):
             a, b = (self.index_value(self.operand(n, ref.coords)) for n in node.input)
             return a + b if op == "Add" else a - b

@@ -9,7 +9,14 @@ from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind_attention import Parts, read_attention
 from sfa_onnx.passes.bind_mask import Literal, Selected, Visible
-from sfa_onnx.passes.bind_rows import Columns, State, require_one, same_rows, trace_columns
+from sfa_onnx.passes.bind_rows import (
+    Columns,
+    State,
+    require_one,
+    same_addresses,
+    same_rows,
+    trace_columns,
+)
 from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
 from sfa_onnx.passes.index import GraphIndex
 
@@ -55,6 +62,8 @@ class Site:
         visible: other masks.
         rows: labels that tell one row of keys from another (batch first, then query tokens).
         heads: labels that share them.
+        products: values that hold query times key, where the inside of the attention begins.
+        score_axes: every score tensor, with what its axes run over.
     """
 
     tracer: Tracer
@@ -74,6 +83,8 @@ class Site:
     visible: list[Visible] = field(default_factory=list)
     rows: list[Label] = field(default_factory=list)
     heads: list[Label] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)
+    score_axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
     bound: list[str] = field(default_factory=list)
 
 
@@ -98,6 +109,7 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
         site = _bind_at(tracer, anchor, out_node, Ref(out, coords), bound)
         swap = _splits(site)
         if not swap:
+            _check_rows(site)
             return site
         coords = tuple(c.substitute(swap) for c in coords)
     raise Stop("the axes of the attention cannot be told apart", out)
@@ -115,8 +127,11 @@ def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: lis
     bound.append("scores " + ", ".join(dict.fromkeys(t.k.value for t in scores.terms)))
     site = _keys(tracer, scores, parts.key, value, anchor)
     site.out, site.out_node, site.column = out, out_node, column
+    site.score_axes = scores.axes
+    site.products = [t.product for t in scores.terms if t.product]
     site.bound = bound
     _masks(site, scores.masks)
+    same_addresses(tracer, site.nope, site.rope)
     _axes(site, parts.others)
     return site
 
@@ -220,7 +235,7 @@ def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: An
     pairs: list[tuple[Term, Columns]] = []
     for term in scores.terms:
         q, k = _query_and_key(term, key)
-        term = Term(q, k, term.label, term.factor)
+        term = Term(q, k, term.label, term.factor, term.product)
         pairs += [(term, part) for part in trace_columns(tracer, k, term.label, wanted)]
     nope, reason = None, ""
     for pair in pairs:
@@ -346,6 +361,41 @@ def _axes(site: Site, others: set[Label]) -> None:
     ordered = [x for c in site.out.coords for x in _in_order(c) if x in others]
     site.rows = [x for x in ordered if x in deciding]
     site.heads = [x for x in ordered if x not in deciding]
+
+
+def _check_rows(site: Site) -> None:
+    """Masks do not differ per head, and every batch reads its own cache.
+
+    Raises:
+        Stop: one of them does not hold.
+    """
+    if not site.heads:
+        shared = _labels(site.nope, site.key)
+        for s in site.selected:
+            shared |= s.indices.labels
+        for v in site.visible:
+            extra = v.ref.labels - shared - {site.key}
+            if extra and not all(x.size == 1 for x in extra):
+                raise Stop(
+                    f"the mask {v.ref.value} differs per head",
+                    v.ref.value,
+                    "all heads of the operator see the same keys",
+                )
+    if site.tracer.opaque:
+        return
+    ref = site.nope.deep.ref
+    shape = site.tracer.shape(ref.value)
+    for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
+        own = coordinate.labels - {site.nope.label, site.key}
+        twisted = any(a in own and c < 0 for a, c in coordinate.terms)
+        fixed = not coordinate.terms and size > 1
+        parts = any(isinstance(a, Quot | Rem) for a, _ in coordinate.terms)
+        plain = coordinate.reads or site.nope.label in coordinate.labels
+        if (twisted or fixed or parts) and not plain:
+            raise Stop(
+                f"axis {axis} of {ref.value} is read at {coordinate}: not the query's own batch",
+                ref.value,
+            )
 
 
 def _in_order(coordinate: Expr) -> list[Label]:

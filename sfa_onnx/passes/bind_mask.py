@@ -7,7 +7,7 @@ the graph that is read as it is: bool, or float with two values. Nothing is prov
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -36,15 +36,15 @@ class Visible:
 class Selected:
     """Visible where the key's position is among `indices` (over all values of `slot`).
 
-    `mask` is the tensor that says so in the graph (before any other literal is applied), `valid`
-    a tensor over the same slots that switches entries off, if the graph has one.
+    `valid` is a tensor over the same slots that switches entries off, if the graph has one;
+    `width` the positions that indices may name (more than there are keys: the rest is thrown away);
+    `wraps`: negative indices count from the end (scatter) or name nothing (comparison).
     """
 
     indices: Ref
     slot: Label
-    mask: Ref
-    mask_positive: bool
-    mask_bool: bool
+    width: int
+    wraps: bool = True
     valid: Ref | None = None
 
 
@@ -179,8 +179,6 @@ def _at_view(
         return inner
     if len(inner) == 1 and isinstance(inner[0], Visible):
         return [Visible(ref, positive, is_bool)]
-    if len(inner) == 1 and isinstance(inner[0], Selected):
-        return [replace(inner[0], mask=ref, mask_positive=positive, mask_bool=is_bool)]
     return inner
 
 
@@ -293,7 +291,7 @@ def _scatter(
     if base is None or update is None:
         if is_bool or base is not None:
             return None
-        return _scatter_over(tracer, node, ref, at, slot, update)
+        return _scatter_over(tracer, node, Ref(node.input[1], at), slot, update, axis)
     if is_bool:
         keeps = (update != 0) == positive and (base != 0) != positive
     else:
@@ -305,22 +303,23 @@ def _scatter(
             ref.value,
             "expected a mask that keeps exactly the selected keys",
         )
-    return [Selected(Ref(node.input[1], at), slot, ref, positive, is_bool, valid)]
+    width = tracer.shape(node.input[0])[axis]
+    return [Selected(Ref(node.input[1], at), slot, width, valid=valid)]
 
 
 def _scatter_over(
     tracer: Tracer,
     node: onnx.NodeProto,
-    ref: Ref,
-    at: tuple[Expr, ...],
+    indices: Ref,
     slot: Label,
     update: float | None,
+    axis: int,
 ) -> list[Literal] | None:
     """Zeros written over a float table, which must hide whatever is not selected."""
     table = tracer.index.mask_table(node.input[0])
     if update != 0 or table is None or not bool((table < HIDDEN).all()):
         return None
-    return [Selected(Ref(node.input[1], at), slot, ref, True, False)]
+    return [Selected(indices, slot, tracer.shape(node.input[0])[axis])]
 
 
 def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
@@ -377,7 +376,8 @@ def _reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | 
         if key is not None and key != slot and slot in indices.labels and len(valid) < 2:
             if key in indices.labels:
                 continue
-            return [Selected(indices, slot, ref, True, True, valid[0] if valid else None)]
+            switch = valid[0] if valid else None
+            return [Selected(indices, slot, key.size, wraps=False, valid=switch)]
     return None
 
 

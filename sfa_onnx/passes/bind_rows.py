@@ -9,8 +9,9 @@ import onnx
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, fresh
 from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
+from sfa_onnx.passes.bind_sources import all_reads
 
-__all__ = ["Columns", "State", "require_one", "same_rows", "trace_columns"]
+__all__ = ["Columns", "State", "require_one", "same_addresses", "same_rows", "trace_columns"]
 
 _INT8 = onnx.TensorProto.INT8
 _PLACE = "column"
@@ -244,6 +245,28 @@ def same_rows(key: Columns, value: Columns) -> str:
     if value.label.size > key.label.size:
         return f"it has {value.label.size} columns, the key's nope part {key.label.size}"
     return ""
+
+
+def same_addresses(tracer: Tracer, nope: Columns, rope: Columns | None) -> None:
+    """Check that scales and rope are read by the very indices that the nope part is read by.
+
+    Raises:
+        Stop: they are not.
+    """
+    if tracer.opaque:  # said when indices were followed to their source
+        return
+    others = [("the scale", s.ref) for s in nope.scale[-1:]]
+    others += [("rope", rope.deep.ref)] if rope is not None else []
+    own = {str(Expr.of(r)) for r in all_reads(nope.deep.ref.coords)}
+    for what, ref in others:
+        reads = {str(Expr.of(r)) for r in all_reads(ref.coords)}
+        if reads != own:
+            raise Stop(
+                f"{what} {ref.value} is not read by the same indices as {nope.deep.ref.value}"
+                f" ({', '.join(sorted(reads ^ own))[:200]})",
+                ref.value,
+                "the operator reads a whole row by one index",
+            )
 
 
 def _same_latent(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from sfa_onnx.passes.axes import Label
+from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind_mask import Literal, additive, boolean, is_hidden
 
@@ -27,6 +27,7 @@ class Term:
     k: Ref
     label: Label
     factor: float
+    product: str = ""  # the value that holds this part of the scores, before any mask
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Scores:
 
     terms: list[Term] = field(default_factory=list)
     masks: list[Literal] = field(default_factory=list)
+    axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)  # every score tensor
 
 
 def read_scores(tracer: Tracer, ref: Ref, factor: float = 1.0) -> Scores:
@@ -47,6 +49,7 @@ def read_scores(tracer: Tracer, ref: Ref, factor: float = 1.0) -> Scores:
     todo = [(ref, factor)]
     while todo:
         ref, factor = todo.pop()
+        found.axes.setdefault(ref.value, ref.coords)
         todo.extend(_one(tracer, ref, factor, found))
     if not found.terms:
         raise Stop("no product of queries and keys leads to the scores", ref.value)
@@ -78,7 +81,7 @@ def _one(tracer: Tracer, ref: Ref, factor: float, found: Scores) -> list[tuple[R
             )
         return [(step.ref, factor * step.factor)]
     if isinstance(step, Dot):
-        found.terms.append(Term(step.a, step.b, step.label, factor * step.factor))
+        found.terms.append(Term(step.a, step.b, step.label, factor * step.factor, ref.value))
         return []
     raise _unknown(tracer, node, ref)
 

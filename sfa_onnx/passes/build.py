@@ -93,6 +93,24 @@ class Emitter:
                     if old == value:
                         names[i] = name
 
+    def sort(self) -> None:
+        """Order the nodes so that each comes after what it reads."""
+        producer = {o: n for n in self.nodes for o in n.output}
+        done: dict[str, onnx.NodeProto] = {}
+        stack = list(reversed(self.nodes))
+        while stack:
+            node = stack[-1]
+            if node.output[0] in done:
+                stack.pop()
+                continue
+            missing = [i for i in node.input if i in producer and i not in done]
+            missing = [i for i in missing if producer[i].output[0] not in done]
+            if missing:
+                stack += [producer[i] for i in missing]
+                continue
+            done[node.output[0]] = stack.pop()
+        self.nodes = list(done.values())
+
     def prune(self, output: str) -> None:
         """Drop nodes and constants that `output` does not need."""
         needed, kept = {output}, []

@@ -6,7 +6,7 @@ import onnx
 
 from sfa_onnx.op import KV_CACHE_PACK
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION_ANTIQUANT as ANTIQUANT
-from sfa_onnx.passes.axes import Expr, Label
+from sfa_onnx.passes.axes import Expr, Label, Quot
 from sfa_onnx.passes.axes_trace import Ref, Stop
 from sfa_onnx.passes.bind_rows import Columns, State
 from sfa_onnx.passes.build import Group
@@ -76,21 +76,25 @@ def _antiquant(
 
 
 def _tile(columns: Columns) -> int:
-    """How many columns share one scale."""
-    ref = columns.scale[-1].ref
-    label = columns.label
-    found = {a.by for c in ref.coords for a, _ in c.terms if hasattr(a, "by") and label in c.labels}
-    whole = label not in ref.labels
-    if whole:
+    """How many consecutive columns share one scale."""
+    ref, label = columns.scale[-1].ref, columns.label
+    over = [c for c in ref.coords if label in c.labels and not c.reads]
+    if not over:
         return label.size
-    if len(found) != 1 or label.size % next(iter(found)):
-        raise Stop(
-            f"the scale {ref.value} is not one number per tile of columns"
-            f" (read at {', '.join(map(str, ref.coords))})",
-            ref.value,
-            "expected [.., C / tile] scales, each for a tile of consecutive columns",
-        )
-    return next(iter(found))
+    if len(over) == 1:
+        rest = [(a, c) for a, c in over[0].terms if label in Expr.of(a).labels]
+        atom, factor = rest[0]
+        plain = isinstance(atom, Quot) and atom.expr == Expr.of(label) and factor == 1
+        if plain and len(rest) == 1 and isinstance(atom, Quot) and label.size % atom.by == 0:
+            return atom.by
+        if atom == label and factor == 1 and len(rest) == 1:
+            return 1
+    raise Stop(
+        f"the scale {ref.value} is not one number per tile of consecutive columns"
+        f" (column d is scaled by the entry at {', '.join(map(str, over))})",
+        ref.value,
+        "expected scales [.., C / tile]",
+    )
 
 
 def _by_tile(columns: Columns, tile: int, tiles: Label) -> list[State]:

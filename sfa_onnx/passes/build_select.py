@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+from onnx import helper
 
-from sfa_onnx.passes.axes import Expr, Label
+from sfa_onnx.passes.axes import Label
 from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
 from sfa_onnx.passes.bind import Site
 from sfa_onnx.passes.bind_mask import HIDDEN, Selected, Visible
@@ -109,11 +110,12 @@ def _mask_at(
 
 
 def _tokens_of_mask(e: Emitter, site: Site, selected: Selected, rows: Sequence[Group]) -> str:
-    """The tokens a finished mask [*rows, S2] keeps, in ascending order, at most K of them."""
+    """The tokens that the finished mask keeps, in ascending order, at most K of them."""
     groups = [*rows, [site.key]]
-    own = Visible(selected.mask, selected.mask_positive, selected.mask_bool)
-    e.learn(selected.indices)
-    valid = visible_at_rows(e, [own, *site.visible], groups)
+    valid = _scattered(e, site, selected, rows)
+    if site.visible:
+        others = visible_at_rows(e, site.visible, groups)
+        valid = e.emit("And", [valid, others], "valid", _T.BOOL)
     size = e.size([site.key])
     slots = e.size([selected.slot])
     if e.static(site.key) and e.static(selected.slot):
@@ -121,6 +123,47 @@ def _tokens_of_mask(e: Emitter, site: Site, selected: Selected, rows: Sequence[G
     else:
         slots = e.emit("Min", [size, slots], "slots", _T.INT64)
     return _first(e, valid, None, site.key, len(groups), slots)
+
+
+def _scattered(e: Emitter, site: Site, selected: Selected, rows: Sequence[Group]) -> str:
+    """Bool [*rows, S2]: which tokens the indices name, as the graph's own mask has it."""
+    groups = [*rows, [selected.slot]]
+    tokens = e.cast(e.arrange(selected.indices, groups, "tokens"), _T.INT64)
+    tokens = e.broadcast(tokens, groups, selected.indices.labels)
+    size, extra = e.size([site.key]), selected.width - site.key.size
+    if not selected.wraps:
+        tokens, extra = _outside_last(e, tokens, size), 1
+    width = size
+    if extra:
+        width = e.emit("Add", [size, e.ints([extra])], "width", _T.INT64)
+    lead = [e.size(g) for g in rows]
+    dims = e.emit("Concat", [*lead, width], "dims", _T.INT64, axis=0)
+    zero = helper.make_tensor("value", _T.FLOAT, [1], [0.0])
+    base = e.emit("ConstantOfShape", [dims], "nobody", _T.FLOAT, value=zero)
+    if selected.valid is not None:
+        hits = e.arrange(selected.valid, groups, "switch")
+        hits = e.broadcast(e.cast(hits, _T.FLOAT), groups, selected.valid.labels)
+    else:
+        one = e.constant(np.asarray(1, np.float32))
+        hits = e.emit(
+            "Expand", [one, e.emit("Shape", [tokens], "shape", _T.INT64)], "hits", _T.FLOAT
+        )
+    named = e.emit(
+        "ScatterElements", [base, tokens, hits], "named", _T.FLOAT, axis=-1, reduction="add"
+    )
+    if extra:
+        axis = e.ints([len(groups) - 1])
+        named = e.emit("Slice", [named, e.ints([0]), size, axis], "named", _T.FLOAT)
+    return e.emit("Greater", [named, e.constant(np.asarray(0, np.float32))], "named", _T.BOOL)
+
+
+def _outside_last(e: Emitter, tokens: str, size: str) -> str:
+    """Indices that name no token name the column behind the last one."""
+    zero = e.constant(np.asarray(0, np.int64))
+    low = e.emit("Less", [tokens, zero], "outside", _T.BOOL)
+    high = e.emit("GreaterOrEqual", [tokens, size], "outside", _T.BOOL)
+    outside = e.emit("Or", [low, high], "outside", _T.BOOL)
+    return e.emit("Where", [outside, size, tokens], "tokens", _T.INT64)
 
 
 def visible_at_rows(e: Emitter, literals: Sequence[Visible], groups: Sequence[Group]) -> str:
@@ -177,8 +220,3 @@ def _wrapped(e: Emitter, tokens: str, key: Label) -> str:
     negative = e.emit("Less", [tokens, zero], "negative", _T.BOOL)
     shifted = e.emit("Add", [tokens, e.size([key])], "wrapped", _T.INT64)
     return e.emit("Where", [negative, shifted, tokens], "tokens", _T.INT64)
-
-
-def slot_index(label: Label) -> Expr:
-    """The expression of a label, for callers that build references."""
-    return Expr.of(label)

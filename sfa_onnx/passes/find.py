@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind import Anchor, NotASite, Site, bind
-from sfa_onnx.passes.bind_region import cover
+from sfa_onnx.passes.bind_region import Region, cover
+from sfa_onnx.passes.build_detach import detach
 from sfa_onnx.passes.build_plan import Built
 from sfa_onnx.passes.build_site import build_site
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
@@ -102,10 +103,11 @@ def _bind_and_build(
 
 def _candidate(named: Site, site: Site, built: Built) -> Candidate:
     e = built.emitter
+    detach(e, site)
     e.prune(built.output)
     queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
     region = cover(named, built.output, [q.value for q in queries], e.used)
-    _check_closed(site, region.nodes, built.output)
+    _check_closed(site, region, built.output)
     index = site.tracer.index
     return Candidate(
         graph=index.graph,
@@ -125,17 +127,38 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
     )
 
 
-def _check_closed(site: Site, nodes: tuple[int, ...], output: str) -> None:
-    """The softmax must go; if it stays, somebody outside reads what is inside."""
+def _check_closed(site: Site, region: Region, output: str) -> None:
+    """What lies between the products and the output must go; if it stays, somebody reads it.
+
+    Raises:
+        Stop: an inner value is used outside.
+    """
     index = site.tracer.index
-    if site.anchor.node in nodes:
-        return
-    for value in index.nodes[site.anchor.node].output:
+    inner = {*region.nodes, *region.support}
+    removed = set(region.nodes)
+    todo, seen = [*site.products, site.anchor.weights], set[str]()
+    while todo:
+        value = todo.pop()
+        if value == output or value in seen:
+            continue
+        seen.add(value)
+        producer = index.producer[value]
+        if producer in inner and producer not in removed:
+            raise _used_outside(index, value, removed)
         for i, _ in index.uses(value):
-            if i not in nodes:
-                raise Stop(
-                    f"{value} inside the attention is also used by {index.label(i)}",
-                    value,
-                    f"only {output} may leave the attention",
-                )
-    raise Stop("the attention cannot be separated from the rest of the graph", output)
+            if i in inner and index.nodes[i].op_type not in ("Shape", "Size"):
+                todo += [o for o in index.nodes[i].output if o]
+
+
+def _used_outside(index: GraphIndex, value: str, removed: set[int]) -> Stop:
+    node = index.nodes[index.producer[value]]
+    what = "the log-sum-exp" if "LogSum" in node.op_type else "the inner value"
+    users = [index.label(i) for i, _ in index.uses(value) if i not in removed]
+    by = f"used outside the attention by {users[0]}" if users else "kept by the graph"
+    if index.is_graph_output(value):
+        by = "a graph output"
+    return Stop(
+        f"{what} {value} is {by}",
+        value,
+        "only the result may leave the attention: the operator returns nothing else",
+    )
