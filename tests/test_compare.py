@@ -7,6 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.kv_convert import convert
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.report import to_json
 from sfa_onnx.runtime.compare import compare
@@ -15,6 +16,7 @@ from sfa_onnx.runtime.feeds import random_feeds
 from sfa_onnx.runtime.portable import unfuse
 from tests.attention_cases import BF16
 from tests.op_models import elem_type, needs_library
+from tests.test_kv_convert import TILE, growing, static_cache
 
 HEADS, NOPE, ROPE, HIDDEN, TOP, VOCABULARY = 4, 16, 8, 12, 10, 50
 SFA, SFAA = SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
@@ -207,6 +209,37 @@ def test_a_broken_model_is_reported_not_swallowed(tmp_path):
     broken.write_bytes(b"not a model at all, sorry")
     with pytest.raises(ModelError):
         compare(broken, broken)
+
+
+# ------------------------------------------------------------------ int8 caches
+
+
+@needs_library
+@pytest.mark.parametrize("cache", ["growing", "hf", "official"])
+@pytest.mark.parametrize("form", ["int8", "packed-int8", "paged-int8"])
+@pytest.mark.parametrize("original", [False, True], ids=["from-fused", "from-original"])
+def test_converted_caches_are_judged_on_rounded_latents(cache, form, original):
+    source = growing(2) if cache == "growing" else static_cache(cache)
+    converted = convert(source, to=form, block_size=16, tile_size=TILE).model
+    report = compare(unfuse(source) if original else source, converted)
+    assert report.passed, report
+    assert {s.method for s in report.sites} == {"rounded"}
+    assert all(1e-3 < s.loss < 2e-2 for s in report.sites)
+    assert not any(o.judged for o in report.outputs)
+    assert "int8 costs" in report.verdict
+
+
+@needs_library
+@pytest.mark.parametrize("form", ["int8", "packed-int8", "paged-int8"])
+def test_a_wrong_conversion_is_noticed(form):
+    source = growing(2)
+    converted = convert(source, to=form, block_size=16, tile_size=TILE).model
+    packs = [n for n in converted.graph.node if n.op_type == "KvCachePack"]
+    assert len(packs) == 2
+    packs[0].input[0], packs[1].input[0] = packs[1].input[0], packs[0].input[0]
+    report = compare(source, converted)
+    assert not report.passed
+    assert not any(s.passed for s in report.sites)
 
 
 # ------------------------------------------------------------------ the protocol

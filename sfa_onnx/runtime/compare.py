@@ -3,12 +3,13 @@
 Sites first: the first model is run once and the values at every site's border are captured; the
 replaced region and its replacement then run on the same values ("captured"). Where the whole model
 cannot run, both regions run on random values that share one graph above them ("random"). Where the
-cache was quantised on purpose there is no equivalence to test: the operator is judged by the
-reference on its own inputs, and the loss is told ("reference").
+cache was quantised on purpose, the site is judged against the original's on int8-rounded latents
+("rounded"), and what int8 costs is told.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -18,21 +19,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from sfa_onnx import reference
 from sfa_onnx.errors import SfaError, UsageError
-from sfa_onnx.kv_convert.interface import Interface, adapt_feeds, float_outputs, read_interface
+from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
 from sfa_onnx.model import load_model
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, find_op
+from sfa_onnx.runtime.converted import converted_feeds
 from sfa_onnx.runtime.difference import CompareReport, OutputRow, SiteRow, measure
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.execute import execute, fill_dims, infos, with_outputs, with_structure
-from sfa_onnx.runtime.extract import AFTER, Site, find_sites, joined_model, region_model
+from sfa_onnx.runtime.extract import (
+    AFTER,
+    Site,
+    find_sites,
+    joined_model,
+    region_above,
+    region_model,
+)
 from sfa_onnx.runtime.feeds import describe, random_feeds
 from sfa_onnx.runtime.ort import Model
+from sfa_onnx.runtime.rounded import judge, packs_floats, relative_distance, rounded_values
 from sfa_onnx.runtime.twin import FLOATS, twin, uses
 
 __all__ = ["compare"]
@@ -41,6 +48,7 @@ Array = NDArray[Any]
 _LOG = logging.getLogger("sfa_onnx")
 _NOISE_LIMIT: Final = 1 << 29  # bytes of weights up to which the whole graph gets a float64 twin
 _LARGEST: Final = 1 << 31  # bytes of a region's largest tensor in float64
+_PLAUSIBLE_LOSS: Final = 0.1  # relative; beyond it something else than int8 is at work
 _TOGETHER: Final = 8  # sites whose border values are captured in one run
 
 
@@ -94,9 +102,8 @@ class _Comparison:
         )
         self.report = CompareReport(_name(before), _name(after))
         self.interface = _conversion(self.original, self.fused)
-        self.lossy = self.interface is not None or _packs_floats(self.fused) > _packs_floats(
-            self.original
-        )
+        packs = [sum(map(packs_floats, m.graph.node)) for m in (self.original, self.fused)]
+        self.lossy = self.interface is not None or packs[1] > packs[0]
         self.dtype: str | None = None  # the type whose bounds hold; None: each tensor's own
         self.first, self.second = self.original, self.fused
         if uses(self.original, TensorProto.BFLOAT16):
@@ -133,9 +140,6 @@ class _Comparison:
 
     def _sites(self, sites: list[Site], feeds: dict[str, Array]) -> dict[str, Array]:
         """Judge every site; returns the first model's outputs, which come with the first run."""
-        if self.lossy:
-            self.report.sites += self._judged(sites, feeds)
-            return execute(self.first, self.folders[0], feeds)
         made = {o for n in self.first.graph.node for o in n.output}
         outputs = [o.name for o in self.first.graph.output]
         want: dict[str, Array] = {}
@@ -145,13 +149,14 @@ class _Comparison:
             names = list(dict.fromkeys([*border, *([] if want else outputs)]))
             values = execute(with_outputs(self.first, names), self.folders[0], feeds, names)
             want = want or {n: values[n] for n in outputs}
-            self.report.sites += [self._site(site, values | feeds) for site in group]
+            entering = self._adapted(feeds, want) | feeds | want | values
+            self.report.sites += [self._site(site, entering) for site in group]
         return want
 
     # ------------------------------------------------------------------ whole graph
 
     def _whole(self, want: dict[str, Array], feeds: dict[str, Array]) -> None:
-        adapted = self._adapted(feeds)
+        adapted = self._adapted(feeds, want)
         got = execute(self.second, self.folders[1], adapted)
         if self.interface is not None:
             got = float_outputs(self.interface, got, adapted)
@@ -184,30 +189,59 @@ class _Comparison:
             self._note("no noise floor for the whole graph: it does not run in another precision")
             return {}
 
-    def _adapted(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Feeds for the second model."""
+    def _adapted(self, feeds: dict[str, Array], want: dict[str, Array]) -> dict[str, Array]:
+        """Feeds for the second model; `want`: what the first model made of `feeds`."""
         if self.interface is None:
             return feeds
-        tokens = _new_tokens(self.original, self.interface, feeds)
-        return adapt_feeds(self.interface, feeds, new_tokens=tokens)
+        return converted_feeds(self.interface, feeds, want)
 
     # ------------------------------------------------------------------ sites
 
     def _site(self, site: Site, values: dict[str, Array]) -> SiteRow:
-        title, feeds = _title(site), {n: values[n] for n in site.border if n in values}
         if not site.outputs:
-            reason = "nothing downstream of the operator has a name that the first model knows"
-            return SiteRow(title, site.op_type, site.layer, "skipped", reason=reason)
+            return _skipped(site, "no value downstream of the operator is known to the first model")
+        feeds = {n: values[n] for n in site.border if n in values}
         types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items()}
         first = region_model(self.first, site.before, types, site.outputs)
         second = region_model(self.second, site.after, types, site.outputs)
         try:
             want = execute(first, self.folders[0], feeds)
             got = execute(second, self.folders[1], feeds)
+            if self.lossy:
+                return self._quantised(site, values, feeds, want, got)
         except SfaError as error:
-            return SiteRow(title, site.op_type, site.layer, "skipped", reason=str(error))
-        exact = self._exact_region(first, feeds)
-        return self._row(site, "captured", want, got, exact)
+            return _skipped(site, str(error))
+        return self._row(site, "captured", want, got, self._exact_region(first, feeds))
+
+    def _quantised(
+        self,
+        site: Site,
+        values: dict[str, Array],
+        feeds: dict[str, Array],
+        plain: dict[str, Array],
+        got: dict[str, Array],
+    ) -> SiteRow:
+        """A converted site: judged against the original's on int8-rounded latents."""
+        loss = max(relative_distance(plain[n], got[n]) for n in plain)
+        rounded = rounded_values(self.second, site, self.interface, values)
+        known = feeds | rounded
+        types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in known.items()}
+        above = region_above(self.first, site.outputs, {*site.border, *rounded})
+        first = region_model(self.first, above, types, site.outputs)
+        if {i.name for i in first.graph.input} & rounded.keys():
+            want = execute(first, self.folders[0], known)
+            row = self._row(site, "rounded", want, got, self._exact_region(first, known))
+            return dataclasses.replace(row, loss=loss)
+        node = self.second.graph.node[site.own]
+        names = [n for n in dict.fromkeys((*node.input, *node.output)) if n and n not in feeds]
+        types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items()}
+        inner = execute(region_model(self.second, site.after, types, names), self.folders[1], feeds)
+        inner |= feeds
+        difference = self._measure(judge(node, inner), inner[node.output[0]], None)
+        limit = "" if loss <= _PLAUSIBLE_LOSS else f"{loss:.0%} is more than int8 can explain"
+        return SiteRow(
+            _title(site), site.op_type, site.layer, "reference", difference, loss, reason=limit
+        )
 
     def _row(
         self,
@@ -244,7 +278,6 @@ class _Comparison:
 
     def _random(self, site: Site, feeds: dict[str, Array]) -> SiteRow:
         """Both regions, under one random graph, without the rest of the model."""
-        title = _title(site)
         try:
             model, entering = joined_model(self.first, self.second, site)
             second = infos(self.second, feeds)
@@ -252,36 +285,14 @@ class _Comparison:
             for name, info in second.items():
                 fill_dims(known[name], info)
             if unknown := sorted(n for n in entering if n not in known):
-                reason = f"the shape of {unknown[0]} is not in the model"
-                return SiteRow(title, site.op_type, site.layer, "skipped", reason=reason)
+                return _skipped(site, f"the shape of {unknown[0]} is not in the model")
             model.graph.input.extend(known[n] for n in sorted(entering))
             values = execute(model, self.folders[0], random_feeds(model, self.seed))
         except SfaError as error:
-            return SiteRow(title, site.op_type, site.layer, "skipped", reason=str(error))
+            return _skipped(site, str(error))
         want = {n: values[n] for n in site.outputs}
         got = {n: values[n + AFTER] for n in site.outputs}
         return self._row(site, "random", want, got, {})
-
-    def _judged(self, sites: list[Site], feeds: dict[str, Array]) -> list[SiteRow]:
-        """Operators of a quantised model against the reference on their own inputs."""
-        nodes = [self.second.graph.node[s.own] for s in sites]
-        names = dict.fromkeys(v for n in nodes for v in (*n.input, *n.output) if v)
-        adapted = self._adapted(feeds)
-        made = {o for n in self.second.graph.node for o in n.output}
-        wanted = [n for n in names if n in made]
-        model = with_outputs(self.second, wanted)
-        values = adapted | execute(model, self.folders[1], adapted, wanted)
-        known = {o for n in self.first.graph.node for o in n.output}
-        shared = [s.outputs[0] for s in sites if s.outputs and s.outputs[0] in known]
-        plain = execute(with_outputs(self.first, shared), self.folders[0], feeds, shared)
-        rows = []
-        for site, node in zip(sites, nodes, strict=True):
-            got = values[node.output[0]]
-            difference = self._measure(_judge(node, values), got, None)
-            loss = _loss(plain, values, site, node)
-            title = _title(site)
-            rows.append(SiteRow(title, site.op_type, site.layer, "reference", difference, loss))
-        return rows
 
     def _measure(self, want: Array, got: Array, exact: Array | None) -> Any:
         floating = want.dtype.kind not in "iub"
@@ -295,6 +306,10 @@ class _Comparison:
 
 def _name(model: Model) -> str:
     return model.graph.name if isinstance(model, ModelProto) else os.fspath(model)
+
+
+def _skipped(site: Site, reason: str) -> SiteRow:
+    return SiteRow(_title(site), site.op_type, site.layer, "skipped", reason=reason)
 
 
 def _title(site: Site) -> str:
@@ -311,50 +326,5 @@ def _conversion(before: ModelProto, after: ModelProto) -> Interface | None:
     return None if interface is None or read_interface(before) is not None else interface
 
 
-def _packs_floats(model: ModelProto) -> int:
-    """How many KvCachePack nodes quantise (rather than copy int8 and scales)."""
-    return sum(n.op_type == "KvCachePack" and len(n.input) < 3 for n in model.graph.node)
-
-
 def _weight_bytes(model: ModelProto) -> int:
     return sum(int(np.prod(t.dims)) * 4 for t in model.graph.initializer)
-
-
-def _new_tokens(model: ModelProto, interface: Interface, feeds: dict[str, Array]) -> int:
-    """Rows that one run appends: by how much a cache output is longer than its input."""
-    known = infos(model, feeds)
-    for cache in interface.caches:
-        info = known.get(cache.latent_out)
-        if cache.latent_in not in feeds or info is None:
-            continue
-        dims = info.type.tensor_type.shape.dim
-        for label, dim, size in zip(cache.latent_axes, dims, feeds[cache.latent_in].shape,
-                                    strict=False):  # fmt: skip
-            if label == "S" and dim.dim_value:
-                return max(int(dim.dim_value) - int(size), 0)
-    return 1
-
-
-def _judge(node: onnx.NodeProto, values: Mapping[str, Array]) -> Array:
-    """The reference's answer for one node."""
-    op = find_op(node.domain, node.op_type)
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
-    inputs = [values[n] if n else None for n in node.input]
-    if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-        return reference.sparse_flash_attention_antiquant(*inputs, **attributes)  # type: ignore[arg-type]
-    if op is SPARSE_FLASH_ATTENTION:
-        return reference.sparse_flash_attention(*inputs, **attributes)  # type: ignore[arg-type]
-    raise UsageError(f"{node.op_type} has no reference to judge by")
-
-
-def _loss(
-    plain: Mapping[str, Array], values: Mapping[str, Array], site: Site, node: onnx.NodeProto
-) -> float | None:
-    """Relative distance from the unquantised model, where both make the same value."""
-    name = site.outputs[0] if site.outputs else ""
-    if name not in plain or name != node.output[0] or plain[name].shape != values[name].shape:
-        return None
-    want, got = plain[name].astype(np.float64), values[name].astype(np.float64)
-    norm = float(np.linalg.norm(want))
-    return float(np.linalg.norm(got - want)) / norm if norm else None

@@ -70,15 +70,15 @@ class SiteRow:
     name: str  # the value that both models make
     op_type: str
     layer: str
-    method: Literal["captured", "random", "reference", "skipped"]
+    method: Literal["captured", "random", "rounded", "reference", "skipped"]
     difference: Difference | None = None
     loss: float | None = None  # relative loss by int8 quantisation; told, not judged
-    reason: str = ""  # why it was skipped
+    reason: str = ""  # why it was skipped or cannot pass
 
     @property
     def passed(self) -> bool:
         """Whether it was compared and agreed."""
-        return self.difference is not None and self.difference.passed
+        return self.difference is not None and self.difference.passed and not self.reason
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,11 @@ class CompareReport:
             return f"different: {len(bad)} of {len(self._verdicts)}, first {bad[0]}"
         if not self.passed:
             return "nothing could be compared"
-        multiples = [r.difference.multiple for r in self.outputs if r.difference.multiple]
+        losses = [row.loss for row in self.sites if row.loss is not None]
+        if losses:
+            return f"same on int8-rounded caches; int8 costs up to {max(losses):.1e}"
+        judged = [row.difference for row in self.outputs if row.judged]
+        multiples = [d.multiple for d in judged if d.multiple]
         if multiples:
             return f"same, within {max(multiples):.1f}x of the model's own rounding"
         return "same"

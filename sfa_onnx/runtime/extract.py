@@ -17,7 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sfa_onnx.op import ALL_OPS, find_op
 
-__all__ = ["AFTER", "Site", "find_sites", "joined_model", "region_model"]
+__all__ = ["AFTER", "Site", "find_sites", "joined_model", "region_above", "region_model"]
 
 AFTER: Final = "__after"  # suffix of the second model's values in a joined model
 _STRUCTURAL: Final = 1 << 16  # bytes; a larger initializer is a weight, and so is an external one
@@ -149,6 +149,11 @@ def _walk(
         else:
             border.add(value)
     return tuple(sorted(nodes)), border
+
+
+def region_above(model: ModelProto, outputs: Iterable[str], border: set[str]) -> tuple[int, ...]:
+    """Positions of the nodes that make `outputs` from the values in `border`."""
+    return _walk(_Maker(model.graph), outputs, border.__contains__)[0]
 
 
 def region_model(

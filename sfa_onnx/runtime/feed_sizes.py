@@ -18,7 +18,7 @@ __all__ = ["Sizes", "is_cache"]
 
 _BATCH: Final = ("b", "bs", "bsz", "n")
 _KEYS: Final = ("past", "kv", "cache", "ctx", "context", "total", "key", "history")
-_CACHE: Final = ("past", "cache", "packed", "kv", "key", "latent", "k_", "rows", "pool")
+_CACHE: Final = ("past", "cache", "packed", "kv", "key", "latent", "k_", "rows", "pool", "buf")
 _ANONYMOUS: Final = re.compile(r"(s|u|dim_|unk__)\d+$")
 _FEW: Final = 3  # new tokens when there is a past
 _BLOCK: Final = 16

@@ -184,7 +184,7 @@ class _Feeds:
         if "mask" in lowered:
             return self._visible(shape)
         if "position" in lowered or lowered in ("pos", "start_pos", "cache_position"):
-            return self._positions(shape)
+            return self._positions(name, shape)
         if "len" in lowered:
             return np.full(shape, self.sizes.past())
         if node is not None and role == "gather":
@@ -198,15 +198,29 @@ class _Feeds:
             return self._selection(shape, self.sizes.past())
         return self.rng.integers(0, 2, shape)
 
-    def _positions(self, shape: tuple[int, ...]) -> Array:
-        """Consecutive positions that end at the last key (a decode step) or start at zero."""
-        length = shape[-1] if len(shape) > 1 else 1
-        past = self.sizes.past()
-        start = past if self.sizes.has_past else 0
-        if len(shape) == 1 and not start:
-            return np.arange(shape[0])
-        steps = start + np.arange(length) if len(shape) > 1 else np.array(start)
-        return np.broadcast_to(steps, shape)
+    def _positions(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Consecutive positions: behind the past, in the last rows of a buffer, or from zero."""
+        if shape[-1] == 1 and len(shape) > 1:  # one column of positions, or one new token
+            rows = shape[0] if self._scatters(name) else 1
+        else:
+            rows = shape[-1] if len(shape) > 1 or not self.sizes.has_past else 1
+        past = self.sizes.past() if self.sizes.has_past else 0
+        start = max(past - rows, 0) if self._scatters(name) else past
+        steps = start + np.arange(rows)
+        column = shape[-1] == 1 and len(shape) > 1
+        return np.array(np.broadcast_to(steps[:, None] if column else steps, shape))
+
+    def _scatters(self, name: str) -> bool:
+        """Whether an input says where to write."""
+        queue, seen = [name], {name}
+        while queue:
+            for node, slot in self.readers.get(queue.pop(), ()):
+                if node.op_type.startswith("Scatter") and slot == 1:
+                    return True
+                if node.op_type in _VIEWS and node.output[0] not in seen:
+                    seen.add(node.output[0])
+                    queue.append(node.output[0])
+        return False
 
     def _selection(self, shape: tuple[int, ...], bound: int) -> Array:
         """Distinct entries below `bound` in every row, -1 behind them."""
@@ -230,9 +244,11 @@ class _Feeds:
                     if PackedRow(width - rope, rope, tile, itemsize).bytes == shape[-1]:
                         return self._rows(shape, width - rope, rope, tile, itemsize)
         if role == "sparse_indices":
-            key = self._slot_shape("key") or (0, self.sizes.past())
-            table = self._slot_shape("block_table")
-            keys = key[1] * table[1] if table else key[1]
+            key, table = self._slot_shape("key"), self._slot_shape("block_table")
+            direct = key is not None and len(key) == 4 and key[2] == 1
+            keys = key[1] if key is not None and direct else self.sizes.past()
+            keys *= table[1] if table else 1
+            keys += shape[1] if self._grows() else 0
             size = attrs.get("sparse_block_size", 1)
             return self._selection(shape, max(keys // size, 1)).astype(dtype)
         if role == "block_table":
@@ -242,6 +258,11 @@ class _Feeds:
         if role.startswith("actual_seq_lengths"):
             return self._lengths(role, shape, attrs).astype(dtype)
         return None
+
+    def _grows(self) -> bool:
+        """Whether new rows are put behind a cache before it becomes a key."""
+        caches = [n for n, (slot, _) in self.roles.items() if slot in ("key", "key_rope")]
+        return any(node.op_type == "Concat" for n in caches for node, _ in self.readers[n])
 
     def _lengths(self, role: str, shape: tuple[int, ...], attrs: dict[str, Any]) -> Array:
         side = "query" if role.endswith("query") else "key"
