@@ -54,7 +54,10 @@ def head_error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def limit(case: Case) -> float:
-    return 1e-5 if case.inputs["query"].dtype == np.float32 else 4e-3
+    if case.inputs["query"].dtype == np.float32:
+        return 1e-5
+    # In a wide output roundings average out; a narrow one may show a whole unit of bfloat16.
+    return 4e-3 if case.details["nope"] >= 64 else 8e-3
 
 
 def run(case: Case, **kw: Any) -> np.ndarray:

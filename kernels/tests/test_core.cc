@@ -101,7 +101,8 @@ void CheckCase(Case c, const std::vector<double>& expected, uint64_t seed) {
   const int status = sfa_core_run(&c.p, &error);
   CHECK(status == SFA_CORE_OK, "status %d, %s", status, Describe(c).c_str());
   if (status != SFA_CORE_OK) return;
-  const double limit = c.p.query_dtype == SFA_CORE_F32 ? 1e-5 : 4e-3;
+  // In a wide output roundings average out; a narrow one may show a whole unit of bfloat16.
+  const double limit = c.p.query_dtype == SFA_CORE_F32 ? 1e-5 : c.p.nope_dim >= 64 ? 4e-3 : 8e-3;
   const double worst = WorstError(c, expected);
   CHECK(worst <= limit, "error %.2e, %s", worst, Describe(c).c_str());
   const std::vector<char> alone(c.out.data(), c.out.data() + c.out.size());
