@@ -52,9 +52,32 @@ def cover(site: Site, output: str, queries: Iterable[str], used: Iterable[str]) 
             known[value] = _other_operand(site, value, inner, names)
     live = [known[v] for v in known if v in entering]
     needed = _upstream(site.tracer, list(used), known)[0]
-    removed = _dead(index, inner, output, needed)
+    removed = _dead(index, inner | _measured(index, inner), output, needed)
     sizes = dict(names.sizes)
     return Region(tuple(removed), tuple(sorted(inner - set(removed))), tuple(live), sizes)
+
+
+def _measured(index: GraphIndex, inner: set[int]) -> set[int]:
+    """Nodes between an inner value and an inner `Shape`: they only lead to a size.
+
+    `full_like(score[:, :, 0])` exports as a Gather of the scores whose shape alone is read.
+    """
+    between: set[int] = set()
+    for i in inner:
+        if index.nodes[i].op_type not in ("Shape", "Size"):
+            continue
+        chain: list[int] = []
+        value = index.nodes[i].input[0]
+        for _ in range(_MEASURE_STEPS):
+            producer = index.producer.get(value)
+            if producer is None:
+                break
+            if producer in inner:
+                between.update(chain)
+                break
+            chain.append(producer)
+            value = index.nodes[producer].input[0] if index.nodes[producer].input else ""
+    return between
 
 
 def _query_refs(site: Site, values: list[str]) -> list[Ref]:
@@ -109,6 +132,7 @@ def _upstream(
 
 
 _KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
+_MEASURE_STEPS = 8
 
 
 def _dead(index: GraphIndex, inner: set[int], output: str, needed: set[int]) -> list[int]:
