@@ -12,7 +12,7 @@ from sfa_onnx.op import ALL_OPS
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["UnverifiableError", "extract_region", "extract_replacement"]
+__all__ = ["UnverifiableError", "embedded_constant", "extract_region", "extract_replacement"]
 
 _EMBEDDED_LIMIT = 1 << 20  # bytes of a float table inside the model that a region may use
 
@@ -65,7 +65,7 @@ def _upstream(
             continue
         producer = index.producer.get(value)
         if producer is None:
-            constants[value] = _constant(index, value)
+            constants[value] = embedded_constant(index, value)
         elif producer not in wanted:
             if producer not in allowed and index.nodes[producer].op_type != "Constant":
                 raise UnverifiableError(
@@ -80,8 +80,12 @@ def _upstream(
     return [index.nodes[i] for i in sorted(wanted)], list(constants.values())
 
 
-def _constant(index: GraphIndex, value: str) -> TensorProto:
-    """A constant the region needs, as an embedded tensor; weights are never read."""
+def embedded_constant(index: GraphIndex, value: str) -> TensorProto:
+    """A constant the region needs, as an embedded tensor; weights are never read.
+
+    Raises:
+        UnverifiableError: the value is a graph input, a weight or a large table.
+    """
     tensor = index.initializers.get(value)
     if tensor is None:
         raise UnverifiableError(

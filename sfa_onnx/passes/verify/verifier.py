@@ -23,6 +23,7 @@ from sfa_onnx.passes.verify.extract import (
     extract_replacement,
 )
 from sfa_onnx.passes.verify.judge import Judge
+from sfa_onnx.passes.verify.natural import hidden_by_mask
 from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.promote import promote
@@ -60,6 +61,8 @@ class Verifier:
             sizer = Sizer(self._index, candidate, _attributes(candidate).get("layout_kv", ""))
             key = fingerprint(candidate, region, replacement, sizer.canonical())
             label = self._index.label(candidate.anchor)
+            if refusal := hidden_by_mask(self._index, candidate, *sizer.bases()[0]):
+                return refusal
             if key in self._known:
                 return self._shared(key, candidate)
             result = _Site(self._index, candidate, region, replacement, sizer).verify(
