@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from sfa_onnx import runtime
 from sfa_onnx.ascend import checks, flavour
 from sfa_onnx.errors import ModelError, SfaError
 from tests.test_flavour import RNG, attr, build, ops, run, same_results
@@ -229,6 +231,36 @@ def test_bit_cast_between_integers(pair):
     model = _single("BitCast", [("x", kinds[0], [6])], (kinds[1], [6]), opset=26, to=kinds[1])
     done = run(flavour.to_atc(model), {"x": values})[0]
     np.testing.assert_array_equal(done, values.view(target))
+
+
+@pytest.mark.parametrize("source", [np.uint16, np.int16])
+@pytest.mark.parametrize("target", [np.float16, ml_dtypes.bfloat16])
+def test_every_16_bit_pattern_becomes_its_float(source, target):
+    values = np.arange(2**16).astype(np.uint16).view(source)
+    kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(k)) for k in (source, target)]
+    model = _single(
+        "BitCast", [("x", kinds[0], [2**16])], (kinds[1], [2**16]), opset=26, to=kinds[1]
+    )
+    done = runtime.run(flavour.to_atc(model), {"x": values})["y"]
+    expected = values.view(target)
+    numbers = ~np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(done[numbers].view(np.uint16), values[numbers].view(np.uint16))
+    assert np.isnan(done[~numbers].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("source", [np.uint32, np.int32])
+def test_32_bit_patterns_become_their_floats(source):
+    edges = [0, 1, 0x007FFFFF, 0x00800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x80000000]
+    bits = np.array([*edges, *(e | 0x80000000 for e in edges), *RNG.integers(0, 2**32, 4000)])
+    values = bits.astype(np.uint32).view(source)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(source))
+    size = [len(values)]
+    model = _single("BitCast", [("x", kind, size)], (TensorProto.FLOAT, size), opset=26, to=1)
+    done = run(flavour.to_atc(model), {"x": values})[0]
+    expected = values.view(np.float32)
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(done[numbers].view(np.uint32), values[numbers].view(np.uint32))
+    assert np.isnan(done[~numbers]).all()
 
 
 @pytest.mark.parametrize("mode", ["linear", "circular"])

@@ -26,6 +26,17 @@ _WIDTH_PAIRS: dict[tuple[int, int], int] = {
     (TensorProto.UINT32, TensorProto.INT32): 32,
     (TensorProto.INT32, TensorProto.UINT32): 32,
 }
+# float type -> (exponent bits, mantissa bits)
+_FORMATS: dict[int, tuple[int, int]] = {
+    TensorProto.FLOAT: (8, 23),
+    TensorProto.FLOAT16: (5, 10),
+    TensorProto.BFLOAT16: (8, 7),
+}
+_FLOAT_PAIRS: set[tuple[int, int]] = {
+    (TensorProto.INT32, TensorProto.FLOAT),
+    (TensorProto.UINT32, TensorProto.FLOAT),
+    *((i, f) for i in (4, 5) for f in (TensorProto.FLOAT16, TensorProto.BFLOAT16)),
+}
 _SIGNED = (TensorProto.INT8, TensorProto.INT16, TensorProto.INT32)
 
 
@@ -103,11 +114,13 @@ def swish(scope: Scope, node: NodeProto) -> list[NodeProto]:
 
 
 def bit_cast(scope: Scope, node: NodeProto) -> list[NodeProto]:
-    """BitCast-26 between integers of one width, by arithmetic in int64; other pairs are refused."""
+    """BitCast-26 from integers, by exact arithmetic; reading a float's bits is refused."""
     source, target = scope.dtype(node.input[0]), int(_value(node, "to", 0))
     label = node.name or "BitCast"
     if source == target and source:
         return [scope.replace(node, "Identity", [node.input[0]])]
+    if (source, target) in _FLOAT_PAIRS:
+        return bits_to_float(scope, node, target)
     width = _WIDTH_PAIRS.get((source, target))
     if width is None:
         kinds = [TensorProto.DataType.Name(t) if t else "unknown" for t in (source, target)]
@@ -126,6 +139,58 @@ def bit_cast(scope: Scope, node: NodeProto) -> list[NodeProto]:
     pick = scope.node("Where", [below.output[0], *picks], f"{label}/picked")
     narrow = scope.replace(node, "Cast", [pick.output[0]], to=target)
     return [wide, below, moved, pick, narrow]
+
+
+def bits_to_float(scope: Scope, node: NodeProto, target: int) -> list[NodeProto]:
+    """The float whose bits an integer holds: sign * mantissa * 2^exponent, every step exact.
+
+    The power of two is applied in two halves, so that neither over- nor underflows before its time;
+    a NaN loses its payload.
+    """
+    exponent_bits, mantissa_bits = _FORMATS[target]
+    label, nodes = node.name or "BitCast", []
+
+    def add(op_type: str, inputs: list[str], part: str, **attributes: Any) -> str:
+        made = scope.node(op_type, inputs, f"{label}/{part}", **attributes)
+        nodes.append(made)
+        return str(made.output[0])
+
+    def number(value: int, part: str) -> str:
+        return scope.constant(value, f"{label}/{part}")
+
+    width = 1 + exponent_bits + mantissa_bits
+    wide = add("Cast", [node.input[0]], "wide", to=TensorProto.INT64)
+    below = add("Less", [wide, number(0, "zero")], "negative")
+    wrapped = add("Add", [wide, number(2**width, "modulus")], "wrapped")
+    bits = add("Where", [below, wrapped, wide], "bits")
+    unit = number(2**mantissa_bits, "unit")
+    mantissa = add("Mod", [bits, unit], "mantissa")
+    upper = add("Div", [bits, unit], "upper")
+    spread = number(2**exponent_bits, "exponents")
+    exponent = add("Mod", [upper, spread], "exponent")
+    sign = add("Div", [upper, spread], "sign")
+    normal = np.array([0] + [2**mantissa_bits] * (2**exponent_bits - 1), np.int64)
+    hidden = add("Gather", [scope.constant(normal, f"{label}/hidden"), exponent], "hidden_bit")
+    whole = add("Add", [mantissa, hidden], "whole")
+    value = add("Cast", [whole], "value", to=TensorProto.FLOAT)
+    steps = np.maximum(np.arange(2**exponent_bits - 1), 1) - (2 ** (exponent_bits - 1) - 1)
+    steps = steps - mantissa_bits
+    for half, power in (("low", steps // 2), ("high", steps - steps // 2)):
+        table = np.append(np.exp2(power.astype(np.float64)), np.inf)
+        scale = scope.constant(table, f"{label}/{half}", np.float32)
+        value = add(
+            "Mul", [value, add("Gather", [scale, exponent], f"{half}_power")], f"{half}_part"
+        )
+    top = add("Equal", [exponent, number(2**exponent_bits - 1, "special")], "is_special")
+    odd = add("Greater", [mantissa, number(0, "none")], "has_payload")
+    nan = add("And", [top, odd], "is_nan")
+    value = add("Where", [nan, scope.constant(np.nan, f"{label}/nan", np.float32), value], "number")
+    signs = scope.constant([1.0, -1.0], f"{label}/signs", np.float32)
+    factor = add("Gather", [signs, sign], "factor")
+    if target == TensorProto.FLOAT:
+        return [*nodes, scope.replace(node, "Mul", [value, factor])]
+    signed = add("Mul", [value, factor], "signed")
+    return [*nodes, scope.replace(node, "Cast", [signed], to=target)]
 
 
 def tensor_scatter(scope: Scope, node: NodeProto) -> list[NodeProto]:
