@@ -110,6 +110,10 @@ class Sizer:
             UnverifiableError: no choice gives shapes that fit the operator.
         """
         found = [s for wanted in _BASES if (s := self.choose(wanted)) is not None]
+        if not found:  # a fixed top-k that is larger than all of these lengths
+            slots = self.dims(self._evaluate(self._primes)).slots
+            roomy = ({"B": b, "S1": 1, "S2": slots + 9, "K": slots} for b in (2, 1))
+            found = [s for wanted in roomy if (s := self.choose(wanted)) is not None]
         if not found:
             shapes = self._evaluate(self._primes)
             raise UnverifiableError(
