@@ -66,7 +66,7 @@ inline __m512 sum_lanes(__m512 v[16]) {
 
 // Decodes one key into `out` and adds its H raw scores, lane by lane, to sums. The lines of row
 // `soon` are asked for on the way, evenly and into L2: a run of prefetches into L1 would take its
-// miss buffers away from the work at hand.
+// miss buffers away from the work at hand. The other lines are asked for by value_blocks.
 template <int H>
 inline void score_key(const Plan& p, const Converter& convert, const uint8_t* nope,
                       const uint8_t* rope, const uint8_t* soon, uint32_t* out, __m512 sums[H]) {
@@ -80,11 +80,10 @@ inline void score_key(const Plan& p, const Converter& convert, const uint8_t* no
     for (const int end = d + p.g.tile; d < end; d += 64) {
       __m512i a, b;
       if (p.packed) {
-        _mm_prefetch((const char*)soon + d + 64, _MM_HINT_T1);
+        if ((d & 64) == 0) _mm_prefetch((const char*)soon + d + 64, _MM_HINT_T1);
         convert.to_bf16(_mm512_loadu_si512(nope + d), &a, &b);
       } else {
         _mm_prefetch((const char*)soon + 2 * d, _MM_HINT_T1);
-        _mm_prefetch((const char*)soon + 2 * d + 64, _MM_HINT_T1);
         a = _mm512_loadu_si512(nope + 2 * d);
         b = _mm512_loadu_si512(nope + 2 * d + 64);
         split_lanes(&a, &b);
@@ -173,16 +172,18 @@ struct Coming {
 
 // Raw scores of sixteen keys, lanes = keys, per head.
 template <int H>
-void score_group(const Plan& p, const Rows& rows, int first, const Rows* next, __m512 s[H]) {
+void score_group(const Plan& p, const Rows& rows, int first, const Rows* next,
+                 const uint8_t* soon[kGroup], __m512 s[H]) {
   const Converter convert;
   __m512 sums[H][kGroup];
-  const Coming soon(rows, next, first + kGroup);
+  const Coming coming(rows, next, first + kGroup);
   Coming(rows, next, first + 2 * kGroup).ask_pages(p.row_bytes);
   for (int k = 0; k < kGroup; ++k) {
-    soon.ask_rope(p, k);
+    coming.ask_rope(p, k);
     __m512 one[H];
     const uint8_t* nope = rows.nope[first + k];
-    score_key<H>(p, convert, nope, rows.rope[first + k], soon.row(k, nope),
+    soon[k] = coming.row(k, nope);
+    score_key<H>(p, convert, nope, rows.rope[first + k], soon[k],
                  p.tile + (size_t)k * (p.g.nope / 2), one);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) sums[h][k] = one[h];
@@ -218,7 +219,7 @@ inline float advance(__m512 s, bool fresh, Online* head, __m512* prob) {
 // time.
 template <int H, int B>
 void value_blocks(const Plan& p, const uint32_t* weights, int d, bool fresh, const float* factor,
-                  Partial* out) {
+                  const uint8_t* const* soon, Partial* out) {
   const int stride = p.g.nope / 2;
   const uint32_t* w = weights + (size_t)(d / p.g.tile) * H * (kGroup / 2);
   __m512 acc[H][4 * B];
@@ -233,6 +234,18 @@ void value_blocks(const Plan& p, const uint32_t* weights, int d, bool fresh, con
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kGroup / 2; ++i) {
+    if (p.packed) {
+      if ((d & 64) == 0) {
+        _mm_prefetch((const char*)soon[2 * i] + d + 128, _MM_HINT_T1);
+        _mm_prefetch((const char*)soon[2 * i + 1] + d + 128, _MM_HINT_T1);
+      }
+    } else {
+#pragma GCC unroll 2
+      for (int b = 0; b < B; ++b) {
+        _mm_prefetch((const char*)soon[2 * i] + 2 * d + 128 * b + 64, _MM_HINT_T1);
+        _mm_prefetch((const char*)soon[2 * i + 1] + 2 * d + 128 * b + 64, _MM_HINT_T1);
+      }
+    }
 #pragma GCC unroll 2
     for (int b = 0; b < B; ++b) {
       const uint32_t* k0 = p.tile + (size_t)(2 * i) * stride + d / 2 + 32 * b;
@@ -261,14 +274,14 @@ void value_blocks(const Plan& p, const uint32_t* weights, int d, bool fresh, con
 
 template <int H>
 void value_group(const Plan& p, const uint32_t* weights, bool fresh, const float* factor,
-                 Partial* out) {
+                 const uint8_t* const* soon, Partial* out) {
   constexpr int kBlocks = H <= 2 ? 2 : 1;
   const int step = p.g.tile % 128 == 0 ? 64 * kBlocks : 64;
   for (int d = 0; d < p.g.nope; d += step) {
     if (step == 64) {
-      value_blocks<H, 1>(p, weights, d, fresh, factor, out);
+      value_blocks<H, 1>(p, weights, d, fresh, factor, soon, out);
     } else {
-      value_blocks<H, kBlocks>(p, weights, d, fresh, factor, out);
+      value_blocks<H, kBlocks>(p, weights, d, fresh, factor, soon, out);
     }
   }
 }
@@ -335,7 +348,8 @@ void attend_narrow(const Plan& p, const Rows& rows, const Rows* next, bool warm,
   for (int first = 0; first < rows.n; first += kGroup) {
     __m512 s[H], prob[H];
     float factor[H];
-    score_group<H>(p, rows, first, next, s);
+    const uint8_t* soon[kGroup];
+    score_group<H>(p, rows, first, next, soon, s);
     const int keys = rows.n - first < kGroup ? rows.n - first : kGroup;
     const __mmask16 live = (__mmask16)((1u << keys) - 1);
 #pragma GCC unroll 4
@@ -344,7 +358,7 @@ void attend_narrow(const Plan& p, const Rows& rows, const Rows* next, bool warm,
       factor[h] = advance(scaled, first == 0, &online[h], &prob[h]);
     }
     group_weights<H>(p, rows, first, prob);
-    value_group<H>(p, p.weights, first == 0, factor, out);
+    value_group<H>(p, p.weights, first == 0, factor, soon, out);
   }
   for (int h = 0; h < H; ++h) {
     out->m[h] = _mm512_cvtss_f32(online[h].m);

@@ -24,8 +24,10 @@ class Collector {
                         : (int64_t)p.nope_dim * dtype_size(p.cache_dtype)),
         rope_bytes_((int64_t)p.rope_dim * dtype_size(p.cache_dtype)) {
     rows->n = 0;
+    if (p.layout_kv != SFA_CORE_PA_BSND) return;
+    table_ = p.block_table + len.batch * p.block_table_cols;
     const int64_t bs = p.block_size;
-    if (p.layout_kv == SFA_CORE_PA_BSND && (bs & (bs - 1)) == 0) shift_ = __builtin_ctzll(bs);
+    if ((bs & (bs - 1)) == 0) shift_ = __builtin_ctzll(bs);
   }
 
   int run(int64_t first, int64_t count, sfa_core_error* err) {
@@ -33,7 +35,10 @@ class Collector {
     const int64_t sbs = p_.sparse_block_size, last = first + count;
     int64_t negative = first_negative(idx, first / sbs);
     if (negative >= 0 && p_.holes == SFA_CORE_HOLES_STOP) return SFA_CORE_OK;
-    for (int64_t j = first / sbs; j * sbs < last; ++j) {
+    int64_t j = first / sbs;
+    if (sbs == 1 && negative < 0)
+      j += table_ ? plain<true>(idx + j, count) : plain<false>(idx + j, count);
+    for (; j * sbs < last; ++j) {
       const int64_t v = idx[j];
       if (v < 0) {
         if (p_.holes == SFA_CORE_HOLES_STOP) break;
@@ -43,16 +48,45 @@ class Collector {
       if (v * sbs >= limit_) continue;
       if (negative >= 0 && p_.holes == SFA_CORE_HOLES_ERROR) return hole(j, v, negative, err);
       const int64_t from = j * sbs < first ? first - j * sbs : 0;
-      const int64_t to = (j + 1) * sbs > last ? last - j * sbs : sbs;
-      for (int64_t k = from; k < to && v * sbs + k < limit_; ++k) {
-        const int status = add(v * sbs + k, err);
-        if (status != SFA_CORE_OK) return status;
+      int64_t to = (j + 1) * sbs > last ? last - j * sbs : sbs;
+      if (to > limit_ - v * sbs) to = limit_ - v * sbs;
+      for (int64_t k = from; k < to; ++k) {
+        if (!add(v * sbs + k)) return bad_block(v * sbs + k, err);
       }
     }
     return SFA_CORE_OK;
   }
 
  private:
+  // Collects single tokens up to the first entry that needs a closer look; returns their number.
+  template <bool kPaged>
+  int64_t plain(const int32_t* idx, int64_t count) {
+    const uint64_t limit = (uint64_t)limit_, blocks = (uint64_t)p_.block_num;
+    const int64_t base = len_.base_row, size = p_.block_size, bytes = nope_bytes_;
+    const int64_t rope_bytes = key_rope_ ? rope_bytes_ : bytes;
+    const uint8_t* const rope = key_rope_ ? key_rope_ : key_ + p_.nope_dim;
+    const int32_t* const table = table_;
+    const uint8_t* const key = key_;
+    Rows* const rows = rows_;
+    const int shift = shift_;
+    if (kPaged && shift < 0) return 0;
+    int64_t j = 0;
+    for (; j < count; ++j) {
+      const int64_t tok = idx[j];
+      if ((uint64_t)tok >= limit) break;
+      int64_t row = base + tok;
+      if (kPaged) {
+        const int64_t block = table[tok >> shift];
+        if ((uint64_t)block >= blocks) break;
+        row = block * size + (tok & (size - 1));
+      }
+      rows->nope[j] = key + row * bytes;
+      rows->rope[j] = rope + row * rope_bytes;
+    }
+    rows->n = (int)j;
+    return j;
+  }
+
   static int64_t first_negative(const int32_t* idx, int64_t n) {
     int32_t any = 0;
     for (int64_t j = 0; j < n; ++j) any |= idx[j];
@@ -70,34 +104,42 @@ class Collector {
     return err->status;
   }
 
-  int add(int64_t tok, sfa_core_error* err) {
+  int bad_block(int64_t tok, sfa_core_error* err) const {
+    const int64_t col = column(tok);
+    set_error(err, SFA_CORE_BAD_BLOCK, "block_table", table_[col], p_.block_num);
+    err->batch = (int32_t)len_.batch;
+    err->token = token_;
+    err->slot = col;
+    return err->status;
+  }
+
+  int64_t column(int64_t tok) const { return shift_ >= 0 ? tok >> shift_ : tok / p_.block_size; }
+
+  // False when the token's page is none of the cache's.
+  inline __attribute__((always_inline)) bool add(int64_t tok) {
     int64_t row = len_.base_row + tok;
-    if (p_.layout_kv == SFA_CORE_PA_BSND) {
-      const int64_t col = shift_ >= 0 ? tok >> shift_ : tok / p_.block_size;
-      const int64_t block = p_.block_table[len_.batch * p_.block_table_cols + col];
-      if (block < 0 || block >= p_.block_num) {
-        set_error(err, SFA_CORE_BAD_BLOCK, "block_table", block, p_.block_num);
-        err->batch = (int32_t)len_.batch;
-        err->token = token_;
-        err->slot = col;
-        return err->status;
-      }
+    if (table_) {
+      const int64_t col = column(tok), block = table_[col];
+      if ((uint64_t)block >= (uint64_t)p_.block_num) return false;
       row = block * p_.block_size + (tok - col * p_.block_size);
     }
-    const uint8_t* nope = (const uint8_t*)p_.key + row * nope_bytes_;
-    rows_->nope[rows_->n] = nope;
-    rows_->rope[rows_->n] = p_.cache_dtype == SFA_CORE_I8
-                                ? nope + p_.nope_dim
-                                : (const uint8_t*)p_.key_rope + row * rope_bytes_;
-    ++rows_->n;
-    return SFA_CORE_OK;
+    const uint8_t* nope = key_ + row * nope_bytes_;
+    const int n = rows_->n++;
+    rows_->nope[n] = nope;
+    rows_->rope[n] = key_rope_ ? key_rope_ + row * rope_bytes_ : nope + p_.nope_dim;
+    return true;
   }
 
   const sfa_core_params& p_;
   const Lengths& len_;
   const int64_t token_;
   Rows* const rows_;
+  const uint8_t* const key_ = (const uint8_t*)p_.key;
+  // Rope of float caches; null when it follows the latent, or is empty.
+  const uint8_t* const key_rope_ =
+      p_.cache_dtype == SFA_CORE_I8 ? nullptr : (const uint8_t*)p_.key_rope;
   const int64_t limit_, nope_bytes_, rope_bytes_;
+  const int32_t* table_ = nullptr;
   int shift_ = -1;
 };
 
