@@ -158,8 +158,9 @@ def road(folder: Path, lengths: list[int], runs: int) -> dict[str, object]:
             measured(folder, name, "compare", str(model), str(after), "--inputs", str(first))
         )
     steps.append(
-        measured(folder, "atc hand-over", "atc", str(int8), "--soc-version", "Ascend910B2",
-                 "--npu-dtype", "bf16", "-o", str(folder / "atc"), "--force")
+        measured(folder, "atc hand-over", "atc", str(fused), "--soc-version", "Ascend910B2",
+                 "--npu-dtype", "bf16", "--dim", "batch=1", "--dim", f"past_len={lengths[0] - 1}",
+                 "-o", str(folder / "atc"), "--force")
     )  # fmt: skip
     rows = []
     print(f"\n{'S2':>8} {'original ms':>12} {'fused ms':>10} {'paged-int8 ms':>14} {'speed-up':>9}")
