@@ -149,8 +149,12 @@ def _scatter_nd(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 def _window(tracer: Tracer, node: onnx.NodeProto) -> list[int] | None:
     """First position of the written window on each indexed axis; None if it is no window."""
-    table = tracer.shape(node.input[1])
-    if len(table) - 1 != table[-1] or attributes(node).get("reduction", "none") != "none":
+    table = tracer.sizes.shape(node.input[1])  # unknown where it comes from NonZero
+    if (
+        table is None
+        or len(table) - 1 != table[-1]
+        or attributes(node).get("reduction", "none") != "none"
+    ):
         return None
     labels = [fresh("w", d) for d in table[:-1]]
     was, tracer.opaque = tracer.opaque, False

@@ -41,7 +41,8 @@ def find_candidates(
     Dense attention without a selection and routers (TopK after the softmax) are no candidates.
     """
     options = options or FindOptions()
-    sizes, other = Concrete(index), Concrete(index, second=True)
+    sizes = Concrete(index)
+    other = Concrete(index, second=True) if sizes.dynamic else sizes
     found: list[Candidate | RefusedSite] = []
     for anchor in anchors(index):
         tracer = Tracer(index, sizes, other, options.max_steps)

@@ -65,6 +65,14 @@ class Concrete:
         self._values: dict[str, np.ndarray | None] = {}
         self._types: dict[str, int] = {}
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether any graph input has a dim without a number."""
+        inputs = self.index.graph.input
+        return any(
+            not isinstance(d, int) for i in inputs for d in self.index.shape(i.name) or ("?",)
+        )
+
     # -- shapes -----------------------------------------------------------------------------------
 
     def shape(self, value: str) -> Shape | None:
@@ -137,6 +145,9 @@ class Concrete:
 
     def broadcast(self, *shapes: Shape) -> Shape:
         """NumPy broadcasting; two symbols that meet are taken to be the same size from then on."""
+        first = shapes[0]
+        if all(s == first for s in shapes):
+            return first
         rank = max(len(s) for s in shapes)
         out = []
         for axis in range(-rank, 0):

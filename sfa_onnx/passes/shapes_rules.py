@@ -90,6 +90,8 @@ def _broadcast(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
 
 def _matmul(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     a, b = list(_input(sizes, node, 0)), list(_input(sizes, node, 1))
+    if len(b) == 2 and len(a) > 1 and not node.attribute:
+        return [(*a[:-1], b[1])]
     flags = attributes(node)
     if flags.get("transA") and len(a) > 1:
         a[-2:] = a[:-3:-1]
