@@ -1,7 +1,7 @@
 """The contract told to onnx: op schemas with types, attributes and shape inference.
 
 Importing `sfa_onnx` registers them, so `onnx.checker`, `onnx.shape_inference` and torch's exporter
-know our operators. onnx before 1.18 cannot take an inference function from Python and crashes on a
+know our operators. onnx before 1.19 cannot take an inference function from Python and crashes on a
 schema without one, so there nothing is registered: unknown domains pass its checker unchecked.
 """
 
