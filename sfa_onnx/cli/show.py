@@ -73,6 +73,9 @@ def summary(console: Console, path: Path, found: Summary) -> None:
     )
     console.say("inputs   {}", ", ".join(found.inputs), style="dim")
     console.say("outputs  {}", ", ".join(found.outputs), style="dim")
+    if found.own_ops:
+        own = "  ".join(f"{name} {count}" for name, count in found.own_ops.items())
+        console.say("[green]fused already[/green]  {}", own)
     top = list(found.op_counts.items())
     text = "  ".join(f"{name} {count}" for name, count in top[:SHOWN_OPS])
     more = f"  … {len(top) - SHOWN_OPS} more" if len(top) > SHOWN_OPS else ""
