@@ -69,6 +69,17 @@ def test_numbers_and_ranges_bind_dims_by_name():
     assert options(proto, dims=dims)["--input_shape"] == "x:4,1~2048,8;y0:4"
 
 
+def test_bound_dims_can_be_written_into_a_copy_of_the_model():
+    proto = model(("x", 1, ["b", None, 8]), ("m", 1, ["b", "s"]))
+    bound = atc_command.bind_dims(proto, {"b": 4, "x:1": "16", "s": "1~9"})
+    shapes = [
+        [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]
+        for v in bound.graph.input
+    ]
+    assert shapes == [[4, 16, 8], [4, "s"]]
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "b"
+
+
 def test_gears_list_every_open_dim_in_order():
     proto = model(("x", 1, ["b", "s"]), ("m", 1, ["s", "b"]))
     together = options(proto, dims={"b": "1,2", "s": "16,32"})

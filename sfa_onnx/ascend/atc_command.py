@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto
 
 from sfa_onnx.errors import UsageError
 
-__all__ = ["AtcCommand", "build", "free_dims"]
+__all__ = ["AtcCommand", "bind_dims", "build", "free_dims"]
 
 _SOC = re.compile(r"Ascend\d{3}[A-Za-z0-9_]*$")
 _NUMBER = re.compile(r"[1-9]\d*$")
@@ -79,6 +79,24 @@ def free_dims(model: ModelProto) -> dict[str, list[str]]:
             if name is not None:
                 found.setdefault(name, []).append(f"{value.name}[{axis}]")
     return found
+
+
+def bind_dims(model: ModelProto, dims: Mapping[str, str | int]) -> ModelProto:
+    """The model with the dims that `--input_shape` makes numbers written into its inputs.
+
+    Other values keep their names; shape inference derives them from the inputs.
+    """
+    numbers = {name: int(v) for name, v in dims.items() if _NUMBER.match(str(v))}
+    if not numbers:
+        return model
+    bound = ModelProto()
+    bound.CopyFrom(model)
+    for value in (*bound.graph.input, *bound.graph.output, *bound.graph.value_info):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            name = _dim_name(value, axis)
+            if name in numbers:
+                dim.dim_value = numbers[name]
+    return bound
 
 
 def build(

@@ -74,29 +74,43 @@ def convert(
         ContractError: one of our nodes breaks its contract.
         UsageError: unknown binding, dtype or opset.
     """
-    limit = MAX_OPSET if opset is None else opset
-    if not MIN_OPSET <= limit <= MAX_OPSET:
-        raise UsageError(f"opset {limit}: CANN's parser takes {MIN_OPSET}..{MAX_OPSET}")
+    _check_limit(MAX_OPSET if opset is None else opset, model)
     work, stash = _without_weights(model)
     form.one_domain(work.graph)
     work = _inline(work)
     source = _opset(work)
+    _refuse_old(work, source)
+    target = min(source, MAX_OPSET)
     result = AtcModel(work, binding)
+    _rewrite(result, source, target, npu_dtype)
+    form.refuse_unfit(work, target)
+    form.refuse_short(stash.values())
+    _seal(work, source, target, binding)
+    _restore(work, stash)
+    return result
+
+
+def _check_limit(limit: int, model: ModelProto) -> None:
+    if not MIN_OPSET <= limit <= MAX_OPSET:
+        raise UsageError(f"opset {limit}: CANN's parser takes {MIN_OPSET}..{MAX_OPSET}")
+    source = max((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), default=0)
     if source > limit and limit < MAX_OPSET:
         raise UsageError(
             f"opset {limit}: the model uses {source}; only {MAX_OPSET} can be made of it"
         )
-    _refuse_old(work, source)
-    names = Names(work)
+
+
+def _rewrite(result: AtcModel, source: int, target: int, npu_dtype: str | None) -> None:
+    """All passes, in the order they rest on each other."""
+    work, names = result.model, Names(result.model)
     result.renamed = form.name_nodes(work.graph, names)
     _note(result, form.name_outputs(work.graph, names), "empty output names removed")
     facts = Facts.of(work)
     result.notes += to_opset(work, source, names, facts)
-    target = min(source, MAX_OPSET)
     _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
     repairs = (*REPAIRS, *PARSER_REPAIRS)
     _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
-    ours = ToAtc(binding, npu_dtype, result.notes)
+    ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
     if ours.narrowed:  # rows are narrower now than the exporter wrote down
         _forget_shapes(work.graph)
@@ -104,11 +118,6 @@ def convert(
     tied = form.feed_constant_outputs(work, names, facts, target)
     result.notes += [f"output {name}: constants only, tied to an input" for name in tied]
     _note(result, form.clean_external_data(work), "external_data entries cleaned")
-    form.refuse_unfit(work, target)
-    form.refuse_short(stash.values())
-    _seal(work, source, target, binding)
-    _restore(work, stash)
-    return result
 
 
 def from_atc(model: ModelProto) -> ModelProto:

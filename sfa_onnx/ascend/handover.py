@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from sfa_onnx.ascend import atc_command, atc_log, handover_data, handover_run_om, package
+from sfa_onnx.ascend.atc_command import bind_dims
 from sfa_onnx.ascend.flavour import AtcModel, convert
 from sfa_onnx.ascend.handover_against import compare_against
 from sfa_onnx.ascend.handover_mapping import find_original, mapping
@@ -128,15 +129,35 @@ def write(
     target = _model_path(path, folder, scope, external)
     save_model(converted.model, target, source_dir=path.parent, force=force)
     where = os.path.relpath(target, folder)
-    parcel = package.write(folder, cann=cann, force=force)
     report = HandoverReport(
         folder, target, soc_version, binding, cann, command.line(where, "model"), command.unbound
     )
-    report.plugin_built, report.renamed = parcel.built, converted.renamed
-    report.notes = [*converted.notes, *command.notes, *parcel.notes]
+    report.notes, report.renamed = [*converted.notes, *command.notes], converted.renamed
+    _write_files(report, command, converted, path, before, force)
+    _write_inputs(report, converted.model, inputs, dims)
+    _check(report, converted.model, dims or {})
+    if execute and shutil.which("atc"):
+        report.ran = atc_log.run(folder)
+    return report
+
+
+def _write_files(
+    report: HandoverReport,
+    command: atc_command.AtcCommand,
+    converted: AtcModel,
+    path: Path,
+    before: str | os.PathLike[str] | None,
+    force: bool,
+) -> None:
+    """The package, the scripts, the mapping."""
+    folder, target = report.folder, report.model
+    parcel = package.write(folder, cann=report.cann, force=force)
+    report.plugin_built = parcel.built
+    report.notes += parcel.notes
     report.files = list(parcel.files)
+    where = os.path.relpath(target, folder)
     texts = {
-        "atc.sh": atc_script(command, where, str(package.VENDOR)),
+        "atc.sh": atc_script(command, where, package.VENDOR),
         "README.md": readme(report, target.name),
         "run_om.py": Path(handover_run_om.__file__).read_text(encoding="utf-8"),
         "mapping.json": _mapping(converted, path, before, target.name),
@@ -146,11 +167,7 @@ def write(
         report.files.append(name)
     (folder / "atc.sh").chmod(0o755)
     handover_data.write_output_names(converted.model, folder / "outputs.json")
-    _write_inputs(report, converted.model, inputs, dims)
-    _check(report, target)
-    if execute and shutil.which("atc"):
-        report.ran = atc_log.run(folder)
-    return report
+    report.files.append("outputs.json")
 
 
 def _model_path(path: Path, folder: Path, scope: str | None, external: bool) -> Path:
@@ -206,10 +223,15 @@ def _sample(
         return None
 
 
-def _check(report: HandoverReport, target: Path) -> None:
+def _check(report: HandoverReport, model: ModelProto, dims: Mapping[str, str | int]) -> None:
     from sfa_onnx.ascend import checks
 
-    found = checks.check(target, cann=report.cann, soc_version=report.soc_version)
+    found = checks.check(
+        bind_dims(model, dims),
+        cann=report.cann,
+        soc_version=report.soc_version,
+        base_dir=report.model.parent,
+    )
     for finding in found.findings:
         if finding.rule in _HANDLED:
             continue
