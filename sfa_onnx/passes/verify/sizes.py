@@ -6,6 +6,7 @@ the graph's own shape rules, so that inner values ("past + 1") fit what feeds th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ _OTHERS: tuple[dict[str, int], ...] = (
     {"B": 2, "S1": 4, "S2": 64, "K": 33},
 )
 _DEFAULTS = {"N1": 3, "T": 7, "T2": 23, "M": 3, "pages": 14, "slots": 4, "width": 16}
+MEMORY_LIMIT = 2_000_000_000  # bytes of one run in float64
 _CONSTANT_MAX = 600  # integer constants up to this size are straddled by S2
 _ORDER = ("pages", "M", "slots", "S2", "K", "S1", "B", "T", "T2", "N1", "width")
 
@@ -89,6 +91,7 @@ class Sizer:
         self._layout_kv = layout_kv
         base = Concrete(index)
         self._primes = dict(base.symbols)
+        self._too_big: list[int] = []
         self._roles = self._find_roles(self._evaluate(self._primes))
 
     def canonical(self) -> Shapes:
@@ -151,7 +154,20 @@ class Sizer:
             symbols.update(dict.fromkeys(free, dims.capacity))
             shapes = self._evaluate(symbols)
             dims = self.dims(shapes)
+        if (needed := self._bytes(symbols)) > MEMORY_LIMIT:
+            self._too_big.append(needed)
+            return None
         return shapes, dims
+
+    def _bytes(self, symbols: Mapping[str, int]) -> int:
+        """Memory of one run in float64: every value that the site makes, none freed early."""
+        concrete = Concrete(self._index, symbols)
+        total = 0
+        for i in (*self._candidate.nodes, *self._candidate.support):
+            for name in self._index.nodes[i].output:
+                shape = concrete.shape(name) if name else None
+                total += 8 * math.prod(shape) if shape is not None else 0
+        return total
 
     def _offset(self, role: str) -> bool:
         """Whether another symbol alone also grows `role` (a cache in front of the new tokens)."""
