@@ -1,6 +1,7 @@
 // What this machine can do at best, and a clock around the kernel: compiled on the spot by
 // benchmarks/kernel.py (g++ -O2 -shared -fPIC). Ceilings and kernel are timed by the same clock in
 // the same process, so their ratio survives a busy or throttled machine.
+#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
@@ -15,9 +16,10 @@
 
 namespace {
 
-double now_ns() {
+// One thread is timed by its CPU time: what other processes take from it does not count.
+double now_ns(clockid_t clock = CLOCK_THREAD_CPUTIME_ID) {
   timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  clock_gettime(clock, &t);
   return 1e9 * (double)t.tv_sec + (double)t.tv_nsec;
 }
 
@@ -77,13 +79,16 @@ double burst_fp32_neon() {
 }
 #endif
 
-// Reads every line of n rows, `ahead` rows prefetched.
-uint64_t gather(const uint8_t* base, const int32_t* index, int64_t n, int64_t bytes, int ahead) {
+// Reads every line of n rows, `ahead` rows prefetched into L1 or, for `far`, into L2.
+uint64_t gather(const uint8_t* base, const int32_t* index, int64_t n, int64_t bytes, int ahead,
+                bool far) {
   uint64_t sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     const uint8_t* soon = base + (int64_t)index[i + ahead < n ? i + ahead : n - 1] * bytes;
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(soon + b, 0, 3);
-    __builtin_prefetch(soon + bytes - 1, 0, 3);
+    for (int64_t b = 0; b < bytes + 63; b += 64) {
+      const uint8_t* line = soon + (b < bytes ? b : bytes - 1);
+      far ? __builtin_prefetch(line, 0, 2) : __builtin_prefetch(line, 0, 3);
+    }
     const uint8_t* row = base + (int64_t)index[i] * bytes;
     for (int64_t b = 0; b + 8 <= bytes; b += 64) {
       uint64_t word;
@@ -92,6 +97,39 @@ uint64_t gather(const uint8_t* base, const int32_t* index, int64_t n, int64_t by
     }
   }
   return sum;
+}
+
+// A call of the core, shared by threads that start together.
+struct Abi {
+  int (*begin)(const void*, void**, void*);
+  int64_t (*num_tasks)(const void*);
+  int (*run_task)(void*, int64_t);
+  int (*end)(void*, void*);
+};
+
+struct Team {
+  const Abi* abi;
+  void* call;
+  int64_t tasks, next;
+  int ready, go, done;
+};
+
+void work(Team* team) {
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
+    if (task >= team->tasks) break;
+    team->abi->run_task(team->call, task);
+  }
+  __atomic_add_fetch(&team->done, 1, __ATOMIC_ACQ_REL);
+}
+
+void* helper(void* arg) {
+  Team* team = (Team*)arg;
+  __atomic_add_fetch(&team->ready, 1, __ATOMIC_ACQ_REL);
+  while (!__atomic_load_n(&team->go, __ATOMIC_ACQUIRE)) {
+  }
+  work(team);
+  return nullptr;
 }
 
 }  // namespace
@@ -113,16 +151,38 @@ EXPORT double bench_peak(const char* what) {
 
 // Nanoseconds to read n random rows of `bytes`.
 EXPORT double bench_gather(const uint8_t* base, const int32_t* index, int64_t n, int64_t bytes,
-                           int ahead) {
+                           int ahead, int far) {
   const double start = now_ns();
-  volatile uint64_t sink = gather(base, index, n, bytes, ahead);
+  volatile uint64_t sink = gather(base, index, n, bytes, ahead, far != 0);
   (void)sink;
   return now_ns() - start;
 }
 
-// Nanoseconds of one call.
+// Nanoseconds of one call on this thread; -1 after an error.
 EXPORT double bench_call(int (*run)(const void*, void*), const void* params, void* error) {
   const double start = now_ns();
   if (run(params, error) != 0) return -1;
   return now_ns() - start;
+}
+
+// Wall-clock nanoseconds of one call whose tasks `threads` threads share; -1 after an error.
+EXPORT double bench_call_threads(const Abi* abi, const void* params, void* error, int threads) {
+  pthread_t helpers[64];
+  if (threads < 1 || threads > 64) return -1;
+  Team team = {};
+  team.abi = abi;
+  for (int i = 1; i < threads; ++i) pthread_create(&helpers[i], nullptr, helper, &team);
+  while (__atomic_load_n(&team.ready, __ATOMIC_ACQUIRE) < threads - 1) {
+  }
+  const double start = now_ns(CLOCK_MONOTONIC);
+  const bool ok = abi->begin(params, &team.call, error) == 0;
+  if (ok) team.tasks = abi->num_tasks(team.call);
+  __atomic_store_n(&team.go, 1, __ATOMIC_RELEASE);
+  work(&team);
+  while (__atomic_load_n(&team.done, __ATOMIC_ACQUIRE) < threads) {
+  }
+  const bool fine = ok && abi->end(team.call, error) == 0;
+  const double elapsed = now_ns(CLOCK_MONOTONIC) - start;
+  for (int i = 1; i < threads; ++i) pthread_join(helpers[i], nullptr);
+  return fine ? elapsed : -1;
 }
