@@ -6,6 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sfa_onnx import runtime
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
@@ -14,6 +15,7 @@ from sfa_onnx.runtime.compare import compare
 from sfa_onnx.runtime.difference import measure
 from sfa_onnx.runtime.feeds import random_feeds
 from sfa_onnx.runtime.portable import unfuse
+from sfa_onnx.runtime.twin import twin
 from tests.attention_cases import BF16
 from tests.op_models import elem_type, needs_library
 from tests.test_kv_convert import TILE, growing, static_cache
@@ -328,3 +330,66 @@ def test_masks_are_causal_and_positions_end_the_past():
     assert (mask[0, :6] == 0).all()
     assert (mask[0, 6:] < -6e4).all()
     assert (mask[-1] == 0).all()
+
+
+def test_a_scalar_position_and_a_cache_that_is_written_in_place():
+    table = numpy_helper.from_array(np.zeros((64, 4), np.float32), "table")
+    position = one_node(
+        helper.make_node("Gather", ["table", "position"], ["y"]),
+        [("position", TensorProto.INT64, []), ("past_kv", TensorProto.FLOAT, [2, 48, 4])],
+        [table],
+    )
+    assert random_feeds(position)["position"] == 48
+    written = one_node(
+        helper.make_node("ScatterND", ["cache", "cache_position", "rows"], ["y"]),
+        [
+            ("cache", TensorProto.FLOAT, [32, 4]),
+            ("cache_position", TensorProto.INT64, ["s", 1]),
+            ("rows", TensorProto.FLOAT, ["s", 4]),
+            ("kv_cache", TensorProto.FLOAT, [2, 32, 4]),
+        ],
+    )
+    assert random_feeds(written)["cache_position"].tolist() == [[29], [30], [31]]
+
+
+def test_dynamos_anonymous_symbols_get_sizes_by_their_place():
+    model = one_node(
+        helper.make_node("Identity", ["q"], ["y"]),
+        [
+            ("q", TensorProto.FLOAT, ["s10", "s11", 4, 64]),
+            ("kv_cache", TensorProto.FLOAT, ["s10", "s19", 64]),
+            ("selection", TensorProto.FLOAT, ["s10", "s11", "s71"]),
+        ],
+    )
+    shapes = {n: a.shape for n, a in random_feeds(model).items()}
+    assert shapes == {"q": (2, 3, 4, 64), "kv_cache": (2, 32, 64), "selection": (2, 3, 32)}
+    assert random_feeds(model, wide=True)["q"].shape == (2, 32, 4, 64)
+
+
+def test_rows_without_a_softmax_are_told_not_judged():
+    a = np.ones((3, 4), np.float32)
+    b = a.copy()
+    a[1], b[1] = np.nan, 0
+    found = measure(a, b)
+    assert found.passed
+    assert found.undefined == 1
+    assert not measure(np.full((2, 4), np.nan, np.float32), np.zeros((2, 4), np.float32)).passed
+    half = a.copy()
+    half[0, 0] = np.nan
+    assert not measure(half, b).passed
+
+
+# ------------------------------------------------------------------ twins
+
+
+def test_a_twin_keeps_names_and_tells_the_rounding():
+    fused = decoder(BF16, layers=1)
+    original = unfuse(fused)
+    wide = twin(original, [TensorProto.BFLOAT16], TensorProto.FLOAT)
+    rough = twin(original, [TensorProto.BFLOAT16], TensorProto.FLOAT, rounded=True)
+    feeds = random_feeds(original, fused=fused)
+    exact, emulated = (runtime.run(m, feeds)["hidden1"] for m in (wide, rough))
+    assert exact.dtype == emulated.dtype == np.float32
+    assert (emulated == emulated.astype(BF16).astype(np.float32)).all()
+    error = np.linalg.norm(exact - emulated) / np.linalg.norm(exact)
+    assert 1e-4 < error < 2e-2

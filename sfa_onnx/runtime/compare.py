@@ -121,21 +121,26 @@ class _Comparison:
         sites = find_sites(self.first, self.second)
         if not sites:
             self._note("no fused site: the second model holds no operator that the first lacks")
-        feeds = random_feeds(self.original, self.seed, self.inputs, fused=self.fused)
-        self.report.inputs = {
-            n: f"{describe(a)}, {'given' if n in self.inputs else 'random'}"
-            for n, a in feeds.items()
-        }
-        try:
-            want = self._sites(sites, feeds)
-            self._whole(want, feeds)
-        except UsageError:
-            raise
-        except SfaError as error:
-            self._note(f"the whole models were not run: {error}")
-            done = {row.name for row in self.report.sites}
-            rest = [s for s in sites if not self.lossy and _title(s) not in done]
-            self.report.sites += [self._random(site, feeds) for site in rest]
+        failure: SfaError | None = None
+        for wide in (False, True):  # the second choice of sizes, when the first is not accepted
+            feeds = random_feeds(self.original, self.seed, self.inputs, fused=self.fused, wide=wide)
+            self.report.inputs = {
+                n: f"{describe(a)}, {'given' if n in self.inputs else 'random'}"
+                for n, a in feeds.items()
+            }
+            try:
+                self._whole(self._sites(sites, feeds), feeds)
+                return self.report
+            except UsageError:
+                raise
+            except SfaError as error:
+                failure = failure or error
+                if self.report.sites:
+                    break
+        self._note(f"the whole models were not run: {failure}")
+        done = {row.name for row in self.report.sites}
+        rest = [s for s in sites if not self.lossy and _title(s) not in done]
+        self.report.sites += [self._random(site, feeds) for site in rest]
         return self.report
 
     def _sites(self, sites: list[Site], feeds: dict[str, Array]) -> dict[str, Array]:

@@ -121,6 +121,10 @@ class CompareReport:
     def verdict(self) -> str:
         """One sentence."""
         bad = [name for name, passed in self._verdicts if not passed]
+        lost = [row for row in self.sites if row.difference is None]
+        if lost and len(lost) == len(bad):
+            count = f"{len(lost)} of {len(self.sites)} sites"
+            return f"unknown: {count} could not be compared ({lost[0].name}: {lost[0].reason})"
         if bad:
             return f"different: {len(bad)} of {len(self._verdicts)}, first {bad[0]}"
         if not self.passed:

@@ -39,6 +39,7 @@ class Sizes:
         known: Mapping[str, int],
         roles: Mapping[str, tuple[str, str]],
         selection: int,
+        wide: bool = False,
     ) -> None:
         """Choose all sizes.
 
@@ -47,6 +48,7 @@ class Sizes:
             known: symbols that are fixed already.
             roles: input -> (slot of our operators that it reaches, that slot's layout).
             selection: the largest number of keys that is selected at once.
+            wide: as many new tokens as keys, also where there seems to be a past.
         """
         self.inputs, self.roles = inputs, roles
         self.sizes = dict(known)
@@ -56,6 +58,7 @@ class Sizes:
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
                 if dim.dim_param and dim.dim_param.isidentifier():
                     self.uses.setdefault(dim.dim_param, []).append((name, axis))
+        self.few = self.keys if wide else _FEW
         self.has_past = any(self._names_keys(s) for s in self.uses) or any(
             is_cache(n) and len(v.type.tensor_type.shape.dim) > 2 for n, v in inputs.items()
         )
@@ -77,7 +80,7 @@ class Sizes:
             return 2 + self.keys // _BLOCK
         if self._names_keys(symbol):
             return self.keys
-        return _FEW if self.has_past else self.keys
+        return self.few if self.has_past else self.keys
 
     def _by_use(self, symbol: str) -> int:
         for name, axis in self.uses[symbol]:
@@ -90,9 +93,12 @@ class Sizes:
                 return -(-self.keys // _BLOCK)
         if any(axis == 0 for _, axis in self.uses[symbol]):
             return 2
+        ranks = {n: len(v.type.tensor_type.shape.dim) for n, v in self.inputs.items()}
+        if any(axis == ranks[n] - 1 and axis > 1 for n, axis in self.uses[symbol]):
+            return self.keys  # widths are numbers: an open last axis is one of scores or masks
         if any(is_cache(name) for name, _ in self.uses[symbol]):
             return self.keys
-        return _FEW if self.has_past else self.keys
+        return self.few if self.has_past else self.keys
 
     def shape(self, value: ValueInfoProto) -> tuple[int, ...]:
         """The shape of an input; expressions ("past_len + 1") are evaluated."""

@@ -40,6 +40,7 @@ def random_feeds(
     given: Mapping[str, Array] | None = None,
     sizes: Mapping[str, int] | None = None,
     fused: ModelProto | None = None,
+    wide: bool = False,
 ) -> dict[str, Array]:
     """Plausible inputs for a model.
 
@@ -49,6 +50,7 @@ def random_feeds(
         given: inputs that the caller has; they also fix the symbolic dims they share.
         sizes: symbolic dim -> size; the rest is chosen (batch 2, a past beyond every top-k).
         fused: the same model after fusing, where our operators tell what an input means.
+        wide: as many new tokens as keys, for models that select among the new tokens.
 
     Returns:
         Input name -> array, in the model's order; `given` ones are passed through.
@@ -57,7 +59,7 @@ def random_feeds(
         UsageError: `given` names no input of the model.
     """
     proto = _proto(model) if isinstance(model, ort.InferenceSession) else load_model(model)
-    return _Feeds(proto, seed, dict(given or {}), dict(sizes or {}), fused).all()
+    return _Feeds(proto, seed, dict(given or {}), dict(sizes or {}), fused, wide).all()
 
 
 def _proto(session: ort.InferenceSession) -> ModelProto:
@@ -79,6 +81,7 @@ class _Feeds:
         given: dict[str, Array],
         fixed: dict[str, int],
         fused: ModelProto | None,
+        wide: bool,
     ) -> None:
         self.graph, self.given = model.graph, given
         weights = {t.name for t in self.graph.initializer}
@@ -98,7 +101,8 @@ class _Feeds:
                 if dim.dim_param:
                     known.setdefault(dim.dim_param, size)
         self.roles = self._roles()
-        self.sizes = Sizes(self.inputs, known, self.roles, self._largest_selection())
+        most = self._largest_selection()
+        self.sizes = Sizes(self.inputs, known, self.roles, most, wide)
 
     def all(self) -> dict[str, Array]:
         """Every input; lengths and tables come after the caches they describe."""
@@ -200,13 +204,17 @@ class _Feeds:
 
     def _positions(self, name: str, shape: tuple[int, ...]) -> Array:
         """Consecutive positions: behind the past, in the last rows of a buffer, or from zero."""
-        if shape[-1] == 1 and len(shape) > 1:  # one column of positions, or one new token
+        if not shape:
+            rows = 1
+        elif shape[-1] == 1 and len(shape) > 1:  # one column of positions, or one new token
             rows = shape[0] if self._scatters(name) else 1
         else:
             rows = shape[-1] if len(shape) > 1 or not self.sizes.has_past else 1
         past = self.sizes.past() if self.sizes.has_past else 0
         start = max(past - rows, 0) if self._scatters(name) else past
         steps = start + np.arange(rows)
+        if not shape:
+            return np.array(start)
         column = shape[-1] == 1 and len(shape) > 1
         return np.array(np.broadcast_to(steps[:, None] if column else steps, shape))
 
