@@ -201,15 +201,6 @@ def test_npu_dtype_casts_float_queries_and_the_result():
         flavour.to_atc(model, npu_dtype="fp8")
 
 
-def test_float32_rows_in_a_cache_input_are_refused_for_the_npu():
-    model = fused(qtype=TensorProto.FLOAT)
-    for value in model.graph.input:
-        if value.name in ("key", "value"):
-            value.type.tensor_type.shape.dim[3].dim_value = 784
-    with pytest.raises(ContractError, match="784 bytes hold a float32 rope part"):
-        flavour.to_atc(model, npu_dtype="bf16")
-
-
 def test_a_gap_inside_if_is_refused_and_a_full_node_passes():
     def model(gaps):
         node = ours(op.SPARSE_FLASH_ATTENTION_ANTIQUANT, gaps=gaps)

@@ -21,6 +21,7 @@ from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
 from sfa_onnx.ascend.downlevel import MAX_OPSET, MIN_OPSET, to_opset
 from sfa_onnx.ascend.flavour_nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour_repairs import REPAIRS
+from sfa_onnx.ascend.flavour_rows import narrow_rows
 from sfa_onnx.ascend.flavour_scope import Facts, Names, apply, subgraphs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
@@ -112,8 +113,7 @@ def _rewrite(result: AtcModel, source: int, target: int, npu_dtype: str | None) 
     _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
-    if ours.narrowed:  # rows are narrower now than the exporter wrote down
-        _forget_shapes(work.graph)
+    result.notes += narrow_rows(work, ours.wide, facts)
     _move_vendor_nodes(work.graph)
     tied = form.feed_constant_outputs(work, names, facts, target)
     result.notes += [f"output {name}: constants only, tied to an input" for name in tied]
@@ -210,12 +210,6 @@ def _move_vendor_nodes(graph: GraphProto) -> None:
             )
         for inner in subgraphs(node):
             _move_vendor_nodes(inner)
-
-
-def _forget_shapes(graph: GraphProto) -> None:
-    kept = [v for v in graph.value_info if v.type.tensor_type.elem_type != TensorProto.INT8]
-    del graph.value_info[:]
-    graph.value_info.extend(kept)
 
 
 def _seal(model: ModelProto, source: int, target: int, binding: str) -> None:

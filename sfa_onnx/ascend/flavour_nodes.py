@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto
 
+from sfa_onnx.ascend.flavour_rows import wide_row
 from sfa_onnx.ascend.flavour_scope import Scope, attribute
-from sfa_onnx.contract import Attribute, AttributeValue, OpContract
+from sfa_onnx.contract import Attribute, AttributeValue, OpContract, PackedRow
 from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.op import (
     ALL_OPS,
@@ -121,7 +122,7 @@ class ToAtc:
     binding: str
     npu_dtype: str | None
     notes: list[str]
-    narrowed: bool = False  # a float32 rope was cast, so packed rows got shorter
+    wide: dict[str, PackedRow] = field(default_factory=dict)  # key -> its layout, float32 rope
 
     def __call__(self, scope: Scope, node: NodeProto) -> list[NodeProto] | None:
         """Rewrite one of our nodes; others are left alone."""
@@ -157,7 +158,6 @@ class ToAtc:
             cast = scope.node("Cast", [rope], f"{node.name}/rope_cast", dtype=to, to=to)
             node.input[1] = rope = cast.output[0]
             nodes.append(cast)
-            self.narrowed = True
             self.notes.append(f"{node.name}: rope cast float32 -> {self.npu_dtype}")
         name = _ROPE_NAMES.get(scope.dtype(rope), "")
         node.attribute.append(onnx.helper.make_attribute(ROPE_DTYPE, name))
@@ -188,7 +188,11 @@ class ToAtc:
         to = NPU_DTYPES[self.npu_dtype]
         if scope.dtype(node.input[0]) != TensorProto.FLOAT:
             return [node]
-        self._refuse_wide_rows(scope, node)
+        row = (
+            wide_row(node, scope.facts) if scope.dtype(node.input[1]) == TensorProto.INT8 else None
+        )
+        if row is not None:
+            self.wide[node.input[1]] = row
         nodes, done = [], {}
         for i, tensor in enumerate(contract.inputs[: len(node.input)]):
             name = node.input[i]
@@ -205,33 +209,6 @@ class ToAtc:
         node.output[0] = inner
         self.notes.append(f"{node.name}: query and result cast float32 <-> {self.npu_dtype}")
         return [*nodes, node, back]
-
-    def _refuse_wide_rows(self, scope: Scope, node: NodeProto) -> None:
-        if scope.dtype(node.input[1]) != TensorProto.INT8 or not _from_outside(scope, node):
-            return
-        dims, query = scope.dims(node.input[1]), scope.dims(node.input[0])
-        if dims and query and dims[-1] and query[-1]:
-            rope = attribute(node, "rope_head_dim")
-            if rope is not None and rope.i and dims[-1] > query[-1] + 2 * rope.i + 32:
-                raise ContractError(
-                    f"node {node.name!r}: packed rows of {dims[-1]} bytes hold a float32 rope part,"
-                    " which the NPU operator does not read; write the cache with a bf16 or fp16"
-                    " model (kv-cache on the 16-bit export)"
-                )
-
-
-def _from_outside(scope: Scope, node: NodeProto) -> bool:
-    """Whether the packed rows a node reads come (in part) from a graph input."""
-    queue, seen = [node.input[1]], set()
-    while queue:
-        name = queue.pop()
-        producer = scope.producer(name)
-        if producer is None:
-            return True
-        if name not in seen and producer.op_type != KV_CACHE_PACK.name:
-            queue += [i for i in producer.input if scope.dtype(i) == TensorProto.INT8]
-        seen.add(name)
-    return False
 
 
 def _exact(node: NodeProto, spec: Attribute, op: OpContract) -> float:
