@@ -225,8 +225,13 @@ def _div(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 def _scrubbed(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """Where(IsNaN(x), 0, x): x, as far as x is a number."""
-    guard = tracer.index.node_of(node.input[0])
-    same = guard is not None and guard.op_type == "IsNaN" and guard.input[0] == node.input[2]
+    index = tracer.index
+    guard = index.origin(node.input[0])
+    same = (
+        guard is not None
+        and guard.op_type == "IsNaN"
+        and index.source(guard.input[0]) == index.source(node.input[2])
+    )
     return (
         Move(Ref(node.input[2], ref.coords)) if same and tracer.fill(node.input[1]) == 0 else None
     )

@@ -238,7 +238,8 @@ def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: An
         term = Term(q, k, term.label, term.factor, term.product)
         pairs += [(term, part) for part in trace_columns(tracer, k, term.label, wanted)]
     nope, reason = None, ""
-    for pair in pairs:
+    as_wide = [p for p in pairs if p[1].label.size == value.label.size]
+    for pair in [*as_wide, *(p for p in pairs if p not in as_wide)]:
         differs = same_rows(pair[1], value)
         if not differs:
             nope = pair

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from sfa_onnx.passes.axes import Expr, Label, Quot, fresh
+from sfa_onnx.passes.axes import Expr, Label, Quot, Rem, fresh
 from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
-from sfa_onnx.passes.bind_sources import all_reads
 
 __all__ = ["Columns", "State", "require_one", "same_addresses", "same_rows", "trace_columns"]
 
@@ -257,9 +256,9 @@ def same_addresses(tracer: Tracer, nope: Columns, rope: Columns | None) -> None:
         return
     others = [("the scale", s.ref) for s in nope.scale[-1:]]
     others += [("rope", rope.deep.ref)] if rope is not None else []
-    own = {str(Expr.of(r)) for r in all_reads(nope.deep.ref.coords)}
+    own = _addresses(nope.deep.ref)
     for what, ref in others:
-        reads = {str(Expr.of(r)) for r in all_reads(ref.coords)}
+        reads = _addresses(ref)
         if reads != own:
             raise Stop(
                 f"{what} {ref.value} is not read by the same indices as {nope.deep.ref.value}"
@@ -267,6 +266,18 @@ def same_addresses(tracer: Tracer, nope: Columns, rope: Columns | None) -> None:
                 ref.value,
                 "the operator reads a whole row by one index",
             )
+
+
+def _addresses(ref: Ref) -> set[str]:
+    """The index expressions an element is addressed by, however the tensor's axes are merged."""
+    found: set[str] = set()
+    for coordinate in ref.coords:
+        while len(coordinate.terms) == 1 and isinstance(coordinate.terms[0][0], Quot | Rem):
+            coordinate = coordinate.terms[0][0].expr
+        reading = tuple((a, c) for a, c in coordinate.terms if Expr.of(a).reads)
+        if reading:
+            found.add(str(Expr(coordinate.const, reading)))
+    return found
 
 
 def _same_latent(

@@ -137,10 +137,10 @@ def _where(
 def scatters_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None:
     """The bool mask of `x[mask] = -inf`, exported as NonZero, Transpose, ScatterND."""
     index = tracer.index
-    chain = index.node_of(node.input[1])
+    chain = index.origin(node.input[1])
     if chain is None or chain.op_type != "Transpose":
         return None
-    nonzero = index.node_of(chain.input[0])
+    nonzero = index.origin(chain.input[0])
     if nonzero is None or nonzero.op_type != "NonZero" or not is_hidden(tracer, node.input[2]):
         return None
     mask = nonzero.input[0]

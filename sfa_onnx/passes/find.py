@@ -138,6 +138,7 @@ def _check_closed(site: Site, region: Region, output: str) -> None:
     inner = {*region.nodes, *region.support}
     removed = set(region.nodes)
     todo, seen = [*site.products, site.anchor.weights], set[str]()
+    kept: list[str] = []
     while todo:
         value = todo.pop()
         if value == output or value in seen:
@@ -145,10 +146,17 @@ def _check_closed(site: Site, region: Region, output: str) -> None:
         seen.add(value)
         producer = index.producer[value]
         if producer in inner and producer not in removed:
-            raise _used_outside(index, value, removed)
+            kept.append(value)
         for i, _ in index.uses(value):
             if i in inner and index.nodes[i].op_type not in ("Shape", "Size"):
                 todo += [o for o in index.nodes[i].output if o]
+    if kept:
+        direct = [v for v in kept if index.is_graph_output(v) or _users(index, v, inner)]
+        raise _used_outside(index, (direct or kept)[0], removed)
+
+
+def _users(index: GraphIndex, value: str, inner: set[int]) -> list[int]:
+    return [i for i, _ in index.uses(value) if i not in inner]
 
 
 def _used_outside(index: GraphIndex, value: str, removed: set[int]) -> Stop:

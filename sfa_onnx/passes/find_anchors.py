@@ -85,11 +85,11 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     if axis is None:
         return None
     _, exponent, base = exponential
-    shifted = index.node_of(exponent)
+    shifted = index.origin(exponent)
     scores = exponent
     if shifted is None or shifted.op_type != "Sub":
         return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
-    if _reaches(index, shifted.input[1], ("ReduceMax",), shifted.input[0]):
+    if _reaches(index, shifted.input[1], ("ReduceMax",), index.source(shifted.input[0])):
         scores = shifted.input[0]
     return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
 
@@ -101,7 +101,7 @@ def _less_logsumexp(index: GraphIndex, i: int) -> Anchor | None:
     if exponential is None:
         return None
     _, exponent, base = exponential
-    shifted = index.node_of(exponent)
+    shifted = index.origin(exponent)
     if shifted is None or shifted.op_type != "Sub":
         return None
     scores, normaliser = shifted.input
@@ -126,7 +126,7 @@ def _reaches(
             continue
         seen.add(name)
         if node.op_type in ops:
-            return node if not source or node.input[0] == source else None
+            return node if not source or index.source(node.input[0]) == source else None
         if node.op_type in _LOOSE:
             stack += node.input
     return None
