@@ -148,6 +148,13 @@ def test_nothing_is_overwritten_and_nothing_half_written(fused, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_is_unknown_is_said(fused, tmp_path):
+    path, feeds = fused
+    report = handover.write(path, tmp_path / "out", soc_version="Ascend910_9391", inputs=feeds)
+    assert report.passed
+    assert any("not supported on Atlas A3" in line for line in report.lines())
+
+
 def test_what_the_operator_refuses_makes_the_report_fail(tmp_path):
     model, _ = attention()
     spec = next(a for a in model.graph.node[0].attribute if a.name == "tile_size")

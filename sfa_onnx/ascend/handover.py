@@ -58,6 +58,7 @@ class HandoverReport:
     renamed: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # what ATC or the operators would refuse
     warnings: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)  # what nobody outside has shown to work
     ran: atc_log.AtcRun | None = None
 
     @property
@@ -72,6 +73,7 @@ class HandoverReport:
         head += [f"renamed: {text}" for text in self.renamed]
         head += [f"error: {text}" for text in self.errors]
         head += [f"warning: {text}" for text in self.warnings]
+        head += [f"unknown: {text}" for text in self.unknown]
         if self.ran is not None:
             verdict = "succeeded" if self.ran.passed else f"failed ({self.ran.exit_code})"
             head.append(f"atc {verdict}, log: {self.ran.log}")
@@ -242,3 +244,5 @@ def _check(report: HandoverReport, model: ModelProto, dims: Mapping[str, str | i
             report.errors.append(text)
         elif finding.severity == "warning":
             report.warnings.append(text)
+        elif finding.severity == "unknown":
+            report.unknown.append(text)
