@@ -166,7 +166,12 @@ def test_domains_are_imported_once_and_conflicts_refused():
     splice(model, GraphIndex.of(model), [candidate])
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 18), ("npu", 1)]
     model, candidate = gather_site()
+    model.opset_import.add(domain="npu", version=1000)  # an optimiser's, used by no node
+    splice(model, GraphIndex.of(model), [candidate])
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18), ("npu", 1)]
+    model, candidate = gather_site()
     model.opset_import.add(domain="npu", version=2)
+    model.graph.node.append(helper.make_node("NPUOther", [], ["other"], domain="npu"))
     with pytest.raises(ModelError, match="version 2"):
         splice(model, GraphIndex.of(model), [candidate])
 

@@ -146,6 +146,9 @@ def import_domains(model: onnx.ModelProto, candidates: Iterable[Candidate]) -> N
         elif present[domain] != version and not any(n.domain == domain for n in model.graph.node):
             # onnxruntime's optimiser imports every domain it knows, used or not
             next(o for o in model.opset_import if o.domain == domain).version = version
+        elif present[domain] != version and not any(n.domain == domain for n in model.graph.node):
+            # onnxruntime's optimiser writes the imports of every operator library it has loaded.
+            next(o for o in model.opset_import if o.domain == domain).version = version
         elif present[domain] != version:
             raise ModelError(
                 f"the model imports domain {domain!r} version {present[domain]}, but our operators"

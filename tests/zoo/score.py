@@ -47,6 +47,7 @@ class Child:
             answer = self.answers.get(timeout=LIMIT)
         except queue.Empty:
             process.kill()
+            process.wait()
             lost.failure = f"HANGS: nothing after {LIMIT:.0f} s"
             return lost
         if answer is None:
