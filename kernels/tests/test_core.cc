@@ -142,6 +142,43 @@ void TestRealWidths(Random& r) {
   }
 }
 
+// The largest legal value of every length and table entry is taken, the next one is refused.
+void TestEdges(Random& r) {
+  for (int layouts = 0; layouts < 4; ++layouts) {
+    const int layout_q = layouts % 2, layout_kv = layouts < 2 ? layout_q : SFA_CORE_PA_BSND;
+    const Sizes s = {2,  32,           8,           16,       20,        1, 2, 2,
+                     20, SFA_CORE_F32, SFA_CORE_I8, layout_q, layout_kv, 0};
+    Case c = MakeCase(r, s);
+    const bool paged = layout_kv == SFA_CORE_PA_BSND;
+    const int room = paged ? static_cast<int>(c.p.block_table_cols * c.p.block_size) : 20;
+    c.lengths_q =
+        layout_q == SFA_CORE_TND ? std::vector<int32_t>{2, 4} : std::vector<int32_t>{2, 2};
+    c.lengths_kv =
+        layout_kv == SFA_CORE_TND ? std::vector<int32_t>{20, 40} : std::vector<int32_t>{room, room};
+    for (size_t i = 0; i < c.indices.size(); ++i) c.indices[i] = static_cast<int32_t>(i % 20);
+    if (paged) std::fill(c.table.begin(), c.table.end(), c.p.block_num - 1);
+    const auto status = [&c](std::vector<int32_t>* values, size_t at, int64_t value) {
+      const int32_t before = (*values)[at];
+      (*values)[at] = static_cast<int32_t>(value);
+      c.Bind();
+      sfa_core_error error = {};
+      const int got = sfa_core_run(&c.p, &error);
+      (*values)[at] = before;
+      return got;
+    };
+    CHECK(status(&c.lengths_q, 1, c.lengths_q[1]) == SFA_CORE_OK, "layouts %d", layouts);
+    CHECK(status(&c.lengths_q, 1, c.lengths_q[1] + 1) == SFA_CORE_BAD_SEQ_Q, "layouts %d", layouts);
+    CHECK(status(&c.lengths_q, 0, -1) != SFA_CORE_OK, "layouts %d", layouts);
+    CHECK(status(&c.lengths_kv, 0, -1) != SFA_CORE_OK, "layouts %d", layouts);
+    CHECK(status(&c.lengths_kv, 1, c.lengths_kv[1] + 1) ==
+              (paged ? SFA_CORE_TABLE_TOO_SHORT : SFA_CORE_BAD_SEQ_KV),
+          "layouts %d", layouts);
+    if (!paged) continue;
+    CHECK(status(&c.table, 0, c.p.block_num) == SFA_CORE_BAD_BLOCK, "layouts %d", layouts);
+    CHECK(status(&c.table, 0, -1) == SFA_CORE_BAD_BLOCK, "layouts %d", layouts);
+  }
+}
+
 // Values that are just legal, just illegal, or wrap around in careless products.
 int32_t Garbage(Random& r, const Case& c) {
   const int64_t s2 =
@@ -197,6 +234,7 @@ int main() {
   Random r(Number("SFA_TEST_SEED", 1));
   TestAgainstReference(r, rounds);
   TestRealWidths(r);
+  TestEdges(r);
   TestGarbage(r, 5 * rounds);
   sfa_core_trim();
   printf("paths %s: %s\n", sfa_core_isa_available(), g_failures ? "FAILED" : "ok");
