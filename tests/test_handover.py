@@ -13,12 +13,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from sfa_onnx import kv_cache, op, runtime
 from sfa_onnx.ascend import handover, handover_against, handover_data, handover_mapping
-from sfa_onnx.ascend.handover_scope import Scope, cut, parse_scope
-from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.errors import UsageError
 from tests.test_flavour import build, ours
 
 SOC = "Ascend910B2"
@@ -311,97 +310,7 @@ def test_comparing_needs_what_run_om_wrote(fused, tmp_path):
         handover.compare_against(path, tmp_path / "out")
 
 
-# ---- cutting -------------------------------------------------------------------------------------
-
-
-def stack(layers=3):
-    """Embedding, a shared table, layers with a cache each, a head."""
-    size = 4
-    nodes = [
-        helper.make_node("Gather", ["embed", "ids"], ["h0"], "/embed_tokens/Gather"),
-        helper.make_node("Sin", ["table"], ["shared"], "/rotary/Sin"),
-    ]
-    inits = [("embed", RNG.standard_normal((9, size)).astype(np.float32)),
-             ("table", np.ones(size, np.float32))]  # fmt: skip
-    inputs, outputs = [("ids", 7, [3])], [("logits", 1, [3, size])]
-    for i in range(layers):
-        where = f"/layers.{i}/"
-        inits.append((f"w{i}", RNG.standard_normal((size, size)).astype(np.float32)))
-        inputs.append((f"past{i}", 1, [3, size]))
-        outputs.append((f"present{i}", 1, [3, size]))
-        nodes += [
-            helper.make_node("MatMul", [f"h{i}", f"w{i}"], [f"m{i}"], where + "mm"),
-            helper.make_node("Add", [f"m{i}", f"past{i}"], [f"present{i}"], where + "cache"),
-            helper.make_node("Mul", [f"present{i}", "shared"], [f"h{i + 1}"], where + "out"),
-        ]
-    nodes.append(helper.make_node("MatMul", [f"h{layers}", "head"], ["logits"], "/lm_head/MatMul"))
-    inits.append(("head", RNG.standard_normal((size, size)).astype(np.float32)))
-    return build(nodes, inputs, outputs, inits=inits)
-
-
-def names(values):
-    return [v.name for v in values]
-
-
-def test_stages_chained_give_the_whole_model():
-    model = stack()
-    feeds = {"ids": np.array([1, 5, 2])}
-    feeds |= {f"past{i}": RNG.standard_normal((3, 4)).astype(np.float32) for i in range(3)}
-    whole = runtime.run(model, feeds)
-    first, last = cut(model, Scope(0, 1)), cut(model, Scope(2, 2))
-    assert names(first.graph.input) == ["ids", "past0", "past1"]
-    assert names(first.graph.output) == ["h2", "present0", "present1"]
-    assert names(last.graph.input) == ["past2", "h2"]
-    assert names(last.graph.output) == ["logits", "present2"]
-    assert "embed" not in names(last.graph.initializer)
-    got = runtime.run(first, {k: feeds[k] for k in names(first.graph.input)})
-    got |= runtime.run(last, {"past2": feeds["past2"], "h2": got["h2"]})
-    for name, value in whole.items():
-        np.testing.assert_array_equal(got[name], value)
-
-
-def test_one_layer_in_the_middle():
-    part = cut(stack(), parse_scope("layer:1"))
-    assert names(part.graph.input) == ["past1", "h1"]
-    assert names(part.graph.output) == ["h2", "present1"]
-    assert {n.name for n in part.graph.node} == {
-        "/rotary/Sin", "/layers.1/mm", "/layers.1/cache", "/layers.1/out",
-    }  # fmt: skip
-
-
-def test_scope_goes_into_the_hand_over(tmp_path):
-    onnx.save(stack(), tmp_path / "m.onnx")
-    handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC, scope="stage:1-2")
-    part = onnx.load(tmp_path / "out" / "model.atc.onnx")
-    assert names(part.graph.input) == ["past1", "past2", "h1"]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"), [("layer", "expected layer:N"), ("stage:4-2", "ends before it starts")]
-)
-def test_bad_scopes(text, reason):
-    with pytest.raises(UsageError, match=reason):
-        parse_scope(text)
-
-
-def test_layers_that_are_not_there():
-    with pytest.raises(ModelError, match=r"layers \[3, 4\] are not in the graph \(layers 0-2\)"):
-        cut(stack(), Scope(2, 4))
-    nodes = [helper.make_node("Abs", ["x"], ["y"], "a")]
-    with pytest.raises(ModelError, match="no layer names"):
-        cut(build(nodes, [("x", 1, [2])], [("y", 1, [2])]), Scope(0, 0))
-
-
 def test_scripts_are_executable(fused, tmp_path):
     handover.write(fused[0], tmp_path / "out", soc_version=SOC, inputs=fused[1])
     for name in ("atc.sh", "build_plugin.sh", "opp/vendors/sfa_onnx/bin/set_env.bash"):
         assert (tmp_path / "out" / name).stat().st_mode & stat.S_IXUSR
-
-
-def test_an_initializer_given_as_array_survives(tmp_path):
-    model = stack(1)
-    onnx.save(model, tmp_path / "m.onnx")
-    report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC)
-    written = {t.name: numpy_helper.to_array(t) for t in onnx.load(report.model).graph.initializer}
-    for tensor in model.graph.initializer:
-        np.testing.assert_array_equal(written[tensor.name], numpy_helper.to_array(tensor))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ _LOG = logging.getLogger("sfa_onnx")
 
 VENDOR = "sfa_onnx"
 LIBRARY = "libcust_onnx_parsers.so"
-_HEADER = "include/register/register.h"
+_HEADER = "register/register.h"
 _BUILD_SECONDS = 300
 # Newest point release of each line, for version.info.
 _VERSIONS = {"8.5": "8.5.0", "9.0": "9.0.0", "9.1": "9.1.0", "9.2": "9.2.0"}
@@ -46,7 +47,8 @@ echo "built {library}"
 """
 _LINE = (
     '"${{CXX:-g++}}" -std=c++17 -O2 -fPIC -shared -D_GLIBCXX_USE_CXX11_ABI=0'
-    ' -I"$ASCEND_HOME_PATH/include" plugin/*.cc -o {library}'
+    ' -I"$ASCEND_HOME_PATH/include" -I"$ASCEND_HOME_PATH/$(uname -m)-linux/include"'
+    " plugin/*.cc -o {library}"
 )
 _SET_ENV = """#!/bin/bash
 # Source this: CANN then finds the parser plug-in of sfa-onnx.
@@ -88,9 +90,14 @@ def toolkit() -> Path | None:
     """The installed CANN toolkit, by ASCEND_HOME_PATH or ASCEND_TOOLKIT_HOME."""
     for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"):
         value = os.environ.get(name)
-        if value and (Path(value) / _HEADER).is_file():
+        if value and any((Path(value) / i / _HEADER).is_file() for i in _include_folders()):
             return Path(value)
     return None
+
+
+def _include_folders() -> tuple[str, str]:
+    """Where toolkits keep their headers: one folder, or one per host architecture."""
+    return "include", f"{platform.machine()}-linux/include"
 
 
 def write(folder: Path, *, cann: str = "9.1", force: bool = False) -> Package:
@@ -154,7 +161,8 @@ def _build(package: Package, folder: Path, library: Path) -> None:
         return
     sources = sorted(str(p.relative_to(folder)) for p in (folder / "plugin").glob("*.cc"))
     command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-D_GLIBCXX_USE_CXX11_ABI=0"]
-    command += [f"-I{home / 'include'}", *sources, "-o", str(library)]
+    command += [f"-I{home / folder}" for folder in _include_folders()]
+    command += [*sources, "-o", str(library)]
     _LOG.info("building the plug-in against %s", home)
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False
