@@ -5,9 +5,15 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from sfa_onnx import kv_cache, runtime
+from sfa_onnx import kv_cache, reference, runtime
 from sfa_onnx.errors import ModelError
-from sfa_onnx.op import KV_CACHE_PACK, SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.op import (
+    KV_CACHE_PACK,
+    LIGHTNING_INDEXER,
+    QUANT_LIGHTNING_INDEXER,
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+)
 from sfa_onnx.runtime.body import Body
 from sfa_onnx.runtime.body_numbers import FORMATS, from_bytes, to_bytes
 from sfa_onnx.runtime.portable import make_portable, unfuse
@@ -197,6 +203,81 @@ def test_old_opsets_and_unknown_types_are_refused():
     model.graph.node[0].input[0] = "mystery"
     with pytest.raises(ModelError, match="type of 'mystery', input query"):
         make_portable(model)
+
+
+# ------------------------------------------------------------------ indexers
+
+
+def indexer_call(op, layouts, dtype, seed=0):
+    """Inputs and attributes of a legal indexer call with ragged lengths."""
+    case = make_case(SFA, layouts, dtype=np.float32, rope=0, heads=3, nope=16, seed=seed)
+    r = np.random.default_rng(seed)
+    query, key = case.inputs["query"], case.inputs["key"]
+    inputs = {
+        n: case.inputs[n] for n in ("actual_seq_lengths_query", "block_table") if n in case.inputs
+    }
+    if "actual_seq_lengths_kv" in case.inputs:
+        inputs["actual_seq_lengths_key"] = case.inputs["actual_seq_lengths_kv"]
+    if op is LIGHTNING_INDEXER:
+        inputs |= {"query": query.astype(dtype), "key": key.astype(dtype)}
+        inputs["weights"] = r.standard_normal(query.shape[:-1]).astype(dtype)
+    else:
+        inputs |= {n: r.integers(-127, 128, x.shape).astype(np.int8)
+                   for n, x in (("query", query), ("key", key))}  # fmt: skip
+        for name, shape in (("weights", query.shape[:-1]), ("key_dequant_scale", key.shape[:-1])):
+            inputs[name] = r.uniform(0.1, 1, shape).astype(np.float16)
+        inputs["query_dequant_scale"] = r.uniform(0.1, 1, query.shape[:-1]).astype(np.float16)
+    layout_query, layout_key = layouts
+    given = {"layout_query": layout_query, "layout_key": layout_key, "sparse_count": 9}
+    if op is LIGHTNING_INDEXER:
+        given["return_values"] = 1
+    return inputs, op.complete(given)
+
+
+def indexer_model(op, inputs, attributes):
+    infos = [
+        helper.make_tensor_value_info(n, elem_type(a.dtype), [f"{n}{i}" for i in range(a.ndim)])
+        for n, a in inputs.items()
+    ]
+    names = [t.name if t.name in inputs else "" for t in op.inputs]
+    model = node_model(op, names, infos, attributes)
+    dims = [None] * inputs["query"].ndim
+    model.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info("sparse_indices", TensorProto.INT32, dims)
+    )
+    if op is LIGHTNING_INDEXER:
+        model.graph.node[0].output.append("sparse_values")
+        kind = elem_type(inputs["query"].dtype)
+        model.graph.output.append(helper.make_tensor_value_info("sparse_values", kind, dims))
+    return model
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("rewrite", [make_portable, unfuse])
+def test_the_indexer_selects_what_the_reference_selects(layouts, dtype, rewrite):
+    inputs, attributes = indexer_call(LIGHTNING_INDEXER, layouts, dtype)
+    model = rewrite(indexer_model(LIGHTNING_INDEXER, inputs, attributes))
+    got = runtime.run(ort.InferenceSession(model.SerializeToString()), inputs)
+    arguments = [inputs.get(t.name) for t in LIGHTNING_INDEXER.inputs]
+    indices, values = reference.lightning_indexer(*arguments, **attributes)
+    assert (got["sparse_indices"] == indices).all()
+    assert (got["sparse_indices"] == -1).any()
+    finite = np.isfinite(values.astype(np.float32))
+    assert (finite == np.isfinite(got["sparse_values"].astype(np.float32))).all()
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        got["sparse_values"].astype(float)[finite], values.astype(float)[finite], 20 * eps, eps
+    )
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+def test_the_quantised_indexer_selects_what_the_reference_selects(layouts):
+    op = QUANT_LIGHTNING_INDEXER
+    inputs, attributes = indexer_call(op, layouts, None)
+    got = runtime.run(plain(make_portable(indexer_model(op, inputs, attributes))), inputs)
+    want = reference.quant_lightning_indexer(*(inputs.get(t.name) for t in op.inputs), **attributes)
+    assert (got["sparse_indices"] == want).all()
 
 
 # ------------------------------------------------------------------ KvCachePack

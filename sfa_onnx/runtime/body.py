@@ -114,3 +114,14 @@ class Body:
         if self.opset >= 18:
             return self.op("ReduceMax", x, self.ints(-1), keepdims=1)
         return self.op("ReduceMax", x, axes=[-1], keepdims=1)
+
+    def constant_range(self, count: int) -> str:
+        """0 .. count-1 for a known count."""
+        return self.range(self.scalar(count))
+
+    def top(self, x: str, count: int) -> tuple[str, str]:
+        """The `count` largest along the last axis, best first, ties by lower index."""
+        values, indices = f"top_{len(self.nodes)}", f"at_{len(self.nodes)}"
+        k = self.ints(count)
+        self.nodes.append(helper.make_node("TopK", [x, k], [values, indices], axis=-1))
+        return values, indices

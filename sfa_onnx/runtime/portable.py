@@ -16,21 +16,16 @@ from onnx import FunctionProto, ModelProto, NodeProto, helper
 
 from sfa_onnx.contract import OpContract
 from sfa_onnx.errors import ModelError
-from sfa_onnx.op import (
-    KV_CACHE_PACK,
-    SPARSE_FLASH_ATTENTION,
-    SPARSE_FLASH_ATTENTION_ANTIQUANT,
-)
+from sfa_onnx.op import ALL_OPS, KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from sfa_onnx.runtime.body import MIN_OPSET, Body
 from sfa_onnx.runtime.body_attention import attention_body
+from sfa_onnx.runtime.body_indexer import indexer_body
 from sfa_onnx.runtime.body_pack import pack_body
 from sfa_onnx.runtime.elem_types import ElemTypes
 
 __all__ = ["has_body", "make_portable", "unfuse"]
 
-_OPS: Final = {
-    op.key: op for op in (SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION, KV_CACHE_PACK)
-}
+_OPS: Final = {op.key: op for op in ALL_OPS}
 _OVERLOAD_IR: Final = 10  # IR version that brought FunctionProto.overload
 _AT_RUN_TIME: Final = ("scale_value",)  # attributes that the body reads from the node
 
@@ -85,8 +80,7 @@ def make_portable(model: ModelProto) -> ModelProto:
 def unfuse(model: ModelProto) -> ModelProto:
     """A copy of `model` in which our operators are replaced by standard nodes.
 
-    Output names stay; every other node and all initializers are untouched. Operators without a body
-    (the indexers) stay as they are.
+    Output names stay; every other node and all initializers are untouched.
 
     Raises:
         ModelError: the model's opset is too old, or the type of an operator's input is unknown.
@@ -165,26 +159,28 @@ def _python(attribute: onnx.AttributeProto) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _write(signature: _Signature, opset: int) -> tuple[list[NodeProto], str]:
-    """The body's nodes and the name of its result."""
+def _write(signature: _Signature, opset: int) -> tuple[list[NodeProto], list[str]]:
+    """The body's nodes and the names of its results."""
     body, attrs, types = Body(opset), dict(signature.attributes), dict(signature.types)
-    if signature.op is KV_CACHE_PACK:
-        result = pack_body(body, signature.present, attrs, types)
-    else:
-        result = attention_body(body, signature.op, signature.present, attrs, types["query"])
-    return body.nodes, result
+    op, present = signature.op, signature.present
+    if op is KV_CACHE_PACK:
+        return body.nodes, [pack_body(body, present, attrs, types)]
+    if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
+        return body.nodes, indexer_body(body, op, present, attrs, types["query"])
+    return body.nodes, [attention_body(body, op, present, attrs, types["query"])]
 
 
 def _function(signature: _Signature, overload: str, opset: int) -> FunctionProto:
     op = signature.op
-    nodes, result = _write(signature, opset)
+    nodes, results = _write(signature, opset)
+    names = dict(zip(results, (t.name for t in op.outputs), strict=True))
     for node in nodes:
-        node.output[0] = op.outputs[0].name if node.output[0] == result else node.output[0]
+        node.output[:] = [names.get(name, name) for name in node.output]
     function = helper.make_function(
         op.domain,
         op.name,
         [t.name for t in op.inputs],
-        [op.outputs[0].name],
+        list(names.values()),
         nodes,
         [helper.make_opsetid("", opset)],
         attributes=[a.name for a in op.attributes],
@@ -225,9 +221,9 @@ def _expanded(
         suffix += 1
         prefix = f"{base[:-1]}_{suffix}/"
     taken.add(prefix)
-    body, result = _write(signature, opset)
+    body, results = _write(signature, opset)
     inner = {t.name: n for t, n in zip(signature.op.inputs, node.input, strict=False) if n}
-    inner[result] = node.output[0]
+    inner |= {r: n for r, n in zip(results, node.output, strict=False) if n}
     scale = next((a.f for a in node.attribute if a.name in _AT_RUN_TIME), 0.0)
     for copy in body:
         for names in (copy.input, copy.output):
