@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import onnx
 
@@ -16,12 +16,14 @@ def fingerprint(
     candidate: Candidate,
     region: onnx.ModelProto,
     replacement: onnx.ModelProto,
-    shapes: Mapping[str, tuple[int, ...]],
+    masks: Iterable[onnx.ModelProto],
+    shapes: Iterable[tuple[int, ...]],
 ) -> str:
     """A hash that two sites share exactly when one verification holds for both.
 
     Covers operator types, attributes, wiring, constant values, operand roles, axes, types, domains
-    (without the names of producers) and every known size, of the site and of its replacement.
+    (without the names of producers) and every known size, of the site, of its replacement and of
+    the nodes that make its masks.
     """
     digest = hashlib.blake2b(digest_size=16)
     names: dict[str, int] = {}
@@ -31,8 +33,8 @@ def fingerprint(
         facts = (operand.role, operand.axes, operand.elem_type, domain.distinct, domain.low)
         limits = (domain.high, domain.negative_allowed, domain.valid_first, domain.values)
         digest.update(repr((facts, limits, domain.sorted_descending)).encode())
-    digest.update(repr((candidate.op.key, list(shapes.values()))).encode())
-    for model in (region, replacement):
+    digest.update(repr((candidate.op.key, list(shapes))).encode())
+    for model in (region, replacement, *masks):
         _add_model(digest, model, names)
     return digest.hexdigest()
 

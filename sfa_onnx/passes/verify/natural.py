@@ -17,29 +17,37 @@ from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError, embedded_constant
 from sfa_onnx.passes.verify.sizes import Dims
 
-__all__ = ["hidden_by_mask"]
+__all__ = ["hidden_by_mask", "mask_models"]
 
 _NODES_MAX = 64
 
 
+def mask_models(index: GraphIndex, candidate: Candidate) -> dict[str, onnx.ModelProto]:
+    """For each mask that the indices alone decide: the little model that makes it."""
+    indices = {o.value: o for o in candidate.operands if o.role is Role.INDICES}
+    masks = [o for o in candidate.operands if o.role is Role.MASK]
+    models = {o.value: _producers(index, o, indices) for o in masks}
+    return {value: model for value, model in models.items() if model is not None}
+
+
 def hidden_by_mask(
-    index: GraphIndex, candidate: Candidate, shapes: dict[str, tuple[int, ...]], dims: Dims
+    candidate: Candidate,
+    models: dict[str, onnx.ModelProto],
+    shapes: dict[str, tuple[int, ...]],
+    dims: Dims,
 ) -> Refusal | None:
     """Whether a mask that depends on the indices alone hides all of them.
 
     Args:
-        index: the graph.
-        candidate: the site; its masks are looked at.
+        candidate: the site.
+        models: what `mask_models` found.
         shapes: concrete shapes of the operands.
         dims: what they say.
     """
+    operands = {o.value: o for o in candidate.operands}
     indices = {o.value: o for o in candidate.operands if o.role is Role.INDICES}
-    for operand in candidate.operands:
-        if operand.role is not Role.MASK:
-            continue
-        model = _producers(index, operand, indices)
-        if model is None:
-            continue
+    for value, model in models.items():
+        operand = operands[value]
         feeds = {
             v.name: _valid(indices[v.name], shapes[v.name], dims.capacity)
             for v in model.graph.input

@@ -19,7 +19,7 @@ from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete
 from sfa_onnx.passes.verify.extract import UnverifiableError
 
-__all__ = ["KEYS", "Dims", "Sizer", "integer_constants"]
+__all__ = ["KEYS", "Dims", "Sizer", "canonical_shapes", "integer_constants", "operand_shapes"]
 
 KEYS = (Role.LATENT, Role.LATENT_INT8, Role.SCALE, Role.KEY_ROPE)
 Shapes = dict[str, tuple[int, ...]]
@@ -93,18 +93,6 @@ class Sizer:
         self._primes = dict(base.symbols)
         self._too_big: list[int] = []
         self._roles = self._find_roles(self._evaluate(self._primes))
-
-    def canonical(self) -> Shapes:
-        """Shapes with the symbols replaced by their order of appearance (for fingerprints)."""
-        numbers = {n: -1 - i for i, n in enumerate(dict.fromkeys(self._primes.values()))}
-        seen: dict[int, int] = {}
-        result = {}
-        for value, shape in self._evaluate(self._primes).items():
-            dims = []
-            for n in shape:
-                dims.append(seen.setdefault(n, -1 - len(seen)) if n in numbers else n)
-            result[value] = tuple(dims)
-        return result
 
     def bases(self) -> list[tuple[Shapes, Dims]]:
         """Sizes to start from, most telling first.
@@ -225,20 +213,7 @@ class Sizer:
 
     def _evaluate(self, symbols: Mapping[str, int]) -> Shapes:
         """Shape of every operand when the symbols have these sizes."""
-        concrete = Concrete(self._index, symbols)
-        shapes: Shapes = {}
-        for operand in self._candidate.operands:
-            shape = concrete.shape(operand.value)
-            if shape is None or len(shape) != len(operand.axes):
-                raise UnverifiableError(
-                    Refusal(
-                        f"the shape of {operand.value!r} cannot be told without running the model",
-                        operand.value,
-                        "export with shapes, or run onnx.shape_inference on the file first",
-                    )
-                )
-            shapes[operand.value] = shape
-        return shapes
+        return operand_shapes(Concrete(self._index, symbols), self._candidate)
 
     def _find_roles(self, base: Shapes) -> dict[str, set[str]]:
         """Symbol -> what it sizes, found by changing one symbol at a time."""
@@ -293,6 +268,37 @@ class Sizer:
         if [operand.axes[i] for i in axes[:2]] == ["S2", "B"]:
             return "S2" if axis == axes[0] else "B"
         return "S2" if axis == axes[min(1, len(axes) - 1)] else "B"
+
+
+def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:
+    """Shape of every operand at the sizes of `concrete`.
+
+    Raises:
+        UnverifiableError: a shape cannot be told.
+    """
+    shapes: Shapes = {}
+    for operand in candidate.operands:
+        shape = concrete.shape(operand.value)
+        if shape is None or len(shape) != len(operand.axes):
+            raise UnverifiableError(
+                Refusal(
+                    f"the shape of {operand.value!r} cannot be told without running the model",
+                    operand.value,
+                    "export with shapes, or run onnx.shape_inference on the file first",
+                )
+            )
+        shapes[operand.value] = shape
+    return shapes
+
+
+def canonical_shapes(concrete: Concrete, candidate: Candidate) -> list[tuple[int, ...]]:
+    """Operand shapes with symbols numbered by appearance: equal for equal sites."""
+    symbols = set(concrete.symbols.values())
+    seen: dict[int, int] = {}
+    return [
+        tuple(seen.setdefault(n, -1 - len(seen)) if n in symbols else n for n in shape)
+        for shape in operand_shapes(concrete, candidate).values()
+    ]
 
 
 def integer_constants(region: onnx.ModelProto) -> set[int]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sfa_onnx.errors import ContractError
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.shapes import Concrete
 from sfa_onnx.passes.verify.classes import fingerprint
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import (
@@ -24,11 +25,11 @@ from sfa_onnx.passes.verify.extract import (
     extract_replacement,
 )
 from sfa_onnx.passes.verify.judge import Judge
-from sfa_onnx.passes.verify.natural import hidden_by_mask
+from sfa_onnx.passes.verify.natural import hidden_by_mask, mask_models
 from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.promote import promote
-from sfa_onnx.passes.verify.sizes import Sizer, integer_constants
+from sfa_onnx.passes.verify.sizes import Sizer, canonical_shapes, integer_constants
 from sfa_onnx.report import ProbeResult, VerifyRecord
 
 __all__ = ["Verifier"]
@@ -53,6 +54,7 @@ class Verifier:
         self._index = index
         self._probes = probes
         self._budget = budget
+        self._concrete = Concrete(index)
         self._known: dict[str, tuple[str, VerifyRecord | Refusal]] = {}
 
     def verify(self, candidate: Candidate) -> VerifyRecord | Refusal:
@@ -60,16 +62,16 @@ class Verifier:
         try:
             region = extract_region(self._index, candidate)
             replacement = extract_replacement(self._index, candidate)
-            sizer = Sizer(self._index, candidate, _attributes(candidate).get("layout_kv", ""))
-            key = fingerprint(candidate, region, replacement, sizer.canonical())
+            masks = mask_models(self._index, candidate)
+            shapes = canonical_shapes(self._concrete, candidate)
+            key = fingerprint(candidate, region, replacement, masks.values(), shapes)
             label = self._index.label(candidate.anchor)
-            if refusal := hidden_by_mask(self._index, candidate, *sizer.bases()[0]):
-                return refusal
             if key in self._known:
                 return self._shared(key, candidate)
-            result = _Site(self._index, candidate, region, replacement, sizer).verify(
-                self._probes, self._budget
-            )
+            sizer = Sizer(self._index, candidate, _attributes(candidate).get("layout_kv", ""))
+            result = hidden_by_mask(candidate, masks, *sizer.bases()[0]) or _Site(
+                self._index, candidate, region, replacement, sizer
+            ).verify(self._probes, self._budget)
             self._known[key] = (label, result)
         except UnverifiableError as error:
             return error.refusal
