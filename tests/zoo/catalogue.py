@@ -18,6 +18,7 @@ FAMILIES = (
     "handmade",
     "packed",
     "masks",
+    "extra",
     "edited",
 )
 
