@@ -11,6 +11,7 @@ import onnx
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
 from sfa_onnx.passes.bind import Site
+from sfa_onnx.passes.bind_mask import Visible
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_sources import all_reads, index_sources
 from sfa_onnx.passes.build import axis_labels
@@ -208,7 +209,7 @@ class _Names:
             name = "D" if names == ["C"] or names == ["R"] else f"{names[-1]}_of_{value}"
         else:
             name = self._read_axis(coordinate)
-        if name and "*" not in name and name != "S2":
+        if name and "*" not in name:
             self._size(name, value, axis, tracer.shape(value)[axis])
         return name
 
@@ -276,16 +277,22 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
             add(weights[-1].ref, Role.EXPANSION)
     for s in site.selected:
         _add_indices(site, s.indices, known, names)
-    for literal in site.visible:
-        if site.tracer.index.producer.get(literal.ref.value) is None and (
-            literal.ref.value in site.tracer.index.initializers
-        ):
-            continue
-        add(literal.ref, Role.MASK, _mask_domain(literal.is_bool, literal.positive))
     for columns in (site.nope, site.rope):
         for read in all_reads(columns.deep.ref.coords) if columns is not None else ():
             _add_indices(site, Ref(read.value, read.coords), known, names)
+    for literal in site.visible:
+        if literal.ref.value in site.tracer.index.initializers or _from_indices(
+            site, literal, known
+        ):
+            continue
+        add(literal.ref, Role.MASK, _mask_domain(literal.is_bool, literal.positive))
     return known
+
+
+def _from_indices(site: Site, literal: Visible, known: dict[str, Operand]) -> bool:
+    """Whether a mask is computed from the indices themselves (idx >= 0): it is no free input."""
+    sources = index_sources(site.tracer, literal.ref)
+    return any(v in known and known[v].role is Role.INDICES for v in sources)
 
 
 def _constants(site: Site, role: Role) -> Iterable[str]:

@@ -11,9 +11,23 @@ from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
 
 __all__ = ["all_reads", "index_sources"]
 
-_ELEMENTWISE = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Clip", "Where", "Floor", "Cast", "And")
-) | frozenset(("BitShift", "BitwiseAnd", "Less", "GreaterOrEqual", "Equal", "Not", "Neg", "Abs"))
+_ELEMENTWISE = (
+    frozenset(("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Clip", "Where", "Floor", "Cast"))
+) | frozenset(
+    (
+        "BitShift",
+        "BitwiseAnd",
+        "Less",
+        "GreaterOrEqual",
+        "Equal",
+        "Not",
+        "Neg",
+        "Abs",
+        "Or",
+        "Greater",
+        "LessOrEqual",
+    )
+)
 
 
 def all_reads(coords: Iterable[Expr]) -> Iterator[Read]:

@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 # Far above any top-k, so that Min(2048, S2) is 2048, and no product of two equals a third.
 _PRIMES = (10007, 10039, 10061, 10067, 10079, 10093, 10103, 10133, 10141, 10159, 10169, 10181)
-_PRIMES_2 = (12007, 12037, 12049, 12071, 12097, 12107, 12119, 12143, 12157, 12161, 12163, 12197)
+_PRIMES_2 = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # below any top-k: Min(2048, S2) is S2
 _FOLD_LIMIT = 1 << 20  # elements of one evaluated value
 _BOOL_OPS = frozenset(
     ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
