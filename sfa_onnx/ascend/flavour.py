@@ -24,6 +24,7 @@ from sfa_onnx.ascend.flavour_repairs import REPAIRS
 from sfa_onnx.ascend.flavour_rows import narrow_rows
 from sfa_onnx.ascend.flavour_scope import Facts, Names, apply, subgraphs
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.model import paused_gc
 from sfa_onnx.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
 
 __all__ = ["FLAVOUR_KEY", "AtcModel", "convert", "from_atc", "is_atc", "to_atc"]
@@ -76,18 +77,19 @@ def convert(
         UsageError: unknown binding, dtype or opset.
     """
     _check_limit(MAX_OPSET if opset is None else opset, model)
-    work, stash = _without_weights(model)
-    form.one_domain(work.graph)
-    work = _inline(work)
-    source = _opset(work)
-    _refuse_old(work, source)
-    target = min(source, MAX_OPSET)
-    result = AtcModel(work, binding)
-    _rewrite(result, source, target, npu_dtype)
-    form.refuse_unfit(work, target)
-    form.refuse_short(stash.values())
-    _seal(work, source, target, binding)
-    _restore(work, stash)
+    with paused_gc():
+        work, stash = _without_weights(model)
+        form.one_domain(work.graph)
+        work = _inline(work)
+        source = _opset(work)
+        _refuse_old(work, source)
+        target = min(source, MAX_OPSET)
+        result = AtcModel(work, binding)
+        _rewrite(result, source, target, npu_dtype)
+        form.refuse_unfit(work, target)
+        form.refuse_short(stash.values())
+        _seal(work, source, target, binding)
+        _restore(work, stash)
     return result
 
 

@@ -6,7 +6,7 @@ over every graph of a model, sub-graphs included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 __all__ = ["Facts", "Names", "Rule", "Scope", "apply", "attribute", "scopes", "subgraphs"]
 
+_NUMBERS = frozenset({"value_int", "value_ints", "value_float", "value_floats"})
+_WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _SMALL = 4096  # elements: constants up to this size may be looked at
 
 
@@ -130,8 +132,10 @@ class Scope:
             node = self.producer(name)
             if node is None or node.op_type != "Constant":
                 return None
-            value = attribute(node, "value")
-            tensor = value.t if value is not None else None
+            value = node.attribute[0] if len(node.attribute) == 1 else None
+            if value is not None and value.name in _NUMBERS:
+                return np.asarray(onnx.helper.get_attribute_value(value))
+            tensor = value.t if value is not None and value.name == "value" else None
         if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
             return None
         if int(np.prod(tensor.dims, dtype=np.int64)) > _SMALL:
@@ -203,6 +207,8 @@ def attribute(node: NodeProto, name: str) -> AttributeProto | None:
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
     """The graphs held by a node's attributes."""
+    if not node.domain and node.op_type not in _WITH_GRAPHS:
+        return  # looking at every attribute costs seconds on 100,000 nodes
     for attr in node.attribute:
         if attr.type == AttributeProto.GRAPH:
             yield attr.g
@@ -221,24 +227,36 @@ def scopes(
             yield from scopes(inner, names, facts, opset, scope)
 
 
-def apply(model: ModelProto, rules: Iterable[Rule], facts: Facts, names: Names, opset: int) -> int:
-    """Run every rule over every node once, in order; returns the number of nodes replaced."""
-    count = 0
-    for rule in rules:
-        for scope in scopes(model.graph, names, facts, opset):  # lazy: inner graphs come after
-            count += _apply_one(scope, rule)
-    return count
+def apply(model: ModelProto, rules: Sequence[Rule], facts: Facts, names: Names, opset: int) -> int:
+    """Run the rules over every node, in order; returns the number of nodes replaced.
+
+    What a rule makes is seen by the rules after it, not by itself.
+    """
+    return sum(_apply_one(scope, rules) for scope in scopes(model.graph, names, facts, opset))
 
 
-def _apply_one(scope: Scope, rule: Rule) -> int:
+def _apply_one(scope: Scope, rules: Sequence[Rule]) -> int:
     nodes: list[NodeProto] = []
     count = 0
     for node in scope.graph.node:
-        new = rule(scope, node)
-        count += new is not None
-        nodes.extend((node,) if new is None else new)
+        made = _rewritten(scope, node, rules)
+        count += made is not None
+        nodes.extend((node,) if made is None else made)
     if count:
         del scope.graph.node[:]
         scope.graph.node.extend(nodes)
         scope.changed()
     return count
+
+
+def _rewritten(scope: Scope, node: NodeProto, rules: Sequence[Rule]) -> list[NodeProto] | None:
+    for place, rule in enumerate(rules):
+        made = rule(scope, node)
+        if made is not None:
+            rest = rules[place + 1 :]
+            nodes: list[NodeProto] = []
+            for part in made:
+                again = _rewritten(scope, part, rest)
+                nodes.extend((part,) if again is None else again)
+            return nodes
+    return None
