@@ -64,7 +64,7 @@ def outcome(call: Any) -> np.ndarray | None:
 
 
 @needs_library
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     op=st.sampled_from([o.name for o in OPS]),
     layouts=st.sampled_from(LAYOUTS),
