@@ -15,6 +15,7 @@
 #include "half.h"
 #include "internal.h"
 #include "partial.h"
+#include "store.h"
 #include "vec.h"
 
 namespace sfa {
@@ -92,6 +93,19 @@ void decode_nope(const Geom& g, const uint8_t* nope, const uint8_t* rope, int fr
 void decode_rope(const Geom& g, const uint8_t* rope, int from, int to, float* out) {
   const int dtype = g.cache_dtype == SFA_CORE_I8 ? g.query_dtype : g.cache_dtype;
   decode_float(rope + (size_t)from * dtype_size(dtype), to - from, dtype, out);
+}
+
+// Asks for the lines of rows [first, first + count).
+void ask_for(const Geom& g, const Rows& rows, int first, int count) {
+  const int last = first + count < rows.n ? first + count : rows.n;
+  const bool packed = g.cache_dtype == SFA_CORE_I8;
+  const int rope = g.rope * dtype_size(packed ? g.query_dtype : g.cache_dtype);
+  const int nope = g.nope * dtype_size(g.cache_dtype);
+  const int bytes = packed ? nope + rope + 4 * (g.nope / g.tile) : nope;
+  for (int k = first; k < last; ++k) {
+    for (int b = 0; b < bytes; b += 64) __builtin_prefetch(rows.nope[k] + b, 0, 2);
+    for (int b = 0; b < rope && !packed; b += 64) __builtin_prefetch(rows.rope[k] + b, 0, 2);
+  }
 }
 
 // ---- query ---------------------------------------------------------------------------------
@@ -187,6 +201,7 @@ void scores(const Geom& g, const Rows& rows, const Buffers& b) {
   for (int first = 0; first < rows.n; first += kQkKeys) {
     const int keys = rows.n - first < kQkKeys ? rows.n - first : kQkKeys;
     float* s = b.s + (size_t)first * b.lanes;
+    ask_for(g, rows, first + kQkKeys, kQkKeys);
     for (int d = 0; d < g.nope; d += kColumns) {
       const int to = d + kColumns < g.nope ? d + kColumns : g.nope;
       for (int k = 0; k < keys; ++k) {
@@ -284,29 +299,13 @@ void values(const Geom& g, const Rows& rows, const Buffers& b, Partial* out) {
   }
 }
 
-// ---- results -------------------------------------------------------------------------------
-
-void store_partial(const Geom& g, const Partial& acc, void* out) {
-  const int size = dtype_size(g.query_dtype);
-  for (int h = 0; h < g.heads; ++h) {
-    const float* o = acc.o + (size_t)h * g.o_stride;
-    char* row = (char*)out + (size_t)h * g.nope * size;
-    const float inverse = 1.0f / acc.l[h];
-    int d = 0;
-    for (; d + W <= g.nope; d += W) {
-      simd::store_as(row + (size_t)d * size, g.query_dtype, load(o + d) * splat(inverse));
-    }
-    for (; d < g.nope; ++d) store_from_f32(row, d, g.query_dtype, o[d] * inverse);
-  }
-}
-
 void fp32_attend(const Geom& g, const Rows& rows, const Rows* next, bool warm, void* scratch,
                  Partial* out) {
-  (void)next;
-  (void)warm;
   const Buffers b = lay_out(g, scratch);
+  if (!warm) ask_for(g, rows, 0, kQkKeys);
   scores(g, rows, b);
   softmax(g, rows.n, b, out);
+  if (next) ask_for(g, *next, 0, kQkKeys);
   values(g, rows, b, out);
 }
 
