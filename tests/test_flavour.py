@@ -110,6 +110,8 @@ def test_round_trip_gives_the_canonical_node_back(contract, binding):
     assert [(i.domain, i.version) for i in atc.opset_import] == [("", 18)]
     assert atc.graph.node[0].domain == ""
     back = flavour.from_atc(atc)
+    if contract in (op.SPARSE_FLASH_ATTENTION_ANTIQUANT, op.SPARSE_FLASH_ATTENTION):
+        assert back == model  # to the last field
     assert back.graph.node[0] == model.graph.node[0]
     assert back.graph.input == model.graph.input
     assert back.graph.output == model.graph.output

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 import onnx.inliner
@@ -141,6 +142,7 @@ def from_atc(model: ModelProto) -> ModelProto:
     del work.opset_import[:]
     for domain, version in {"": opset, **kept, **domains}.items():
         work.opset_import.add(domain=domain, version=version)
+    work.ir_version = _story(work).get("ir_version_before", work.ir_version)
     _set_metadata(work, None)
     _restore(work, stash)
     return work
@@ -217,10 +219,20 @@ def _move_vendor_nodes(graph: GraphProto) -> None:
 def _seal(model: ModelProto, source: int, target: int, binding: str) -> None:
     del model.opset_import[:]
     model.opset_import.add(domain="", version=target)
-    model.ir_version = _IR_VERSION
     ours = any(is_ours(node) for node in model.graph.node)
-    story = {"flavour": "atc", "opset_before": source, **({"binding": binding} if ours else {})}
+    story = {"flavour": "atc", "opset_before": source, "ir_version_before": model.ir_version}
+    story |= {"binding": binding} if ours else {}
+    model.ir_version = _IR_VERSION
     _set_metadata(model, json.dumps(story))
+
+
+def _story(model: ModelProto) -> dict[str, Any]:
+    text = next((p.value for p in model.metadata_props if p.key == FLAVOUR_KEY), "{}")
+    try:
+        story = json.loads(text)
+    except ValueError:
+        return {}
+    return story if isinstance(story, dict) else {}
 
 
 def _set_metadata(model: ModelProto, text: str | None) -> None:

@@ -37,6 +37,7 @@ _ROPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
 }
+_ATC_NAMES = frozenset({b.atc_type for b in BINDINGS} | {op.name for op in ALL_OPS})
 # Inputs that carry the query's type and are cast with it.
 _FLOAT_INPUTS = ("query", "key", "value", "query_rope", "key_rope")
 
@@ -47,8 +48,7 @@ def is_ours(node: NodeProto) -> bool:
 
 
 def _atc_name(node: NodeProto) -> bool:
-    names = {b.atc_type for b in BINDINGS} | {op.name for op in ALL_OPS}
-    return node.domain in ("", "ai.onnx") and node.op_type in names
+    return node.domain in ("", "ai.onnx") and node.op_type in _ATC_NAMES
 
 
 def atc_contract(op: OpContract, binding: str) -> tuple[str, OpContract]:

@@ -7,7 +7,7 @@
     inputs/ outputs.json run_om.py          to run the .om and compare
     README.md        what is here, and what to do when it fails
 
-No CANN is needed. When `atc` is on PATH and `execute` is set, it is run and its log explained.
+No CANN is needed. Where `atc` is on PATH it is run, and its log explained.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def write(
     scope: str | None = None,
     inputs: Mapping[str, Array] | None = None,
     before: str | os.PathLike[str] | None = None,
-    execute: bool = False,
+    execute: bool = True,
     force: bool = False,
 ) -> HandoverReport:
     """Write the hand-over folder of a fused model.
@@ -109,7 +109,7 @@ def write(
         scope: "layer:N" or "stage:A-B": convert only that part.
         inputs: arrays to write for the device; random ones when None and small enough.
         before: the model before fusing, for mapping.json; found beside `model` when None.
-        execute: run atc when it is there.
+        execute: run atc when it is there and nothing stands in its way.
         force: overwrite existing files.
 
     Raises:
@@ -138,9 +138,19 @@ def write(
     _write_files(report, command, converted, path, before, force)
     _write_inputs(report, converted.model, inputs, dims)
     _check(report, converted.model, dims or {})
-    if execute and shutil.which("atc"):
-        report.ran = atc_log.run(folder)
+    if execute:
+        _run(report)
     return report
+
+
+def _run(report: HandoverReport) -> None:
+    """Run atc where it is installed, unless its failure is known beforehand."""
+    if not shutil.which("atc"):
+        return
+    if report.errors or report.unbound:
+        report.notes.append("atc is here but was not run: see the errors and open dims")
+        return
+    report.ran = atc_log.run(report.folder)
 
 
 def _write_files(
