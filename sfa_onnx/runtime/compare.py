@@ -18,11 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from sfa_onnx.errors import SfaError, UsageError
+from sfa_onnx.errors import ModelError, SfaError, UsageError
 from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
 from sfa_onnx.model import load_model
 from sfa_onnx.runtime.converted import converted_feeds
@@ -46,8 +45,9 @@ __all__ = ["compare"]
 
 Array = NDArray[Any]
 _LOG = logging.getLogger("sfa_onnx")
-_NOISE_LIMIT: Final = 1 << 29  # bytes of weights up to which the whole graph gets a float64 twin
+_NOISE_LIMIT: Final = 1 << 28  # bytes of weights up to which the whole graph gets a float64 twin
 _LARGEST: Final = 1 << 31  # bytes of a region's largest tensor in float64
+_MEMORY_SHARE: Final = 0.6  # of this machine's memory for a model's weights
 _PLAUSIBLE_LOSS: Final = 0.1  # relative; beyond it something else than int8 is at work
 _TOGETHER: Final = 8  # sites whose border values are captured in one run
 
@@ -129,6 +129,7 @@ class _Comparison:
                 for n, a in feeds.items()
             }
             try:
+                _check_room(self.original)
                 self._whole(self._sites(sites, feeds), feeds)
                 return self.report
             except UsageError:
@@ -284,7 +285,7 @@ class _Comparison:
     def _random(self, site: Site, feeds: dict[str, Array]) -> SiteRow:
         """Both regions, under one random graph, without the rest of the model."""
         try:
-            model, entering = joined_model(self.first, self.second, site)
+            model, entering = joined_model(self.first, self.second, site, self.folders[0])
             second = infos(self.second, feeds)
             known = second | infos(self.first, feeds)
             for name, info in second.items():
@@ -332,4 +333,19 @@ def _conversion(before: ModelProto, after: ModelProto) -> Interface | None:
 
 
 def _weight_bytes(model: ModelProto) -> int:
-    return sum(int(np.prod(t.dims)) * 4 for t in model.graph.initializer)
+    """Size of all weights as they are stored."""
+    sizes = (
+        math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in model.graph.initializer
+    )
+    return sum(sizes)
+
+
+def _check_room(model: ModelProto) -> None:
+    """Refuse to run a whole model that would not fit: a killed process tells nothing."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need = _weight_bytes(model)
+    if need > _MEMORY_SHARE * memory:
+        raise ModelError(
+            f"its weights take {need / 1e9:.0f} GB and this machine has {memory / 1e9:.0f} GB"
+        )

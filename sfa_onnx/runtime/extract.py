@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import onnx
@@ -189,12 +190,16 @@ def region_model(
     return out
 
 
-def joined_model(before: ModelProto, after: ModelProto, site: Site) -> tuple[ModelProto, set[str]]:
+def joined_model(
+    before: ModelProto, after: ModelProto, site: Site, folder: Path | None = None
+) -> tuple[ModelProto, set[str]]:
     """Both regions in one model, with the cheap part of the graph above them.
 
     Expanded upwards through nodes that need no weights, so that masks, positions and selections
     derive from the same random activations on both sides. The second region's own values carry the
     suffix `AFTER`.
+
+    External data is used where its file lies in `folder`; missing weights become inputs.
 
     Returns:
         The model without inputs declared, and the names of the values that enter it.
@@ -223,11 +228,19 @@ def joined_model(before: ModelProto, after: ModelProto, site: Site) -> tuple[Mod
     present = {t.name for t in model.graph.initializer}
     model.graph.initializer.extend(t for t in second.graph.initializer if t.name not in present)
     model.graph.output.extend(onnx.ValueInfoProto(name=names[n]) for n in site.outputs)
-    kept = [t for t in model.graph.initializer if not _is_weight(t)]
+    kept = [t for t in model.graph.initializer if _is_there(t, folder)]
     entering |= {t.name for t in model.graph.initializer} - {t.name for t in kept}
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     return model, entering - {t.name for t in kept}
+
+
+def _is_there(tensor: TensorProto, folder: Path | None) -> bool:
+    """Whether a tensor's bytes can be had: in the model, or in a file that exists."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return True
+    location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+    return folder is not None and bool(location) and (folder / location).is_file()
 
 
 def _is_weight(tensor: TensorProto) -> bool:
