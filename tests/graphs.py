@@ -7,7 +7,7 @@ import onnx
 import onnx.parser
 from onnx import numpy_helper
 
-__all__ = ["dense", "gathered"]
+__all__ = ["dense", "dense_int8", "gathered"]
 
 _HEAD = '<ir_version: 9, opset_import: ["" : 18]>\n'
 
@@ -40,15 +40,18 @@ def dense(
     score = score or "scaled = Mul(raw, scale)"
     weights = weights or "p = Identity(soft)"
     mask = mask or "masked = Add(scaled, picked)"
+    code = 1 if types == "float" else 10
     text = f"""
     dense ({types}[B,2,4,16] q_nope, {types}[B,2,4,8] q_rope, {types}[B,S,16] kv,
            {types}[B,S,8] pe, float[B,2,S] wish, {types}[B,S,16] other, {types}[N] bias)
         => ({types}[B,2,4,16] out {outputs}) {{
         best, idx = TopK <axis = -1> (wish, k)
         dims = Shape(wish)
-        hidden = ConstantOfShape <value = {types}[1] {{-1e30}}> (dims)
+        hidden32 = ConstantOfShape <value = float[1] {{-30000.0}}> (dims)
+        hidden = Cast <to = {code}> (hidden32)
         rows = Shape(idx)
-        zeros = ConstantOfShape <value = {types}[1] {{0}}> (rows)
+        zeros32 = ConstantOfShape <value = float[1] {{0}}> (rows)
+        zeros = Cast <to = {code}> (zeros32)
         scattered = ScatterElements <axis = -1> (hidden, idx, zeros)
         picked = Unsqueeze(scattered, two)
         s1 = Einsum <equation = "bshc,btc->bsht"> (q_nope, kv)
@@ -65,7 +68,7 @@ def dense(
         "k": np.array([4]),
         "two": np.array([2]),
         "scale": np.array(0.25, kind),
-        "low": np.array(-1e30, kind),
+        "low": np.array(-3e4, kind),
         "half": np.array(0.5, kind),
     }
     return _model(text, constants)
@@ -141,5 +144,42 @@ def gathered(
         "scale": np.array(0.2, np.float32),
         "low": np.array(-np.inf, np.float32),
         "half": np.array(0.5, np.float32),
+    }
+    return _model(text, constants)
+
+
+def dense_int8(*, batch: str = "B") -> onnx.ModelProto:
+    """A whole int8 cache dequantised per tile of 8, dense scores under a scattered mask."""
+    text = f"""
+    whole (float[{batch},2,4,16] q_nope, float[{batch},2,4,8] q_rope, int8[{batch},S,16] cache,
+           float[{batch},S,2] scales, float[{batch},S,8] pe, float[{batch},2,S] wish)
+        => (float[{batch},2,4,16] out) {{
+        best, idx = TopK <axis = -1> (wish, k)
+        dims = Shape(wish)
+        hidden = ConstantOfShape <value = float[1] {{-1e30}}> (dims)
+        rows = Shape(idx)
+        zeros = ConstantOfShape <value = float[1] {{0}}> (rows)
+        scattered = ScatterElements <axis = -1> (hidden, idx, zeros)
+        picked = Unsqueeze(scattered, two)
+        floats = Cast <to = 1> (cache)
+        tiled = Reshape(floats, split)
+        steps = Unsqueeze(scales, last)
+        product = Mul(tiled, steps)
+        kv = Reshape(product, joined)
+        s1 = Einsum <equation = "bshc,btc->bsht"> (q_nope, kv)
+        s2 = Einsum <equation = "bshr,btr->bsht"> (q_rope, pe)
+        raw = Add(s1, s2)
+        scaled = Mul(raw, scale)
+        masked = Add(scaled, picked)
+        soft = Softmax <axis = -1> (masked)
+        out = Einsum <equation = "bsht,btc->bshc"> (soft, kv)
+    }}"""
+    constants = {
+        "k": np.array([4]),
+        "two": np.array([2]),
+        "last": np.array([-1]),
+        "split": np.array([0, 0, 2, 8]),
+        "joined": np.array([0, 0, 16]),
+        "scale": np.array(0.25, np.float32),
     }
     return _model(text, constants)

@@ -281,9 +281,8 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
         for read in all_reads(columns.deep.ref.coords) if columns is not None else ():
             _add_indices(site, Ref(read.value, read.coords), known, names)
     for literal in site.visible:
-        if literal.ref.value in site.tracer.index.initializers or _from_indices(
-            site, literal, known
-        ):
+        constant = literal.ref.value in site.tracer.index.initializers
+        if constant or _from_indices(site, literal, known):
             continue
         add(literal.ref, Role.MASK, _mask_domain(literal.is_bool, literal.positive))
     return known

@@ -11,23 +11,9 @@ from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
 
 __all__ = ["all_reads", "index_sources"]
 
-_ELEMENTWISE = (
-    frozenset(("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Clip", "Where", "Floor", "Cast"))
-) | frozenset(
-    (
-        "BitShift",
-        "BitwiseAnd",
-        "Less",
-        "GreaterOrEqual",
-        "Equal",
-        "Not",
-        "Neg",
-        "Abs",
-        "Or",
-        "Greater",
-        "LessOrEqual",
-    )
-)
+_ARITHMETIC = ("Abs", "Add", "Cast", "Clip", "Div", "Floor", "Max", "Min", "Mod", "Mul", "Neg")
+_LOGIC = ("And", "BitShift", "BitwiseAnd", "Equal", "Greater", "GreaterOrEqual", "Less", "Not")
+_ELEMENTWISE = frozenset((*_ARITHMETIC, *_LOGIC, "LessOrEqual", "Or", "Sub", "Where"))
 
 
 def all_reads(coords: Iterable[Expr]) -> Iterator[Read]:

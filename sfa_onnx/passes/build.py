@@ -340,6 +340,16 @@ class Emitter:
         op = "Div" if isinstance(atom, Quot) else "Mod"
         return self.emit(op, [inner, by], "index", _T.INT64)
 
+    def iota_of(self, labels: Group, rank: int) -> str:
+        """0, 1, 2 ... over merged labels on the first of `rank` axes."""
+        if all(self.static(x) for x in labels):
+            line = np.arange(math.prod(x.size for x in labels), dtype=np.int64)
+            return self.constant(line.reshape([-1] + [1] * (rank - 1)))
+        zero, one = (self.constant(np.asarray(v, np.int64)) for v in (0, 1))
+        stop = self.emit("Squeeze", [self.size(labels)], "stop", _T.INT64)
+        line_ = self.emit("Range", [zero, stop, one], "iota", _T.INT64)
+        return self.emit("Reshape", [line_, self.ints([-1] + [1] * (rank - 1))], "iota", _T.INT64)
+
     def iota(self, label: Label, groups: Sequence[Group]) -> str:
         """0, 1, 2 ... along the axis of `label`, size 1 elsewhere."""
         shape = [[label] if label in g else [] for g in groups]

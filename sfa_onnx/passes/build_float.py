@@ -11,7 +11,7 @@ from sfa_onnx.passes.axes import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes_trace import Ref
 from sfa_onnx.passes.bind_rows import Columns, State
 from sfa_onnx.passes.build import Group, axis_labels
-from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows
+from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows, split_rows
 from sfa_onnx.passes.build_rows import cache, gathered
 from sfa_onnx.passes.build_select import (
     from_topk,
@@ -85,20 +85,14 @@ def sparse_attention(
 
 def _dense_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
     """Keys are the cache as it is; the selection comes from the mask."""
-    site, e = plan.site, plan.e
-    batch = {x for c in (site.nope, site.rope) if c is not None for x in _own(c, site.key)}
-    plan.batch = [x for x in site.rows if x in batch]
-    plan.tokens = [x for x in site.rows if x not in batch]
+    site = plan.site
+    split_rows(plan)
     keys = tuple(
-        cache(plan, c.path, site.key, c.label) if c is not None else ""
+        cache(plan, c.path, [plan.batch, [site.key], [], [c.label]], plan.elem_type) if c else ""
         for c in (site.nope, site.rope)
     )
-    entries = selected_entries(e, site, [plan.batch, plan.tokens])
+    entries = selected_entries(plan.e, site, [plan.batch, plan.tokens])
     return (keys[0], keys[1]), entries, "float-dense"
-
-
-def _own(columns: Columns, key: Label) -> set[Label]:
-    return set(columns.deep.ref.labels) - {key, columns.label}
 
 
 def _gathered_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
@@ -142,7 +136,10 @@ def _direct(plan: Plan) -> tuple[tuple[str, str], str] | None:
     batch = {x for states, label in paths for x in states[-1].ref.labels} - {key}
     plan.batch = [x for x in site.rows if x in batch]
     plan.tokens = [x for x in site.rows if x not in batch]
-    keys = [cache(plan, states, key, label) for states, label in paths]
+    keys = [
+        cache(plan, states, [plan.batch, [key], [], [label]], plan.elem_type)
+        for states, label in paths
+    ]
     entries = token_entries(e, site, indices, [plan.batch, plan.tokens], key)
     return (keys[0], keys[1] if len(keys) > 1 else ""), entries
 

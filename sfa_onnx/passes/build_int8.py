@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import onnx
 
 from sfa_onnx.op import KV_CACHE_PACK
@@ -10,9 +14,9 @@ from sfa_onnx.passes.axes import Expr, Label, Quot
 from sfa_onnx.passes.axes_trace import Ref, Stop
 from sfa_onnx.passes.bind_rows import Columns, State
 from sfa_onnx.passes.build import Group
-from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows
-from sfa_onnx.passes.build_rows import gathered
-from sfa_onnx.passes.build_select import gathered_entries
+from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows, split_rows
+from sfa_onnx.passes.build_rows import cache, gathered
+from sfa_onnx.passes.build_select import gathered_entries, selected_entries
 
 __all__ = ["build_int8"]
 
@@ -23,33 +27,90 @@ def build_int8(plan: Plan) -> Built:
     """Pack the selected rows, then the operator over them: one row group per query token."""
     site, e = plan.site, plan.e
     nope, rope = queries(plan)
-    width = site.nope.label.size
     tile = _tile(site.nope)
-    if site.selected:
-        raise Stop("whole-cache", site.nope.deep.ref.value)
-    rows = [site.rows]
-    lead: list[Group] = [*rows, [site.key], []]
-    ints = gathered(plan, site.nope.path[site.nope.behind :], [*lead, [site.nope.label]], _T.INT8)
-    tiles = Label("tiles", width // tile)
-    scale = gathered(plan, _by_tile(site.nope, tile, tiles), [*lead, [tiles]], 0)
-    scale = e.cast(scale, _T.FLOAT)
+    pick = _dense_rows(plan) if site.selected else _gathered_rows(plan)
+    tiles = Label("tiles", site.nope.label.size // tile)
+    ints = pick.rows(site.nope.path[site.nope.behind :], site.nope.label, _T.INT8)
+    scale = e.cast(pick.rows(_by_tile(site.nope, tile, tiles), tiles, 0), _T.FLOAT)
     inputs = [ints, "", scale]
-    query = query_rows(plan, nope, [*rows, [], site.heads, [site.nope.label]])
+    order: list[Group] = [pick.order, [], site.heads]
+    query = query_rows(plan, nope, [*order, [site.nope.label]])
     if site.rope is not None and rope is not None:
-        side = gathered(plan, site.rope.path, [*lead, [site.rope.label]], plan.elem_type)
+        side = pick.rows(site.rope.path, site.rope.label, plan.elem_type)
         inputs[1] = e.cast(side, plan.elem_type)
-        query = _joined_query(plan, nope, rope, query)
+        query = _joined_query(plan, nope, rope, query, order)
     packed = e.emit(
         KV_CACHE_PACK.name, inputs, "packed", _T.INT8, domain=KV_CACHE_PACK.domain, tile_size=tile
     )
-    entries = gathered_entries(e, site, rows)
-    entries = e.emit("Unsqueeze", [entries, e.ints([1, 2])], "indices", _T.INT32)
     rope_width = site.rope.label.size if site.rope is not None else 0
-    out = _antiquant(plan, query, packed, entries, tile, rope_width)
-    deliver(plan, out, [site.rows, [], site.heads, [site.column]])
+    out = _antiquant(plan, query, packed, pick.entries, tile, rope_width)
+    deliver(plan, out, [*order, [site.column]])
+    family = "int8-dense" if site.selected else "int8"
     return Built(
-        e, ANTIQUANT, "int8", plan.output, nope.ref, rope.ref if rope else None, plan.scale, []
+        e, ANTIQUANT, family, plan.output, nope.ref, rope.ref if rope else None, plan.scale, []
     )
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """How selected rows are had.
+
+    Attributes:
+        entries: sparse_indices [R, 1, 1, K] over the picked rows.
+        order: labels of R.
+        rows: (path, column label, elem_type or 0) -> [R, K, 1, width].
+    """
+
+    entries: str
+    order: list[Label]
+    rows: Callable[[Sequence[State], Label, int], str]
+
+
+def _gathered_rows(plan: Plan) -> _Picked:
+    """The graph gathers them already."""
+    site, e = plan.site, plan.e
+    entries = gathered_entries(e, site, [site.rows])
+    entries = e.emit("Unsqueeze", [entries, e.ints([1, 2])], "indices", _T.INT32)
+
+    def rows(path: Sequence[State], column: Label, elem_type: int) -> str:
+        return gathered(plan, path, [site.rows, [site.key], [], [column]], elem_type)
+
+    return _Picked(entries, list(site.rows), rows)
+
+
+def _dense_rows(plan: Plan) -> _Picked:
+    """The graph dequantises the whole cache and masks: gather the selected tokens' rows instead."""
+    site, e = plan.site, plan.e
+    split_rows(plan)
+    tokens = selected_entries(e, site, [plan.batch, plan.tokens])  # [B, S1, K], -1 last
+    zero = e.constant(np.asarray(0, np.int32))
+    safe = e.cast(e.emit("Max", [tokens, zero], "safe", _T.INT32), _T.INT64)
+    count = e.emit("Shape", [tokens], "shape", _T.INT64)
+    count = e.emit("Gather", [count, e.ints([2])], "count", _T.INT64, axis=0)
+    if plan.batch:
+        first = e.iota_of(plan.batch, 3)
+        first = e.emit("Mul", [first, e.size([site.key])], "first", _T.INT64)
+        safe = e.emit("Add", [safe, first], "row", _T.INT64)
+    dims = e.emit("Concat", [e.ints([-1, 1, 1]), count], "dims", _T.INT64, axis=0)
+    flat = e.emit("Reshape", [tokens, dims], "tokens", _T.INT32)
+    valid = e.emit("GreaterOrEqual", [flat, zero], "valid", _T.BOOL)
+    one = e.constant(np.asarray(1, np.int64))
+    stop = e.emit("Squeeze", [count], "stop", _T.INT64)
+    begin = e.constant(np.asarray(0, np.int64))
+    slots = e.cast(e.emit("Range", [begin, stop, one], "slots", _T.INT64), _T.INT32)
+    none = e.constant(np.asarray(-1, np.int32))
+    entries = e.emit("Where", [valid, slots, none], "indices", _T.INT32)
+
+    def rows(path: Sequence[State], column: Label, elem_type: int) -> str:
+        stored = cache(plan, path, [plan.batch, [site.key], [column]], elem_type)
+        kind = e.elem_type(stored)
+        stored = e.emit("Reshape", [stored, e.ints([-1, column.size])], "flat", kind)
+        picked = e.emit("Gather", [stored, safe], "rows", kind, axis=0)
+        shape = [e.ints([-1]), count, e.ints([1, column.size])]
+        dims = e.emit("Concat", shape, "dims", _T.INT64, axis=0)
+        return e.emit("Reshape", [picked, dims], "rows", kind)
+
+    return _Picked(entries, [*plan.batch, *plan.tokens], rows)
 
 
 def _antiquant(
@@ -103,11 +164,10 @@ def _by_tile(columns: Columns, tile: int, tiles: Label) -> list[State]:
     return [State(s.ref.substitute(swap), s.factor) for s in columns.scale]
 
 
-def _joined_query(plan: Plan, nope: State, rope: State, query: str) -> str:
+def _joined_query(plan: Plan, nope: State, rope: State, query: str, groups: Sequence[Group]) -> str:
     """[.., C + R]: the tensor both parts were sliced from, or their Concat."""
     site, e = plan.site, plan.e
     assert site.rope is not None
-    groups: list[Group] = [site.rows, [], site.heads]
     whole = _whole_query(plan, nope, rope)
     if whole is not None:
         ref, label = whole

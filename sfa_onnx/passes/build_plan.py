@@ -15,7 +15,16 @@ from sfa_onnx.passes.bind_rows import Columns, State
 from sfa_onnx.passes.build import Emitter, Group, axis_labels
 from sfa_onnx.passes.build_absorb import Absorbed
 
-__all__ = ["Built", "Plan", "deliver", "is_view", "queries", "query_rows", "working_type"]
+__all__ = [
+    "Built",
+    "Plan",
+    "deliver",
+    "is_view",
+    "queries",
+    "query_rows",
+    "split_rows",
+    "working_type",
+]
 
 _T = onnx.TensorProto
 
@@ -164,6 +173,17 @@ def query_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
         return plan.absorb.query(e, state.ref, groups, plan.elem_type)
     value = e.broadcast(e.arrange(state.ref, groups, "query"), groups, state.ref.labels)
     return e.cast(value, plan.elem_type)
+
+
+def split_rows(plan: Plan) -> None:
+    """Rows with a cache of their own are the batch, the others query tokens (dense forms)."""
+    site = plan.site
+    own: set[Label] = set()
+    for c in (site.nope, site.rope):
+        if c is not None:
+            own |= set(c.deep.ref.labels) - {site.key, c.label}
+    plan.batch = [x for x in site.rows if x in own]
+    plan.tokens = [x for x in site.rows if x not in own]
 
 
 def deliver(plan: Plan, out: str, groups: Sequence[Group]) -> None:

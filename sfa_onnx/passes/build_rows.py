@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 
-from sfa_onnx.passes.axes import Label, Read, merge
+from sfa_onnx.passes.axes import Read, merge
 from sfa_onnx.passes.axes_trace import Ref, Stop
 from sfa_onnx.passes.bind_rows import State
 from sfa_onnx.passes.build import Emitter, Group, axis_labels
@@ -18,23 +18,25 @@ __all__ = ["cache", "gathered"]
 _T = onnx.TensorProto
 
 
-def cache(plan: Plan, path: Sequence[State], key: Label, column: Label) -> str:
-    """[B, S2, 1, width] from the first tensor on the path that is a plain cache."""
-    e = plan.e
-    groups: list[Group] = [plan.batch, [key], [], [column]]
+def cache(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_type: int) -> str:
+    """A stored tensor with one axis per group, from the first on the path that is a plain view.
+
+    Cast to `elem_type` where it has another (0: as it is; int8 must be int8).
+    """
+    e, sizes = plan.e, plan.site.tracer.sizes
     labels = {x for g in groups for x in g}
     path = [s for s in path if s.factor == path[-1].factor]
     ready = [s for s in path if is_view(s.ref) and s.ref.labels <= labels]
-    sizes = plan.site.tracer.sizes
-    exact = [s for s in ready if sizes.elem_type(s.ref.value) == plan.elem_type]
+    exact = [s for s in ready if sizes.elem_type(s.ref.value) == elem_type]
     last: Stop | None = None
-    for state in (*exact, *ready):
+    for state in exact if elem_type == _T.INT8 else (*exact, *ready):
         try:
             value = e.arrange(state.ref, groups, "cache")
         except Stop as stop:
             last = stop
             continue
-        return e.cast(e.broadcast(value, groups, state.ref.labels), plan.elem_type)
+        value = e.broadcast(value, groups, state.ref.labels)
+        return e.cast(value, elem_type) if elem_type else value
     raise last or Stop(
         f"{path[-1].ref.value} is not a cache of one row per key", path[-1].ref.value
     )
