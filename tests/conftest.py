@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The reference multiplies small matrices: BLAS threads would only spin against each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
