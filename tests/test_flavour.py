@@ -335,14 +335,21 @@ def test_external_initializers_of_branches_move_to_the_main_graph():
     weight.data_location = TensorProto.EXTERNAL
     weight.external_data.add(key="location", value="w.bin")
     out = [helper.make_tensor_value_info("t", 1, [2])]
-    then = helper.make_graph([helper.make_node("Add", ["x", "w"], ["t"])], "t", [], out, [weight])
+    inner = [
+        helper.make_node("Constant", [], ["k"], value=weight),
+        helper.make_node("Add", ["x", "w"], ["s"]),
+        helper.make_node("Add", ["s", "k"], ["t"]),
+    ]
+    then = helper.make_graph(inner, "t", [], out, [weight])
     out = [helper.make_tensor_value_info("e", 1, [2])]
     other = helper.make_graph([helper.make_node("Abs", ["x"], ["e"])], "e", [], out)
     node = helper.make_node("If", ["c"], ["y"], "if", then_branch=then, else_branch=other)
     inputs = [("c", TensorProto.BOOL, []), ("x", 1, [2])]
     atc = flavour.to_atc(build([node], inputs, [("y", 1, [2])]))
-    assert [t.name for t in atc.graph.initializer] == ["w"]
-    assert not attr(atc.graph.node[0], "then_branch").initializer
+    assert sorted(t.name for t in atc.graph.initializer) == ["k", "w"]
+    branch = attr(atc.graph.node[0], "then_branch")
+    assert not branch.initializer
+    assert [n.op_type for n in branch.node] == ["Add", "Add"]
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,8 @@ def _lift(main: GraphProto, graph: GraphProto, names: Names) -> int:
     known = {v.name for v in (*main.initializer, *main.input)}
     known.update(out for node in main.node for out in node.output)
     rename: dict[str, str] = {}
-    for tensor in (*outside, *(n.attribute[0].t for n in constants)):
-        node_output = next((n.output[0] for n in constants if n.attribute[0].t is tensor), "")
-        old = node_output or tensor.name
+    named = [(t.name, t) for t in outside]
+    for old, tensor in [*named, *((n.output[0], n.attribute[0].t) for n in constants)]:
         lifted = main.initializer.add()
         lifted.CopyFrom(tensor)
         lifted.name = names.fresh(old) if old in known else old
