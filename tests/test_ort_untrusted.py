@@ -138,3 +138,30 @@ def test_an_error_in_one_token_of_many_is_reported_whoever_finds_it():
     for _ in range(3):
         with pytest.raises(ContractError, match=r"query row 21: slot 2 .* at slot 1"):
             runtime.run(session, feeds(case))
+
+
+@pytest.mark.parametrize("hidden", [(0, 512), (512, 1024), (1536, 2000)])
+def test_a_chunk_of_minus_infinity_weighs_nothing(hidden: tuple[int, int]) -> None:
+    """Scores of -inf throughout one 512-key chunk leave the finite rest as it is."""
+    from tests import test_kv_convert as small
+
+    count, low, high = 2000, *hidden
+    names = {"key": small.C, "krope": small.R}
+    rng = np.random.default_rng(0)
+    feeds = {n: rng.standard_normal((1, count, 1, w)).astype(np.float32) for n, w in names.items()}
+    for name, width in (("q", small.C), ("qr", small.R)):
+        feeds[name] = np.abs(rng.standard_normal((1, 1, small.N1, width))).astype(np.float32) + 0.1
+    feeds["krope"][0, low:high] = -np.inf
+    feeds["idx"] = np.arange(count, dtype=np.int32).reshape(1, 1, 1, count)
+    infos = [small.vi(n, list(a.shape)) for n, a in feeds.items() if n != "idx"]
+    infos.append(small.vi("idx", [1, 1, 1, count], 6))
+    out = [small.vi("o", [1, 1, small.N1, small.C])]
+    whole = small.model([small.attention("", "key", "krope", "o")], infos, out, [], [])
+    got = small.run(whole, feeds)["o"]
+    kept = np.r_[0:low, high:count]
+    rest = dict(feeds, key=feeds["key"][:, kept], krope=feeds["krope"][:, kept])
+    rest["idx"] = np.arange(len(kept), dtype=np.int32).reshape(1, 1, 1, -1)
+    shapes = [small.vi(n, list(a.shape)) for n, a in rest.items() if n != "idx"]
+    shapes.append(small.vi("idx", [1, 1, 1, len(kept)], 6))
+    part = small.model([small.attention("", "key", "krope", "o")], shapes, out, [], [])
+    np.testing.assert_allclose(got, small.run(part, rest)["o"], rtol=1e-5, atol=1e-6)
