@@ -25,6 +25,7 @@ __all__ = [
     "Difference",
     "Snapshot",
     "check_certificate",
+    "compare_snapshots",
     "make_certificate",
     "snapshot",
     "write_certificate",

@@ -199,6 +199,8 @@ class _Run:
                 (s for _, s in ready), splice(model, index, [c for c, _ in ready]), strict=True
             ):
                 site.removed, site.added = result.removed, result.added
+        with self.stage("hash"):
+            notes.append(_untouched(self.before, certificates.snapshot(model)))
         report = FuseReport(
             model=model,
             sites=sites,
@@ -289,6 +291,21 @@ class _Run:
                 f"verification itself failed ({type(error).__name__}: {error}); please report it"
             )
         return verdict
+
+
+def _untouched(before: certificates.Snapshot, after: certificates.Snapshot) -> str:
+    """The note that proves what stayed; a moved node would be a fault of ours.
+
+    Raises:
+        ModelError: an untouched node changed its place.
+    """
+    difference = certificates.compare_snapshots(before, after)
+    if difference.moved_nodes:
+        raise ModelError(f"splicing moved the node that makes {difference.moved_nodes[0]!r}")
+    return (
+        f"untouched: {difference.untouched_nodes} nodes and {difference.untouched_initializers}"
+        " initializers, equal by hash and in order"
+    )
 
 
 def _describe(

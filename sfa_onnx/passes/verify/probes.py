@@ -84,8 +84,7 @@ def _sizes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     for n, other in enumerate(problem.others):
         if _crowded(other[1]):
             continue
-        yield problem.resized(*other), Draw(60 + n, lengths="full")
-        yield problem.resized(*other), Draw(60 + n, gain=0.3, codes=True, lengths="full")
+        yield problem.resized(*other), Draw(60 + n, codes=n % 2 == 1, lengths="full")
 
 
 PROBES: tuple[Probe, ...] = (

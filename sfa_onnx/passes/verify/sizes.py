@@ -41,6 +41,7 @@ _OTHERS: tuple[dict[str, int], ...] = (
 )
 _DEFAULTS = {"N1": 3, "T": 7, "T2": 23, "M": 3, "pages": 14, "slots": 4, "width": 16}
 MEMORY_LIMIT = 2_000_000_000  # bytes of one run in float64
+_WORK_MAX = 250_000  # query rows * keys of another size
 _CONSTANT_MAX = 600  # integer constants up to this size are straddled by S2
 _ORDER = ("pages", "M", "slots", "S2", "K", "S1", "B", "T", "T2", "N1", "width")
 
@@ -117,9 +118,10 @@ class Sizer:
 
     def others(self, constants: Iterable[int]) -> list[tuple[Shapes, Dims]]:
         """Sizes around K and around every integer constant of the region."""
-        straddled = [n for c in sorted(set(constants)) for n in (c - 1, c, c + 1, 2 * c + 1)]
-        wanted = [*_OTHERS, *({**_BASES[0], "S2": n, "K": n} for n in straddled if n > 0)]
-        return _distinct(s for w in wanted if (s := self.choose(w)) is not None)
+        straddled = [n for c in sorted(set(constants)) for n in (c, 2 * c + 1)]
+        wanted = [*_OTHERS, *({**_BASES[0], "S2": n, "K": n} for n in straddled)]
+        found = (s for w in wanted if (s := self.choose(w)) is not None)
+        return _distinct(s for s in found if s[1].count * s[1].capacity <= _WORK_MAX)
 
     def choose(self, wanted: Mapping[str, int]) -> tuple[Shapes, Dims] | None:
         """Shapes for wanted sizes of axes; None where the operator's domain forbids them."""
