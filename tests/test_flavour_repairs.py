@@ -79,6 +79,35 @@ def test_gather_nd_batches_and_negative_indices(batch, dynamic):
     assert (done.name, attr(done, "batch_dims")) == ("n0", None)
 
 
+def test_gather_nd_whose_tuples_have_a_length_known_late():
+    nodes = [
+        helper.make_node("Slice", ["wide", "s", "e", "a"], ["i"], "cut"),
+        helper.make_node("GatherND", ["x", "i"], ["y"], "n0"),
+    ]
+    inits = [("s", np.array([0])), ("a", np.array([1]))]
+    inputs = [("x", 1, [3, 4]), ("wide", 7, [2, 4]), ("e", 7, [1])]
+    model = build(nodes, inputs, [("y", 1, None)], inits=inits)
+    feeds = {"x": RNG.standard_normal((3, 4)).astype(np.float32), "e": np.array([2])}
+    same_results(model, feeds | {"wide": np.array([[-1, 2, 0, 0], [1, -4, 0, 0]])})
+
+
+@pytest.mark.parametrize("negative", [0, 1])
+@pytest.mark.parametrize("positive", [0, 1])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_is_inf_of_one_sign(negative, positive, kind):
+    onnx_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    signs = {"detect_negative": negative, "detect_positive": positive}
+    opset = 20 if kind is np.float16 else 18
+    inputs = [("x", onnx_type, [4])]
+    model = _single("IsInf", inputs, (TensorProto.BOOL, [4]), opset=opset, **signs)
+    x = np.array([np.inf, -np.inf, np.nan, 1], kind)
+    if kind is np.float16:
+        atc = flavour.to_atc(model)
+        assert negative == positive == 1 or "And" in ops(atc) or "Xor" in ops(atc)
+        return  # onnxruntime's IsInf at opset 18 takes no float16
+    same_results(model, {"x": x})
+
+
 def test_gather_nd_with_indices_known_to_be_good_is_left_alone():
     nodes = [
         helper.make_node("TopK", ["x", "k"], ["v", "i"], "top", axis=0),

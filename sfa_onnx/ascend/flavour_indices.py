@@ -76,23 +76,35 @@ def non_negative(
     """Wrap negative index tuples the way ONNX does: index + size of the axis it addresses."""
     if is_non_negative(scope, index):
         return [], index
-    dims = scope.dims(index)
-    depth = dims[-1] if dims else None
-    if depth is None:
-        raise ModelError(
-            f"node {label!r}: the depth of its index (last dim of {index!r}) is not known, so"
-            " negative indices, which CANN's operator does not take, cannot be ruled out; export"
-            " with that dim static"
-        )
-    shape = scope.node("Shape", [data], f"{label}/data_shape")
-    bounds = [scope.constant([v], f"{label}/axes") for v in (batch, batch + depth, 0)]
-    sizes = scope.node("Slice", [shape.output[0], *bounds], f"{label}/sizes")
+    nodes, sizes = _addressed(scope, data, index, label, batch)
     zero = scope.constant(0, f"{label}/zero")
     below = scope.node("Less", [index, zero], f"{label}/negative")
-    plus = scope.node("Add", [index, sizes.output[0]], f"{label}/wrapped")
+    plus = scope.node("Add", [index, sizes], f"{label}/wrapped")
     args = [below.output[0], plus.output[0], index]
+    dims = scope.dims(index)
     pick = scope.node("Where", args, f"{label}/index", dtype=TensorProto.INT64, dims=dims)
-    return [shape, sizes, below, plus, pick], pick.output[0]
+    return [*nodes, below, plus, pick], str(pick.output[0])
+
+
+def _addressed(
+    scope: Scope, data: str, index: str, label: str, batch: int
+) -> tuple[list[NodeProto], str]:
+    """The sizes of the axes that index tuples address: shape(data)[batch : batch + depth]."""
+    dims = scope.dims(index)
+    depth = dims[-1] if dims else None
+    shape = scope.node("Shape", [data], f"{label}/data_shape")
+    nodes = [shape]
+    start, axis = (scope.constant([v], f"{label}/bound") for v in (batch, 0))
+    if depth is not None:
+        end = scope.constant([batch + depth], f"{label}/bound")
+    else:  # the tuples' length is known at run time only
+        whole = scope.node("Shape", [index], f"{label}/index_dims")
+        last = scope.constant([-1], f"{label}/last")
+        count = scope.node("Gather", [whole.output[0], last], f"{label}/depth", axis=0)
+        add = scope.node("Add", [count.output[0], start], f"{label}/end")
+        nodes, end = [shape, whole, count, add], add.output[0]
+    cut = scope.node("Slice", [shape.output[0], start, end, axis], f"{label}/sizes")
+    return [*nodes, cut], str(cut.output[0])
 
 
 def batched_index(scope: Scope, index: str, label: str, batch: int) -> tuple[list[NodeProto], str]:

@@ -252,6 +252,29 @@ def reduce_norm(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     return [part, total, scope.replace(node, "Sqrt", [total.output[0]])]
 
 
+def is_inf_sign(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
+    """IsInf of one sign: GE's operator has no such attribute, so the sign is tested beside it."""
+    if node.op_type != "IsInf":
+        return None
+    signs = [("detect_negative", "Less"), ("detect_positive", "Greater")]
+    wanted = [test for name, test in signs if int(_get(node, name, 1))]
+    if len(wanted) == 2:
+        return None
+    x, label = node.input[0], node.name
+    found = scope.node("IsInf", [x], f"{label}/either")
+    if not wanted:
+        return [found, scope.replace(node, "Xor", [found.output[0], found.output[0]])]
+    zero = scope.constant(0, f"{label}/zero", np.float32)
+    nodes = [found]
+    if scope.dtype(x) != TensorProto.FLOAT:
+        same = scope.node("CastLike", [zero, x], f"{label}/zero_like")
+        if scope.dtype(x):
+            same = scope.node("Cast", [zero], f"{label}/zero_cast", to=scope.dtype(x))
+        nodes, zero = [found, same], same.output[0]
+    sign = scope.node(wanted[0], [x, zero], f"{label}/sign")
+    return [*nodes, sign, scope.replace(node, "And", [found.output[0], sign.output[0]])]
+
+
 def pad_axes(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Pad with `axes` (opset 18) -> pads of every axis: GE's operator has no such input."""
     if node.op_type != "Pad" or len(node.input) < 4:
@@ -309,4 +332,5 @@ REPAIRS: tuple[Rule, ...] = (
     reduce_norm,
     softmax_2d,
     pad_axes,
+    is_inf_sign,
 )
