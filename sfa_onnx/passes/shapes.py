@@ -9,6 +9,7 @@ of what is asked for are visited.
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ class Concrete:
         """Assign sizes: those of `symbols`, primes for the rest (`second`: other primes)."""
         self.index = index
         self.symbols: dict[str, int] = dict(symbols or {})
-        primes = iter((*(_PRIMES_2 if second else _PRIMES), *range(20011, 10**6, 2)))
+        primes = itertools.chain(_PRIMES_2 if second else _PRIMES, itertools.count(20011, 2))
         for info in index.graph.input:
             for dim in index.shape(info.name) or ():
                 if isinstance(dim, str) and dim.isidentifier() and dim not in self.symbols:
@@ -243,7 +244,7 @@ class Concrete:
 def _type_step(index: GraphIndex, node: onnx.NodeProto, value: str) -> tuple[int, str]:
     """(the type if this node decides it, else 0; the input that has the same type)."""
     op = node.op_type
-    if op == "Cast":
+    if op in ("Cast", "BitCast"):
         return int(attributes(node)["to"]), ""
     if op in _BOOL_OPS or op in ("Or", "Xor"):
         return onnx.TensorProto.BOOL, ""
