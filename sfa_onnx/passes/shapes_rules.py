@@ -255,7 +255,7 @@ _SAME = (
     " IsInf IsNaN LayerNormalization Log LogSoftmax Neg Not RMSNormalization Reciprocal Relu"
     " RotaryEmbedding Round ScatterElements ScatterND Sigmoid Sign SimplifiedLayerNormalization Sin"
     " Cos LeakyRelu SkipSimplifiedLayerNormalization Softmax Softplus Sqrt Swish Tanh Trilu"
-    " BitwiseNot QuickGelu Scatter"
+    " BitCast BitwiseNot QuickGelu Scatter"
 )
 _BROADCAST = (
     "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less"
