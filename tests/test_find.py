@@ -176,6 +176,19 @@ def test_int8_refusals(knobs, text):
     assert re.search(text, reason(model))
 
 
+def test_selection_or_something_else_is_refused_not_lost():
+    """Selected keys and a window besides: more keys than the selection names."""
+    both = "chosen = Greater(picked, low2)\nboth = Or(chosen, window)"
+    text = f"{both}\nmasked = Where(both, scaled, low)"
+    model = dense(mask=text)
+    model.graph.input.append(
+        helper.make_tensor_value_info("window", TensorProto.BOOL, [1, 1, 1, "S"])
+    )
+    low2 = numpy_helper.from_array(np.array(-1, np.float32), "low2")
+    model.graph.initializer.append(low2)
+    assert "not a selection that other masks only narrow" in reason(model)
+
+
 def test_step_budget_ends_in_a_refusal():
     (site,) = find(dense(), max_steps=10)
     assert isinstance(site, RefusedSite)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
+from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind_attention import Parts, read_attention
-from sfa_onnx.passes.bind_mask import Literal, Selected, Visible
+from sfa_onnx.passes.bind_axes import check_rows, splits, take_masks, tell_rows
 from sfa_onnx.passes.bind_rows import (
     Columns,
     State,
@@ -18,74 +17,10 @@ from sfa_onnx.passes.bind_rows import (
     trace_columns,
 )
 from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
+from sfa_onnx.passes.bind_site import Anchor, Query, Site
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["Anchor", "NotASite", "Query", "Site", "bind"]
-
-
-class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
-    """The anchor attends to all keys."""
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A normalisation: weights = softmax(factor * scores) along `axis`."""
-
-    node: int
-    scores: str
-    axis: int
-    weights: str
-    factor: float = 1.0
-    form: str = "Softmax"
-
-
-@dataclass(frozen=True)
-class Query:
-    """The query columns that meet some key columns: `ref` over `label`."""
-
-    ref: Ref
-    label: Label
-
-
-@dataclass
-class Site:
-    """An attention in normal form.
-
-    Attributes:
-        out: the value the weighted sum makes, by labels.
-        key: label that runs over the keys (tokens, or slots of a gathered row).
-        column: label of the value columns.
-        nope, rope: key columns and the query columns that meet them; the value is nope.
-        scale, rope_factor: constant factors of the scores of each part, those of the operands
-            (`State.factor`) left out.
-        selected: what selects tokens, in dense forms.
-        visible: other masks.
-        rows: labels that tell one row of keys from another (batch first, then query tokens).
-        heads: labels that share them.
-        products: values that hold query times key, where the inside of the attention begins.
-        score_axes: every score tensor, with what its axes run over.
-    """
-
-    tracer: Tracer
-    anchor: Anchor
-    out: Ref
-    out_node: int
-    key: Label
-    column: Label
-    nope: Columns
-    nope_query: Query
-    rope: Columns | None
-    rope_query: Query | None
-    value: Columns
-    scale: float
-    rope_factor: float
-    selected: list[Selected] = field(default_factory=list)
-    visible: list[Visible] = field(default_factory=list)
-    rows: list[Label] = field(default_factory=list)
-    heads: list[Label] = field(default_factory=list)
-    products: list[str] = field(default_factory=list)
-    score_axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
-    bound: list[str] = field(default_factory=list)
+__all__ = ["bind"]
 
 
 def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
@@ -107,9 +42,9 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
     coords = tuple(Expr.of(x) for x in labels)
     for _ in range(8):
         site = _bind_at(tracer, anchor, out_node, Ref(out, coords), bound)
-        swap = _splits(site)
+        swap = splits(site)
         if not swap:
-            _check_rows(site)
+            check_rows(site)
             return site
         coords = tuple(c.substitute(swap) for c in coords)
     raise Stop("the axes of the attention cannot be told apart", out)
@@ -130,9 +65,9 @@ def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: lis
     site.score_axes = scores.axes
     site.products = [t.product for t in scores.terms if t.product]
     site.bound = bound
-    _masks(site, scores.masks)
+    take_masks(site, scores.masks)
     same_addresses(tracer, site.nope, site.rope)
-    _axes(site, parts.others)
+    tell_rows(site, parts.others)
     return site
 
 
@@ -312,130 +247,3 @@ def _cut_columns(columns: Columns, width: int) -> tuple[Columns, Columns]:
         path = tuple(State(s.ref.substitute(swap), s.factor) for s in columns.path)
         parts.append(replace(columns, label=own, low=columns.low + start, path=path))
     return parts[0], parts[1]
-
-
-def _masks(site: Site, literals: list[Literal]) -> None:
-    for literal in literals:
-        if isinstance(literal, Selected):
-            same = [s for s in site.selected if _same_selection(s, literal)]
-            if not same:
-                site.selected.append(literal)
-        elif literal not in site.visible:
-            site.visible.append(literal)
-    if len(site.selected) > 1:
-        names = " and ".join(s.indices.value for s in site.selected)
-        raise Stop(f"two selections mask one attention: {names}", site.selected[1].indices.value)
-    gathered = any(_selects(r, site.key) for c in site.nope.deep.ref.coords for r in c.reads)
-    if not site.selected and not gathered:
-        raise NotASite
-    if site.selected and gathered:
-        raise Stop(
-            "the keys are gathered by indices and masked by a selection as well",
-            site.selected[0].indices.value,
-        )
-
-
-def _same_selection(a: Selected, b: Selected) -> bool:
-    swap = {b.slot: Expr.of(a.slot)}
-    return a.indices == b.indices.substitute(swap)
-
-
-def _selects(read: Read, key: Label) -> bool:
-    """Whether every key has an index of its own (a page table is read once per page)."""
-    for coordinate in read.coords:
-        if any(atom == key for atom, _ in coordinate.terms):
-            return True
-        if any(_selects(inner, key) for inner in coordinate.reads):
-            return True
-    return False
-
-
-def _axes(site: Site, others: set[Label]) -> None:
-    """Tell rows (own keys, own selection) from heads (same keys, same selection)."""
-    deciding = _labels(site.nope, site.key)
-    if site.rope is not None:
-        deciding |= _labels(site.rope, site.key)
-    for s in site.selected:
-        deciding |= s.indices.labels - {s.slot}
-    for v in site.visible:
-        deciding |= v.ref.labels
-    ordered = [x for c in site.out.coords for x in _in_order(c) if x in others]
-    site.rows = [x for x in ordered if x in deciding]
-    site.heads = [x for x in ordered if x not in deciding]
-
-
-def _check_rows(site: Site) -> None:
-    """Masks do not differ per head, and every batch reads its own cache.
-
-    Raises:
-        Stop: one of them does not hold.
-    """
-    if not site.heads:
-        shared = _labels(site.nope, site.key)
-        for s in site.selected:
-            shared |= s.indices.labels
-        for v in site.visible:
-            extra = v.ref.labels - shared - {site.key}
-            if extra and not all(x.size == 1 for x in extra):
-                raise Stop(
-                    f"the mask {v.ref.value} differs per head",
-                    v.ref.value,
-                    "all heads of the operator see the same keys",
-                )
-    if site.tracer.opaque:
-        return
-    ref = site.nope.deep.ref
-    shape = site.tracer.shape(ref.value)
-    for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
-        own = coordinate.labels - {site.nope.label, site.key}
-        twisted = any(a in own and c < 0 for a, c in coordinate.terms)
-        fixed = not coordinate.terms and size > 1
-        parts = any(isinstance(a, Quot | Rem) for a, _ in coordinate.terms)
-        plain = coordinate.reads or site.nope.label in coordinate.labels
-        if (twisted or fixed or parts) and not plain:
-            raise Stop(
-                f"axis {axis} of {ref.value} is read at {coordinate}: not the query's own batch",
-                ref.value,
-            )
-
-
-def _in_order(coordinate: Expr) -> list[Label]:
-    terms = sorted(coordinate.terms, key=lambda t: -t[1])
-    return [atom for atom, _ in terms if isinstance(atom, Label)]
-
-
-def _labels(columns: Columns, key: Label) -> set[Label]:
-    ignore = {columns.label, key} | ({columns.inner} if columns.inner else set())
-    return {x for x in columns.deep.ref.labels if x not in ignore}
-
-
-def _splits(site: Site) -> dict[Label, Expr]:
-    """Labels that some tensor has as two axes: each becomes two labels."""
-    own = {x for c in site.out.coords for x in c.labels} - {site.column}
-    for coordinate in _all_coords(site):
-        for atom in _divisions(coordinate):
-            label = next(iter(atom.expr.labels), None)
-            if label in own and atom.expr == Expr.of(label) and label.size % atom.by == 0:
-                high = Label(f"{label.name}h", label.size // atom.by)
-                low = Label(f"{label.name}l", atom.by)
-                return {label: Expr.of(high) * atom.by + Expr.of(low)}
-    return {}
-
-
-def _all_coords(site: Site) -> Iterator[Expr]:
-    refs = [site.nope_query.ref, site.nope.deep.ref, site.value.deep.ref]
-    if site.rope is not None and site.rope_query is not None:
-        refs += [site.rope_query.ref, site.rope.deep.ref]
-    refs += [s.indices for s in site.selected] + [v.ref for v in site.visible]
-    for ref in refs:
-        yield from ref.coords
-
-
-def _divisions(coordinate: Expr) -> Iterator[Quot | Rem]:
-    for atom, _ in coordinate.terms:
-        if isinstance(atom, Quot | Rem):
-            yield atom
-            yield from _divisions(atom.expr)
-        elif isinstance(atom, Read):
-            for inner in atom.coords:
-                yield from _divisions(inner)

@@ -10,9 +10,9 @@ import onnx
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
-from sfa_onnx.passes.bind import Site
 from sfa_onnx.passes.bind_mask import Visible
 from sfa_onnx.passes.bind_rows import Columns
+from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.bind_sources import all_reads, index_sources
 from sfa_onnx.passes.build import axis_labels
 from sfa_onnx.passes.candidate import Domain, Operand, Role

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from sfa_onnx.passes.axes import Label
 from sfa_onnx.passes.axes_trace import Ref, Stop
-from sfa_onnx.passes.bind import Site
 from sfa_onnx.passes.bind_rows import Columns, State, require_one, trace_columns
+from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter, Group
 
 __all__ = ["Absorbed"]

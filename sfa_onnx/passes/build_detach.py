@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from sfa_onnx.passes.axes_trace import Stop
-from sfa_onnx.passes.bind import Site
+from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter, axis_labels
 from sfa_onnx.passes.shapes_rules import attributes
 

@@ -10,8 +10,8 @@ import onnx
 from sfa_onnx.contract import OpContract
 from sfa_onnx.passes.axes import Label
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Stop, is_float
-from sfa_onnx.passes.bind import Query, Site
 from sfa_onnx.passes.bind_rows import Columns, State
+from sfa_onnx.passes.bind_site import Query, Site
 from sfa_onnx.passes.build import Emitter, Group, axis_labels
 from sfa_onnx.passes.build_absorb import Absorbed
 

@@ -10,8 +10,8 @@ from onnx import helper
 
 from sfa_onnx.passes.axes import Label
 from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
-from sfa_onnx.passes.bind import Site
 from sfa_onnx.passes.bind_mask import HIDDEN, Selected, Visible
+from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter, Group
 
 __all__ = ["from_topk", "gathered_entries", "selected_entries", "token_entries"]

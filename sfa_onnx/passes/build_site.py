@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfa_onnx.passes.bind import Site
+from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter
 from sfa_onnx.passes.build_absorb import Absorbed
 from sfa_onnx.passes.build_float import build_float

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
-from sfa_onnx.passes.bind import Anchor, NotASite, Site, bind
+from sfa_onnx.passes.bind import bind
 from sfa_onnx.passes.bind_region import Region, cover
+from sfa_onnx.passes.bind_site import Anchor, NotASite, Site
 from sfa_onnx.passes.build_detach import detach
 from sfa_onnx.passes.build_plan import Built
 from sfa_onnx.passes.build_site import build_site
@@ -46,21 +47,26 @@ def find_candidates(
     found: list[Candidate | RefusedSite] = []
     for anchor in anchors(index):
         tracer = Tracer(index, sizes, other, options.max_steps)
-        if not fed_by_selection(tracer, anchor):
+        fed = fed_by_selection(tracer, anchor)
+        if not fed:
             continue
-        site = _one(tracer, anchor, options)
+        site = _one(tracer, anchor, options, surely=fed == "surely")
         if site is not None:
             found.append(site)
     return found
 
 
-def _one(tracer: Tracer, anchor: Anchor, options: FindOptions) -> Candidate | RefusedSite | None:
+def _one(
+    tracer: Tracer, anchor: Anchor, options: FindOptions, *, surely: bool
+) -> Candidate | RefusedSite | None:
     index, bound = tracer.index, [f"{anchor.form} {tracer.index.label(anchor.node)}"]
     layer = index.layer(anchor.node)
     try:
         return _bound(tracer, anchor, options, bound)
-    except NotASite:
-        return None
+    except NotASite as none:
+        if none.refusal is None or not surely:
+            return None
+        refusal = Refusal(none.refusal.reason, none.refusal.at, none.refusal.hint)
     except Stop as stop:
         refusal = Refusal(stop.reason, stop.at, stop.hint)
     except RecursionError:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes_trace import Tracer
-from sfa_onnx.passes.bind import Anchor
+from sfa_onnx.passes.bind_site import Anchor
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_rules import attributes
 
@@ -139,10 +139,11 @@ def _axis(index: GraphIndex, node: onnx.NodeProto) -> int | None:
     return int(axes[0]) if axes is not None and len(axes) == 1 else None
 
 
-def fed_by_selection(tracer: Tracer, anchor: Anchor) -> bool:
+def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
     """Whether selected indices reach the scores through a gather or a scattered mask.
 
-    A quick look upstream, generous on purpose: binding decides.
+    A quick look upstream, generous on purpose: binding decides. Returns "surely", "perhaps" (only
+    a comparison of indices was seen, as masks of packed sequences have it too) or "".
     """
     index = tracer.index
     stack: list[tuple[str, int]] = [(anchor.scores, 0)]
@@ -150,6 +151,7 @@ def fed_by_selection(tracer: Tracer, anchor: Anchor) -> bool:
         names = list(index.nodes[anchor.node].input)
         stack = [(n, 1) for n in names[:3]] + [(n, 0) for n in names[3:4]]
     seen: set[tuple[str, int]] = set()
+    perhaps = ""
     while stack:
         value, depth = stack.pop()
         if not value or (value, depth) in seen or len(seen) > 20_000:
@@ -159,9 +161,11 @@ def fed_by_selection(tracer: Tracer, anchor: Anchor) -> bool:
         if node is None:
             continue
         if _selects(tracer, node, depth):
-            return True
+            if node.op_type != "Equal":
+                return "surely"
+            perhaps = "perhaps"
         stack += _follow(node, depth)
-    return False
+    return perhaps
 
 
 def _selects(tracer: Tracer, node: onnx.NodeProto, depth: int) -> bool:

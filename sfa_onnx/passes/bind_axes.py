@@ -1,0 +1,165 @@
+"""Rows and heads of a bound attention: who has keys of his own, who shares them, what selects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
+from sfa_onnx.passes.axes_trace import Stop
+from sfa_onnx.passes.bind_mask import Literal, Selected
+from sfa_onnx.passes.bind_rows import Columns
+from sfa_onnx.passes.bind_site import NotASite, Site
+
+__all__ = ["check_rows", "splits", "take_masks", "tell_rows"]
+
+
+def take_masks(site: Site, literals: list[Literal]) -> None:
+    """Sort masks into the selection and the rest.
+
+    Raises:
+        Stop: two selections, or keys that are gathered and masked by a selection.
+        NotASite: no selection.
+    """
+    for literal in literals:
+        if isinstance(literal, Selected):
+            same = [s for s in site.selected if _same_selection(s, literal)]
+            if not same:
+                site.selected.append(literal)
+        elif literal not in site.visible:
+            site.visible.append(literal)
+    if len(site.selected) > 1:
+        names = " and ".join(s.indices.value for s in site.selected)
+        raise Stop(f"two selections mask one attention: {names}", site.selected[1].indices.value)
+    gathered = any(_selects(r, site.key) for c in site.nope.deep.ref.coords for r in c.reads)
+    if not site.selected and not gathered:
+        raise NotASite(_unselected(site))
+    if site.selected and gathered:
+        raise Stop(
+            "the keys are gathered by indices and masked by a selection as well",
+            site.selected[0].indices.value,
+        )
+
+
+def _unselected(site: Site) -> Stop | None:
+    """Why a selection upstream is not one of these keys; None when pages explain the gather."""
+    if any(c.reads for c in site.nope.deep.ref.coords):
+        return None
+    if site.visible:
+        names = ", ".join(v.ref.value for v in site.visible)
+        return Stop(
+            f"the mask ({names}) is not a selection that other masks only narrow",
+            site.visible[0].ref.value,
+            "expected: visible = selected and (any other masks)",
+        )
+    where = site.nope.deep.ref.value
+    return Stop(
+        f"a selection feeds the attention, but the keys {where} are not gathered by it",
+        where,
+        "expected keys gathered by one index tensor, or a scattered mask",
+    )
+
+
+def _same_selection(a: Selected, b: Selected) -> bool:
+    swap = {b.slot: Expr.of(a.slot)}
+    return a.indices == b.indices.substitute(swap)
+
+
+def _selects(read: Read, key: Label) -> bool:
+    """Whether every key has an index of its own (a page table is read once per page)."""
+    for coordinate in read.coords:
+        if any(atom == key for atom, _ in coordinate.terms):
+            return True
+        if any(_selects(inner, key) for inner in coordinate.reads):
+            return True
+    return False
+
+
+def tell_rows(site: Site, others: set[Label]) -> None:
+    """Tell rows (own keys, own selection) from heads (same keys, same selection)."""
+    deciding = _labels(site.nope, site.key)
+    if site.rope is not None:
+        deciding |= _labels(site.rope, site.key)
+    for s in site.selected:
+        deciding |= s.indices.labels - {s.slot}
+    for v in site.visible:
+        deciding |= v.ref.labels
+    ordered = [x for c in site.out.coords for x in _in_order(c) if x in others]
+    site.rows = [x for x in ordered if x in deciding]
+    site.heads = [x for x in ordered if x not in deciding]
+
+
+def check_rows(site: Site) -> None:
+    """Masks do not differ per head, and every batch reads its own cache.
+
+    Raises:
+        Stop: one of them does not hold.
+    """
+    if not site.heads:
+        shared = _labels(site.nope, site.key)
+        for s in site.selected:
+            shared |= s.indices.labels
+        for v in site.visible:
+            extra = v.ref.labels - shared - {site.key}
+            if extra and not all(x.size == 1 for x in extra):
+                raise Stop(
+                    f"the mask {v.ref.value} differs per head",
+                    v.ref.value,
+                    "all heads of the operator see the same keys",
+                )
+    if site.tracer.opaque:
+        return
+    ref = site.nope.deep.ref
+    shape = site.tracer.shape(ref.value)
+    for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
+        own = coordinate.labels - {site.nope.label, site.key}
+        twisted = any(a in own and c < 0 for a, c in coordinate.terms)
+        fixed = not coordinate.terms and size > 1
+        parts = any(isinstance(a, Quot | Rem) for a, _ in coordinate.terms)
+        plain = coordinate.reads or site.nope.label in coordinate.labels
+        if (twisted or fixed or parts) and not plain:
+            raise Stop(
+                f"axis {axis} of {ref.value} is read at {coordinate}: not the query's own batch",
+                ref.value,
+            )
+
+
+def _in_order(coordinate: Expr) -> list[Label]:
+    terms = sorted(coordinate.terms, key=lambda t: -t[1])
+    return [atom for atom, _ in terms if isinstance(atom, Label)]
+
+
+def _labels(columns: Columns, key: Label) -> set[Label]:
+    ignore = {columns.label, key} | ({columns.inner} if columns.inner else set())
+    return {x for x in columns.deep.ref.labels if x not in ignore}
+
+
+def splits(site: Site) -> dict[Label, Expr]:
+    """Labels that some tensor has as two axes: each becomes two labels."""
+    own = {x for c in site.out.coords for x in c.labels} - {site.column}
+    for coordinate in _all_coords(site):
+        for atom in _divisions(coordinate):
+            label = next(iter(atom.expr.labels), None)
+            if label in own and atom.expr == Expr.of(label) and label.size % atom.by == 0:
+                high = Label(f"{label.name}h", label.size // atom.by)
+                low = Label(f"{label.name}l", atom.by)
+                return {label: Expr.of(high) * atom.by + Expr.of(low)}
+    return {}
+
+
+def _all_coords(site: Site) -> Iterator[Expr]:
+    refs = [site.nope_query.ref, site.nope.deep.ref, site.value.deep.ref]
+    if site.rope is not None and site.rope_query is not None:
+        refs += [site.rope_query.ref, site.rope.deep.ref]
+    refs += [s.indices for s in site.selected] + [v.ref for v in site.visible]
+    for ref in refs:
+        yield from ref.coords
+
+
+def _divisions(coordinate: Expr) -> Iterator[Quot | Rem]:
+    for atom, _ in coordinate.terms:
+        if isinstance(atom, Quot | Rem):
+            yield atom
+            yield from _divisions(atom.expr)
+        elif isinstance(atom, Read):
+            for inner in atom.coords:
+                yield from _divisions(inner)
