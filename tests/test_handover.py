@@ -147,6 +147,16 @@ def test_nothing_is_overwritten_and_nothing_half_written(fused, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.kernel
+def test_sample_inputs_are_ones_the_operator_can_use(fused, tmp_path):
+    path, _ = fused
+    handover.write(path, tmp_path / "out", soc_version=SOC)
+    feeds = handover_data.read_arrays(tmp_path / "out" / "inputs", "inputs.json")
+    out = runtime.run(path, feeds)["attention_out"].astype(np.float32)
+    assert np.isfinite(out).all()
+    assert np.abs(out).max() > 0.01
+
+
 def test_what_is_unknown_is_said(fused, tmp_path):
     path, feeds = fused
     report = handover.write(path, tmp_path / "out", soc_version="Ascend910_9391", inputs=feeds)

@@ -25,7 +25,7 @@ from onnx import ModelProto
 
 from sfa_onnx.ascend import atc_command, atc_log, handover_data, handover_run_om, package
 from sfa_onnx.ascend.atc_command import bind_dims
-from sfa_onnx.ascend.flavour import AtcModel, convert
+from sfa_onnx.ascend.flavour import AtcModel, convert, from_atc
 from sfa_onnx.ascend.handover_against import compare_against
 from sfa_onnx.ascend.handover_mapping import find_original, mapping
 from sfa_onnx.ascend.handover_readme import atc_script, readme
@@ -229,7 +229,7 @@ def _sample(
         report.notes.append("inputs/ not written: give an .npz of real inputs, or bind every dim")
         return None
     try:
-        return random_feeds(report.model, seed=0, sizes=sizes)
+        return random_feeds(from_atc(model), seed=0, sizes=sizes)  # it knows canonical nodes
     except (SfaError, RuntimeError, ValueError) as error:
         report.notes.append(f"inputs/ not written: {error}")
         return None
