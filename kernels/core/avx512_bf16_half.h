@@ -80,17 +80,6 @@ inline void store_paired(__m512i v0, __m512i v1, uint64_t* out) {
   _mm512_store_si512(out + 8, _mm512_unpackhi_epi32(v0, v1));
 }
 
-// 64 latent columns of one row, in the order of to_bf16.
-inline void load_columns(const Plan& p, const Converter& convert, const uint8_t* nope, int d,
-                         __m512i* a, __m512i* b) {
-  if (p.packed) {
-    convert.to_bf16(_mm512_loadu_si512(nope + d), a, b);
-  } else {
-    *a = _mm512_loadu_si512(nope + 2 * d);
-    *b = _mm512_loadu_si512(nope + 2 * d + 64);
-  }
-}
-
 void decode_key_pairs(const Plan& p, const Rows& rows, int first, int keys, int d, int columns) {
   const Converter convert;
   const size_t scale_at = p.rope_bytes + 4 * (size_t)(d / p.g.tile);
@@ -198,8 +187,8 @@ void values_half(const Plan& p, const Rows& rows, Partial* out, Prefetch* pf) {
     decode_values(p, rows, d);
     for (int i = 0; i < groups; ++i) {
       const int h = i * p.g.heads / groups, count = (i + 1) * p.g.heads / groups - h;
-      kValueFns[count - 1](p.values, (rows.n + 1) / 2, p.weights + h, 8, p.g.o_stride,
-                           out->o + (size_t)h * p.g.o_stride + d, pf);
+      kValueFns<8>[count - 1](p.values, (rows.n + 1) / 2, p.weights + h, p.g.o_stride,
+                              out->o + (size_t)h* p.g.o_stride + d, pf);
     }
   }
 }

@@ -11,9 +11,10 @@
 namespace sfa {
 namespace {
 
-constexpr int kTileDwords = 64;  // pairs of columns per decoded key
-constexpr int kQkKeys = 48;      // keys per decoded tile of Q.K
+constexpr int kTileDwords = 64;  // pairs of columns decoded at a time for five to eight heads
+constexpr int kQkKeys = 48;      // keys per decoded tile of Q.K, at most
 constexpr int kKeyPad = 8;       // tiles are padded to a multiple of so many keys
+constexpr int kQkLanes = 32;     // heads that meet a tile of keys together
 
 // Where everything lies in the scratch, and what shape the columns take.
 //
@@ -25,12 +26,15 @@ struct Plan {
   int lanes;        // heads rounded up to vectors
   int passes;       // bf16 terms per query element
   int block_pairs;  // pairs of latent columns decoded at a time: 64, or 32 for narrow tiles
+  int tile_keys;    // keys per decoded tile of Q.K
+  int key_dwords;   // decoded key: latent and rope pairs
+  int q_rows;       // rows of q
   int rope_pairs;   // pairs of rope columns after splitting
   size_t rope_bytes;
   int row_bytes;      // contiguous bytes that belong to a key
-  uint32_t* tile;     // [kQkKeys, kTileDwords] decoded keys
+  uint32_t* tile;     // [tile_keys, key_dwords] decoded keys
   uint32_t* values;   // [kChunk / 2, 64] decoded, interleaved values
-  float* scale;       // [kQkKeys]
+  float* scale;       // [latent tiles, kQkKeys]
   uint32_t* weights;  // [lanes / 16, kChunk / 2, 16] probabilities times scales
   float* s;           // [kChunk + 48, lanes]
   uint32_t* q;        // [passes * nope / 2 + rope_pairs, lanes]
@@ -49,16 +53,29 @@ struct Plan {
     char* at = (char*)scratch;
     narrow_rope = round_up(rope_pairs, 16);
     narrow_q = passes * g.nope / 2 + narrow_rope;
-    const int tile_dwords = 16 * g.nope / 2;
-    const int wide_dwords = kQkKeys * kTileDwords;
-    tile =
-        (uint32_t*)take(&at, 4 * (size_t)(tile_dwords > wide_dwords ? tile_dwords : wide_dwords));
+    key_dwords = g.nope / 2 + round_up(rope_pairs, 16);
+    q_rows = passes * g.nope / 2 + narrow_rope;
+    // Few heads: the decoded keys and their query should share L1. Many: reuse the query longer.
+    tile_keys = lanes <= kQkLanes ? 12 : kQkKeys;
+    const size_t half_dwords = (size_t)kQkKeys * kTileDwords;
+    const size_t tile_dwords = (size_t)(tile_keys + kKeyPad) * key_dwords;
+    tile = (uint32_t*)take(&at, 4 * (tile_dwords > half_dwords ? tile_dwords : half_dwords));
     values = (uint32_t*)take(&at, 4 * 32 * kChunk);
-    scale = (float*)take(&at, 4 * (kQkKeys + 16));
+    scale = (float*)take(&at, 4 * (size_t)(g.nope / (2 * block_pairs)) * kQkKeys);
     weights = (uint32_t*)take(&at, 2 * (size_t)lanes * kChunk);
     s = (float*)take(&at, 4 * (size_t)(kChunk + 48) * lanes);
-    q = (uint32_t*)take(&at, 4 * (size_t)(passes * g.nope / 2 + narrow_rope) * lanes);
+    q = (uint32_t*)take(&at, 4 * (size_t)q_rows * lanes);
     bytes = (size_t)(at - (char*)scratch);
+  }
+
+  // Row `row` of the query for heads lane..: groups of kQkLanes heads lie one after the other.
+  uint32_t* q_at(int row, int lane) const {
+    const int group = lane / kQkLanes * kQkLanes;
+    return q + (size_t)group * q_rows + (size_t)row * q_width(lane) + (lane - group);
+  }
+  int q_width(int lane) const {
+    const int left = lanes - lane / kQkLanes * kQkLanes;
+    return left < kQkLanes ? left : kQkLanes;
   }
 
  private:
@@ -112,9 +129,28 @@ inline __m512i load_part(const Plan& p, const uint8_t* src, int count, int part)
   return part == 0 ? high : low;
 }
 
+// 64 latent columns of one row, in the order of to_bf16 (packed) or as they lie.
+inline void load_columns(const Plan& p, const Converter& convert, const uint8_t* nope, int d,
+                         __m512i* a, __m512i* b) {
+  if (p.packed) {
+    convert.to_bf16(_mm512_loadu_si512(nope + d), a, b);
+  } else {
+    *a = _mm512_loadu_si512(nope + 2 * d);
+    *b = _mm512_loadu_si512(nope + 2 * d + 64);
+  }
+}
+
 // Pairs [from, from + pairs) of a key's rope, as the query's rope meets them.
 void rope_pairs(const Plan& p, const uint8_t* rope, int from, int pairs, uint32_t* out) {
   const int width = (p.g.rope + 1) / 2;
+  if (p.passes == 1) {
+    for (int w = 0; w < pairs; w += 16) {
+      const __m512i v = load_bf16(rope + 4 * (size_t)(from + w), p.g.rope - 2 * (from + w));
+      _mm512_mask_storeu_epi32(out + w, (__mmask16)(pairs - w < 16 ? (1u << (pairs - w)) - 1 : ~0u),
+                               v);
+    }
+    return;
+  }
   for (int w = 0; w < pairs;) {
     const int third = (from + w) / width, at = (from + w) % width;
     int count = width - at < pairs - w ? width - at : pairs - w;
@@ -130,7 +166,7 @@ void rope_pairs(const Plan& p, const uint8_t* rope, int from, int pairs, uint32_
 // Columns [0, n) of all heads, part `part`, into q rows [row, row + n / 2): one dword per head.
 // Within each 32 pairs, pair r goes to row converted_position(r) when `permuted`.
 void pack_columns(const Plan& p, const uint8_t* src, int64_t stride, int n, int part, bool permuted,
-                  uint32_t* q) {
+                  int first_row) {
   for (int lane = 0; lane < p.lanes; lane += 16) {
     for (int d = 0; d < n; d += 32) {
       __m512i r[16];
@@ -142,7 +178,7 @@ void pack_columns(const Plan& p, const uint8_t* src, int64_t stride, int n, int 
       for (int i = 0; i < 16 && d / 2 + i < (n + 1) / 2; ++i) {
         const int pair = d / 2 + i;
         const int row = permuted ? pair / 32 * 32 + converted_position(pair % 32) : pair;
-        _mm512_store_si512(q + (size_t)row * p.lanes + lane, r[i]);
+        _mm512_store_si512(p.q_at(first_row + row, lane), r[i]);
       }
     }
   }
@@ -151,17 +187,16 @@ void pack_columns(const Plan& p, const uint8_t* src, int64_t stride, int n, int 
 void pack_query(const Plan& p, const void* query, const void* query_rope) {
   const int64_t width = p.packed ? p.g.nope + p.g.rope : p.g.nope;
   const uint8_t* nope = (const uint8_t*)query;
-  uint32_t* q = p.q;
-  for (int pass = 0; pass < p.passes; ++pass) {
-    pack_columns(p, nope, width, p.g.nope, pass, p.packed, q);
-    q += (size_t)p.g.nope / 2 * p.lanes;
+  int row = 0;
+  for (int pass = 0; pass < p.passes; ++pass, row += p.g.nope / 2) {
+    pack_columns(p, nope, width, p.g.nope, pass, p.packed, row);
   }
   if (p.g.rope == 0) return;
   const uint8_t* rope = p.packed ? nope + 2 * p.g.nope : (const uint8_t*)query_rope;
   const int64_t stride = p.packed ? width : p.g.rope;
   for (int third = 0; third < (p.passes == 2 ? 3 : 1); ++third) {
-    pack_columns(p, rope, stride, p.g.rope, third == 1 ? 1 : 0, false, q);
-    q += (size_t)(p.g.rope + 1) / 2 * p.lanes;
+    pack_columns(p, rope, stride, p.g.rope, third == 1 ? 1 : 0, false, row);
+    row += (p.g.rope + 1) / 2;
   }
 }
 
@@ -181,7 +216,8 @@ class Prefetch {
       : p_(p), rows_(rows), next_(next), lead_(p.lanes < 64 ? 272 : kQkKeys) {
     // A cold chunk starts with its first tile and must then keep the pace of the decoder.
     position_ = warm ? lead_ : 0;
-    pace_ = warm && lead_ > kQkKeys ? kQkKeys / 2 : kQkKeys;
+    const int tile = p.lanes <= 16 && p.g.heads <= 8 ? kQkKeys : p.tile_keys;
+    pace_ = warm && lead_ > kQkKeys ? tile / 2 : tile;
     if (warm) return;
     aim(rows_, 0, kQkKeys);
     while (row_ != end_) some();

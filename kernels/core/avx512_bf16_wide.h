@@ -10,139 +10,134 @@ namespace {
 
 // ---- scores --------------------------------------------------------------------------------
 
-// s[k][v] = (fresh ? 0 : s[k][v]) + scale[k] * sum_w keys[k][w] . q[w][v], over pairs w of columns.
-template <int K, int V>
-void score_tile(const uint32_t* keys, int pairs, const uint32_t* q, int lanes, const float* scale,
-                bool fresh, float* s, Prefetch* pf) {
-  __m512 acc[K][V];
-#pragma GCC unroll 24
-  for (int k = 0; k < K; ++k) {
+// s[k][v] = sum over latent tiles t of scale[t][k] * keys[k][t] . q[t][v], plus the rope's part,
+// for K keys and V vectors of heads. Both the products of a tile and the scores stay in registers.
+//
+// S is the number of dwords from key to key, 0 when only known at run time: constant distances keep
+// the addresses of a step out of the general registers.
+template <int K, int V, int S>
+void score_tile(const Plan& p, const uint32_t* keys, const float* scale, int lane, float* s,
+                Prefetch* pf) {
+  __m512 sum[K][V], acc[K][V];
+  constexpr int width = 16 * V;
+  const int stride = S ? S : p.key_dwords;
+  const auto run = [&](const uint32_t* key, const uint32_t* q, int pairs,
+                       __m512(&to)[K][V]) __attribute__((always_inline)) {
+    const auto step = [&](const uint32_t* key_pair,
+                          const uint32_t* q_pair) __attribute__((always_inline)) {
+      __m512bh qv[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[k][v] = _mm512_setzero_ps();
-  }
-  const auto step = [&](const uint32_t* key_pair,
-                        const uint32_t* q_pair) __attribute__((always_inline)) {
-    __m512bh qv[V];
+      for (int v = 0; v < V; ++v) qv[v] = (__m512bh)_mm512_load_si512(q_pair + 16 * v);
+#pragma GCC unroll 12
+      for (int k = 0; k < K; ++k) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)key_pair[k * stride]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) qv[v] = (__m512bh)_mm512_load_si512(q_pair + 16 * v);
-#pragma GCC unroll 24
-    for (int k = 0; k < K; ++k) {
-      const __m512bh key = (__m512bh)_mm512_set1_epi32((int)key_pair[k * kTileDwords]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[k][v] = _mm512_dpbf16_ps(acc[k][v], key, qv[v]);
+        for (int v = 0; v < V; ++v) to[k][v] = _mm512_dpbf16_ps(to[k][v], pair, qv[v]);
+      }
+    };
+    int w = 0;
+    for (; w + 8 <= pairs; w += 8, key += 8, q += 8 * width) {
+      pf->some();
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) step(key + i, q + i * width);
     }
+    for (; w < pairs; ++w, ++key, q += width) step(key, q);
   };
-  int w = 0;
-  for (; w + 4 <= pairs; w += 4, q += 4 * lanes) {
-    pf->some();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) step(keys + w + i, q + i * lanes);
-  }
-  for (; w < pairs; ++w, q += lanes) step(keys + w, q);
-#pragma GCC unroll 24
+#pragma GCC unroll 12
   for (int k = 0; k < K; ++k) {
-    const __m512 factor = _mm512_set1_ps(scale[k]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* at = s + (size_t)k * lanes + 16 * v;
-      const __m512 old = fresh ? _mm512_setzero_ps() : _mm512_load_ps(at);
-      _mm512_store_ps(at, _mm512_fmadd_ps(acc[k][v], factor, old));
+    for (int v = 0; v < V; ++v) sum[k][v] = _mm512_setzero_ps();
+  }
+  const int half = p.g.nope / 2;
+  run(keys + half, p.q_at(p.passes * half, lane), p.rope_pairs, sum);
+  for (int w = 0; w < half; w += p.block_pairs, scale += kQkKeys) {
+#pragma GCC unroll 12
+    for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[k][v] = _mm512_setzero_ps();
     }
+    for (int pass = 0; pass < p.passes; ++pass) {
+      run(keys + w, p.q_at(pass * half + w, lane), p.block_pairs, acc);
+    }
+#pragma GCC unroll 12
+    for (int k = 0; k < K; ++k) {
+      const __m512 factor = _mm512_set1_ps(scale[k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[k][v] = _mm512_fmadd_ps(acc[k][v], factor, sum[k][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) _mm512_store_ps(s + (size_t)k * p.lanes + 16 * v, sum[k][v]);
   }
 }
 
-using ScoreFn = void (*)(const uint32_t*, int, const uint32_t*, int, const float*, bool, float*,
-                         Prefetch*);
-struct ScoreStep {
-  ScoreFn fn;
-  int keys;
-};
+using ScoreFn = void (*)(const Plan&, const uint32_t*, const float*, int, float*, Prefetch*);
 
-// The register tile for `left` keys (a multiple of kKeyPad): as near to 24 accumulators as the
-// rest allows, none with fewer than 12 when that can be helped.
-ScoreStep score_step(int vecs, int left) {
-  switch (vecs) {
-    case 1:
-      if (left == 8) return {score_tile<8, 1>, 8};
-      return left == 16 || left == 32 ? ScoreStep{score_tile<16, 1>, 16}
-                                      : ScoreStep{score_tile<24, 1>, 24};
-    case 2:
-      return left % 12 == 0 ? ScoreStep{score_tile<12, 2>, 12} : ScoreStep{score_tile<8, 2>, 8};
-    case 3:
-      return {score_tile<8, 3>, 8};
+template <int S>
+ScoreFn score_fn(int vecs, int keys) {
+  if (vecs == 2) return keys == 6 ? score_tile<6, 2, S> : score_tile<4, 2, S>;
+  return keys == 12 ? score_tile<12, 1, S> : keys == 8 ? score_tile<8, 1, S> : score_tile<4, 1, S>;
+}
+
+ScoreFn score_fn(const Plan& p, int vecs, int keys) {
+  switch (p.key_dwords) {
+    case 288:  // latent 512, rope 64
+      return score_fn<288>(vecs, keys);
+    case 352:  // the same with a float16 query
+      return score_fn<352>(vecs, keys);
     default:
-      return left == 8                    ? ScoreStep{score_tile<4, 4>, 4}
-             : left % 6 == 4 && left == 4 ? ScoreStep{score_tile<4, 4>, 4}
-                                          : ScoreStep{score_tile<6, 4>, 6};
+      return score_fn<0>(vecs, keys);
   }
 }
 
-// Adds one block of columns for `keys` decoded keys (a multiple of kKeyPad) and all heads.
-void score_block(const Plan& p, int keys, int pairs, const uint32_t* q, bool fresh, float* s,
-                 Prefetch* pf) {
-  for (int lane = 0; lane < p.lanes;) {
-    const int left = (p.lanes - lane) / 16;
-    const int vecs = left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
+// All heads against `keys` decoded keys (padded to a multiple of 4).
+void score_block(const Plan& p, int keys, float* s, Prefetch* pf) {
+  for (int lane = 0; lane < p.lanes; lane += kQkLanes) {
+    const int vecs = p.q_width(lane) / 16;
     for (int k = 0; k < keys;) {
-      const ScoreStep step = score_step(vecs, keys - k);
-      step.fn(p.tile + k * kTileDwords, pairs, q + lane, p.lanes, p.scale + k, fresh,
-              s + (size_t)k * p.lanes + lane, pf);
-      k += step.keys;
+      const int left = keys - k;
+      const int step = vecs == 2 ? (left % 6 == 0 || left > 8 ? 6 : 4)
+                                 : (left % 12 == 0 || left > 16 ? 12
+                                    : left % 8 == 0             ? 8
+                                                                : 4);
+      score_fn(p, vecs, step)(p, p.tile + (size_t)k * p.key_dwords, p.scale + k, lane,
+                              s + (size_t)k * p.lanes + lane, pf);
+      k += step;
     }
-    lane += 16 * vecs;
   }
 }
 
-// Decodes columns [d, d + 2 * pairs) of keys [first, first + keys) into the tile.
-void decode_keys(const Plan& p, const Rows& rows, int first, int keys, int d, int pairs) {
-  if (!p.packed) {
-    for (int k = 0; k < keys; ++k) {
-      memcpy(p.tile + k * kTileDwords, rows.nope[first + k] + 2 * d, 4 * (size_t)pairs);
-      p.scale[k] = 1.0f;
-    }
-    return;
-  }
+// Decodes keys [first, first + keys) into the tile.
+void decode_keys(const Plan& p, const Rows& rows, int first, int keys) {
   const Converter convert;
-  const size_t scale_at = p.rope_bytes + 4 * (size_t)(d / p.g.tile);
+  const int half = p.g.nope / 2;
   for (int k = 0; k < keys; ++k) {
-    const uint8_t* src = rows.nope[first + k] + d;
-    uint32_t* out = p.tile + k * kTileDwords;
-    for (int w = 0; w < pairs; w += 32) {
+    const uint8_t *nope = rows.nope[first + k], *rope = rows.rope[first + k];
+    uint32_t* out = p.tile + (size_t)k * p.key_dwords;
+    for (int w = 0; w < half; w += 32) {
       __m512i a, b;
-      convert.to_bf16(_mm512_loadu_si512(src + 2 * w), &a, &b);
+      load_columns(p, convert, nope, 2 * w, &a, &b);
       _mm512_store_si512(out + w, a);
       _mm512_store_si512(out + w + 16, b);
     }
-    memcpy(p.scale + k, rows.rope[first + k] + scale_at, 4);
-  }
-}
-
-void decode_ropes(const Plan& p, const Rows& rows, int first, int keys, int from, int pairs) {
-  for (int k = 0; k < keys; ++k) {
-    rope_pairs(p, rows.rope[first + k], from, pairs, p.tile + k * kTileDwords);
-    p.scale[k] = 1.0f;
+    rope_pairs(p, rope, 0, p.rope_pairs, out + half);
+    float* scale = p.scale + k;
+    for (int d = 0; d < p.g.nope; d += 2 * p.block_pairs, scale += kQkKeys) {
+      *scale = 1.0f;
+      if (p.packed) memcpy(scale, rope + p.rope_bytes + 4 * (size_t)(d / p.g.tile), 4);
+    }
   }
 }
 
 void scores(const Plan& p, const Rows& rows, Prefetch* pf) {
-  for (int first = 0; first < rows.n; first += kQkKeys) {
+  for (int first = 0; first < rows.n; first += p.tile_keys) {
     const int left = rows.n - first;
-    const int keys = left < kQkKeys ? round_up(left, kKeyPad) : kQkKeys;
-    float* s = p.s + (size_t)first * p.lanes;
+    const int keys = left < p.tile_keys ? round_up(left, 4) : p.tile_keys;
     pf->tile();
-    for (int d = 0; d < p.g.nope; d += 2 * p.block_pairs) {
-      decode_keys(p, rows, first, keys, d, p.block_pairs);
-      for (int pass = 0; pass < p.passes; ++pass) {
-        const size_t row = (size_t)pass * p.g.nope / 2 + d / 2;
-        score_block(p, keys, p.block_pairs, p.q + row * p.lanes, d == 0 && pass == 0, s, pf);
-      }
-    }
-    for (int w = 0; w < p.rope_pairs; w += kTileDwords) {
-      const int pairs = p.rope_pairs - w < kTileDwords ? p.rope_pairs - w : kTileDwords;
-      decode_ropes(p, rows, first, keys, w, pairs);
-      const size_t row = (size_t)p.passes * p.g.nope / 2 + w;
-      score_block(p, keys, pairs, p.q + row * p.lanes, false, s, pf);
-    }
+    decode_keys(p, rows, first, keys);
+    score_block(p, keys, p.s + (size_t)first * p.lanes, pf);
   }
 }
 
@@ -183,9 +178,10 @@ void softmax(const Plan& p, int n, Partial* out) {
 // o[h][0..63] = sum over key pairs of weights[pair][h] . values[pair][0..63], for H heads. The sum
 // runs over the whole chunk in registers: streaming 64 KiB of values from L2 costs less than
 // loading and storing the accumulators for every L1-sized piece.
-template <int H>
-void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int weight_stride,
-                int stride, float* o, Prefetch* pf) {
+// S dwords lie between the weights of two pairs.
+template <int H, int S>
+void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int stride, float* o,
+                Prefetch* pf) {
   __m512 acc[H][4];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
@@ -207,12 +203,12 @@ void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int 
                           }
                         };
   int w = 0;
-  for (; w + 4 <= pairs; w += 4, values += 256, weights += 4 * weight_stride) {
+  for (; w + 4 <= pairs; w += 4, values += 256, weights += 4 * S) {
     pf->some();
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) step(values + 64 * i, weights + i * weight_stride);
+    for (int i = 0; i < 4; ++i) step(values + 64 * i, weights + i * S);
   }
-  for (; w < pairs; ++w, values += 64, weights += weight_stride) step(values, weights);
+  for (; w < pairs; ++w, values += 64, weights += S) step(values, weights);
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
 #pragma GCC unroll 4
@@ -220,9 +216,10 @@ void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int 
   }
 }
 
-using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, int, int, float*, Prefetch*);
-constexpr ValueFn kValueFns[6] = {value_tile<1>, value_tile<2>, value_tile<3>,
-                                  value_tile<4>, value_tile<5>, value_tile<6>};
+using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, int, float*, Prefetch*);
+template <int S>
+constexpr ValueFn kValueFns[6] = {value_tile<1, S>, value_tile<2, S>, value_tile<3, S>,
+                                  value_tile<4, S>, value_tile<5, S>, value_tile<6, S>};
 
 // Probabilities times the scales of latent tile t, as bf16 pairs of keys:
 // weights[head / 16][pair][head % 16].
@@ -272,8 +269,8 @@ void values(const Plan& p, const Rows& rows, Partial* out, Prefetch* pf) {
       const int heads = p.g.heads - lane < 16 ? p.g.heads - lane : 16, groups = (heads + 5) / 6;
       for (int i = 0; i < groups; ++i) {
         const int h = i * heads / groups, count = (i + 1) * heads / groups - h;
-        kValueFns[count - 1](p.values, (rows.n + 1) / 2, weights + h, 16, p.g.o_stride,
-                             out->o + (size_t)(lane + h) * p.g.o_stride + d, pf);
+        kValueFns<16>[count - 1](p.values, (rows.n + 1) / 2, weights + h, p.g.o_stride,
+                                 out->o + (size_t)(lane + h)* p.g.o_stride + d, pf);
       }
     }
   }
