@@ -196,6 +196,23 @@ def test_step_budget_ends_in_a_refusal():
     assert "max_steps" in site.refusal.hint
 
 
+@pytest.mark.parametrize("op", ["And", "Add"])
+def test_a_lattice_of_doublings_meets_the_budget(op):
+    """2**40 paths lead upwards; the answer is a sentence, soon."""
+    lines, value = [], "scaled" if op == "Add" else "chosen"
+    for i in range(40):
+        lines.append(f"l{i} = {op}({value}, {value})")
+        value = f"l{i}"
+    if op == "And":
+        text = "chosen = Greater(picked, low)\n" + "\n".join(lines)
+        model = dense(mask=f"{text}\nmasked = Where({value}, scaled, low)")
+    else:
+        model = dense(mask="\n".join(lines) + f"\nmasked = Add({value}, picked)")
+    (site,) = find(model, max_steps=20_000)
+    assert isinstance(site, RefusedSite)
+    assert "more steps" in site.refusal.reason
+
+
 def test_refusal_tells_how_far_recognition_got():
     (site,) = find(dense(score="c = Tanh(raw)\nscaled = Mul(c, scale)"))
     assert any(text.startswith("Softmax") for text in site.bound)

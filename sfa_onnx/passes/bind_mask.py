@@ -59,6 +59,7 @@ def is_hidden(tracer: Tracer, value: str) -> bool:
 
 def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal]:
     """The literals of a float tensor that is added to scores: 0 where visible, else very low."""
+    tracer.spend(ref.value)
     fill = tracer.fill(ref.value)
     if fill is not None:
         return _constant_mask(-fill if negated else fill, ref)
@@ -156,6 +157,7 @@ def _two_valued_table(tracer: Tracer, value: str) -> bool:
 
 def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
     """Literals whose conjunction is `ref` == positive (numbers count as true when not 0)."""
+    tracer.spend(ref.value)
     node = tracer.index.node_of(ref.value)
     if node is None:
         return [_leaf(tracer, ref, positive)]

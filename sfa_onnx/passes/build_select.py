@@ -48,14 +48,17 @@ def gathered_entries(e: Emitter, site: Site, rows: Sequence[Group]) -> str:
     return _compact(e, valid, None, site.key, [*rows, [site.key]])
 
 
-def token_entries(e: Emitter, site: Site, indices: Ref, rows: Sequence[Group], key: Label) -> str:
+def token_entries(
+    e: Emitter, site: Site, indices: Ref, rows: Sequence[Group], key: Label | None
+) -> str:
     """Entries for keys gathered from a cache by `indices` [rows, K] of `site.key`: token numbers.
 
-    `key` runs over the cache's tokens (negative indices count from its end, as the gather did).
+    `key` runs over the cache's tokens (negative indices count from its end, as the gather did);
+    None: what is not masked is never negative.
     """
     groups = [*rows, [site.key]]
     tokens = e.cast(e.arrange(indices, groups, "tokens"), _T.INT64)
-    if not from_topk(e.tracer, indices):
+    if key is not None and not from_topk(e.tracer, indices):
         tokens = _wrapped(e, tokens, key)
     tokens = e.broadcast(tokens, groups, indices.labels)
     if not site.visible:
@@ -140,7 +143,9 @@ def _scattered(e: Emitter, site: Site, selected: Selected, rows: Sequence[Group]
     dims = e.emit("Concat", [*lead, width], "dims", _T.INT64, axis=0)
     zero = helper.make_tensor("value", _T.FLOAT, [1], [0.0])
     base = e.emit("ConstantOfShape", [dims], "nobody", _T.FLOAT, value=zero)
+    adding = {}
     if selected.valid is not None:
+        adding["reduction"] = "add"  # one valid mention is enough; opset 16 and newer
         hits = e.arrange(selected.valid, groups, "switch")
         hits = e.broadcast(e.cast(hits, _T.FLOAT), groups, selected.valid.labels)
     else:
@@ -148,9 +153,7 @@ def _scattered(e: Emitter, site: Site, selected: Selected, rows: Sequence[Group]
         hits = e.emit(
             "Expand", [one, e.emit("Shape", [tokens], "shape", _T.INT64)], "hits", _T.FLOAT
         )
-    named = e.emit(
-        "ScatterElements", [base, tokens, hits], "named", _T.FLOAT, axis=-1, reduction="add"
-    )
+    named = e.emit("ScatterElements", [base, tokens, hits], "named", _T.FLOAT, axis=-1, **adding)
     if extra:
         axis = e.ints([len(groups) - 1])
         named = e.emit("Slice", [named, e.ints([0]), size, axis], "named", _T.FLOAT)
