@@ -26,6 +26,7 @@ def dense(
     outputs: str = "",
     mask: str = "",
     types: str = "float",
+    tail: str = "",
 ) -> onnx.ModelProto:
     """Dense scores [B, S1, N, S2] under a scattered mask; indices from TopK.
 
@@ -36,10 +37,15 @@ def dense(
         outputs: further graph outputs, with types.
         mask: nodes that make `masked` from `scaled` and `picked` [B, S1, 1, S2].
         types: float type of all tensors.
+        tail: nodes from `masked` to `out` (default: a softmax and the weighted sum of `value`).
     """
     score = score or "scaled = Mul(raw, scale)"
     weights = weights or "p = Identity(soft)"
     mask = mask or "masked = Add(scaled, picked)"
+    tail = tail or (
+        f"soft = Softmax <axis = -1> (masked)\n{weights}\n"
+        f'out = Einsum <equation = "bsht,btc->bshc"> (p, {value})'
+    )
     code = 1 if types == "float" else 10
     text = f"""
     dense ({types}[B,2,4,16] q_nope, {types}[B,2,4,8] q_rope, {types}[B,S,16] kv,
@@ -59,9 +65,7 @@ def dense(
         raw = Add(s1, s2)
         {score}
         {mask}
-        soft = Softmax <axis = -1> (masked)
-        {weights}
-        out = Einsum <equation = "bsht,btc->bshc"> (p, {value})
+        {tail}
     }}"""
     kind = np.float32 if types == "float" else np.float16
     constants = {
@@ -70,6 +74,7 @@ def dense(
         "scale": np.array(0.25, kind),
         "low": np.array(-3e4, kind),
         "half": np.array(0.5, kind),
+        "last": np.array([-1]),
     }
     return _model(text, constants)
 

@@ -56,6 +56,47 @@ def test_dense_float(sizes, score):
     agree(model, feeds(model, sizes))
 
 
+_SUM = 'out = Einsum <equation = "bsht,btc->bshc"> (p, kv)'
+_SHIFT = "top = ReduceMax <axes = [-1]> (masked)\nx = Sub(masked, top)"
+_TAILS = {
+    "exp over sum": f"{_SHIFT}\ne = Exp(x)\nall = ReduceSum(e, last)\np = Div(e, all)\n{_SUM}",
+    "base 2": (
+        f"{_SHIFT.replace('masked', 'm2')}\ne = Pow(two0, x)\nall = ReduceSum(e, last)\n"
+        f"p = Div(e, all)\n{_SUM}"
+    ),
+    "logsumexp": f"l = ReduceLogSumExp(masked, last)\nx = Sub(masked, l)\np = Exp(x)\n{_SUM}",
+    "divided afterwards": (
+        f"{_SHIFT}\np = Exp(x)\nall = ReduceSum(p, last)\n"
+        f"{_SUM.replace('out', 'sum')}\nout = Div(sum, all)"
+    ),
+}
+
+
+@pytest.mark.parametrize("tail", _TAILS.values(), ids=_TAILS.keys())
+def test_every_spelling_of_softmax(tail):
+    if "m2" in tail:
+        tail = f"m2 = Mul(masked, log2e)\n{tail}"
+    model = dense(tail=tail)
+    reducer = next((n for n in model.graph.node if n.op_type in ("ReduceMax",)), None)
+    if reducer is not None:  # axes became an input with opset 18
+        del reducer.attribute[:]
+        reducer.input.append("last")
+    if "ReduceLogSumExp" in tail:
+        assert any(n.op_type == "ReduceLogSumExp" for n in model.graph.node)
+    model.graph.initializer.extend(
+        [
+            onnx.numpy_helper.from_array(np.array(2, np.float32), "two0"),
+            onnx.numpy_helper.from_array(np.array(1.4426950408889634, np.float32), "log2e"),
+        ]
+    )
+    arrays = feeds(model, {"B": 2, "S": 11, "N": 4})
+    want = runtime.run(runtime.session(model), arrays)["out"]
+    fused = replaced(model)
+    assert not any(n.op_type in ("Exp", "Pow", "Div") for n in fused.graph.node)
+    got = runtime.run(runtime.session(fused), arrays)["out"]
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
 def test_other_masks_are_read_at_the_selected_tokens():
     """A padding mask besides the selection: hidden entries become -1, valid ones first."""
     model = dense(mask="m = Add(scaled, picked)\nmasked = Where(pad4, low, m)")

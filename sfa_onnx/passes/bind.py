@@ -37,6 +37,8 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
     """
     fused = anchor.form == "Attention"
     out_node, out = (anchor.node, anchor.weights) if fused else _weighted_sum(tracer, anchor)
+    if anchor.divided is not None:
+        out_node, out = anchor.divided, tracer.index.nodes[anchor.divided].output[0]
     bound.append(f"weighted sum {tracer.index.label(out_node)}")
     labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
     coords = tuple(Expr.of(x) for x in labels)
@@ -73,7 +75,7 @@ def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: lis
 
 def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
     """The operands of a softmax and the product that uses it."""
-    step = tracer.step(out)
+    step = tracer.step(_summed(tracer, anchor, out))
     if not isinstance(step, Dot) or step.factor != 1:
         raise Stop("the weighted sum of values is not a plain product", out.value)
     weights, value_ref = _sides(tracer, anchor, step)
@@ -87,6 +89,16 @@ def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
     others = {x for i, c in enumerate(weights.coords) if i != axis for x in c.labels}
     ref = Ref(anchor.scores, weights.coords)
     return Parts(value_ref, step.label, others, lambda: read_scores(tracer, ref, anchor.factor))
+
+
+def _summed(tracer: Tracer, anchor: Anchor, out: Ref) -> Ref:
+    """The element of the weighted sum that makes `out`: itself, or what is divided afterwards."""
+    if anchor.divided is None:
+        return out
+    ref = tracer.operand(tracer.index.nodes[anchor.divided].input[0], out.coords)
+    while isinstance(step := tracer.step(ref), Move):
+        ref = step.ref
+    return ref
 
 
 def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
@@ -104,7 +116,8 @@ def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
             )
         for i, _ in index.uses(value):
             node = index.nodes[i]
-            if node.op_type in ("Shape", "Size"):
+            sums = node.op_type == "ReduceSum" and anchor.divided is not None
+            if sums or node.op_type in ("Shape", "Size"):
                 continue
             if node.op_type in ("MatMul", "Einsum", "FusedMatMul", "Gemm"):
                 found.append(i)

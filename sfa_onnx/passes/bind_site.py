@@ -22,7 +22,11 @@ class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
 
 @dataclass(frozen=True)
 class Anchor:
-    """A normalisation: weights = softmax(factor * scores) along `axis`."""
+    """A normalisation: weights = softmax(factor * scores) along `axis`.
+
+    `divided`: the node that divides the weighted sum by the sum of the weights, where the graph
+    normalises afterwards; `weights` are exponentials then.
+    """
 
     node: int
     scores: str
@@ -30,6 +34,7 @@ class Anchor:
     weights: str
     factor: float = 1.0
     form: str = "Softmax"
+    divided: int | None = None
 
 
 @dataclass(frozen=True)

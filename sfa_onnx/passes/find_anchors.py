@@ -40,7 +40,7 @@ def anchors(index: GraphIndex) -> Iterator[Anchor]:
         elif op == "Attention" and node.domain in ("", "ai.onnx"):
             yield Anchor(i, node.input[0], -1, node.output[0], form="Attention")
         elif op == "Div":
-            found = _divided(index, i)
+            found = _divided(index, i) or _divided_afterwards(index, i)
             if found is not None:
                 yield found
         elif op in ("Exp", "Pow"):
@@ -92,6 +92,44 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     if _reaches(index, shifted.input[1], ("ReduceMax",), index.source(shifted.input[0])):
         scores = shifted.input[0]
     return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
+
+
+def _divided_afterwards(index: GraphIndex, i: int) -> Anchor | None:
+    """(exp(s - max) @ v) / sum(exp(s - max))."""
+    node = index.nodes[i]
+    product, total = index.origin(node.input[0]), index.origin(node.input[1])
+    product = _behind(index, product, ("Cast", "Reshape", "Transpose", "Squeeze"))
+    total = _behind(index, total, ("Cast", "Identity", "Unsqueeze", "Reshape", "Transpose"))
+    if product is None or total is None or total.op_type != "ReduceSum":
+        return None
+    summed = _exponential(index, total.input[0])
+    axis = _axis(index, total)
+    if product.op_type not in _PRODUCTS or summed is None or axis is None:
+        return None
+    if not any(_same_exponential(index, n, summed[0]) for n in product.input):
+        return None
+    exponential, exponent, base = summed
+    shifted = index.origin(exponent)
+    scores = exponent
+    if shifted is not None and shifted.op_type == "Sub":
+        source = index.source(shifted.input[0])
+        if _reaches(index, shifted.input[1], ("ReduceMax",), source):
+            scores = shifted.input[0]
+    weights = index.nodes[exponential].output[0]
+    return Anchor(exponential, scores, axis, weights, base, "exp, divided by its sum", i)
+
+
+def _behind(
+    index: GraphIndex, node: onnx.NodeProto | None, ops: tuple[str, ...]
+) -> onnx.NodeProto | None:
+    while node is not None and node.op_type in ops:
+        node = index.origin(node.input[0])
+    return node
+
+
+def _same_exponential(index: GraphIndex, value: str, node: int) -> bool:
+    found = _exponential(index, value)
+    return found is not None and found[0] == node
 
 
 def _less_logsumexp(index: GraphIndex, i: int) -> Anchor | None:
