@@ -11,6 +11,7 @@ import onnx
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
 from sfa_onnx.passes.bind_mask import Visible
+from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.bind_sources import all_reads, index_sources
@@ -173,6 +174,8 @@ class _Names:
             self.names[site.nope.label] = self.names[site.column] = "C"
         if site.rope is not None:
             self.names[site.rope.label] = "R"
+        if isinstance(site, PackedSite):
+            self.names[site.packed.label] = "D"
 
     def _name(self, labels: list[Label], name: str) -> None:
         for i, label in enumerate(labels):
@@ -267,11 +270,14 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
     for ref, role in zip(queries, (Role.QUERY, Role.QUERY_ROPE), strict=False):
         add(ref, role)
     int8 = site.nope.kind == "int8"
-    add(site.nope.deep.ref, Role.LATENT_INT8 if int8 else Role.LATENT)
-    if int8:
-        add(site.nope.scale[-1].ref, Role.SCALE)
-    if site.rope is not None:
-        add(site.rope.deep.ref, Role.KEY_ROPE)
+    if isinstance(site, PackedSite):
+        add(site.packed.deep.ref, Role.PACKED)
+    else:
+        add(site.nope.deep.ref, Role.LATENT_INT8 if int8 else Role.LATENT)
+        if int8:
+            add(site.nope.scale[-1].ref, Role.SCALE)
+        if site.rope is not None:
+            add(site.rope.deep.ref, Role.KEY_ROPE)
     for weights in (site.nope.weight, site.value.weight):
         if weights:
             add(weights[-1].ref, Role.EXPANSION)

@@ -9,6 +9,7 @@ import onnx
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Rem, fresh
 from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
+from sfa_onnx.passes.bind_decode import stored_bytes
 
 __all__ = ["Columns", "State", "require_one", "same_addresses", "same_rows", "trace_columns"]
 
@@ -259,6 +260,8 @@ def same_addresses(tracer: Tracer, nope: Columns, rope: Columns | None) -> None:
     own = _addresses(nope.deep.ref)
     for what, ref in others:
         reads = _addresses(ref)
+        if reads != own and (rows := stored_bytes(tracer, ref)):  # decoded behind the gather
+            reads = _addresses(rows[-1])
         if reads != own:
             raise Stop(
                 f"{what} {ref.value} is not read by the same indices as {nope.deep.ref.value}"

@@ -20,7 +20,7 @@ from sfa_onnx.passes.build_select import (
     token_entries,
 )
 
-__all__ = ["build_float"]
+__all__ = ["build_float", "dense_keys", "direct_keys", "gathered_keys"]
 
 _T = onnx.TensorProto
 
@@ -30,13 +30,13 @@ def build_float(plan: Plan) -> Built | None:
     site, e = plan.site, plan.e
     nope, rope = queries(plan)
     if site.selected:
-        keys, entries, family = _dense_keys(plan)
-    elif (direct := None if site.tracer.opaque else _direct(plan)) is not None:
+        keys, entries, family = dense_keys(plan)
+    elif (direct := None if site.tracer.opaque else direct_keys(plan)) is not None:
         keys, entries, family = (*direct, "float-gather")
     elif not site.tracer.opaque:
         return None
     else:
-        keys, entries, family = _gathered_keys(plan)
+        keys, entries, family = gathered_keys(plan)
     query = [plan.batch, plan.tokens, site.heads]
     q = query_rows(plan, nope, [*query, [site.nope.label]])
     q_rope = ""
@@ -83,7 +83,7 @@ def sparse_attention(
     )
 
 
-def _dense_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
+def dense_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
     """Keys are the cache as it is; the selection comes from the mask."""
     site = plan.site
     split_rows(plan)
@@ -95,7 +95,7 @@ def _dense_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
     return (keys[0], keys[1]), entries, "float-dense"
 
 
-def _gathered_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
+def gathered_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
     """The rows that the graph gathers, one group of them per query token."""
     site, e = plan.site, plan.e
     plan.batch, plan.tokens = list(site.rows), []
@@ -111,7 +111,7 @@ def _gathered_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
     return (parts[0], parts[1]), entries, "float-gathered-rows"
 
 
-def _direct(plan: Plan) -> tuple[tuple[str, str], str] | None:
+def direct_keys(plan: Plan) -> tuple[tuple[str, str], str] | None:
     """(keys, entries) over the cache itself when one index tensor addresses its token axis."""
     site, e = plan.site, plan.e
     columns = [c for c in (site.nope, site.rope) if c is not None]

@@ -18,7 +18,7 @@ from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows
 from sfa_onnx.passes.build_rows import cache, gathered
 from sfa_onnx.passes.build_select import gathered_entries, selected_entries
 
-__all__ = ["build_int8"]
+__all__ = ["build_int8", "joined_query"]
 
 _T = onnx.TensorProto
 
@@ -38,7 +38,7 @@ def build_int8(plan: Plan) -> Built:
     if site.rope is not None and rope is not None:
         side = pick.rows(site.rope.path, site.rope.label, plan.elem_type)
         inputs[1] = e.cast(side, plan.elem_type)
-        query = _joined_query(plan, nope, rope, query, order)
+        query = joined_query(plan, nope, rope, query, order)
     packed = e.emit(
         KV_CACHE_PACK.name, inputs, "packed", _T.INT8, domain=KV_CACHE_PACK.domain, tile_size=tile
     )
@@ -164,7 +164,7 @@ def _by_tile(columns: Columns, tile: int, tiles: Label) -> list[State]:
     return [State(s.ref.substitute(swap), s.factor) for s in columns.scale]
 
 
-def _joined_query(plan: Plan, nope: State, rope: State, query: str, groups: Sequence[Group]) -> str:
+def joined_query(plan: Plan, nope: State, rope: State, query: str, groups: Sequence[Group]) -> str:
     """[.., C + R]: the tensor both parts were sliced from, or their Concat."""
     site, e = plan.site, plan.e
     assert site.rope is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter
 from sfa_onnx.passes.build_absorb import Absorbed
 from sfa_onnx.passes.build_float import build_float
 from sfa_onnx.passes.build_int8 import build_int8
+from sfa_onnx.passes.build_packed import build_packed
 from sfa_onnx.passes.build_plan import Built, Plan, working_type
 
 __all__ = ["build_site"]
@@ -22,6 +24,8 @@ def build_site(site: Site, stem: str) -> Built | None:
         Stop: the form is understood but has no replacement.
     """
     e = Emitter(site.tracer, stem)
+    if isinstance(site, PackedSite):
+        return build_packed(site, e)
     elem_type, output = working_type(site)
     plan = Plan(e, site, [], list(site.rows), elem_type, output)
     if site.nope.kind == "expanded":

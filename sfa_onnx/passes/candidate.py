@@ -25,6 +25,7 @@ class Role(enum.StrEnum):
     LATENT = "latent"  # float latent, or latent+rope
     KEY_ROPE = "key_rope"
     LATENT_INT8 = "latent_int8"
+    PACKED = "packed"  # int8 rows: nope | rope bytes | scale bytes
     SCALE = "scale"  # float32 dequantisation scales per tile
     EXPANSION = "expansion"  # W of kv_b_proj (absorption)
     INDICES = "indices"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 from sfa_onnx.passes.verify.geometry import Geometry
+from sfa_onnx.passes.verify.packed_rows import draw_rows, row_layout
 from sfa_onnx.passes.verify.sizes import KEYS, Dims
 
 __all__ = ["Draw", "Problem"]
@@ -39,6 +40,8 @@ class Draw:
     selection: Selection = "random"
     lengths: Literal["ragged", "full", "short", "edge"] = "ragged"
     visible: float = 0.6  # share of the mask that is visible
+    part: Literal["", "nope", "scale", "rope"] = ""  # of packed rows: the part that is asked about
+    power: int = 0  # of packed rows: ropes and scales are multiples of 2**power
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ class Problem:
         return self.first(Role.BLOCK_TABLE) is not None
 
     @property
+    def rope_dtype(self) -> Any:
+        """Type of the rope bytes in packed rows: the query's own type."""
+        query = self.first(Role.QUERY)
+        kind = onnx.TensorProto.FLOAT if query is None else query.elem_type
+        return onnx.helper.tensor_dtype_to_np_dtype(kind)
+
+    @property
     def indices(self) -> Operand:
         """The operand that selects keys."""
         return self.all(Role.INDICES)[0]
@@ -111,7 +121,7 @@ class Problem:
             hot = rng.integers(0, shape[-1], len(array))
             array[np.arange(len(array)), hot] = 1.0
             array = array.reshape(shape)
-        array *= draw.gain
+        array *= draw.gain * 2.0**-draw.power
         if draw.shift and operand is self._shifted(Role.QUERY_ROPE, Role.QUERY):
             array[..., -1] = math.copysign(1.0, draw.shift)
         return array
@@ -123,15 +133,32 @@ class Problem:
         width = math.prod(shape) // count if math.prod(shape) % count == 0 else shape[-1]
         if math.prod(shape) != count * width:
             return _typed(rng.standard_normal(shape), operand)
+        if operand.role is Role.PACKED:
+            array: Array = self._packed(width, draw, hidden, rng)
+        else:
+            array = self._plain_keys(operand, draw, hidden, width, rng)
+        if self.dims.swapped:
+            array = array.reshape(*self.dims.keys, width).swapaxes(0, 1)
+        return array.reshape(shape)
+
+    def _packed(self, width: int, draw: Draw, hidden: Array, rng: np.random.Generator) -> Array:
+        """Packed rows [count, D] as the operator reads them."""
+        dtype, shift = self.rope_dtype, abs(draw.shift) / self.attributes["scale_value"]
+        row = row_layout(width, dtype, self.attributes)
+        return draw_rows(row, dtype, draw, hidden, shift, rng)
+
+    def _plain_keys(
+        self, operand: Operand, draw: Draw, hidden: Array, width: int, rng: np.random.Generator
+    ) -> Array:
+        """Key rows [count, width] of one part of a key, hidden ones poisoned."""
+        count = len(hidden)
         array = self._visible_keys(operand, draw, count, width, rng)
         if draw.shift and operand is self._shifted(Role.KEY_ROPE, Role.LATENT):
             array[:, -1] = abs(draw.shift) / self.attributes["scale_value"]
         if draw.poison is not None and operand.role is not Role.LATENT_INT8:
             bad = draw.poison * rng.standard_normal((count, width))
             array = np.where(hidden[:, None], bad, array)
-        if self.dims.swapped:
-            array = array.reshape(*self.dims.keys, width).swapaxes(0, 1)
-        return array.reshape(shape)
+        return array
 
     def _visible_keys(
         self, operand: Operand, draw: Draw, count: int, width: int, rng: np.random.Generator

@@ -21,7 +21,7 @@ from sfa_onnx.passes.verify.extract import UnverifiableError
 
 __all__ = ["KEYS", "Dims", "Sizer", "canonical_shapes", "integer_constants", "operand_shapes"]
 
-KEYS = (Role.LATENT, Role.LATENT_INT8, Role.SCALE, Role.KEY_ROPE)
+KEYS = (Role.LATENT, Role.LATENT_INT8, Role.PACKED, Role.SCALE, Role.KEY_ROPE)
 Shapes = dict[str, tuple[int, ...]]
 
 # Wanted sizes, tried in this order until the original graph runs.

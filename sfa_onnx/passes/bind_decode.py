@@ -1,0 +1,119 @@
+"""Which stored bytes a value is computed from, without understanding the computation.
+
+Rows that a graph decodes itself (BitCast, shifts, powers of two, tables) are followed by position
+only: elementwise arithmetic keeps positions, reductions over bytes start at the first one. Whether
+the arithmetic is the right one is for verification to decide, by execution.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import onnx
+
+from sfa_onnx.passes.axes import ZERO, Expr
+from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Tracer
+from sfa_onnx.passes.shapes_rules import attributes
+
+__all__ = ["stored_bytes"]
+
+_INT8: Final = onnx.TensorProto.INT8
+_STEPS: Final = 400
+_REDUCTIONS: Final = frozenset(("ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1"))
+_ELEMENTWISE: Final = (
+    frozenset(("Abs", "Add", "And", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot"))
+    | frozenset(("BitwiseOr", "BitwiseXor", "Cast", "Ceil", "Clip", "Div", "Equal", "Exp"))
+    | frozenset(("Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min"))
+    | frozenset(("Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Round", "Sign", "Sub"))
+    | frozenset(("Sum", "Where", "Xor"))
+)
+
+
+def stored_bytes(tracer: Tracer, ref: Ref) -> list[Ref]:
+    """The int8 tensors that the element `ref` is computed from, the stored one last.
+
+    Returns:
+        References whose last coordinate is that of one byte of the element; [] when the element is
+        not computed, position by position, from one int8 tensor.
+    """
+    found: list[Ref] = []
+    known: dict[str, bool] = {}
+    here: Ref | None = ref
+    for _ in range(_STEPS):
+        if here is None:
+            break
+        if tracer.sizes.elem_type(here.value) == _INT8:
+            found.append(here)
+        step = tracer.step(here)
+        if isinstance(step, Move):
+            here = step.ref
+        elif found:
+            break
+        elif isinstance(step, Scaled):
+            here = step.ref
+        elif isinstance(step, Dot | Product):
+            here = _side(tracer, step, known)
+        elif isinstance(step, Pieces):
+            start, _, part = step.parts[0]
+            here = part.substitute({step.label: Expr(start)})
+        else:
+            here = _behind(tracer, here, known)
+    return found
+
+
+def _side(tracer: Tracer, step: Dot | Product, known: dict[str, bool]) -> Ref | None:
+    """The factor that holds bytes; a sum over bytes starts at the first."""
+    for side in (step.a, step.b):
+        if _holds(tracer, side.value, known):
+            return side.substitute({step.label: ZERO}) if isinstance(step, Dot) else side
+    return None
+
+
+def _behind(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> Ref | None:
+    """The operand behind an elementwise operator, a reduction or a look-up table."""
+    node = tracer.index.node_of(ref.value)
+    if node is None:
+        return None
+    names = [n for n in node.input if n and _holds(tracer, n, known)]
+    if not names:
+        return None
+    if node.op_type in _REDUCTIONS:
+        return _reduced(tracer, node, ref)
+    if node.op_type == "Gather" and names == [node.input[1]]:  # table[byte]
+        return Ref(names[0], ref.coords) if len(tracer.shape(node.input[0])) == 1 else None
+    if node.op_type not in _ELEMENTWISE or len(tracer.shape(names[0])) > len(ref.coords):
+        return None
+    return tracer.operand(names[0], ref.coords)
+
+
+def _reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None:
+    given = tracer.sizes.value(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+    axes = attributes(node).get("axes") if given is None else np.asarray(given).reshape(-1)
+    if axes is None or len(axes) != 1:
+        return None
+    axis = int(axes[0]) % len(tracer.shape(node.input[0]))
+    after = axis + int(attributes(node).get("keepdims", 1))
+    return Ref(node.input[0], (*ref.coords[:axis], ZERO, *ref.coords[after:]))
+
+
+def _holds(tracer: Tracer, value: str, known: dict[str, bool]) -> bool:
+    """Whether an int8 tensor that is no constant lies upstream of `value`."""
+    index = tracer.index
+    stack, seen = [value], set[str]()
+    result = False
+    while stack and not result and len(seen) < _STEPS:
+        name = stack.pop()
+        if name in seen or not name or name in index.initializers:
+            continue
+        if name in known:
+            result = known[name]
+            continue
+        seen.add(name)
+        node = index.node_of(name)
+        if tracer.sizes.elem_type(name) == _INT8 and (node is None or node.op_type != "Constant"):
+            result = True
+        elif node is not None and node.op_type not in ("Shape", "Size", "Constant"):
+            stack += node.input
+    known[value] = result
+    return result
