@@ -52,7 +52,7 @@ class Plugin:
 
 
 def _compile(out: Path, sources, abi: int) -> Path:
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
     command += [f"-I{ROOT / 'testing' / 'include'}", *map(str, sources), "-o", str(out)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -186,12 +185,15 @@ def test_what_the_operator_refuses_makes_the_report_fail(tmp_path):
 )
 def test_atc_is_run_when_it_is_there(fused, tmp_path, monkeypatch, body, passed):
     path, feeds = fused
-    headers = tmp_path / "cann"
-    shutil.copytree(handover.package.plugin_root() / "testing" / "include", headers / "include")
+    headers = tmp_path / "cann"  # a toolkit and a compiler that only leave their traces
+    (headers / "include" / "register").mkdir(parents=True)
+    (headers / "include" / "register" / "register.h").touch()
     fake = tmp_path / "bin"
     fake.mkdir()
     (fake / "atc").write_text(f"#!/bin/bash\n{body}\n")
     (fake / "atc").chmod(0o755)
+    (fake / "g++").write_text('#!/bin/bash\ntouch "${@: -1}"\n')
+    (fake / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(headers))
     report = handover.write(path, tmp_path / "out", soc_version=SOC, inputs=feeds, execute=True)
@@ -324,3 +326,17 @@ def test_scripts_are_executable(fused, tmp_path):
     handover.write(fused[0], tmp_path / "out", soc_version=SOC, inputs=fused[1])
     for name in ("atc.sh", "build_plugin.sh", "opp/vendors/sfa_onnx/bin/set_env.bash"):
         assert (tmp_path / "out" / name).stat().st_mode & stat.S_IXUSR
+
+
+def test_what_is_mechanical_is_fixed_and_told(tmp_path):
+    nodes = [
+        helper.make_node("TopK", ["x", "k"], ["v", "i"], "top"),
+        helper.make_node("Mul", ["i", "two"], ["y"], "twice"),
+    ]
+    inits = [("k", np.array([2])), ("two", np.array([2]))]
+    model = build(nodes, [("x", 1, [4])], [("y", 7, [2])], inits=inits)
+    onnx.save(model, tmp_path / "m.onnx")
+    report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC)
+    assert any(note.startswith("fixed:") and "top" in note for note in report.notes)
+    x = np.array([3, 9, 1, 7], np.float32)
+    np.testing.assert_array_equal(runtime.run(report.model, {"x": x})["y"], [2, 6])

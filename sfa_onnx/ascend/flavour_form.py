@@ -26,6 +26,14 @@ __all__ = [
     "refuse_unfit",
 ]
 
+# Bytes an element takes in raw_data; types that are not listed are not judged (4-bit: see below).
+_ITEM_SIZES: dict[int, int] = {
+    **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL, 17, 18, 19, 20), 1),
+    **dict.fromkeys((TensorProto.FLOAT16, TensorProto.BFLOAT16), 2),
+    **dict.fromkeys((TensorProto.INT16, TensorProto.UINT16), 2),
+    **dict.fromkeys((TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT32), 4),
+    **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 8),
+}
 _EXTERNAL_KEYS = ("location", "offset", "length")
 # Names the parser makes up itself, for initializers and for expanded nodes.
 _GENERATED = re.compile(r"_Initializer_\d+$|^PartitionedCall_")
@@ -306,10 +314,7 @@ def _refuse_gaps(nodes: Sequence[NodeProto]) -> None:
 
 
 def _refuse_short(tensor: TensorProto) -> None:
-    try:
-        itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
-    except (KeyError, ValueError):
-        return
+    itemsize = _ITEM_SIZES.get(tensor.data_type, 0)
     count = int(np.prod(tensor.dims, dtype=np.int64))
     four_bit = tensor.data_type in (21, 22, 23)
     expected = (count + 1) // 2 if four_bit else count * itemsize

@@ -69,7 +69,7 @@ class HandoverReport:
     def lines(self) -> list[str]:
         """The report for a person."""
         head = [f"ATC flavour: {self.model}", f"hand-over:   {self.folder}"]
-        head += [f"  {note}" for note in self.notes]
+        head += [f"  {note}" for note in _grouped(self.notes)]
         head += [f"renamed: {text}" for text in self.renamed]
         head += [f"error: {text}" for text in self.errors]
         head += [f"warning: {text}" for text in self.warnings]
@@ -79,6 +79,18 @@ class HandoverReport:
             head.append(f"atc {verdict}, log: {self.ran.log}")
             head += [f"  {f.code}: {f.meaning} -> {f.advice}" for f in self.ran.findings]
         return [*head, "next, on a machine with CANN:", f"  bash {self.folder / 'atc.sh'}"]
+
+
+def _grouped(notes: list[str]) -> list[str]:
+    """Many fixes of one rule become one line: first the rule, then how many."""
+    rules: dict[str, list[str]] = {}
+    for note in notes:
+        rule = ":".join(note.split(":")[:2]) if note.startswith("fixed:") else note
+        rules.setdefault(rule, []).append(note)
+    return [
+        same[0] if len(same) == 1 else f"{rule}: {len(same)} nodes, equal bit for bit in trial runs"
+        for rule, same in rules.items()
+    ]
 
 
 def write(
@@ -127,6 +139,7 @@ def write(
         proto, soc_version=soc_version, dims=dims, external_weights=external
     )
     converted = convert(proto, binding=binding, npu_dtype=npu_dtype)
+    _fix(converted, cann, soc_version, path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     target = _model_path(path, folder, scope, external)
     save_model(converted.model, target, source_dir=path.parent, force=force)
@@ -180,6 +193,16 @@ def _write_files(
     (folder / "atc.sh").chmod(0o755)
     handover_data.write_output_names(converted.model, folder / "outputs.json")
     report.files.append("outputs.json")
+
+
+def _fix(converted: AtcModel, cann: str, soc_version: str, folder: Path) -> None:
+    """What `check` can repair mechanically; each change was tried in onnxruntime, bit for bit."""
+    from sfa_onnx.ascend import checks
+
+    found = checks.check(converted.model, cann=cann, soc_version=soc_version, base_dir=folder)
+    if found.fixable:
+        converted.model, lines = checks.fix(converted.model, found)
+        converted.notes += [f"fixed: {line}" for line in lines]
 
 
 def _model_path(path: Path, folder: Path, scope: str | None, external: bool) -> Path:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from sfa_onnx.errors import UsageError
 
@@ -21,6 +21,11 @@ __all__ = ["read_arrays", "write_inputs", "write_output_names"]
 Array = NDArray[Any]
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 # Types NumPy files cannot name travel as integers of their width.
+_NARROW: dict[int, str] = {  # older onnx calls these float32
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.FLOAT8E4M3FN: "float8_e4m3fn",
+    TensorProto.FLOAT8E5M2: "float8_e5m2",
+}
 _CARRIERS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
@@ -69,7 +74,9 @@ def write_output_names(model: ModelProto, path: Path) -> Path:
     entries = []
     for index, value in enumerate(model.graph.output):
         tensor = value.type.tensor_type
-        dtype = str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+        dtype = _NARROW.get(tensor.elem_type) or str(
+            np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        )
         shape = [d.dim_value or d.dim_param or "?" for d in tensor.shape.dim]
         entries.append(_entry(index, value.name, dtype, shape))
     path.write_text(json.dumps(entries, indent=2) + "\n")
