@@ -254,7 +254,9 @@ class Prefetch {
     const char* at = (const char*)*row_ + offset_;
     _mm_prefetch(at, _MM_HINT_T1);
     _mm_prefetch(at + 64, _MM_HINT_T1);
-    offset_ += 128;
+    _mm_prefetch(at + 128, _MM_HINT_T1);
+    _mm_prefetch(at + 192, _MM_HINT_T1);
+    offset_ += 256;
     if (offset_ >= bytes_) {
       _mm_prefetch((const char*)*row_ + bytes_ - 1, _MM_HINT_T1);
       offset_ = 0;
