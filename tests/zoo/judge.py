@@ -82,8 +82,13 @@ def widen_feeds(feeds: Feeds) -> Feeds:
     return {k: v.astype(np.float32) if v.dtype == bf16 else v for k, v in feeds.items()}
 
 
-def scaled_error(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
-    """Largest difference as a share of each output's largest value; inf: shapes or NaNs differ."""
+def scaled_error(
+    expected: list[np.ndarray], got: list[np.ndarray], nan_is_free: bool = False
+) -> float:
+    """Largest difference as a share of each output's largest value; inf: shapes or NaNs differ.
+
+    nan_is_free: where NaN is expected (rows without keys), anything goes.
+    """
     worst = 0.0
     for a, b in zip(expected, got, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -91,6 +96,8 @@ def scaled_error(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
         if a.size == 0:
             continue
         x, y = a.astype(np.float64), b.astype(np.float64)
+        if nan_is_free:
+            x, y = x[~np.isnan(x)], y[~np.isnan(x)]
         if not np.array_equal(np.isfinite(x), np.isfinite(y)):
             return float("inf")
         x, y = x[np.isfinite(x)], y[np.isfinite(y)]
@@ -129,6 +136,7 @@ def difference(
     feeds: Feeds,
     dtype: str,
     crop: Callable[[Feeds, list[np.ndarray]], list[np.ndarray]] = _all_of,
+    nan_is_free: bool = False,
 ) -> float:
     """Scaled error of `after` against `before` on `feeds`, both in onnxruntime."""
     names = {value.name for value in before.graph.input}
@@ -136,7 +144,7 @@ def difference(
     if dtype == "bf16":
         before, after, feeds = float32_twin(before), float32_twin(after), widen_feeds(feeds)
     expected, got = run_original(before, feeds), run_fused(after, feeds)
-    return scaled_error(crop(feeds, expected), crop(feeds, got))
+    return scaled_error(crop(feeds, expected), crop(feeds, got), nan_is_free)
 
 
 def judge(case: Case) -> Verdict:
