@@ -126,14 +126,10 @@ def write(
 
     Raises:
         UsageError: a value is not as described, or a file exists and `force` is not set.
-        ModelError, ContractError, WeightsError: the model has no ATC form; see `flavour.convert`.
+        ModelError, ContractError, WeightsError: there is no ATC form; see `flavour.convert`.
     """
     path, folder = Path(model), Path(out_dir)
-    if (folder / "atc.sh").exists() and not force:
-        raise UsageError(f"{folder}: there is a hand-over in it already; use --force to replace it")
-    proto = load_model(path)
-    if scope is not None:
-        proto = cut(proto, parse_scope(scope))
+    proto = _load(path, folder, scope, force)
     external = bool(external_files(proto))
     command = atc_command.build(
         proto, soc_version=soc_version, dims=dims, external_weights=external
@@ -143,10 +139,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     target = _model_path(path, folder, scope, external)
     save_model(converted.model, target, source_dir=path.parent, force=force)
-    where = os.path.relpath(target, folder)
-    report = HandoverReport(
-        folder, target, soc_version, binding, cann, command.line(where, "model"), command.unbound
-    )
+    line = command.line(os.path.relpath(target, folder), "model")
+    report = HandoverReport(folder, target, soc_version, binding, cann, line, command.unbound)
     report.notes, report.renamed = [*converted.notes, *command.notes], converted.renamed
     _write_files(report, command, converted, path, before, force)
     _write_inputs(report, converted.model, inputs, dims)
@@ -154,6 +148,13 @@ def write(
     if execute:
         _run(report)
     return report
+
+
+def _load(path: Path, folder: Path, scope: str | None, force: bool) -> ModelProto:
+    if (folder / "atc.sh").exists() and not force:
+        raise UsageError(f"{folder}: there is a hand-over in it already; use --force to replace it")
+    proto = load_model(path)
+    return proto if scope is None else cut(proto, parse_scope(scope))
 
 
 def _run(report: HandoverReport) -> None:
