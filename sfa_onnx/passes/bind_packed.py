@@ -1,8 +1,8 @@
 """Packed rows (int8 nope | rope bytes | float32 scale bytes) that the graph decodes itself.
 
-Where nope, rope and scales all come from the bytes of one int8 tensor, in the order and sizes of the
-operator's row, that tensor is proposed as the key. The arithmetic in between is not read: execution
-on drawn rows decides whether it decodes them as the operator does.
+Where nope, rope and scales all come from the bytes of one int8 tensor, in the order and sizes of
+the operator's row, that tensor is proposed as the key. The arithmetic in between is not read:
+execution on drawn rows decides whether it decodes them as the operator does.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def bind_packed(site: Site) -> Site:
     if rope is not None and (not rope or rope[-1].value != deep.value):
         return site
     width = tracer.shape(deep.value)[-1]
-    parts = [_part(site, "nope", deep), _part(site, "scales", scale[-1])]
+    parts = [_part("nope", deep), _part("scales", scale[-1])]
     if rope is not None:
-        parts.append(_part(site, "rope", rope[-1]))
+        parts.append(_part("rope", rope[-1]))
     row = _row(site, width, _tile(site, scale[-1]), deep.value)
     _check_order(row, parts, deep.value)
     elem_type = _row_type(site, row)
@@ -77,7 +77,7 @@ def bind_packed(site: Site) -> Site:
     return _packed(site, row, elem_type)
 
 
-def _part(site: Site, name: str, ref: Ref) -> _Part:
+def _part(name: str, ref: Ref) -> _Part:
     """The first byte of a part: the last coordinate where every label is at its beginning."""
     bounds = ref.coords[-1].bounds
     return _Part(name, ref, None if bounds is None else bounds[0])

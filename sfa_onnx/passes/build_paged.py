@@ -132,8 +132,8 @@ def _pool(plan: Plan, ref: Ref) -> str:
 def _lengths(e: Emitter, batch: Group, table: str, pages: int, size: int) -> str:
     """actual_seq_lengths_kv [B]: all tokens the table has room for; masks are in the indices."""
     if pages and all(e.static(x) for x in batch):
-        count = int(np.prod([x.size for x in batch], dtype=np.int64))
-        return e.constant(np.full(count, pages * size, np.int32))
+        batches = int(np.prod([x.size for x in batch], dtype=np.int64))
+        return e.constant(np.full(batches, pages * size, np.int32))
     shape = e.emit("Shape", [table], "shape", _T.INT64)
     count = e.emit("Gather", [shape, e.ints([0])], "count", _T.INT64, axis=0)
     room = e.emit("Gather", [shape, e.ints([1])], "room", _T.INT64, axis=0)

@@ -18,7 +18,7 @@ from sfa_onnx.op import PackedRow
 if TYPE_CHECKING:
     from sfa_onnx.passes.verify.problem import Draw
 
-__all__ = ["draw_rows", "row_layout"]
+__all__ = ["draw_rows", "normal_powers", "row_layout", "subnormal_power"]
 
 Array = NDArray[Any]
 _ZEROS = 0.05  # share of ropes that are zero
@@ -30,6 +30,18 @@ def row_layout(width: int, rope_dtype: Any, attributes: dict[str, Any]) -> Packe
     size = np.dtype(rope_dtype).itemsize if rope else 2
     nope = (width - rope * size) * tile // (tile + 4)
     return PackedRow.of(width, nope + rope, rope, tile)
+
+
+def normal_powers(dtype: Any) -> tuple[int, ...]:
+    """Powers of two whose binades are normal in `dtype`: 1, near the least, near the largest."""
+    info = ml_dtypes.finfo(dtype)
+    return 0, int(info.minexp) + 4, int(info.maxexp) - 3
+
+
+def subnormal_power(dtype: Any) -> int:
+    """A power of two whose binade is subnormal in `dtype`, with a few bits left."""
+    info = ml_dtypes.finfo(dtype)
+    return int(info.minexp) - min(4, int(info.nmant) - 2)
 
 
 def draw_rows(

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from sfa_onnx.passes.candidate import Role
+from sfa_onnx.passes.verify.packed_rows import normal_powers, subnormal_power
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.sizes import Dims
 
@@ -42,6 +46,40 @@ def _same(*draws: Draw) -> Ask:
 def _values(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     for seed, width in ((11, 1.0), (12, 1.0), (13, 4.0)):
         yield problem, Draw(seed, width=width)
+
+
+def _nope_bytes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    if problem.first(Role.PACKED) is not None:
+        yield problem, Draw(70, query="zero", part="nope")
+
+
+def _scale_bytes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    if problem.first(Role.PACKED) is not None:
+        for n, power in enumerate(normal_powers(np.float32)):
+            yield problem, Draw(71 + n, query="zero", part="scale", power=power)
+
+
+def _rope_bytes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    """Binades across the range; half precision ropes near zero are subnormal, so these count."""
+    if problem.first(Role.PACKED) is None or not problem.attributes["rope_head_dim"]:
+        return
+    dtype = problem.rope_dtype
+    powers = normal_powers(dtype)
+    if dtype == np.float16:
+        powers = (*powers, subnormal_power(dtype))
+    for n, power in enumerate(powers):
+        yield problem, Draw(74 + n, gain=2.0, part="rope", power=power)
+
+
+def _subnormal_bytes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    """Numbers below 1e-38, which processors and graphs may take for zero."""
+    if problem.first(Role.PACKED) is None:
+        return
+    power = subnormal_power(np.float32)
+    yield problem, Draw(78, query="zero", part="scale", power=power)
+    if problem.rope_dtype != np.float16 and problem.attributes["rope_head_dim"]:
+        power = subnormal_power(problem.rope_dtype)
+        yield problem, Draw(79, gain=2.0, part="rope", power=power)
 
 
 def _poison(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
@@ -88,6 +126,23 @@ def _sizes(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
 
 
 PROBES: tuple[Probe, ...] = (
+    Probe(
+        "nope bytes",
+        "the first bytes of a packed row are not decoded as signed int8 times the tile's scale",
+        _nope_bytes,
+    ),
+    Probe(
+        "scale bytes",
+        "the last bytes of a packed row are not decoded as one little-endian float32 scale per"
+        " tile of the row's first bytes",
+        _scale_bytes,
+    ),
+    Probe(
+        "rope bytes",
+        "the rope bytes of a packed row are not decoded as little-endian numbers of the query's"
+        " type",
+        _rope_bytes,
+    ),
     Probe("values", "the result differs from the fused operator's on random inputs", _values),
     Probe(
         "read-out",
@@ -130,4 +185,10 @@ PROBES: tuple[Probe, ...] = (
         _selection,
     ),
     Probe("sizes", "the result differs at other sizes of the open axes", _sizes),
+    Probe(
+        "subnormal bytes",
+        "scales or ropes below 1e-38 are taken for other numbers",
+        _subnormal_bytes,
+        gating=False,
+    ),
 )
