@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind import bind
+from sfa_onnx.passes.bind_packed import bind_packed
 from sfa_onnx.passes.bind_region import Region, cover
 from sfa_onnx.passes.bind_site import Anchor, NotASite, Site
 from sfa_onnx.passes.build_detach import detach
@@ -94,7 +95,7 @@ def _bind_and_build(
     named: Site | None = None
     for tracer.opaque in (False, True):
         del bound[1:]
-        site = bind(tracer, anchor, bound)
+        site = bind_packed(bind(tracer, anchor, bound))
         named = named or site
         if site.nope.kind == "expanded" and not options.absorb:
             raise Stop(
