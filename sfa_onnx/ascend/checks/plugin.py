@@ -41,7 +41,7 @@ def _own(op_type: str, domain: str, contract: OpContract, ge_type: str) -> Plugi
         op_type,
         frozenset(keys),
         (required, len(contract.inputs)),
-        tuple(p for p in attributes if contract.attribute(p[0]).required),
+        attributes,  # all of them: the plug-in does not let a GE default win in silence
         contract,
         ge_type,
         frozenset(("rope_dtype", "scale_value_exact")),
