@@ -150,14 +150,20 @@ class Sizer:
         return shapes, dims
 
     def _bytes(self, symbols: Mapping[str, int]) -> int:
-        """Memory of one run in float64: every value that the site makes, none freed early."""
+        """Peak memory of one run in float64: a value lives until its last reader in the site."""
         concrete = Concrete(self._index, symbols)
-        total = 0
-        for i in (*self._candidate.nodes, *self._candidate.support):
+        order = sorted({*self._candidate.nodes, *self._candidate.support})
+        last = {v: i for i in order for v in self._index.nodes[i].input if v}
+        live: dict[str, int] = {}
+        peak = 0
+        for i in order:
             for name in self._index.nodes[i].output:
                 shape = concrete.shape(name) if name else None
-                total += 8 * math.prod(shape) if shape is not None else 0
-        return total
+                live[name] = 8 * math.prod(shape) if shape is not None else 0
+            peak = max(peak, sum(live.values()))
+            for name in [n for n in live if last.get(n, i) <= i]:
+                del live[name]
+        return peak
 
     def _offset(self, role: str) -> bool:
         """Whether another symbol alone also grows `role` (a cache in front of the new tokens)."""
