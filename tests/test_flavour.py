@@ -372,3 +372,24 @@ def test_values_nobody_produces_are_refused():
     node = helper.make_node("Add", ["x", "nowhere"], ["y"], "add")
     with pytest.raises(ModelError, match="'add' reads 'nowhere', which nothing produces"):
         flavour.to_atc(build([node], [("x", 1, [2])], [("y", 1, [2])]))
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_branches_are_rewritten_like_the_main_graph(choice):
+    value = helper.make_tensor_value_info
+    inner = [
+        helper.make_node("Constant", [], ["c"], value_float=2.0),
+        helper.make_node("Shape", ["x"], ["s"], start=1),
+        helper.make_node("Cast", ["s"], ["f"], to=1),
+        helper.make_node("GatherND", ["x", "i"], ["g"], batch_dims=1),
+        helper.make_node("Mul", ["g", "c"], ["m"]),
+        helper.make_node("Add", ["m", "f"], ["t"]),
+    ]
+    then = helper.make_graph(inner, "then", [], [value("t", 1, None)])
+    split = helper.make_node("Split", ["x"], ["a", "b"], axis=1, num_outputs=2)
+    total = helper.make_node("ReduceSum", ["a"], ["e"], keepdims=0)
+    other = helper.make_graph([split, total], "else", [], [value("e", 1, None)])
+    node = helper.make_node("If", ["which"], ["y"], then_branch=then, else_branch=other)
+    inputs = [("which", TensorProto.BOOL, []), ("x", 1, ["b", 4]), ("i", 7, ["b", 1])]
+    feeds = {"which": np.array(choice), "x": RNG.standard_normal((2, 4)).astype(np.float32)}
+    same_results(build([node], inputs, [("y", 1, None)]), feeds | {"i": np.array([[-1], [2]])})
