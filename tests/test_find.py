@@ -105,6 +105,18 @@ def test_guards_between_softmax_and_sum(weights):
     assert isinstance(find(dense(weights=weights))[0], Candidate)
 
 
+def test_zero_size_writes_are_nothing():
+    """What `mask[:, :, :0] = True` leaves in a graph."""
+    model = dense(mask="same = ScatterND(picked, nowhere, nothing)\nmasked = Add(scaled, same)")
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.zeros((0, 4), np.int64), "nowhere"),
+            numpy_helper.from_array(np.zeros(0, np.float32), "nothing"),
+        ]
+    )
+    assert only(model).family == "float-dense"
+
+
 def test_k_assembled_through_views_is_still_the_key():
     views = "a = Reshape(key, flat3)\nb = Transpose <perm = [0, 2, 1]> (a)\nk_t = Reshape(b, back4)"
     model = gathered(views=views)

@@ -131,6 +131,8 @@ def _by_range(ref: Ref, axis: int, ranges: list[tuple[int, int, str, int]]) -> S
 
 def _scatter_nd(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A window written in place at constant positions: along one axis, a range is the update's."""
+    if 0 in (tracer.sizes.shape(node.input[2]) or ()):  # what x[:, :0] = y leaves behind
+        return Move(Ref(node.input[0], ref.coords))
     first = _window(tracer, node)
     if first is None:
         return None

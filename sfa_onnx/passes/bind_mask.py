@@ -280,6 +280,9 @@ def _scatter(
     base = tracer.fill(node.input[0])
     update = tracer.fill(node.input[2])
     rows = tracer.shape(node.input[1])
+    if 0 in rows:  # nothing is written
+        data = Ref(node.input[0], ref.coords)
+        return boolean(tracer, data, positive=positive) if is_bool else additive(tracer, data)
     for i, (own, size) in enumerate(zip(rows, tracer.shape(node.input[0]), strict=True)):
         if i != axis and own != size:
             tracer.unify(own, size)
