@@ -107,14 +107,21 @@ class Sizer:
             roomy = ({"B": b, "S1": 1, "S2": slots + 9, "K": slots} for b in (2, 1))
             found = [s for wanted in roomy if (s := self.choose(wanted)) is not None]
         if not found:
-            shapes = self._evaluate(self._primes)
-            raise UnverifiableError(
-                Refusal(
-                    f"the sizes of the site contradict each other: {shapes}",
-                    self._candidate.outputs[0],
-                )
-            )
+            raise UnverifiableError(self._no_sizes())
         return _distinct(found)
+
+    def _no_sizes(self) -> Refusal:
+        """Why there is nothing to start from."""
+        where = self._candidate.outputs[0]
+        if self._too_big:
+            return Refusal(
+                "not verifiable within budget: one run in float64 needs"
+                f" {min(self._too_big) / 1e9:.1f} GB at the sizes that the file fixes",
+                where,
+                "export with dynamic shapes: the site is then verified at small sizes",
+            )
+        shapes = self._evaluate(self._primes)
+        return Refusal(f"the sizes of the site contradict each other: {shapes}", where)
 
     def others(self, constants: Iterable[int]) -> list[tuple[Shapes, Dims]]:
         """Sizes around K and around every integer constant of the region."""
