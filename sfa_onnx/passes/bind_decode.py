@@ -37,6 +37,14 @@ def stored_bytes(tracer: Tracer, ref: Ref) -> list[Ref]:
         References whose last coordinate is that of one byte of the element; [] when the element is
         not computed, position by position, from one int8 tensor.
     """
+    was, tracer.opaque = tracer.opaque, False  # constants that pick bytes are always read
+    try:
+        return _follow(tracer, ref)
+    finally:
+        tracer.opaque = was
+
+
+def _follow(tracer: Tracer, ref: Ref) -> list[Ref]:
     found: list[Ref] = []
     known: dict[str, bool] = {}
     here: Ref | None = ref
@@ -71,17 +79,19 @@ def _side(tracer: Tracer, step: Dot | Product, known: dict[str, bool]) -> Ref | 
 
 
 def _behind(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> Ref | None:
-    """The operand behind an elementwise operator, a reduction or a look-up table."""
+    """The operand behind an elementwise operator or a reduction, the index of a look-up table."""
     node = tracer.index.node_of(ref.value)
-    if node is None:
-        return None
+    if node is None or node.op_type == "Constant":  # a table that is read at bytes
+        reads = [r for c in ref.coords for r in c.reads if _holds(tracer, r.value, known)]
+        return Ref(reads[0].value, reads[0].coords) if reads else None
     names = [n for n in node.input if n and _holds(tracer, n, known)]
     if not names:
         return None
     if node.op_type in _REDUCTIONS:
         return _reduced(tracer, node, ref)
-    if node.op_type == "Gather" and names == [node.input[1]]:  # table[byte]
-        return Ref(names[0], ref.coords) if len(tracer.shape(node.input[0])) == 1 else None
+    if node.op_type == "MatMul":  # bytes times a vector of weights
+        wide = (*ref.coords, ZERO)
+        return Ref(names[0], wide) if len(tracer.shape(names[0])) == len(wide) else None
     if node.op_type not in _ELEMENTWISE or len(tracer.shape(names[0])) > len(ref.coords):
         return None
     return tracer.operand(names[0], ref.coords)

@@ -95,8 +95,9 @@ def _tile(site: Site, scale: Ref) -> int:
             return atom.by
         if atom == label:
             return 1
+    place = scale.coords[-1].substitute({label: Expr.of(Label("d", label.size))})
     raise Stop(
-        f"the scale of column d is read at byte {scale.coords[-1]} of a packed row",
+        f"the scale of column d is read at byte {place} of a packed row",
         scale.value,
         _ORDER,
     )

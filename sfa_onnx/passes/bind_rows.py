@@ -146,7 +146,16 @@ def _dequantised(
         if any(tracer.sizes.elem_type(s.ref.value) == _INT8 for s in rows):
             whole = (*path, *rows)
             return Columns(label, low, whole, scale=tuple(scale), behind=len(path))
+    for rows, scale in (sides, sides[::-1]):  # bytes that are made numbers step by step
+        stored = stored_bytes(tracer, rows[-1].ref)
+        if stored and stored[-1].coords[-1] == Expr.of(label) and _of_bytes(tracer, scale):
+            whole = (*path, *rows, *(State(r, rows[-1].factor) for r in stored))
+            return Columns(label, low, whole, scale=tuple(scale), behind=len(path))
     return Columns(label, low, tuple(path))
+
+
+def _of_bytes(tracer: Tracer, path: list[State]) -> bool:
+    return bool(stored_bytes(tracer, path[-1].ref))
 
 
 def _expanded(tracer: Tracer, step: Dot, label: Label, low: int, path: list[State]) -> Columns:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from sfa_onnx.passes.axes import ZERO, Expr, Label, Read
+from sfa_onnx.passes.axes import ZERO, Expr, Label, Quot, Read
 from sfa_onnx.passes.axes_trace import Ref, Tracer
 from sfa_onnx.passes.build import Emitter, Group, axis_labels
 from sfa_onnx.passes.build_plan import Plan
@@ -100,10 +100,13 @@ def _dividend(tracer: Tracer, page: Expr, size: int) -> Ref | None:
     """What is divided by the block size to tell the page, as an integer tensor."""
     if len(page.terms) != 1 or page.const or page.terms[0][1] != 1:
         return None
-    read = page.terms[0][0]
+    read, divided = page.terms[0][0], False
+    if isinstance(read, Quot) and read.by == size and len(read.expr.terms) == 1:
+        divided = not read.expr.const and read.expr.terms[0][1] == 1
+        read = read.expr.terms[0][0]
     if not isinstance(read, Read):
         return None
-    ref, divided = Ref(read.value, read.coords), False
+    ref = Ref(read.value, read.coords)
     for _ in range(16):
         node = tracer.index.node_of(ref.value)
         if divided and tracer.sizes.elem_type(ref.value) in (_T.INT32, _T.INT64):

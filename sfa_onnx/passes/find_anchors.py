@@ -16,9 +16,11 @@ from sfa_onnx.passes.shapes_rules import attributes
 __all__ = ["anchors", "fed_by_selection"]
 
 _PRODUCTS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm"))
-# Behind the product of queries and keys only views, casts and dequantisation are followed.
+# Behind the product of queries and keys only views, casts, dequantisation and work on bytes are
+# followed.
 _STRUCTURAL = (
-    frozenset(("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity"))
+    frozenset(("BitCast", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Mod"))
+    | frozenset(("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity"))
     | frozenset(("GatherElements", "GatherND", "IsNaN", "Mul", "Reshape", "ScatterND", "Slice"))
     | frozenset(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"))
 )

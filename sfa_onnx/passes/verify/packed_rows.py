@@ -22,6 +22,7 @@ __all__ = ["draw_rows", "normal_powers", "row_layout", "subnormal_power"]
 
 Array = NDArray[Any]
 _ZEROS = 0.05  # share of ropes that are zero
+_PALINDROME = float(np.array(0x3F80803F, np.uint32).view(np.float32))  # in any byte order, near 1
 
 
 def row_layout(width: int, rope_dtype: Any, attributes: dict[str, Any]) -> PackedRow:
@@ -70,7 +71,7 @@ def draw_rows(
         nope = rng.integers(-128, 128, (count, row.nope)).astype(np.int8)
     scale = rng.uniform(0.25, 2.0, (count, row.tiles)) * rng.choice([-1, 1], (count, row.tiles))
     if draw.part == "nope":
-        scale = np.ones((count, row.tiles))
+        scale = np.full((count, row.tiles), _PALINDROME)
     elif not draw.part:
         scale *= draw.width / 64
     rope = draw.width * rng.standard_normal((count, row.rope))
