@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
@@ -18,6 +19,8 @@ from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete
 
 __all__ = ["FindOptions", "find_candidates"]
+
+_log = logging.getLogger("sfa_onnx")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,18 @@ def _one(
         refusal = Refusal(stop.reason, stop.at, stop.hint)
     except RecursionError:
         refusal = Refusal("the graph is nested too deeply to be traced", anchor.scores)
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as e:
+        # An invalid graph (ranks or shapes that contradict each other) must not stop the others.
+        _log.warning("recognition of %s failed", bound[0], exc_info=True)
+        text = f"recognition itself failed ({type(e).__name__}: {e})"
+        refusal = Refusal(text, anchor.scores, "check the model with onnx.checker, then report it")
     return RefusedSite(anchor.node, layer, refusal, tuple(bound))
 
 
