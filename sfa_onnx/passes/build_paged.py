@@ -51,7 +51,8 @@ def paged_keys(plan: Plan) -> Paged | None:
     The slot inside the page is not looked at: verification shuffles the pages and judges.
     """
     site, e = plan.site, plan.e
-    found = next((f for s in site.nope.path if (f := _found(plan, s.ref)) is not None), None)
+    stored = reversed(site.nope.path)
+    found = next((f for s in stored if (f := _found(plan, s.ref)) is not None), None)
     if found is None:
         return None
     tracer = site.tracer

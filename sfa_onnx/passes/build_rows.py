@@ -29,7 +29,7 @@ def cache(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_type:
     ready = [s for s in path if is_view(s.ref) and s.ref.labels <= labels]
     exact = [s for s in ready if sizes.elem_type(s.ref.value) == elem_type]
     last: Stop | None = None
-    for state in exact if elem_type == _T.INT8 else (*exact, *ready):
+    for state in exact[::-1] if elem_type == _T.INT8 else (*exact, *ready):  # int8: as stored
         try:
             value = e.arrange(state.ref, groups, "cache")
         except Stop as stop:
