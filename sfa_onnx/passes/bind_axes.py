@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
-from sfa_onnx.passes.axes_trace import Stop
+from sfa_onnx.passes.axes_trace import Ref, Stop
 from sfa_onnx.passes.bind_mask import Literal, Selected
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import NotASite, Site
+from sfa_onnx.passes.bind_sources import all_reads, index_sources
 
 __all__ = ["check_rows", "splits", "take_masks", "tell_rows"]
 
@@ -42,7 +43,16 @@ def take_masks(site: Site, literals: list[Literal]) -> None:
 
 def _unselected(site: Site) -> Stop | None:
     """Why a selection upstream is not one of these keys; None when pages explain the gather."""
-    if any(c.reads for c in site.nope.deep.ref.coords):
+    tracer = site.tracer
+    for read in all_reads(site.nope.deep.ref.coords):
+        for value in index_sources(tracer, Ref(read.value, read.coords)):
+            if tracer.index.node_of(value) is not None:  # a TopK, not a page table from outside
+                return Stop(
+                    f"{value} selects blocks of keys, not single ones (read at"
+                    f" {', '.join(map(str, read.coords))})",
+                    value,
+                    "select token by token",
+                )
         return None
     if site.visible:
         names = ", ".join(v.ref.value for v in site.visible)
