@@ -152,7 +152,8 @@ def feeds(s: Spec, seed: int, holes: bool = False) -> Feeds:
 
 
 def case(name: str, s: Spec, **more) -> Case:
-    tags = {"exporter": "hand", "opset": s.opset, "dtype": s.dtype, "dynamic": False}
+    kind = "bf16 rows" if s.dtype == "bf16" else s.dtype
+    tags = {"exporter": "hand", "opset": s.opset, "dtype": kind, "dynamic": False}
     more.setdefault("op", ANTIQUANT)
     assert ml_dtypes  # bfloat16 rows need it
     return Case(
