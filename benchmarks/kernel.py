@@ -51,7 +51,6 @@ class Line:
 def measure(clock: Clock, cache: Cache, isa: str, heads: int, threads: int, rounds: int) -> Line:
     """Calls over all index sets, ceilings in between."""
     calls = cache.calls(heads, isa)
-    rows = cache.key.reshape(cache.rows, -1)
     times, gathers, peaks = [], [], []
     chosen = core.library().sfa_core_isa().decode() if isa == "auto" else isa
     for _ in range(rounds):
@@ -60,7 +59,7 @@ def measure(clock: Clock, cache: Cache, isa: str, heads: int, threads: int, roun
             if i % 4 == 0:
                 # A set that no call has touched for half a rotation: its rows are cold.
                 far = cache.indices[(i + len(calls) // 2) % len(calls)]
-                gathers.append(clock.gather(rows, far, i // 4))
+                gathers.append(clock.gather(cache, far, i // 4))
                 peaks.append(clock.peak(CEILING[chosen], 2))
     best = min(times)
     return Line(

@@ -54,15 +54,16 @@ class Clock:
         """Best GFLOP/s of `bursts` short loops; 0 when the instruction is missing."""
         return max(self._lib.bench_peak(what.encode()) for _ in range(bursts))
 
-    def gather(self, cache: np.ndarray, index: np.ndarray, way: int) -> float:
+    def gather(self, cache: Cache, index: np.ndarray, way: int) -> float:
         """Microseconds to read the rows of one index set once; `way` picks how it prefetches."""
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        ahead, far = GATHER_WAYS[way % len(GATHER_WAYS)]
-        width = cache.shape[-1] * cache.itemsize
-        took = self._lib.bench_gather(
-            pointer(cache.ctypes.data), pointer(index.ctypes.data), size(index.size), size(width),
-            ahead, far,
-        )  # fmt: skip
+        took = 0.0
+        for part in (cache.key, cache.key_rope):
+            if part is not None:
+                took += self._lib.bench_gather(
+                    pointer(part.ctypes.data), pointer(index.ctypes.data), size(index.size),
+                    size(part.shape[-1] * part.itemsize), *GATHER_WAYS[way % len(GATHER_WAYS)],
+                )  # fmt: skip
         return float(took) / 1e3
 
     def call(self, params: core.Params, threads: int = 1) -> float:

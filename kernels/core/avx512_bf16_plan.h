@@ -245,9 +245,15 @@ class Prefetch {
     if (offset_ == 0) {
       if (burst_-- == 0) {
         burst_ = kBurst - 1;
-        for (int i = 0; i < kBurst && row_ + i < end_; ++i) {
+        int64_t rows = end_ - row_ < kBurst ? end_ - row_ : kBurst;
+        asm("" : "+r"(rows));  // hides the small bound: unrolled, this would bloat every tile
+        for (int64_t i = 0; i < rows; ++i) {
           _mm_prefetch((const char*)row_[i], _MM_HINT_T0);
+          if (!rope_) continue;
+          _mm_prefetch((const char*)rope_[i], _MM_HINT_T0);
+          _mm_prefetch((const char*)rope_[i] + 127, _MM_HINT_T0);
         }
+        if (rope_) rope_ += kBurst;
       }
       offset_ = 64;
     }
@@ -274,11 +280,7 @@ class Prefetch {
     end_ = rows.nope + last;
     offset_ = burst_ = 0;
     bytes_ = p_.row_bytes;
-    for (int k = first; k < last && !p_.packed; ++k) {
-      for (size_t b = 0; b < p_.rope_bytes; b += 64) {
-        _mm_prefetch((const char*)rows.rope[k] + b, _MM_HINT_T1);
-      }
-    }
+    rope_ = p_.packed ? nullptr : rows.rope + first;
   }
 
   const Plan& p_;
@@ -288,6 +290,7 @@ class Prefetch {
   int position_, pace_;
   const uint8_t* const* row_ = nullptr;
   const uint8_t* const* end_ = nullptr;
+  const uint8_t* const* rope_ = nullptr;  // ropes of a float cache lie elsewhere
   int offset_ = 0, bytes_ = 0, burst_ = 0;
 };
 

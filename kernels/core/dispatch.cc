@@ -99,14 +99,19 @@ const char* sfa_core_isa(void) {
 }
 
 const char* sfa_core_isa_available(void) {
-  static char text[96];  // the same bytes whoever writes them
-  char local[96] = "";
-  for (const auto& n : sfa::kNames) {
-    if (!sfa::path_of(n.id)) continue;
-    if (*local) strcat(local, ",");
-    strcat(local, n.name);
+  static char text[96];
+  static int32_t state;  // 0 empty, 1 being written, 2 done
+  int32_t empty = 0;
+  if (__atomic_compare_exchange_n(&state, &empty, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    for (const auto& n : sfa::kNames) {
+      if (!sfa::path_of(n.id)) continue;
+      if (*text) strcat(text, ",");
+      strcat(text, n.name);
+    }
+    __atomic_store_n(&state, 2, __ATOMIC_RELEASE);
   }
-  strcpy(text, local);
+  while (__atomic_load_n(&state, __ATOMIC_ACQUIRE) != 2) {
+  }
   return text;
 }
 
