@@ -34,6 +34,12 @@ def fold(node: onnx.NodeProto, inputs: Arrays, limit: int) -> list[np.ndarray] |
     return None if any(a.size > limit for a in arrays) else arrays
 
 
+_COMPARES = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where")
+_BROADCASTING = frozenset(
+    (*_COMPARES, "Add", "And", "Div", "Max", "Min", "Mod", "Mul", "Or", "Pow", "Sub")
+)
+
+
 def _too_large(node: onnx.NodeProto, inputs: Arrays, limit: int) -> bool:
     """Whether the result would be above the limit, seen before it is made."""
     if node.op_type in ("ConstantOfShape", "Expand"):
@@ -43,7 +49,7 @@ def _too_large(node: onnx.NodeProto, inputs: Arrays, limit: int) -> bool:
         start, stop, step = (x.reshape(-1)[0] for x in inputs)
         return bool(abs((stop - start) / step) > limit) if step else True
     shapes = [x.shape for x in inputs if x is not None]
-    if node.op_type in ("Where", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"):
+    if node.op_type in _BROADCASTING:
         return math.prod(np.broadcast_shapes(*shapes)) > limit
     return node.op_type == "Tile" and inputs[0].size * math.prod(inputs[1].tolist()) > limit
 
