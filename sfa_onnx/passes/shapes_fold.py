@@ -23,9 +23,9 @@ def fold(node: onnx.NodeProto, inputs: Arrays, limit: int) -> list[np.ndarray] |
     """The outputs of `node` on concrete inputs; None when unknown, failing, or above `limit`."""
     if any(x is not None and x.size > limit for x in inputs):
         return None
-    if _too_large(node, inputs, limit):
-        return None
     try:
+        if _too_large(node, inputs, limit):
+            return None
         with np.errstate(all="ignore"):
             result = FOLD[node.op_type](attributes(node), inputs)
     except (ValueError, IndexError, TypeError, KeyError, ZeroDivisionError):
