@@ -193,6 +193,19 @@ def test_contradictory_sizes_are_refused():
     assert "contradict each other" in refusal.reason
 
 
+def test_rows_without_keys_are_noted_but_may_not_be_all_there_is():
+    """-inf everywhere is NaN in the original and zero in the operator."""
+    rule = "  keep3 = LessOrEqual(idx, seen3)"
+    few = {
+        rule: "  k1 = LessOrEqual(idx, seen3)\n  five = Constant<value_int=5>()\n"
+        "  k2 = GreaterOrEqual(seen3, five)\n  keep3 = And(k1, k2)"
+    }
+    assert isinstance(_verify(*gather_site(few)), Refusal)
+    none = {rule: "  keep3 = Less(idx, c0)"}
+    reason = _verify(*gather_site(none)).reason
+    assert "different infinities or NaN" in reason
+
+
 def test_what_was_bound_to_no_role_is_refused():
     model, candidate = gather_site()
     candidate.operands = tuple(o for o in candidate.operands if o.value != "rope")
