@@ -121,6 +121,14 @@ def test_int8_with_holes_and_repeats(seed):
     agree(model, arrays)
 
 
+def test_dequantize_linear_by_blocks():
+    model = gathered(dequant="nope = DequantizeLinear <axis = -1, block_size = 8> (codes, steps)")
+    model.opset_import[0].version = 21
+    arrays = feeds(model, {})
+    arrays["idx"] = np.random.default_rng(0).integers(0, 32, (2, 3, 6))
+    agree(model, arrays)
+
+
 @pytest.mark.parametrize("batch", ["B", "1"])
 def test_a_whole_int8_cache_is_not_dequantised_any_more(batch):
     model = dense_int8(batch=batch)

@@ -30,12 +30,10 @@ class FindOptions:
     Attributes:
         max_steps: how many tracing steps one site may take before it is refused.
         absorb: whether per-head expanded (MHA) forms may be fused by absorption.
-        materialize_absorbed: write W_UK and W_UV as initializers instead of slicing W in the graph.
     """
 
     max_steps: int = 200_000
     absorb: bool = True
-    materialize_absorbed: bool = False
 
 
 def find_candidates(
