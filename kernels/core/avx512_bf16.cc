@@ -32,7 +32,7 @@ bool bf16_supports(const Geom& g) {
   const bool types = g.query_dtype != SFA_CORE_F32 &&
                      (g.cache_dtype == SFA_CORE_I8 ||
                       (g.cache_dtype == SFA_CORE_BF16 && g.query_dtype == SFA_CORE_BF16));
-  return types && g.tile % 64 == 0 && g.nope <= 4096 && g.rope <= 1024;
+  return types && g.tile % 64 == 0 && g.nope <= 4096 && g.rope <= kMaxRope;
 }
 
 size_t bf16_scratch_bytes(const Geom& g) { return Plan(g, nullptr).bytes; }

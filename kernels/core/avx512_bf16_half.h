@@ -102,14 +102,13 @@ void decode_key_pairs(const Plan& p, const Rows& rows, int first, int keys, int 
 
 void decode_rope_pairs(const Plan& p, const Rows& rows, int first, int keys, int from,
                        int columns) {
-  alignas(64) uint32_t r0[kTileDwords] = {}, r1[kTileDwords] = {};
-  const int real = p.rope_pairs - from < columns ? p.rope_pairs - from : columns;
+  alignas(64) uint32_t r0[kRopeRoom] = {}, r1[kRopeRoom] = {};
   for (int k = 0; k < keys; k += 2) {
-    rope_pairs(p, rows.rope[first + k], from, real, r0);
-    rope_pairs(p, rows.rope[first + k + 1], from, real, r1);
+    rope_pairs(p, rows.rope[first + k], r0);
+    rope_pairs(p, rows.rope[first + k + 1], r1);
     uint64_t* out = (uint64_t*)p.tile + k / 2 * kTileDwords;
     for (int w = 0; w < columns; w += 16) {
-      store_paired(_mm512_load_si512(r0 + w), _mm512_load_si512(r1 + w), out + w);
+      store_paired(_mm512_load_si512(r0 + from + w), _mm512_load_si512(r1 + from + w), out + w);
     }
     p.scale[k] = p.scale[k + 1] = 1.0f;
   }

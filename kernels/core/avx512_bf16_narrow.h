@@ -109,17 +109,11 @@ inline void score_key(const Plan& p, const Converter& convert, const uint8_t* no
   }
   if (p.packed) _mm_prefetch((const char*)soon + p.g.nope + 64, _MM_HINT_T1);
   const uint32_t* q = p.q + (size_t)p.passes * (p.g.nope / 2);
-  alignas(64) uint32_t parts[16];
+  alignas(64) uint32_t parts[kRopeRoom];
+  if (p.passes == 2) rope_pairs(p, rope, parts);
   for (int w = 0; w < p.narrow_rope; w += 16) {
-    __m512i k;
-    if (p.passes == 1) {
-      k = load_bf16(rope + 4 * w, p.g.rope - 2 * w);
-    } else {
-      memset(parts, 0, sizeof parts);
-      const int left = p.rope_pairs - w;
-      rope_pairs(p, rope, w, left < 16 ? left : 16, parts);
-      k = _mm512_load_si512(parts);
-    }
+    const __m512i k =
+        p.passes == 1 ? load_bf16(rope + 4 * w, p.g.rope - 2 * w) : _mm512_load_si512(parts + w);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
       const __m512i qh = _mm512_load_si512(q + (size_t)h * p.narrow_q + w);

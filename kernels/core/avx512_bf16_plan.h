@@ -140,24 +140,25 @@ inline void load_columns(const Plan& p, const Converter& convert, const uint8_t*
   }
 }
 
-// Pairs [from, from + pairs) of a key's rope, as the query's rope meets them.
-void rope_pairs(const Plan& p, const uint8_t* rope, int from, int pairs, uint32_t* out) {
+constexpr int kMaxRope = 1024;
+constexpr int kRopeRoom = 3 * kMaxRope / 2 + 32;  // dwords that rope_pairs may write
+
+// All pairs of a key's rope as the query's rope meets them; up to 15 zero dwords follow.
+void rope_pairs(const Plan& p, const uint8_t* rope, uint32_t* out) {
   const int width = (p.g.rope + 1) / 2;
-  if (p.passes == 1) {
-    for (int w = 0; w < pairs; w += 16) {
-      const __m512i v = load_bf16(rope + 4 * (size_t)(from + w), p.g.rope - 2 * (from + w));
-      _mm512_mask_storeu_epi32(out + w, (__mmask16)(pairs - w < 16 ? (1u << (pairs - w)) - 1 : ~0u),
-                               v);
+  for (int w = 0; w < width; w += 16) {
+    const uint8_t* src = rope + 4 * (size_t)w;
+    const int count = p.g.rope - 2 * w;
+    if (p.passes == 1) {
+      _mm512_storeu_si512(out + w, load_bf16(src, count));
+      continue;
     }
-    return;
-  }
-  for (int w = 0; w < pairs;) {
-    const int third = (from + w) / width, at = (from + w) % width;
-    int count = width - at < pairs - w ? width - at : pairs - w;
-    if (count > 16) count = 16;
-    const __m512i v = load_part(p, rope + 4 * (size_t)at, p.g.rope - 2 * at, third == 2 ? 1 : 0);
-    _mm512_mask_storeu_epi32(out + w, (__mmask16)((1u << count) - 1), v);
-    w += count;
+    __m512i high, low;
+    load_f16_split(src, count, &high, &low);
+    const __mmask16 live = (__mmask16)(width - w < 16 ? (1u << (width - w)) - 1 : 0xffffu);
+    _mm512_mask_storeu_epi32(out + w, live, high);
+    _mm512_mask_storeu_epi32(out + width + w, live, high);
+    _mm512_storeu_si512(out + 2 * width + w, low);
   }
 }
 

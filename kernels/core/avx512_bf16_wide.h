@@ -122,7 +122,7 @@ void decode_keys(const Plan& p, const Rows& rows, int first, int keys) {
       _mm512_store_si512(out + w, a);
       _mm512_store_si512(out + w + 16, b);
     }
-    rope_pairs(p, rope, 0, p.rope_pairs, out + half);
+    rope_pairs(p, rope, out + half);
     float* scale = p.scale + k;
     for (int d = 0; d < p.g.nope; d += 2 * p.block_pairs, scale += kQkKeys) {
       *scale = 1.0f;
