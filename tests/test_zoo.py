@@ -137,6 +137,7 @@ def test_other_spellings_of_the_same_graph_fuse_alike(name: str, edits: list[str
     model = case.build()
     for edit in edits:
         model = EDITS[edit](model)
+    onnx.checker.check_model(model)
     report = sfa_onnx.fuse(model)
     assert len(report.fused) == 1, [s.reason for s in report.refused]
     assert difference(case.build(), report.model, case.feeds(2), "f32") <= 2e-5

@@ -115,16 +115,20 @@ def _after_each(
     final = {v.name for v in model.graph.output}
     renames: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
+    taken = {o for n in model.graph.node for o in n.output}
+    suffix = "__after"
+    while any(name.endswith(suffix) for name in taken):  # this model was edited before
+        suffix += "_"
     for node in model.graph.node:
         node.input[:] = [renames.get(n, n) for n in node.input]
         nodes.append(node)
         out = node.output[0]
         if (op_types and node.op_type not in op_types) or out in final or out not in types:
             continue
-        extra = make(out, f"{out}__after", types[out])
+        extra = make(out, out + suffix, types[out])
         if extra:
             nodes.extend(extra)
-            renames[out] = f"{out}__after"
+            renames[out] = out + suffix
     return _replace_nodes(model, nodes)
 
 
