@@ -7,19 +7,22 @@ the arithmetic is the right one is for verification to decide, by execution.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes import ZERO, Expr
-from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Tracer
+from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["stored_bytes"]
 
 _INT8: Final = onnx.TensorProto.INT8
-_STEPS: Final = 400
+_STEPS: Final = 400  # on the way back from one element
+_NODES: Final = 2000  # looked at upstream of one value
+_WEIGHTS: Final = 64
 _REDUCTIONS: Final = frozenset(("ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1"))
 _ELEMENTWISE: Final = (
     frozenset(("Abs", "Add", "And", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot"))
@@ -37,16 +40,22 @@ def stored_bytes(tracer: Tracer, ref: Ref) -> list[Ref]:
         References whose last coordinate is that of one byte of the element; [] when the element is
         not computed, position by position, from one int8 tensor.
     """
+    known: dict[str, bool] = {}
+    if not _holds(tracer, ref.value, known):
+        read = [r for c in ref.coords for r in c.reads]  # a look-up table is a constant itself
+        if not any(_holds(tracer, r.value, known) for r in read):
+            return []
     was, tracer.opaque = tracer.opaque, False  # constants that pick bytes are always read
     try:
-        return _follow(tracer, ref)
+        return _follow(tracer, ref, known)
+    except Stop:  # a shape on the way is not known
+        return []
     finally:
         tracer.opaque = was
 
 
-def _follow(tracer: Tracer, ref: Ref) -> list[Ref]:
+def _follow(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> list[Ref]:
     found: list[Ref] = []
-    known: dict[str, bool] = {}
     here: Ref | None = ref
     for _ in range(_STEPS):
         if here is None:
@@ -72,10 +81,20 @@ def _follow(tracer: Tracer, ref: Ref) -> list[Ref]:
 
 def _side(tracer: Tracer, step: Dot | Product, known: dict[str, bool]) -> Ref | None:
     """The factor that holds bytes; a sum over bytes starts at the first."""
-    for side in (step.a, step.b):
+    for side, other in ((step.a, step.b), (step.b, step.a)):
         if _holds(tracer, side.value, known):
-            return side.substitute({step.label: ZERO}) if isinstance(step, Dot) else side
+            if isinstance(step, Product):
+                return side
+            weights = _few(tracer, other.value)
+            return side.substitute({step.label: ZERO}) if weights else None
     return None
+
+
+def _few(tracer: Tracer, value: str) -> bool:
+    """Whether a value is a little constant, such as the weights of the bytes of a number."""
+    node = tracer.index.node_of(value)
+    fixed = value in tracer.index.initializers or (node is not None and node.op_type == "Constant")
+    return fixed and math.prod(tracer.shape(value)) <= _WEIGHTS
 
 
 def _behind(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> Ref | None:
@@ -90,6 +109,8 @@ def _behind(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> Ref | None:
     if node.op_type in _REDUCTIONS:
         return _reduced(tracer, node, ref)
     if node.op_type == "MatMul":  # bytes times a vector of weights
+        if not _few(tracer, node.input[1]):
+            return None
         wide = (*ref.coords, ZERO)
         return Ref(names[0], wide) if len(tracer.shape(names[0])) == len(wide) else None
     if node.op_type not in _ELEMENTWISE or len(tracer.shape(names[0])) > len(ref.coords):
@@ -112,7 +133,7 @@ def _holds(tracer: Tracer, value: str, known: dict[str, bool]) -> bool:
     index = tracer.index
     stack, seen = [value], set[str]()
     result = False
-    while stack and not result and len(seen) < _STEPS:
+    while stack and not result and len(seen) < _NODES:
         name = stack.pop()
         if name in seen or not name or name in index.initializers:
             continue
