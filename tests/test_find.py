@@ -231,6 +231,27 @@ def test_refusal_tells_how_far_recognition_got():
     assert any("value kv" in text for text in site.bound)
 
 
+def test_replacements_of_two_sites_of_one_name_do_not_collide():
+    model = dense()
+    first = list(model.graph.node)
+    for node in first:
+        if node.op_type == "Softmax":
+            node.name = "soft"
+    keep = {"idx", "picked", "two", "scale", "kv", "q_nope", "q_rope", "pe"}
+    for node in first[first.index(next(n for n in first if n.output[0] == "s1")) :]:
+        twin = model.graph.node.add()
+        twin.CopyFrom(node)
+        for names in (twin.input, twin.output):
+            for i, name in enumerate(names):
+                names[i] = name if name in keep else f"{name}_2"
+    model.graph.output.add().CopyFrom(model.graph.output[0])
+    model.graph.output[1].name = "out_2"
+    sites = find(model)
+    assert [type(s) for s in sites] == [Candidate, Candidate]
+    names = [{t.name for t in s.replacement_initializers} for s in sites]
+    assert not names[0] & names[1]
+
+
 # -- what is no site ------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ class Tracer:
         """`other` assigns other sizes to the symbols: what agrees in both is static."""
         self.index, self.sizes, self.other = index, sizes, other
         self.budget = budget
+        self.stem = ""  # how new names begin
         self._representatives: dict[str, str] = {}
         self._equal: dict[object, str] = {}
         self.opaque = False  # True: index tensors are read as they are, without arithmetic

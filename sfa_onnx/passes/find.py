@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
@@ -47,8 +48,12 @@ def find_candidates(
     sizes = Concrete(index)
     other = Concrete(index, second=True) if sizes.dynamic else sizes
     found: list[Candidate | RefusedSite] = []
-    for anchor in anchors(index):
+    everyone = list(anchors(index))
+    named = Counter(index.label(a.node) for a in everyone)
+    for anchor in everyone:
         tracer = Tracer(index, sizes, other, options.max_steps)
+        label = index.label(anchor.node)
+        tracer.stem = label if named[label] == 1 else anchor.weights
         fed = fed_by_selection(tracer, anchor)
         if not fed:
             continue
@@ -104,7 +109,7 @@ def _bind_and_build(
     tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]
 ) -> tuple[Site, Site, Built]:
     """(the site with indices followed to their source, the site as built, its replacement)."""
-    stem = f"{tracer.index.label(anchor.node)}/sfa"
+    stem = f"{tracer.stem}/sfa"
     named: Site | None = None
     for tracer.opaque in (False, True):
         del bound[1:]
