@@ -268,7 +268,9 @@ def _select(
     padded = np.zeros((len(visible), blocks * size), bool)
     padded[:, : visible.shape[1]] = visible
     seen = np.asarray(padded.reshape(len(visible), blocks, size).any(-1))
-    order = {b: rng.permutation(blocks) for b in np.unique(layout.batch)}
+    packed = problem.attributes.get("layout_kv") == "TND"  # the next sequence follows at once
+    owned = np.minimum(-(-layout.keys // size), blocks) if packed else np.full(len(common), blocks)
+    order = {b: rng.permutation(owned[b]) for b in np.unique(layout.batch)}
     picker = _Picker(problem, draw, problem.dims.slots, rng)
     batch = layout.batch
     return np.stack(
@@ -295,7 +297,7 @@ class _Picker:
         few keys are read by anybody. `sure` is a block that no rule hides: it is always selected.
         """
         shared = self.draw.selection == "shared"
-        order = order if shared else self.rng.permutation(len(seen))
+        order = order if shared else self.rng.permutation(order)
         valid, invalid = order[seen[order]], order[~seen[order]]
         valid = np.concatenate([[sure], valid[valid != sure]])
         count = self._count(len(valid))
@@ -332,5 +334,6 @@ class _Picker:
         if count <= 0:
             return np.zeros(0, np.int64)
         if self.problem.indices.domain.negative_allowed:
-            return np.full(count, -1)
+            pool = np.concatenate([invalid, np.full(max(len(invalid), 1), -1)])
+            return np.asarray(self.rng.choice(pool, count))  # "none" and keys that a rule hides
         return np.resize(invalid if len(invalid) else picked, count)

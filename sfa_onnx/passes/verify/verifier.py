@@ -98,6 +98,10 @@ def _assumptions(candidate: Candidate) -> tuple[str, ...]:
     return tuple(found)
 
 
+class _OriginalFailsError(Exception):
+    """The original graph rejects a draw."""
+
+
 class _Site:
     """One class of sites under verification."""
 
@@ -143,27 +147,11 @@ class _Site:
             return refusal
         results = []
         for probe in probes:
-            error, draws = 0.0, 0
-            asked = itertools.islice(probe.ask(problem), 1 if self._slow else None)
-            for case, draw in asked:
-                if time.monotonic() > deadline:
-                    return Refusal(
-                        "not verifiable within budget: the probes at the sizes that the file fixes"
-                        f" take more than {budget:.0f} s",
-                        self._candidate.outputs[0],
-                        "export with dynamic shapes: the site is then verified at small sizes",
-                    )
-                outcome = self._compare(case, draw)
-                if outcome is None:
-                    continue
-                draws += 1
-                if isinstance(outcome, str):
-                    return Refusal(outcome, self._candidate.outputs[0])
-                error = max(error, outcome)
-            if draws and not error <= BOUND and probe.gating:
-                return self._refusal(probe, error)
-            if draws:
-                results.append(ProbeResult(probe.name, error, BOUND, draws))
+            result = self._ask(probe, problem, deadline)
+            if isinstance(result, Refusal):
+                return result
+            if result.draws:
+                results.append(result)
         return VerifyRecord(
             probes=tuple(results),
             sizes=problem.dims.named(),
@@ -173,6 +161,35 @@ class _Site:
             own_rounding=self._own_rounding(problem),
             seconds=time.monotonic() - begin,
         )
+
+    def _ask(self, probe: Probe, problem: Problem, deadline: float) -> ProbeResult | Refusal:
+        """Put all questions of one probe."""
+        error, draws, failed = 0.0, 0, ""
+        where = self._candidate.outputs[0]
+        for case, draw in itertools.islice(probe.ask(problem), 1 if self._slow else None):
+            if time.monotonic() > deadline:
+                return Refusal(
+                    "not verifiable within budget: the probes at the sizes that the file fixes take"
+                    " too long",
+                    where,
+                    "export with dynamic shapes: the site is then verified at small sizes",
+                )
+            try:
+                outcome = self._compare(case, draw)
+            except _OriginalFailsError as fault:
+                failed = str(fault) if case.shapes == problem.shapes else failed
+                continue  # at other sizes: the original does not accept them either
+            if isinstance(outcome, str):
+                return Refusal(outcome, where)
+            draws += 1
+            error = max(error, outcome)
+        if failed and not draws:
+            return Refusal(
+                f"the original itself fails on the probe {probe.name!r}: {failed}", where
+            )
+        if probe.gating and not error <= BOUND:
+            return self._refusal(probe, error)
+        return ProbeResult(probe.name, error, BOUND, draws)
 
     def _start(self) -> Problem:
         """The first sizes at which the original graph runs."""
@@ -203,7 +220,13 @@ class _Site:
         smoothly on the scale, and only the scale may differ before the probes judge the rest.
         """
         feeds = problem.feeds(Draw(seed=1, lengths="full"))
-        want = self._flat(self._region.run(feeds))
+        try:
+            want = self._flat(self._region.run(feeds))
+        except RuntimeError as error:
+            return Refusal(
+                f"the original itself fails on ordinary inputs: {_first_line(error)}",
+                self._candidate.outputs[0],
+            )
         factor, step = 1.0, 1e-6
         for _ in range(2 if self._slow else 3):
             self._judge.scale = factor
@@ -235,13 +258,17 @@ class _Site:
             self._candidate.outputs[0],
         )
 
-    def _compare(self, problem: Problem, draw: Draw) -> float | str | None:
-        """Relative error of one draw; a reason when the operator rejects it; None if impossible."""
+    def _compare(self, problem: Problem, draw: Draw) -> float | str:
+        """Relative error of one draw, or a reason when the operator rejects it.
+
+        Raises:
+            _OriginalFailsError: the original rejects the draw.
+        """
         feeds = problem.feeds(draw)
         try:
             want = self._region.run(feeds)
-        except RuntimeError:
-            return None  # the original does not accept these sizes either
+        except RuntimeError as error:
+            raise _OriginalFailsError(_first_line(error)) from error
         try:
             got = self._fused.run(feeds)
         except (ContractError, RuntimeError) as error:
