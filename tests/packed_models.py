@@ -190,6 +190,9 @@ def _decoded(g: Graph, s: Spec, rows: str, rank: int) -> tuple[str, str]:
     rope = ""
     if s.R:
         rope = d.numbers(g.cut(rows, rope_at, rope_at + s.R * row.itemsize), s.R, kind)
+    clip = lambda x: g.op("Clip", x, *(g.const(v, np.float32) for v in (-100.0, 100.0)))  # noqa: E731
+    scale = clip(scale) if s.wrong == "clipped scales" else scale
+    rope = clip(rope) if s.wrong == "clipped ropes" else rope
     return d.latent(d.nope(g.cut(rows, 0, s.C)), scale), rope
 
 
