@@ -48,27 +48,8 @@ class Spec:
         return (self.C + self.R) ** -0.5
 
 
-def feeds(s: Spec, seed: int, stress: str = "") -> Feeds:
-    """Inputs for `Int8Attention`.
-
-    stress: "holes" scatters -1 and repeats inside rows (where the rule masks them itself),
-    "wrap" uses negative wrapping indices.
-    """
-    rng = np.random.default_rng(seed)
-    ft = NP_TYPES[s.dtype]
-    q = rng.standard_normal((s.B, s.S1, s.N, s.C + s.R)).astype(ft)
-    if s.query == "BNSD":
-        q = q.transpose(0, 2, 1, 3)
-    if s.query == "SBHD":
-        q = q.transpose(1, 0, 2, 3)
-    pages = -(-s.S2 // s.block)
-    lead = (s.B, s.S2) if not s.paged else (s.B * pages + 3, s.block)
-    lead = (*lead, 1) if s.kv_axis else lead
-    nope = rng.integers(-127, 128, (*lead, s.C)).astype(np.int8)
-    rope = rng.standard_normal((*lead, s.R)).astype(ft)
-    scale = (rng.uniform(0.2, 1.0, (*lead, s.C // s.tile)) * 0.03).astype(np.float32)
-    kv_len = rng.integers(max(s.S1, s.S2 // 2), s.S2 + 1, s.B)
-    kv_len[0] = s.S2
+def _indices(s: Spec, rng: np.random.Generator, kv_len: np.ndarray, stress: str) -> np.ndarray:
+    """Distinct visible keys per row, -1 behind them; `stress` breaks that where it is legal."""
     idx = np.empty((s.B, s.S1, s.K), np.int64)
     for b in range(s.B):
         for t in range(s.S1):
@@ -90,6 +71,31 @@ def feeds(s: Spec, seed: int, stress: str = "") -> Feeds:
         idx[0, 0] = rng.permutation(s.S2)[: s.K]  # some past the limit, anywhere in the row
         kv_len[0] = max(s.S1, s.S2 // 3)
         idx[..., 5] = 0  # rows without any visible key are another matter
+    return idx
+
+
+def feeds(s: Spec, seed: int, stress: str = "") -> Feeds:
+    """Inputs for `Int8Attention`.
+
+    stress: "holes" scatters -1 and repeats inside rows (where the rule masks them itself),
+    "wrap" uses negative wrapping indices.
+    """
+    rng = np.random.default_rng(seed)
+    ft = NP_TYPES[s.dtype]
+    q = rng.standard_normal((s.B, s.S1, s.N, s.C + s.R)).astype(ft)
+    if s.query == "BNSD":
+        q = q.transpose(0, 2, 1, 3)
+    if s.query == "SBHD":
+        q = q.transpose(1, 0, 2, 3)
+    pages = -(-s.S2 // s.block)
+    lead = (s.B, s.S2) if not s.paged else (s.B * pages + 3, s.block)
+    lead = (*lead, 1) if s.kv_axis else lead
+    nope = rng.integers(-127, 128, (*lead, s.C)).astype(np.int8)
+    rope = rng.standard_normal((*lead, s.R)).astype(ft)
+    scale = (rng.uniform(0.2, 1.0, (*lead, s.C // s.tile)) * 0.03).astype(np.float32)
+    kv_len = rng.integers(max(s.S1, s.S2 // 2), s.S2 + 1, s.B)
+    kv_len[0] = s.S2
+    idx = _indices(s, rng, kv_len, stress)
     idx = idx[:, :, None] if s.kv_axis else idx
     out: Feeds = {
         "query": np.ascontiguousarray(q),

@@ -201,13 +201,13 @@ def runs(model: onnx.ModelProto, feeds: Feeds) -> bool:
     return any(np.isfinite(o.astype(np.float64)).any() for o in outs)
 
 
-def survives(model: onnx.ModelProto, case: Case, bound: float = 1e-4) -> str:
-    """ "" when fusing the mutant is honest; otherwise what went wrong."""
+def survives(model: onnx.ModelProto, case: Case, bound: float = 1e-4) -> tuple[bool, str]:
+    """(whether anything was fused, what is wrong with the result: "" when it is honest)."""
     from sfa_onnx import fuse
 
     report = fuse(model)
     if not report.fused:
-        return ""
+        return False, ""
     draws = [case.feeds(3), *([case.stress(5)] if case.stress else [])]
     for feeds in draws:
         try:
@@ -215,11 +215,11 @@ def survives(model: onnx.ModelProto, case: Case, bound: float = 1e-4) -> str:
             error = difference(model, report.model, feeds, kind, nan_is_free=True)
         except Exception as problem:
             if runs(model, feeds):
-                return f"the fused model fails: {' '.join(str(problem).split())[:200]}"
+                return True, f"the fused model fails: {' '.join(str(problem).split())[:200]}"
             continue
         if not error <= bound:
-            return f"wrong numbers: {error:.1e}"
-    return ""
+            return True, f"wrong numbers: {error:.1e}"
+    return True, ""
 
 
 def main() -> int:
@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("-o", type=Path, default=Path(tempfile.gettempdir()) / "zoo" / "mutants")
     args = parser.parse_args()
     args.o.mkdir(parents=True, exist_ok=True)
-    tried = bad = 0
+    tried = fused = bad = 0
     for case in cases(args.k):
         if case.expect != "fuse" or case.tags["dtype"] == "bf16":
             continue
@@ -246,14 +246,15 @@ def main() -> int:
                 continue
             tried += 1
             try:
-                problem = survives(changed, case)
+                done, problem = survives(changed, case)
+                fused += done
             except Exception as error:
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if problem:
                 bad += 1
                 onnx.save(changed, args.o / f"{case.name}-{seed}.onnx")
                 print(f"{case.name} seed {seed}: {what}: {problem}", flush=True)
-    print(f"{tried} mutants, {bad} bad")
+    print(f"{tried} mutants, {fused} fused, {bad} bad")
     return 1 if bad else 0
 
 
