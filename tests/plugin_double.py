@@ -51,11 +51,10 @@ class Plugin:
         self._double.double_all_prototypes()
 
 
-def _compile(out: Path, sources, abi: int) -> Path:
+def _compile(out: Path, sources, abi: int) -> subprocess.Popen:
     command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
     command += [f"-I{ROOT / 'testing' / 'include'}", *map(str, sources), "-o", str(out)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return out
+    return subprocess.Popen(command)
 
 
 @functools.cache
@@ -66,8 +65,12 @@ def _load() -> Plugin:
     """
     folder = Path(tempfile.mkdtemp(prefix="sfa-onnx-plugin-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    double = _compile(folder / "libdouble.so", [ROOT / "testing" / "ge_double.cc"], abi=0)
-    library = _compile(folder / "libplugin.so", sorted((ROOT / "plugin").glob("*.cc")), abi=1)
+    double, library = folder / "libdouble.so", folder / "libplugin.so"
+    jobs = [
+        _compile(double, [ROOT / "testing" / "ge_double.cc"], abi=0),
+        _compile(library, sorted((ROOT / "plugin").glob("*.cc")), abi=1),
+    ]
+    assert [job.wait(timeout=300) for job in jobs] == [0, 0]
     return Plugin(double, library)
 
 

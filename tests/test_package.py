@@ -25,6 +25,15 @@ def no_cann(monkeypatch):
 
 
 @pytest.fixture
+def quick_compiler(no_cann, monkeypatch, tmp_path):
+    """The real compiler without its optimiser."""
+    path = tmp_path / "quick-g++"
+    path.write_text('#!/bin/bash\nexec g++ "${@/-O2/-O0}"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+
+
+@pytest.fixture
 def fake_cann(no_cann, monkeypatch, tmp_path):
     """A toolkit reduced to the headers our plug-in includes."""
     home = tmp_path / "cann"
@@ -60,7 +69,7 @@ def test_set_env_puts_the_vendor_first_wherever_the_folder_lies(no_cann, tmp_pat
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_plug_in_is_built_when_a_toolkit_is_there(fake_cann, tmp_path):
+def test_the_plug_in_is_built_when_a_toolkit_is_there(fake_cann, quick_compiler, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     done = package.write(out)
@@ -71,7 +80,7 @@ def test_the_plug_in_is_built_when_a_toolkit_is_there(fake_cann, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_build_script_builds_it_later(no_cann, tmp_path):
+def test_the_build_script_builds_it_later(quick_compiler, tmp_path):
     package.write(tmp_path)
     headers = SOURCES / "testing"
     env = os.environ | {"ASCEND_HOME_PATH": str(headers)}
