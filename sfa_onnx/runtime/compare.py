@@ -189,7 +189,7 @@ class _Comparison:
             else:  # the original rounds at every step; the float32 twin hardly at all
                 bfloat16 = [TensorProto.BFLOAT16]
                 other = twin(self.original, bfloat16, TensorProto.FLOAT, rounded=True)
-            return execute(other, self.folders[0], feeds)
+            return execute(other, self.folders[0], feeds, as_written=True)
         except SfaError as error:
             _LOG.debug("no twin for the noise floor: %s", error)
             self._note("no noise floor for the whole graph: it does not run in another precision")
@@ -277,7 +277,7 @@ class _Comparison:
                 known = ElemTypes(self.original)
                 bfloat16 = [TensorProto.BFLOAT16]
                 other = twin(region, bfloat16, TensorProto.FLOAT, rounded=True, known=known)
-            return execute(other, self.folders[0], feeds)
+            return execute(other, self.folders[0], feeds, as_written=True)
         except SfaError as error:
             _LOG.debug("no twin for a site's noise floor: %s", error)
             return {}

@@ -91,11 +91,15 @@ def execute(
     folder: Path | None,
     feeds: Mapping[str, Array],
     outputs: list[str] | None = None,
+    *,
+    as_written: bool = False,
 ) -> dict[str, Array]:
     """Run a model whose weights, if external, lie in `folder`; feeds it does not take are left."""
     if outputs is not None and not outputs:
         return {}
     options = ort.SessionOptions()
+    if as_written:  # optimisers fuse into operators that lack a float64 kernel
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # errors are raised; the log would repeat them
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder))
