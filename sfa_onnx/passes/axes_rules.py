@@ -229,6 +229,8 @@ def _scrubbed(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """Where(IsNaN(x), 0, x): x, as far as x is a number."""
     index = tracer.index
     guard = index.origin(node.input[0])
+    if guard is not None and guard.op_type == "Cast":  # bool to bool, as TorchScript writes it
+        guard = index.origin(guard.input[0])
     same = (
         guard is not None
         and guard.op_type == "IsNaN"

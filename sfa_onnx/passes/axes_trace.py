@@ -177,9 +177,10 @@ class Tracer:
         `size` is that of the axis it indexes: an index modulo that size is the index, wrapped.
         """
         self.spend(ref.value)
+        known = self._known_index(ref)  # also where index tensors are opaque, a number is a number
+        if known is not None and (not self.opaque or not known.terms):
+            return known
         if not self.opaque:
-            if (known := self._known_index(ref)) is not None:
-                return known
             node = self.index.node_of(ref.value)
             arithmetic = None if node is None else self._index_arithmetic(node, ref, size)
             if arithmetic is not None:

@@ -104,6 +104,8 @@ def _additive_node(
         return _scatter(tracer, node, ref, is_bool=False)
     if op == "ScatterND" and not negated:
         return _scatter_where(tracer, node, ref)
+    if op == "Trilu" and not negated and is_hidden(tracer, node.input[0]):
+        return [Visible(ref, is_bool=False)]  # the other triangle is 0
     return None
 
 

@@ -14,7 +14,7 @@ from sfa_onnx.passes.bind_mask import Visible
 from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
-from sfa_onnx.passes.bind_sources import all_reads, index_sources
+from sfa_onnx.passes.bind_sources import all_reads, all_selected, index_sources, key_limit
 from sfa_onnx.passes.build import axis_labels
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.index import GraphIndex
@@ -322,18 +322,20 @@ def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names)
         if any(c.reads for c in source.coords):
             axes = tuple("M" if c.reads else a for a, c in zip(axes, source.coords, strict=True))
             known[value] = Operand(value, Role.BLOCK_TABLE, axes, elem)
-        elif "K" in axes:
+        elif any(a.partition("_of_")[0] == "K" for a in axes):  # a longer row may be cut
             known[value] = Operand(value, Role.INDICES, axes, elem, _indices_domain(site, value))
 
 
 def _indices_domain(site: Site, value: str) -> Domain:
-    node = site.tracer.index.node_of(value)
-    topk = site.tracer.index.label(site.tracer.index.producer[value]) if node is not None else ""
+    index = site.tracer.index
+    node = index.node_of(value)
+    topk = index.label(index.producer[value]) if node and node.op_type == "TopK" else ""
+    joined = node is not None and not topk and all_selected(index, node)
     return Domain(
         distinct=bool(topk),
         low=0,
-        high="S2",
-        negative_allowed=not topk,
+        high=key_limit(site),
+        negative_allowed=not topk and not joined,
         assumption="indices are distinct and in range" if topk else "indices are in range",
         discharged_by=f"TopK {topk}" if topk else "the caller",
     )

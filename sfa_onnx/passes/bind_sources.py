@@ -6,13 +6,17 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 
-from sfa_onnx.passes.axes import Expr, Read
+from sfa_onnx.passes.axes import Expr, Read, label_of
 from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
+from sfa_onnx.passes.bind_site import Site
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.shapes_rules import attributes
 
-__all__ = ["all_reads", "index_sources"]
+__all__ = ["all_reads", "all_selected", "index_sources", "key_limit"]
 
 _ARITHMETIC = ("Abs", "Add", "Cast", "Clip", "Div", "Floor", "Max", "Min", "Mod", "Mul", "Neg")
 _LOGIC = ("And", "BitShift", "BitwiseAnd", "Equal", "Greater", "GreaterOrEqual", "Less", "Not")
+_STEPS = 8
 _ELEMENTWISE = frozenset((*_ARITHMETIC, *_LOGIC, "LessOrEqual", "Or", "Sub", "Where"))
 
 
@@ -34,12 +38,20 @@ def index_sources(tracer: Tracer, ref: Ref) -> dict[str, Ref]:
             continue
         seen.add(here)
         node = tracer.index.node_of(here.value)
-        if node is None or node.op_type == "TopK":
+        if node is None or node.op_type == "TopK" or _joins(node, here):
             if here.value not in tracer.index.initializers:
                 found.setdefault(here.value, here)
             continue
         stack += _behind(tracer, node, here)
     return found
+
+
+def _joins(node: onnx.NodeProto, ref: Ref) -> bool:
+    """Whether rows of entries are joined here, such as selected keys and a window."""
+    rank = len(ref.coords)
+    if node.op_type != "Concat" or not rank or not ref.coords[-1].labels:
+        return False
+    return int(attributes(node)["axis"]) % rank == rank - 1
 
 
 def _behind(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Ref]:
@@ -52,3 +64,43 @@ def _behind(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Ref]:
         return []
     inner = [Ref(r.value, r.coords) for r in all_reads(step.ref.coords)]
     return [step.ref, *inner]
+
+
+def all_selected(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether joined indices are results of TopK and constants: none is negative."""
+    for name in node.input:
+        for _ in range(_STEPS):
+            maker = index.node_of(name)
+            if maker is None or maker.op_type not in ("Cast", "Expand", "Identity", "Slice"):
+                break
+            name = maker.input[0]
+        constant = index.constant(name)
+        if maker is not None and maker.op_type == "TopK":
+            continue
+        if constant is None or bool((constant < 0).any()):
+            return False
+    return True
+
+
+def key_limit(site: Site) -> str | int:
+    """All keys there are, or their number where the graph reads the front of a longer buffer."""
+    tracer, deep = site.tracer, site.nope.deep.ref
+    stored = _key_axis(site, deep)
+    for ref in (s.ref for s in site.nope.path):
+        axis = _key_axis(site, ref)
+        if axis is None:
+            continue
+        size = tracer.shape(ref.value)[axis]
+        longer = stored is not None and size < tracer.shape(deep.value)[stored]
+        return size if longer and tracer.static(ref.value, axis) else "S2"
+    return "S2"
+
+
+def _key_axis(site: Site, ref: Ref) -> int | None:
+    """The axis that runs over keys, or that the selection addresses, from its start."""
+    for axis, coordinate in enumerate(ref.coords):
+        if site.selected and label_of(coordinate) == site.key:
+            return axis
+        if coordinate.reads and coordinate == Expr.of(coordinate.reads[0]):
+            return axis
+    return None

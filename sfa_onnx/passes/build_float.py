@@ -12,7 +12,7 @@ from sfa_onnx.passes.axes_trace import Ref
 from sfa_onnx.passes.bind_rows import Columns, State
 from sfa_onnx.passes.build import Group, axis_labels
 from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows, split_rows
-from sfa_onnx.passes.build_rows import cache, gathered
+from sfa_onnx.passes.build_rows import cache, gathered, unrounded
 from sfa_onnx.passes.build_select import (
     from_topk,
     gathered_entries,
@@ -31,7 +31,7 @@ def build_float(plan: Plan) -> Built | None:
     nope, rope = queries(plan)
     if site.selected:
         keys, entries, family = dense_keys(plan)
-    elif (direct := None if site.tracer.opaque else direct_keys(plan)) is not None:
+    elif (direct := direct_keys(plan)) is not None:
         keys, entries, family = (*direct, "float-gather")
     elif not site.tracer.opaque:
         return None
@@ -112,8 +112,14 @@ def gathered_keys(plan: Plan) -> tuple[tuple[str, str], str, str]:
 
 
 def direct_keys(plan: Plan) -> tuple[tuple[str, str], str] | None:
-    """(keys, entries) over the cache itself when one index tensor addresses its token axis."""
+    """(keys, entries) over the cache itself when one index tensor addresses its token axis.
+
+    A bare index (no mask, not from TopK) that is added to an offset into all sequences may leave
+    its own one: then (`Tracer.opaque`) all rows are one sequence, addressed by the finished sum.
+    """
     site, e = plan.site, plan.e
+    if site.tracer.opaque and site.visible:
+        return None
     columns = [c for c in (site.nope, site.rope) if c is not None]
     read = _common_read(columns, site.key)
     if read is None:
@@ -133,6 +139,9 @@ def direct_keys(plan: Plan) -> tuple[tuple[str, str], str] | None:
     indices = Ref(read.value, read.coords)
     if key is None or not _fits(plan, indices, key, paths[0][0][0]):
         return None
+    bare = not site.visible and not from_topk(site.tracer, indices)
+    if bare and any(_offset(c, read) for c in columns):
+        return None
     batch = {x for states, label in paths for x in states[-1].ref.labels} - {key}
     plan.batch = [x for x in site.rows if x in batch]
     plan.tokens = [x for x in site.rows if x not in batch]
@@ -147,11 +156,17 @@ def direct_keys(plan: Plan) -> tuple[tuple[str, str], str] | None:
 def _common_read(columns: Sequence[Columns], key: Label) -> Read | None:
     reads = []
     for c in columns:
-        own = [r for x in c.deep.ref.coords for r in x.reads]
+        own = list(dict.fromkeys(r for x in c.deep.ref.coords for r in x.reads))
         if len(own) != 1 or not any(label_of(x) == key for x in own[0].coords):
             return None
         reads.append(own[0])
     return reads[0] if all(r == reads[0] for r in reads) else None
+
+
+def _offset(columns: Columns, read: Read) -> bool:
+    """Whether the gather itself reads at a sum of the index and something else."""
+    at = next(s.ref for s in columns.path if any(c.reads for c in s.ref.coords))
+    return Expr.of(read) not in at.coords
 
 
 def _behind_gather(plan: Plan, columns: Columns, read: Read) -> tuple[int, list[State]] | None:
@@ -159,7 +174,7 @@ def _behind_gather(plan: Plan, columns: Columns, read: Read) -> tuple[int, list[
     alone = Expr.of(read)
     found: list[State] = []
     size = 0
-    for state in columns.path:
+    for state in unrounded(plan, columns.path, plan.elem_type):
         coords = state.ref.coords
         if alone not in coords or state.factor != columns.deep.factor:
             continue

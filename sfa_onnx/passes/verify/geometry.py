@@ -89,7 +89,7 @@ class _Layout:
         else:
             capacity = dims.capacity
             keys = _lengths(problem, draw, rng, queries, capacity)
-            start = np.arange(dims.batches) * capacity
+            start = np.arange(dims.batches) * dims.keys[-1]
         for role, counts, key in (
             (Role.LENGTHS_QUERY, queries, "layout_query"),
             (Role.LENGTHS_KV, keys, "layout_kv"),

@@ -189,7 +189,8 @@ class Sizer:
             batches, capacity = self._packed_batches(shapes), keys[-1]
         else:
             batches = keys[0] if len(keys) > 1 else 1
-            capacity = keys[-1]
+            high = _operand(self._candidate, Role.INDICES).domain.high
+            capacity = min(keys[-1], high) if isinstance(high, int) else keys[-1]
         rows = indices[:-1]
         axis = self._batch_axis(rows, batches)
         return Dims(batches, rows, axis, indices[-1], capacity, keys, swapped)
@@ -211,7 +212,7 @@ class Sizer:
         while len(axes) > 2 and any(shape[i] == 1 for i in axes):
             axes.remove(next(i for i in reversed(axes) if shape[i] == 1))
         axes = axes[:2]
-        labels = [operand.axes[i] for i in axes]
+        labels = [operand.axes[i].partition("_of_")[0] for i in axes]
         sizes = tuple(shape[i] for i in axes)
         swapped = labels == ["S2", "B"]
         if self._layout_kv == "TND":
@@ -280,7 +281,7 @@ class Sizer:
         if self._layout_kv == "TND":
             return "T2"
         axes = [i for i in range(rank - 1) if operand.axes[i] != "1"]
-        if [operand.axes[i] for i in axes[:2]] == ["S2", "B"]:
+        if [operand.axes[i].partition("_of_")[0] for i in axes[:2]] == ["S2", "B"]:
             return "S2" if axis == axes[0] else "B"
         return "S2" if axis == axes[min(1, len(axes) - 1)] else "B"
 

@@ -1,0 +1,118 @@
+"""Spellings that people write and export, found by an outside examiner: fused, and the same."""
+
+import numpy as np
+import pytest
+from onnx import parser
+
+import sfa_onnx
+from sfa_onnx.runtime import run, session
+
+_HEAD = """<ir_version: 8, opset_import: ["" : 17]>
+site (float[2,3,4,40] q, {cache}, {select}) => (float[2,3,4,32] o)
+<int64[1] kk={{8}}, float sc={{0.15}}, int64[1] m1={{-1}}, int64[1] ax1={{1}}, int64[1] ax2={{2}},
+ int64[1] z={{0}}, int64[1] c4={{4}}, int64[1] c32={{32}}, int64[1] ax3={{3}}, int64[1] s24={{24}},
+ float zero={{0.0}}, float ninf={{-1e30}}, int64 first={{0}}, int64 page={{16}}>
+{{
+"""
+_TAIL = """
+ kt = Transpose<perm=[0,1,3,2]>(k)
+ s = MatMul(q, kt)
+ sm = Mul(s, sc)
+ p0 = Softmax<axis=-1>(sm)
+ {guard}
+ v = Slice(k, z, c32, ax3)
+ o = MatMul(p, v)
+}}"""
+_DENSE = """
+ k4 = Unsqueeze(kv, ax1)
+ kt = Transpose<perm=[0,1,3,2]>(k4)
+ s = MatMul(q, kt)
+ sm = Mul(s, sc)
+ m4 = Unsqueeze(mask, ax2)
+ masked = Add(sm, m4)
+ p = Softmax<axis=-1>(masked)
+ v = Slice(k4, z, c32, ax3)
+ o = MatMul(p, v)
+}"""
+_CACHE, _SCORES = "float[2,24,40] kv", "float[2,3,24] scores"
+_PLAIN = "p = Identity(p0)"
+_GATHER = "ix = Unsqueeze(idx, m1)\n k = GatherND<batch_dims=1>(kv, ix)"
+_SCATTER = """val, idx = TopK(scores, kk)
+ shp = Shape(scores)
+ far = ConstantOfShape<value=float[1] {-1e30}>(shp)
+ ish = Shape(idx)
+ none = ConstantOfShape<value=float[1] {0.0}>(ish)
+ sel = ScatterElements<axis=-1>(far, idx, none)"""
+
+
+def _gather(body, guard=_PLAIN, cache=_CACHE, select=_SCORES):
+    text = _HEAD.format(cache=cache, select=select) + body + _TAIL.format(guard=guard)
+    return parser.parse_model(text)
+
+
+def _dense(body, cache=_CACHE):
+    return parser.parse_model(_HEAD.format(cache=cache, select=_SCORES) + body + _DENSE)
+
+
+def _feeds(model, seed):
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for info in model.graph.input:
+        shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
+        feeds[info.name] = rng.standard_normal(shape).astype(np.float32)
+        if info.name == "chosen":
+            rows = [rng.permutation(24)[: shape[-1]] for _ in range(6)]
+            feeds[info.name] = np.reshape(rows, shape).astype(np.int32)
+    return feeds
+
+
+SITES = {
+    "one kv head, selected by a constant": _gather(
+        "idx0 = Gather<axis=2>(chosen, first)\n idx = Cast<to=7>(idx0)\n" + _GATHER,
+        select="int32[2,3,1,8] chosen",
+    ),
+    "the best four of eight": _gather(
+        "val, many = TopK(scores, kk)\n idx = Slice(many, z, c4, ax2)\n" + _GATHER
+    ),
+    "selected keys and a window": _gather(
+        "val, best = TopK(scores, kk)\n"
+        " last = Constant<value=int64[2,3,2] {22,23,22,23,22,23,22,23,22,23,22,23}>()\n"
+        " idx = Concat<axis=2>(best, last)\n" + _GATHER
+    ),
+    "NaN guard through a cast": _gather(
+        "val, idx = TopK(scores, kk)\n" + _GATHER,
+        guard="bad = IsNaN(p0)\n flag = Cast<to=9>(bad)\n p = Where(flag, zero, p0)",
+    ),
+    "front of a buffer [S2, B, D]": _dense(
+        "whole = Transpose<perm=[1,0,2]>(ring)\n kv = Slice(whole, z, s24, ax1)\n"
+        + _SCATTER
+        + "\n mask = Identity(sel)",
+        cache="float[32,2,40] ring",
+    ),
+    "gather from the front of a buffer": _gather(
+        "kv = Slice(buffer, z, s24, ax1)\n val, idx = TopK(scores, kk)\n" + _GATHER,
+        cache="float[2,32,40] buffer",
+    ),
+    "causal mask by Trilu": _dense(
+        _SCATTER
+        + "\n table = Constant<value=float[3,24] {"
+        + ",".join(["-1e30"] * 72)
+        + "}>()\n upper = Constant<value=int64 {22}>()\n tri = Trilu<upper=1>(table, upper)\n"
+        " mask = Add(sel, tri)"
+    ),
+    "cache rounded to float16 in a float32 graph": _gather(
+        "half = Cast<to=10>(kv)\n val, idx = TopK(scores, kk)\n ix = Unsqueeze(idx, m1)\n"
+        " kh = GatherND<batch_dims=1>(half, ix)\n k = Cast<to=1>(kh)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_fused_and_equal(name):
+    report = sfa_onnx.fuse(SITES[name])
+    assert [s.status for s in report.sites] == ["fused"], report.sites
+    before, after = session(SITES[name]), session(report.model)
+    for seed in (1, 2):
+        feeds = _feeds(SITES[name], seed)
+        want, got = (np.asarray(run(s, feeds)["o"]) for s in (before, after))
+        assert np.abs(want - got).max() <= 1e-5 * np.abs(want).max()
