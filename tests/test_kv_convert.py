@@ -151,6 +151,21 @@ def test_packed_interface_is_listed_and_rows_are_exact() -> None:
     np.testing.assert_array_equal(out[:, past.shape[1] :], new)
 
 
+def test_paged_interface_names_the_dims_it_shares() -> None:
+    source = growing()
+    for value in source.graph.input:
+        if value.name.endswith(("new_c", "new_r")):
+            value.type.tensor_type.shape.dim[2].dim_value = 1
+    report = convert(source, to="paged-int8", block_size=16, tile_size=TILE)
+    dims = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in report.model.graph.input
+    }
+    assert dims["block_table"] == ["b", "blocks_per_sequence"]
+    assert dims["slot_mapping"] == ["b"]
+    assert dims["actual_seq_lengths_kv"] == ["b"]
+
+
 def test_pages_change_only_at_the_new_slots() -> None:
     source = growing()
     report = convert(source, to="paged-int8", block_size=16, tile_size=TILE)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console
+from sfa_onnx.cli.execute import load_inputs
 from sfa_onnx.errors import UsageError
 
 __all__ = ["add_verbs"]
@@ -51,6 +52,9 @@ def _add_atc(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--binding", choices=("kv-quant", "recipes"), default="kv-quant")
     parser.add_argument("--npu-dtype", choices=("bf16", "fp16"), help="cast float32 queries")
     parser.add_argument("--dim", action="append", default=[], metavar="NAME=N", help="bind a dim")
+    parser.add_argument("--inputs", type=Path, help="inputs.npz to write for the device run")
+    parser.add_argument("--before", type=Path, help="the original, for the node mapping")
+    parser.add_argument("--no-run", action="store_true", help="do not run atc even if it is here")
     parser.add_argument("--scope", help="layer:N or stage:A-B: cut out the part to convert")
     parser.add_argument("--force", action="store_true", help="overwrite files in the folder")
     parser.set_defaults(action=_atc)
@@ -119,6 +123,9 @@ def _atc(args: argparse.Namespace, console: Console) -> int:
         npu_dtype=args.npu_dtype,
         dims=_dims(args.dim),
         scope=args.scope,
+        inputs=load_inputs(args.inputs),
+        before=args.before,
+        execute=not args.no_run,
         force=args.force,
     )
     show_ascend.handover_report(console, report)

@@ -95,7 +95,7 @@ class Boundary:
             elif value.name not in ropes:
                 kept.append(value)
         if self.form == "paged-int8":
-            kept.extend(self._page_inputs(kept))
+            kept.extend(self._page_inputs(kept, translators[0].fresh))
         del self.graph.input[:]
         self.graph.input.extend(kept)
 
@@ -109,14 +109,16 @@ class Boundary:
         dims = [shape[stream.axis(label)] if stream.axis(label) >= 0 else 1 for label in ("B", "S")]
         return helper.make_tensor_value_info(name, TensorProto.INT8, [*dims, 1, row_bytes])
 
-    def _page_inputs(self, present: list[onnx.ValueInfoProto]) -> list[onnx.ValueInfoProto]:
+    def _page_inputs(
+        self, present: list[onnx.ValueInfoProto], fresh: dict[str, int | str | None]
+    ) -> list[onnx.ValueInfoProto]:
         names = {value.name for value in present}
         wanted: dict[str, list[Any]] = {
-            BLOCK_TABLE: ["page_batch", "blocks_per_sequence"],
-            LENGTHS_KV: ["page_batch"],
+            BLOCK_TABLE: [fresh["B"] or "page_batch", "blocks_per_sequence"],
+            LENGTHS_KV: [fresh["B"] or "page_batch"],
         }
         if any(SLOT_MAPPING in node.input for node in self.emit.nodes):
-            wanted[SLOT_MAPPING] = ["new_rows"]
+            wanted[SLOT_MAPPING] = [_product(fresh["B"], fresh["S"])]
         clash = [name for name in wanted if name in names]
         if clash:
             raise ModelError(f"the model already has an input called {clash[0]}; rename it first")
@@ -232,3 +234,12 @@ def _entry(translator: Translator, done: Translated, latent_out: str, rope_out: 
         tile=row.tile,
         elem_type=translator.query_type,
     )
+
+
+def _product(batch: int | str | None, rows: int | str | None) -> int | str:
+    """B * S1 where one of them is 1 or both are numbers; a name of its own otherwise."""
+    if isinstance(batch, int) and isinstance(rows, int):
+        return batch * rows
+    if batch == 1 and rows is not None:
+        return rows
+    return batch if rows == 1 and batch is not None else "new_rows"

@@ -50,6 +50,8 @@ class Translator:
         self.row = row
         self.form = form
         self.done: dict[tuple[str, str], Translated] = {}
+        # How many rows one run appends, and for how many sequences, as far as the file tells.
+        self.fresh: dict[str, int | str | None] = {"B": None, "S": None}
         self.caches: dict[str, CacheInput] = {}
 
     def packed(self, latent: Stream, rope: Stream | None) -> Translated:
@@ -67,8 +69,17 @@ class Translator:
         rot = None if rope is None else peel(self.index, rope)
         key = (lat.value, rot.value if rot else "")
         if key not in self.done:
+            self._count(lat)
             self.done[key] = Translated(lat, rot, self.pack(lat, rot), None)
         return self.done[key]
+
+    def _count(self, fresh: Stream) -> None:
+        shape = self.index.shape(fresh.value)
+        if shape is None or len(shape) != len(fresh.axes):
+            return
+        for label in self.fresh:
+            axis = fresh.axis(label)
+            self.fresh[label] = shape[axis] if axis >= 0 else 1
 
     def _translate(self, lat: Stream, rot: Stream | None) -> Translated:
         if self.index.is_graph_input(lat.value) and self._both_inputs(rot):

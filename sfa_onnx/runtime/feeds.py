@@ -171,7 +171,7 @@ class _Feeds:
         while queue:
             value = queue.pop(0)
             for node, slot in self.readers.get(value, ()):
-                op = find_op(node.domain, node.op_type) if node.domain else None
+                op = find_op(node.domain, node.op_type)
                 if op is not None and slot < len(op.inputs):
                     return node, op.inputs[slot].name
                 if node.op_type == "Gather" and slot == 1:
