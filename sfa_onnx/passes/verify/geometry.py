@@ -207,12 +207,14 @@ def _mask(
     Over slots (last axis K) the first slot stays visible, over keys each sequence's common key.
     """
     shape = problem.shapes[operand.value]
+    if not shape:  # one switch for everything: off would leave every row empty
+        return np.asarray(True)
     mask = rng.random(shape) < (1.0 if draw.lengths == "full" else draw.visible)
     if _over_slots(problem, operand):
         mask[..., 0] = True
         return mask
     for key in common if len(common) > 1 else common[:1]:
-        if shape and key < shape[-1]:
+        if key < shape[-1]:
             mask[..., key] = True
     return mask
 
