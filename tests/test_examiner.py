@@ -18,7 +18,7 @@ _TAIL = """
  kt = Transpose<perm=[0,1,3,2]>(k)
  s = MatMul(q, kt)
  sm = Mul(s, sc)
- p0 = Softmax<axis=-1>(sm)
+ {below}
  {guard}
  v = Slice(k, z, c32, ax3)
  o = MatMul(p, v)
@@ -35,6 +35,7 @@ _DENSE = """
  o = MatMul(p, v)
 }"""
 _CACHE, _SCORES = "float[2,24,40] kv", "float[2,3,24] scores"
+_SOFTMAX = "p0 = Softmax<axis=-1>(sm)"
 _PLAIN = "p = Identity(p0)"
 _GATHER = "ix = Unsqueeze(idx, m1)\n k = GatherND<batch_dims=1>(kv, ix)"
 _SCATTER = """val, idx = TopK(scores, kk)
@@ -45,8 +46,8 @@ _SCATTER = """val, idx = TopK(scores, kk)
  sel = ScatterElements<axis=-1>(far, idx, none)"""
 
 
-def _gather(body, guard=_PLAIN, cache=_CACHE, select=_SCORES):
-    text = _HEAD.format(cache=cache, select=select) + body + _TAIL.format(guard=guard)
+def _gather(body, guard=_PLAIN, cache=_CACHE, select=_SCORES, below=_SOFTMAX):
+    text = _HEAD.format(cache=cache, select=select) + body + _TAIL.format(guard=guard, below=below)
     return parser.parse_model(text)
 
 
@@ -83,6 +84,16 @@ SITES = {
         "val, idx = TopK(scores, kk)\n" + _GATHER,
         guard="bad = IsNaN(p0)\n flag = Cast<to=9>(bad)\n p = Where(flag, zero, p0)",
     ),
+    "nan_to_num": _gather(
+        "val, idx = TopK(scores, kk)\n" + _GATHER,
+        guard="bad = IsNaN(p0)\n p1 = Where(bad, zero, p0)\n up = Greater(p0, zero)\n"
+        " inf = IsInf(p0)\n hot = And(up, inf)\n p = Where(hot, sc, p1)",
+    ),
+    "softmax of what is below the maximum": _gather(
+        "val, idx = TopK(scores, kk)\n" + _GATHER,
+        below="top = ReduceMax<axes=[-1], keepdims=1>(sm)\n low = Sub(sm, top)\n"
+        " p0 = Softmax<axis=-1>(low)",
+    ),
     "front of a buffer [S2, B, D]": _dense(
         "whole = Transpose<perm=[1,0,2]>(ring)\n kv = Slice(whole, z, s24, ax1)\n"
         + _SCATTER
@@ -116,3 +127,20 @@ def test_fused_and_equal(name):
         feeds = _feeds(SITES[name], seed)
         want, got = (np.asarray(run(s, feeds)["o"]) for s in (before, after))
         assert np.abs(want - got).max() <= 1e-5 * np.abs(want).max()
+
+
+NEAR = {
+    "weights cut at a threshold": (
+        "up = Greater(p0, sc)\n p = Where(up, zero, p0)",
+        "between softmax and weighted sum",
+    ),
+    "weights squared": ("p = Mul(p0, p0)", "also used by Mul"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses_are_refused(name):
+    guard, words = NEAR[name]
+    report = sfa_onnx.fuse(_gather("val, idx = TopK(scores, kk)\n" + _GATHER, guard=guard))
+    assert [s.status for s in report.sites] == ["refused"]
+    assert words in report.sites[0].reason

@@ -150,7 +150,8 @@ def _other_use(index: GraphIndex, i: int, value: str) -> Stop:
 
 _CARRIES_WEIGHTS = frozenset(
     ("Cast", "Dropout", "Expand", "Identity", "IsNaN", "Reshape", "Squeeze", "Transpose")
-) | frozenset(("Unsqueeze", "Where", "Flatten"))
+) | frozenset(("Unsqueeze", "Where", "Flatten", "And", "Greater", "IsInf", "Less"))
+_TESTS = 8
 
 
 def _sides(tracer: Tracer, anchor: Anchor, step: Dot) -> tuple[Ref, Ref]:
@@ -158,7 +159,7 @@ def _sides(tracer: Tracer, anchor: Anchor, step: Dot) -> tuple[Ref, Ref]:
     for weights, value in ((step.a, step.b), (step.b, step.a)):
         ref = weights
         while ref.value != anchor.weights:
-            back = tracer.step(ref)
+            back = _behind_infinity(tracer, anchor, ref) or tracer.step(ref)
             if not isinstance(back, Move):
                 break
             ref = back.ref
@@ -168,6 +169,27 @@ def _sides(tracer: Tracer, anchor: Anchor, step: Dot) -> tuple[Ref, Ref]:
         "something other than a cast, a view or a NaN guard lies between softmax and weighted sum",
         anchor.weights,
     )
+
+
+def _behind_infinity(tracer: Tracer, anchor: Anchor, ref: Ref) -> Move | None:
+    """Behind Where(weights are infinite, number, x), as nan_to_num leaves it: they never are."""
+    index = tracer.index
+    node = index.origin(ref.value)
+    if node is None or node.op_type != "Where" or tracer.fill(node.input[1]) is None:
+        return None
+    tests = [node.input[0]]
+    for name in tests:
+        test = index.origin(name)
+        if test is not None and test.op_type in ("And", "Cast") and len(tests) < _TESTS:
+            tests += test.input
+        elif test is not None and test.op_type == "IsInf":
+            tested = test.input[0]
+            while tested != anchor.weights and (maker := index.origin(tested)) is not None:
+                if maker.op_type not in ("Cast", "Where"):
+                    return None
+                tested = maker.input[0 if maker.op_type == "Cast" else 2]
+            return Move(tracer.operand(node.input[2], ref.coords))
+    return None
 
 
 def _value_column(value: Ref, known: set[Label]) -> Label:

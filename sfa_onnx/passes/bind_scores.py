@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind_mask import Literal, additive, boolean, is_hidden
+from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["Scores", "Term", "read_scores", "scatters_where"]
 
@@ -106,6 +108,8 @@ def _added(
     scores = [o for o in operands if _leads_to_product(tracer, o.value)]
     masks = [o for o in operands if o not in scores]
     if node.op_type == "Sub":
+        if _less_maximum(tracer, node):
+            return [(operands[0], factor)]
         if scores != operands[:1]:
             raise Stop(
                 "scores are subtracted from something", ref.value, "expected scores plus mask"
@@ -117,6 +121,19 @@ def _added(
     for mask in masks:
         found.masks.extend(additive(tracer, mask))
     return [(s, factor) for s in scores]
+
+
+def _less_maximum(tracer: Tracer, node: onnx.NodeProto) -> bool:
+    """S - max(s) over the last axis, which a softmax over that axis does not see."""
+    index = tracer.index
+    top = index.origin(node.input[1])
+    if top is None or top.op_type != "ReduceMax" or not attributes(top).get("keepdims", 1):
+        return False
+    given = index.constant(top.input[1]) if len(top.input) > 1 and top.input[1] else None
+    axes = attributes(top).get("axes") if given is None else np.asarray(given).reshape(-1).tolist()
+    last = len(tracer.shape(node.input[0])) - 1
+    same = index.source(top.input[0]) == index.source(node.input[0])
+    return same and axes is not None and [int(a) % (last + 1) for a in axes] == [last]
 
 
 def _where(
