@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from onnx import parser
+from onnx import helper, parser
 
 import sfa_onnx
 from sfa_onnx.runtime import run, session
@@ -144,3 +144,18 @@ def test_near_misses_are_refused(name):
     report = sfa_onnx.fuse(_gather("val, idx = TopK(scores, kk)\n" + _GATHER, guard=guard))
     assert [s.status for s in report.sites] == ["refused"]
     assert words in report.sites[0].reason
+
+
+def test_an_opset_that_the_replacement_cannot_use_is_said():
+    model = _gather("val, idx = TopK(scores, kk)\n" + _GATHER)
+    model.opset_import[0].version = 12
+    for node in model.graph.node:
+        if node.op_type == "Unsqueeze":
+            del node.input[1:]
+            node.attribute.append(helper.make_attribute("axes", [-1]))
+        elif node.op_type == "Softmax":
+            node.attribute[0].i = 3
+    report = sfa_onnx.fuse(model, verify=False)
+    assert [s.status for s in report.sites] == ["refused"]
+    assert "imports opset 12" in report.sites[0].reason
+    assert "convert" in report.sites[0].hint

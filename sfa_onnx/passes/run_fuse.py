@@ -36,6 +36,7 @@ _STAGES = (
     *("kv-cache", "portable", "certificate", "save"),
 )
 
+_OLDEST_OPSET = 13  # Unsqueeze and ReduceSum take their axes as inputs since
 Progress = Callable[[str, float], None]
 Target = Literal["any", "ascend", "cpu"]
 CacheForm = Literal["keep", "int8", "packed-int8", "paged-int8"]
@@ -266,6 +267,11 @@ class _Run:
         """Reasons that need no execution."""
         if plan is not None and site.site_id not in plan.chosen:
             return Refusal("left out by the plan", hint="set fuse: true in the plan")
+        if (opset := index.opsets.get("", _OLDEST_OPSET)) < _OLDEST_OPSET:
+            return Refusal(
+                f"the model imports opset {opset}; what replaces a site needs {_OLDEST_OPSET}",
+                hint="convert it first: onnx.version_converter.convert_version(model, 17)",
+            )
         if self.target == "ascend" and site.npu_limits:
             return Refusal(
                 "the NPU kernel rejects this site: " + "; ".join(site.npu_limits),
