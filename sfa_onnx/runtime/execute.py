@@ -20,6 +20,8 @@ __all__ = ["execute", "fill_dims", "infos", "with_outputs", "with_structure"]
 
 Array = NDArray[Any]
 _FOLDER: Final = "session.model_external_initializers_file_folder_path"
+# Before 1.22 a model in memory finds its weights by absolute paths, which later ones reject.
+_KNOWS_FOLDER: Final = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 22)
 _SMALL: Final = 1 << 12  # elements of an integer tensor that is structure, not weights
 
 
@@ -86,6 +88,17 @@ def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
     return out
 
 
+def _located(model: ModelProto, folder: Path) -> ModelProto:
+    """A copy that names its external files by absolute paths."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    for tensor in out.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(folder / entry.value)
+    return out
+
+
 def execute(
     model: ModelProto,
     folder: Path | None,
@@ -101,8 +114,10 @@ def execute(
     if as_written:  # optimisers fuse into operators that lack a float64 kernel
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # errors are raised; the log would repeat them
-    if folder is not None:
+    if folder is not None and _KNOWS_FOLDER:
         options.add_session_config_entry(_FOLDER, str(folder))
+    elif folder is not None:
+        model = _located(model, folder)
     sess = session(model, options, allow_external=folder is not None)
     taken = {i.name for i in sess.get_inputs()}
     return run(sess, {n: a for n, a in feeds.items() if n in taken}, outputs)
