@@ -11,8 +11,16 @@ from sfa_onnx.passes.axes import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes_trace import Ref
 from sfa_onnx.passes.bind_rows import Columns, State
 from sfa_onnx.passes.build import Group, axis_labels
-from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows, split_rows
-from sfa_onnx.passes.build_rows import cache, gathered, unrounded
+from sfa_onnx.passes.build_plan import (
+    Built,
+    Plan,
+    deliver,
+    queries,
+    query_rows,
+    split_rows,
+    unrounded,
+)
+from sfa_onnx.passes.build_rows import cache, gathered
 from sfa_onnx.passes.build_select import (
     from_topk,
     gathered_entries,
@@ -174,7 +182,7 @@ def _behind_gather(plan: Plan, columns: Columns, read: Read) -> tuple[int, list[
     alone = Expr.of(read)
     found: list[State] = []
     size = 0
-    for state in unrounded(plan, columns.path, plan.elem_type):
+    for state in unrounded(plan.site, columns.path, plan.elem_type):
         coords = state.ref.coords
         if alone not in coords or state.factor != columns.deep.factor:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 
@@ -23,10 +24,12 @@ __all__ = [
     "queries",
     "query_rows",
     "split_rows",
+    "unrounded",
     "working_type",
 ]
 
 _T = onnx.TensorProto
+_MANTISSA: Final = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 
 
 @dataclass
@@ -150,7 +153,7 @@ def _row_factor(columns: Columns) -> float:
 
 
 def _pick_query(plan: Plan, query: Query) -> State:
-    path = _query_path(plan.site, query)
+    path = unrounded(plan.site, _query_path(plan.site, query), plan.elem_type)
     first = max(
         (i for i, s in enumerate(path) if s.factor != path[max(i - 1, 0)].factor), default=0
     )
@@ -159,6 +162,24 @@ def _pick_query(plan: Plan, query: Query) -> State:
         if sizes.elem_type(state.ref.value) == plan.elem_type and is_view(state.ref):
             return state
     return next(s for s in reversed(path[: first + 1]) if is_view(s.ref))
+
+
+def unrounded(site: Site, path: Sequence[State], elem_type: int) -> list[State]:
+    """The path up to a cast to a narrower type than the operator's: behind it, numbers differ.
+
+    The check in float64 cannot see this. Rows for an int8 operator are rounded by the operator.
+    """
+    if elem_type not in _MANTISSA:
+        return list(path)
+    kept: list[State] = []
+    fewest = max(_MANTISSA.values())
+    for state in path:
+        bits = _MANTISSA.get(site.tracer.sizes.elem_type(state.ref.value), 0)
+        if fewest < min(bits, _MANTISSA[elem_type]):
+            break
+        fewest = min(fewest, bits)
+        kept.append(state)
+    return kept
 
 
 def is_view(ref: Ref) -> bool:

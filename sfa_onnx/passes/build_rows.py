@@ -11,12 +11,11 @@ from sfa_onnx.passes.axes import Read, merge
 from sfa_onnx.passes.axes_trace import Ref, Stop
 from sfa_onnx.passes.bind_rows import State
 from sfa_onnx.passes.build import Emitter, Group, axis_labels
-from sfa_onnx.passes.build_plan import Plan, is_view
+from sfa_onnx.passes.build_plan import Plan, is_view, unrounded
 
-__all__ = ["cache", "gathered", "unrounded"]
+__all__ = ["cache", "gathered"]
 
 _T = onnx.TensorProto
-_MANTISSA: dict[int, int] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 
 
 def cache(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_type: int) -> str:
@@ -26,7 +25,7 @@ def cache(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_type:
     """
     e, sizes = plan.e, plan.site.tracer.sizes
     labels = {x for g in groups for x in g}
-    path = [s for s in unrounded(plan, path, elem_type) if s.factor == path[-1].factor]
+    path = [s for s in unrounded(plan.site, path, elem_type) if s.factor == path[-1].factor]
     ready = [s for s in path if is_view(s.ref) and s.ref.labels <= labels]
     exact = [s for s in ready if sizes.elem_type(s.ref.value) == elem_type]
     last: Stop | None = None
@@ -51,7 +50,7 @@ def gathered(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_ty
     e, site = plan.e, plan.site
     sizes = site.tracer.sizes
     labels = {x for g in groups for x in g}
-    path = [s for s in unrounded(plan, path, elem_type) if s.factor == path[-1].factor]
+    path = [s for s in unrounded(plan.site, path, elem_type) if s.factor == path[-1].factor]
     ready = [s for s in path if is_view(s.ref) and s.ref.labels <= labels]
     exact = [s for s in ready if not elem_type or sizes.elem_type(s.ref.value) == elem_type]
     choice = exact or ([] if elem_type == _T.INT8 else ready)
@@ -69,24 +68,6 @@ def gathered(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_ty
         if gathered:
             return gathered
     raise last or Stop(f"the gather of {path[-1].ref.value} is not understood", path[-1].ref.value)
-
-
-def unrounded(plan: Plan, path: Sequence[State], elem_type: int) -> list[State]:
-    """The path up to where it was cast to a narrower type: the numbers behind that are others.
-
-    Checks in float64 cannot see this. Rows for an int8 operator are rounded by the operator.
-    """
-    if elem_type not in _MANTISSA:
-        return list(path)
-    kept: list[State] = []
-    fewest = max(_MANTISSA.values())
-    for state in path:
-        bits = _MANTISSA.get(plan.site.tracer.sizes.elem_type(state.ref.value), 0)
-        if bits > fewest:
-            break
-        fewest = min(fewest, bits)
-        kept.append(state)
-    return kept
 
 
 def _gather_again(plan: Plan, ref: Ref, groups: Sequence[Group]) -> str:
