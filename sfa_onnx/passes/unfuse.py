@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 import onnx
-from onnx import inliner
 
 from sfa_onnx.errors import UsageError
 from sfa_onnx.model import load_model, save_model
-from sfa_onnx.op import ALL_OPS, find_op
+from sfa_onnx.op import find_op
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.report import FuseReport, SiteReport
 
@@ -25,7 +24,7 @@ def unfuse(
 ) -> FuseReport:
     """Replace our operators by standard ones; nothing of ours is needed to run the result.
 
-    Portable files carry the bodies already; for others they are made first.
+    Every other node and initializer stays as it is.
 
     Args:
         model: a fused model (path or `ModelProto`, which is not changed).
@@ -38,6 +37,8 @@ def unfuse(
     Raises:
         UsageError: the model holds none of our operators, or `output` exists.
     """
+    from sfa_onnx.runtime.portable import unfuse as standard_nodes
+
     source = load_model(model)
     index = GraphIndex.of(source)
     sites = [
@@ -53,7 +54,7 @@ def unfuse(
     ]
     if not sites:
         raise UsageError("the model holds no operator of ours, so there is nothing to unfuse")
-    result = _inline(source)
+    result = standard_nodes(source)
     report = FuseReport(
         model=result,
         sites=sites,
@@ -64,19 +65,3 @@ def unfuse(
         folder = None if isinstance(model, onnx.ModelProto) else Path(model).parent
         report.path = save_model(result, output, source_dir=folder, force=force)
     return report
-
-
-def _inline(source: onnx.ModelProto) -> onnx.ModelProto:
-    """Inline the bodies of our operators, then drop what only they needed."""
-    from sfa_onnx.runtime.portable import make_portable
-
-    portable = make_portable(source)
-    names = [(f.domain, f.name) for f in portable.functions if find_op(f.domain, f.name)]
-    result = inliner.inline_selected_functions(portable, names)
-    own = {op.domain for op in ALL_OPS}
-    used = {n.domain for n in result.graph.node} | {f.domain for f in result.functions}
-    for position in reversed(range(len(result.opset_import))):
-        domain = result.opset_import[position].domain
-        if domain in own and domain not in used:
-            del result.opset_import[position]
-    return result
