@@ -54,15 +54,17 @@ def cover(site: Site, output: str, queries: Iterable[str], used: Iterable[str]) 
             known[value] = _other_operand(site, value, inner, names)
     live = [known[v] for v in known if v in entering]
     needed = _upstream(site.tracer, list(used), known)[0]
-    removed = _dead(index, inner | _measured(index, inner), output, needed)
+    measured = _measured(index, inner, set(used))
+    removed = _dead(index, inner | measured, output, needed)
     sizes = dict(names.sizes)
     return Region(tuple(removed), tuple(sorted(inner - set(removed))), tuple(live), sizes)
 
 
-def _measured(index: GraphIndex, inner: set[int]) -> set[int]:
+def _measured(index: GraphIndex, inner: set[int], kept: set[str]) -> set[int]:
     """Nodes between an inner value and an inner `Shape`: they only lead to a size.
 
     `full_like(score[:, :, 0])` exports as a Gather of the scores whose shape alone is read.
+    What makes a `kept` value, which the replacement reads, is not followed.
     """
     between: set[int] = set()
     for i in inner:
@@ -72,7 +74,7 @@ def _measured(index: GraphIndex, inner: set[int]) -> set[int]:
         value = index.nodes[i].input[0]
         for _ in range(_MEASURE_STEPS):
             producer = index.producer.get(value)
-            if producer is None:
+            if producer is None or value in kept:
                 break
             if producer in inner:
                 between.update(chain)
