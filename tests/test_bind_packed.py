@@ -93,6 +93,16 @@ def test_pages_that_a_bare_index_may_leave_are_gathered() -> None:
     assert _difference(spec, before, report.model) <= BOUND["f16"]
 
 
+def test_a_bare_index_into_all_sequences_takes_them_as_one() -> None:
+    """index + b * S2 may point into another sequence: only the sum says which row is read."""
+    spec = replace(BASE, find="flat", masked=False)
+    before, report, _ = _fused(spec)
+    given = feeds(spec)
+    given["indices"][1, :, :3] = -5  # the sequence before
+    a, b = (runtime.run(m, given)["out"].astype(np.float64) for m in (before, report.model))
+    assert np.abs(a - b).max() <= BOUND["f16"] * np.abs(a).max()
+
+
 def test_a_mask_over_the_decoded_cache_becomes_indices() -> None:
     spec = replace(BASE, find="dense")
     before, report, node = _fused(spec)

@@ -36,14 +36,14 @@ def build_packed(site: PackedSite, e: Emitter) -> Built | None:
     paging: list[str] = []
     if site.selected:
         keys, entries, family = dense_keys(keyed)
-    elif site.tracer.opaque:
-        keys, entries, family = gathered_keys(keyed)
-    elif (paged := paged_keys(keyed)) is not None:
+    elif (paged := None if site.tracer.opaque else paged_keys(keyed)) is not None:
         keys, entries, paging, family = (paged.key, ""), paged.entries, paged.inputs, "paged"
     elif (direct := direct_keys(keyed)) is not None:
         keys, entries, family = (*direct, "gather")
-    else:
+    elif not site.tracer.opaque:
         return None
+    else:
+        keys, entries, family = gathered_keys(keyed)
     plan.batch, plan.tokens = keyed.batch, keyed.tokens
     groups: list[Group] = [plan.batch, plan.tokens, site.heads]
     query = query_rows(plan, nope, [*groups, [site.nope.label]])
