@@ -112,7 +112,6 @@ def export(
     opset: int = 18,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     optimize: bool = True,
-    names: Sequence[str] | None = None,
     args: tuple[Any, ...] = (),
 ) -> onnx.ModelProto:
     """Export `module(**inputs)`; inputs in the order of its forward.
@@ -131,7 +130,7 @@ def export(
                 args or tuple(inputs.values()),
                 buffer,
                 dynamo=False,
-                input_names=list(names or inputs),
+                input_names=list(inputs),
                 dynamic_axes={k: dict(v) for k, v in (dynamic or {}).items()},
                 **common,
             )
@@ -148,7 +147,7 @@ def export(
             kwargs=dict(inputs),
             dynamo=True,
             verbose=False,
-            input_names=list(names or inputs),
+            input_names=list(inputs),
             dynamic_shapes=shapes,
             optimize=optimize,
             **common,
