@@ -14,8 +14,8 @@ pytestmark = pytest.mark.kernel
 _HEAD = """<ir_version: 8, opset_import: ["" : 17]>
 site ({types}[2,3,4,40] q, float[2,24,40] kv, float[2,3,24] scores) => ({types}[2,3,4,32] o)
 <int64[1] kk={{8}}, float sc={{0.25}}, int64[1] m1={{-1}}, int64[1] ax2={{2}}, int64[1] z={{0}},
- int64[1] c32={{32}}, int64[1] ax3={{3}}, int64 depth={{24}}, int64[2] onoff={{0, 1}},
- float low={{-30000.0}}>
+ int64[1] c32={{32}}, int64[1] ax3={{3}}, int64[1] m3={{-3}}, int64 depth={{24}},
+ int64[2] onoff={{0, 1}}, float low={{-30000.0}}>
 {{
  val, idx = TopK(scores, kk)
 """
@@ -67,3 +67,60 @@ def test_a_float32_cache_under_a_float16_operator_is_read_in_place():
     model = _model(rows, scores, types="float16")
     fused = _fused(model, 5e-3)
     assert not any(n.op_type.startswith("Gather") and "kv" in n.input for n in fused.graph.node)
+
+
+_DENSE = " ax1 = Constant<value=int64[1] {1}>()\n k = Unsqueeze(kv, ax1)\n"
+_EXP = " top = ReduceMax<axes=[-1]>(s)\n x = Sub(s, top)\n e = Exp(x)\n"
+_HITS = " one = OneHot<axis=-1>(idx, depth, onoff)\n hits = ReduceSum<keepdims=0>(one, ax2)\n"
+_SITES = {
+    "exp(log_softmax)": _model(weights=" l = LogSoftmax<axis=-1>(s)\n p = Exp(l)\n"),
+    "the product written out": _model(
+        scores=" q5 = Unsqueeze(q, ax3)\n k5 = Unsqueeze(k, ax2)\n each = Mul(q5, k5)\n"
+        " raw = ReduceSum<keepdims=0>(each, m1)\n s = Mul(raw, sc)\n"
+    ),
+    "one-hot mask": _model(
+        _DENSE + _HITS,
+        weights=" on = Cast<to=9>(hits)\n off = Not(on)\n off4 = Unsqueeze(off, ax2)\n"
+        " masked = Where(off4, low, s)\n p = Softmax<axis=-1>(masked)\n",
+    ),
+    "exponentials times a mask": _model(
+        _DENSE + _HITS,
+        weights=_EXP + " on = Cast<to=1>(hits)\n on4 = Unsqueeze(on, ax2)\n em = Mul(e, on4)\n"
+        " all = ReduceSum<keepdims=1>(em, m1)\n p = Div(em, all)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _SITES)
+def test_fused_and_equal(name):
+    _fused(_SITES[name])
+
+
+def _reason(model: onnx.ModelProto) -> str:
+    (site,) = sfa_onnx.fuse(model).sites
+    assert site.status == "refused"
+    return site.reason
+
+
+def test_exponentials_weighted_by_numbers_are_refused():
+    """A weight per key is no mask."""
+    weights = (
+        " all = Shape(scores)\n none = ConstantOfShape(all)\n"
+        " w3 = ScatterElements<axis=-1>(none, idx, val)\n w = Unsqueeze(w3, ax2)\n"
+        + _EXP
+        + " em = Mul(e, w)\n sum = ReduceSum<keepdims=1>(em, m1)\n p = Div(em, sum)\n"
+    )
+    assert _reason(_model(_DENSE, weights=weights))
+
+
+def test_hits_that_count_are_refused_where_indices_repeat():
+    """exp * (number of times a key is named) is not softmax over the named keys."""
+    twice = " both = Concat<axis=-1>(idx, idx)\n" + _HITS.replace("(idx,", "(both,")
+    weights = (
+        _EXP + " on = Cast<to=1>(hits)\n on4 = Unsqueeze(on, ax2)\n em = Mul(e, on4)\n"
+        " all = ReduceSum<keepdims=1>(em, m1)\n p = Div(em, all)\n"
+    )
+    part = twice.replace("(idx, idx)", "(idx, first)").replace(
+        " both", " first = Slice(idx, z, m3, ax2)\n both", 1
+    )
+    assert _reason(_model(_DENSE + part, weights=weights))

@@ -283,6 +283,25 @@ def _einsum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Dot(a, b, label)
 
 
+def _reduce_sum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+    """A product of two tensors, summed over one axis of both: a contraction written out."""
+    flags, shape = attributes(node), tracer.shape(node.input[0])
+    given = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else flags.get("axes")
+    if given is None or len(axes := np.asarray(given).reshape(-1)) != 1:
+        return None
+    axis = int(axes[0]) % len(shape)
+    label, factor = fresh("d", shape[axis]), 1.0
+    coords = list(ref.coords)
+    coords[axis : axis + int(flags.get("keepdims", 1))] = [Expr.of(label)]
+    step = tracer.step(Ref(node.input[0], tuple(coords)))
+    while isinstance(step, Move | Scaled):
+        factor *= step.factor if isinstance(step, Scaled) else 1.0
+        step = tracer.step(step.ref)
+    if not isinstance(step, Product) or not all(label in r.labels for r in (step.a, step.b)):
+        return None
+    return Dot(step.a, step.b, label, factor)
+
+
 def _dequantize(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     if len(node.input) > 2 and node.input[2]:
         zero = tracer.index.constant(node.input[2])
@@ -319,6 +338,7 @@ STEPS: Final[dict[str, _Rule]] = {
     "Identity": _same,
     "MatMul": _matmul,
     "Mul": _mul,
+    "ReduceSum": _reduce_sum,
     "Reshape": _reshape,
     "ScatterND": _scatter_nd,
     "Slice": _slice,

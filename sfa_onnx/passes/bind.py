@@ -8,6 +8,7 @@ from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind_attention import Parts, read_attention
 from sfa_onnx.passes.bind_axes import check_rows, splits, take_masks, tell_rows
+from sfa_onnx.passes.bind_mask import boolean
 from sfa_onnx.passes.bind_rows import (
     Columns,
     State,
@@ -16,7 +17,7 @@ from sfa_onnx.passes.bind_rows import (
     same_rows,
     trace_columns,
 )
-from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
+from sfa_onnx.passes.bind_scores import Scores, Term, read_scores, sums_products
 from sfa_onnx.passes.bind_site import Anchor, Query, Site
 from sfa_onnx.passes.index import GraphIndex
 
@@ -88,7 +89,15 @@ def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
         )
     others = {x for i, c in enumerate(weights.coords) if i != axis for x in c.labels}
     ref = Ref(anchor.scores, weights.coords)
-    return Parts(value_ref, step.label, others, lambda: read_scores(tracer, ref, anchor.factor))
+    return Parts(value_ref, step.label, others, lambda: _masked_scores(tracer, anchor, ref))
+
+
+def _masked_scores(tracer: Tracer, anchor: Anchor, ref: Ref) -> Scores:
+    scores = read_scores(tracer, ref, anchor.factor)
+    if anchor.mask:
+        mask = tracer.operand(anchor.mask, ref.coords)
+        scores.masks.extend(boolean(tracer, mask, positive=True))
+    return scores
 
 
 def _summed(tracer: Tracer, anchor: Anchor, out: Ref) -> Ref:
@@ -121,6 +130,8 @@ def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
                 continue
             if node.op_type in ("MatMul", "Einsum", "FusedMatMul", "Gemm"):
                 found.append(i)
+            elif (summed := _summed_product(index, i)) is not None:
+                found.append(summed)
             elif node.op_type in _CARRIES_WEIGHTS:
                 todo += [o for o in node.output if o and o not in seen]
                 seen.update(node.output)
@@ -130,6 +141,13 @@ def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
         names = ", ".join(index.label(i) for i in found) or "nothing"
         raise Stop(f"the attention weights are multiplied by {names}; expected one product", value)
     return found[0], index.nodes[found[0]].output[0]
+
+
+def _summed_product(index: GraphIndex, i: int) -> int | None:
+    """The sum over keys that alone uses node `i`, a product: (weights * value).sum(keys)."""
+    uses = index.uses(index.nodes[i].output[0]) if index.nodes[i].op_type == "Mul" else []
+    alone = len(uses) == 1 and uses[0][1] == 0
+    return uses[0][0] if alone and sums_products(index, index.nodes[uses[0][0]]) else None
 
 
 def _other_use(index: GraphIndex, i: int, value: str) -> Stop:

@@ -7,48 +7,20 @@ the graph that is read as it is: bool, or float with two values. Nothing is prov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
-from sfa_onnx.passes.axes_trace import Move, Pieces, Ref, Stop, Tracer, is_float
+from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer, is_float
+from sfa_onnx.passes.bind_hits import reduced
+from sfa_onnx.passes.bind_literals import Literal, Selected, Visible
 from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["HIDDEN", "Literal", "Selected", "Visible", "additive", "boolean", "is_hidden"]
 
 # A score this far below the others has weight 0 in every float type in use.
 HIDDEN: Final = -9e3
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Visible where the tensor says so: `ref` is bool (== positive) or float (> HIDDEN)."""
-
-    ref: Ref
-    positive: bool = True
-    is_bool: bool = True
-
-
-@dataclass(frozen=True)
-class Selected:
-    """Visible where the key's position is among `indices` (over all values of `slot`).
-
-    `valid` is a tensor over the same slots that switches entries off, if the graph has one;
-    `width` the positions that indices may name (more than there are keys: the rest is thrown away);
-    `wraps`: negative indices count from the end (scatter) or name nothing (comparison).
-    """
-
-    indices: Ref
-    slot: Label
-    width: int
-    wraps: bool = True
-    valid: Ref | None = None
-
-
-Literal = Visible | Selected
 
 
 def is_hidden(tracer: Tracer, value: str) -> bool:
@@ -211,7 +183,7 @@ def _boolean_node(
     if op == "ScatterElements":
         return _scatter(tracer, node, ref, is_bool=True, positive=positive)
     if op in ("ReduceMax", "ReduceSum") and positive:
-        return _reduced(tracer, node, ref)
+        return reduced(tracer, node, ref)
     return None
 
 
@@ -337,57 +309,3 @@ def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Liter
         return None
     rest = additive(tracer, Ref(node.input[0], ref.coords))
     return [*boolean(tracer, mask, positive=False), *rest]
-
-
-def _reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
-    """any(indices == arange(keys)) over the slots."""
-    source = node.input[0]
-    shape = tracer.shape(source)
-    axes = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else None
-    given = attributes(node).get("axes") if axes is None else np.asarray(axes).reshape(-1).tolist()
-    if given is None or len(given) != 1:
-        return None
-    axis = int(given[0]) % len(shape)
-    slot = fresh("slot", shape[axis])
-    coords = list(ref.coords)
-    if attributes(node).get("keepdims", 1):
-        coords[axis] = Expr.of(slot)
-    else:
-        coords.insert(axis, Expr.of(slot))
-    hit = Ref(source, tuple(coords))
-    valid: list[Ref] = []
-    for _ in range(16):
-        maker = tracer.index.node_of(hit.value)
-        if maker is None:
-            return None
-        if maker.op_type == "Equal":
-            break
-        if maker.op_type == "And":
-            a, b = (tracer.operand(n, hit.coords) for n in maker.input)
-            equal_first = _is_equal(tracer, a.value)
-            valid.append(b if equal_first else a)
-            hit = a if equal_first else b
-            continue
-        if maker.op_type == "Cast":
-            hit = Ref(maker.input[0], hit.coords)
-            continue
-        step = tracer.step(hit)
-        if isinstance(step, Pieces) or not isinstance(step, Move):
-            return None
-        hit = step.ref
-    else:
-        return None
-    operands = [tracer.operand(n, hit.coords) for n in maker.input]
-    for indices, positions in (operands, operands[::-1]):
-        key = label_of(tracer.index_value(positions))
-        if key is not None and key != slot and slot in indices.labels and len(valid) < 2:
-            if key in indices.labels:
-                continue
-            switch = valid[0] if valid else None
-            return [Selected(indices, slot, key.size, wraps=False, valid=switch)]
-    return None
-
-
-def _is_equal(tracer: Tracer, value: str) -> bool:
-    node = tracer.index.node_of(value)
-    return node is not None and node.op_type == "Equal"

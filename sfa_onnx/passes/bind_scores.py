@@ -10,9 +10,10 @@ import onnx
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind_mask import Literal, additive, boolean, is_hidden
+from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_rules import attributes
 
-__all__ = ["Scores", "Term", "read_scores", "scatters_where"]
+__all__ = ["Scores", "Term", "read_scores", "scatters_where", "sums_products"]
 
 _CONTRACTIONS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm", "Attention"))
 _COMPARES = ("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Not")
@@ -164,6 +165,12 @@ def scatters_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None
     return Ref(mask, ref.coords) if tracer.shape(mask) == tracer.shape(ref.value) else None
 
 
+def sums_products(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether this is (a * b).sum(axis), a contraction written out."""
+    made = index.origin(node.input[0]) if node.op_type == "ReduceSum" else None
+    return made is not None and made.op_type == "Mul"
+
+
 def _leads_to_product(tracer: Tracer, value: str) -> bool:
     """Whether a contraction is upstream of `value`, not counting what only decides a mask."""
     seen: set[str] = set()
@@ -177,7 +184,7 @@ def _leads_to_product(tracer: Tracer, value: str) -> bool:
         node = tracer.index.node_of(name)
         if node is None or node.op_type in _NOT_FOLLOWED:
             continue
-        if node.op_type in _CONTRACTIONS:
+        if node.op_type in _CONTRACTIONS or sums_products(tracer.index, node):
             return True
         stack.extend(node.input[1:] if node.op_type == "Where" else node.input[:1])
         if node.op_type in ("Add", "Sub", "Mul", "Div", "Sum", "Concat", "Min", "Max"):

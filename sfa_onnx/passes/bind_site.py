@@ -24,6 +24,7 @@ class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
 class Anchor:
     """A normalisation: weights = softmax(factor * scores) along `axis`.
 
+    `mask`: what the exponentials are multiplied by before they are summed, 0 or 1 per key.
     `divided`: the node that divides the weighted sum by the sum of the weights, where the graph
     normalises afterwards; `weights` are exponentials then.
     """
@@ -35,6 +36,7 @@ class Anchor:
     factor: float = 1.0
     form: str = "Softmax"
     divided: int | None = None
+    mask: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _T = onnx.TensorProto
-_MANTISSA: Final = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
+_MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 
 
 @dataclass

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes_trace import Tracer
+from sfa_onnx.passes.bind_scores import sums_products
 from sfa_onnx.passes.bind_site import Anchor
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_rules import attributes
@@ -74,14 +75,18 @@ def _exponential(index: GraphIndex, value: str) -> tuple[int, str, float] | None
 def _divided(index: GraphIndex, i: int) -> Anchor | None:
     """exp(s - max) / sum(exp(s - max)), with or without the maximum."""
     node = index.nodes[i]
-    exponential = _exponential(index, node.input[0])
+    above, mask = index.source(node.input[0]), ""
+    exponential = _exponential(index, above)
+    if exponential is None and (masked := _masked(index, above)) is not None:
+        exponential, mask = masked
     total = index.node_of(node.input[1])
     while total is not None and total.op_type in ("Cast", "Identity", "Unsqueeze", "Expand"):
         total = index.node_of(total.input[0])
     if exponential is None or total is None or total.op_type != "ReduceSum":
         return None
     summed = _exponential(index, total.input[0])
-    if summed is None or summed[0] != exponential[0]:
+    same = index.source(total.input[0]) == above
+    if not same and (mask or summed is None or summed[0] != exponential[0]):
         return None
     axis = _axis(index, total)
     if axis is None:
@@ -90,10 +95,21 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     shifted = index.origin(exponent)
     scores = exponent
     if shifted is None or shifted.op_type != "Sub":
-        return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
+        return Anchor(i, scores, axis, node.output[0], base, "exp / sum", mask=mask)
     if _reaches(index, shifted.input[1], ("ReduceMax",), index.source(shifted.input[0])):
         scores = shifted.input[0]
-    return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
+    return Anchor(i, scores, axis, node.output[0], base, "exp / sum", mask=mask)
+
+
+def _masked(index: GraphIndex, value: str) -> tuple[tuple[int, str, float], str] | None:
+    """The exponential and the mask of exp(x) * mask."""
+    node = index.origin(value)
+    if node is None or node.op_type != "Mul":
+        return None
+    for own, other in ((0, 1), (1, 0)):
+        if (found := _exponential(index, node.input[own])) is not None:
+            return found, node.input[other]
+    return None
 
 
 def _divided_afterwards(index: GraphIndex, i: int) -> Anchor | None:
@@ -142,6 +158,9 @@ def _less_logsumexp(index: GraphIndex, i: int) -> Anchor | None:
         return None
     _, exponent, base = exponential
     shifted = index.origin(exponent)
+    if shifted is not None and shifted.op_type == "LogSoftmax" and base == 1:
+        last = attributes(shifted).get("axis", -1 if index.opsets.get("", 18) >= 13 else 1)
+        return Anchor(i, shifted.input[0], int(last), node.output[0], 1.0, "exp(log_softmax)")
     if shifted is None or shifted.op_type != "Sub":
         return None
     scores, normaliser = shifted.input
@@ -186,7 +205,7 @@ def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
     a comparison of indices was seen, as masks of packed sequences have it too) or "".
     """
     index = tracer.index
-    stack: list[tuple[str, int]] = [(anchor.scores, 0)]
+    stack: list[tuple[str, int]] = [(anchor.scores, 0), (anchor.mask, 0)]
     if anchor.form == "Attention":
         names = list(index.nodes[anchor.node].input)
         stack = [(n, 1) for n in names[:3]] + [(n, 0) for n in names[3:4]]
@@ -204,7 +223,7 @@ def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
             if node.op_type != "Equal":
                 return "surely"
             perhaps = "perhaps"
-        stack += _follow(node, depth)
+        stack += _follow(index, node, depth)
     return perhaps
 
 
@@ -218,10 +237,10 @@ def _selects(tracer: Tracer, node: onnx.NodeProto, depth: int) -> bool:
     return op == "Equal" and any(_is_selection(tracer, n) for n in node.input)
 
 
-def _follow(node: onnx.NodeProto, depth: int) -> list[tuple[str, int]]:
+def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[tuple[str, int]]:
     """What to look at behind a node: `depth` counts the products passed."""
     op = node.op_type
-    if op in _PRODUCTS:
+    if op in _PRODUCTS or sums_products(index, node):
         return [(n, depth + 1) for n in node.input] if depth < 2 else []
     if op in ("TopK", "Softmax", "Shape", "Constant", "Size"):
         return []

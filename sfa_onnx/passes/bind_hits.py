@@ -1,0 +1,82 @@
+"""Selections written as hits: which of the indices equals which key, reduced over the indices."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
+from sfa_onnx.passes.axes_trace import Move, Pieces, Ref, Tracer
+from sfa_onnx.passes.bind_literals import Literal, Selected
+from sfa_onnx.passes.shapes_rules import attributes
+
+__all__ = ["reduced"]
+
+
+def reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
+    """any(indices == arange(keys)), or one_hot(indices, keys), over the slots; None: neither."""
+    source = node.input[0]
+    shape = tracer.shape(source)
+    axes = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else None
+    given = attributes(node).get("axes") if axes is None else np.asarray(axes).reshape(-1).tolist()
+    if given is None or len(given) != 1:
+        return None
+    axis = int(given[0]) % len(shape)
+    slot = fresh("slot", shape[axis])
+    coords = list(ref.coords)
+    if attributes(node).get("keepdims", 1):
+        coords[axis] = Expr.of(slot)
+    else:
+        coords.insert(axis, Expr.of(slot))
+    hit = Ref(source, tuple(coords))
+    valid: list[Ref] = []
+    for _ in range(16):
+        maker = tracer.index.node_of(hit.value)
+        if maker is None:
+            return None
+        if maker.op_type == "OneHot":
+            return _one_hot(tracer, maker, hit, slot)
+        if maker.op_type == "Equal":
+            break
+        if maker.op_type == "And":
+            a, b = (tracer.operand(n, hit.coords) for n in maker.input)
+            equal_first = _is_equal(tracer, a.value)
+            valid.append(b if equal_first else a)
+            hit = a if equal_first else b
+            continue
+        if maker.op_type == "Cast":
+            hit = Ref(maker.input[0], hit.coords)
+            continue
+        step = tracer.step(hit)
+        if isinstance(step, Pieces) or not isinstance(step, Move):
+            return None
+        hit = step.ref
+    else:
+        return None
+    operands = [tracer.operand(n, hit.coords) for n in maker.input]
+    for indices, positions in (operands, operands[::-1]):
+        key = label_of(tracer.index_value(positions))
+        if key is not None and key != slot and slot in indices.labels and len(valid) < 2:
+            if key in indices.labels:
+                continue
+            switch = valid[0] if valid else None
+            return [Selected(indices, slot, key.size, wraps=False, valid=switch)]
+    return None
+
+
+def _one_hot(tracer: Tracer, node: onnx.NodeProto, ref: Ref, slot: Label) -> list[Literal] | None:
+    """one_hot(indices, keys) with 0 and 1, summed over the slots."""
+    values = tracer.index.constant(node.input[2])
+    if values is None or values.size != 2 or not (values.flat[0] == 0 < values.flat[1]):
+        return None
+    axis = int(attributes(node).get("axis", -1)) % len(ref.coords)
+    key = label_of(ref.coords[axis])
+    indices = Ref(node.input[0], ref.coords[:axis] + ref.coords[axis + 1 :])
+    if key is None or slot not in indices.labels:
+        return None
+    return [Selected(indices, slot, tracer.shape(ref.value)[axis])]
+
+
+def _is_equal(tracer: Tracer, value: str) -> bool:
+    node = tracer.index.node_of(value)
+    return node is not None and node.op_type == "Equal"
