@@ -159,3 +159,26 @@ def test_an_opset_that_the_replacement_cannot_use_is_said():
     assert [s.status for s in report.sites] == ["refused"]
     assert "imports opset 12" in report.sites[0].reason
     assert "convert" in report.sites[0].hint
+
+
+def test_sequences_told_by_prefix_sums_in_the_graph() -> None:
+    """Ragged queries whose sequence is the count of prefix sums passed: drawn as such."""
+    batch, length, keep, heads, width, tokens = 3, 24, 6, 2, 16, 7
+
+    class Ragged(torch.nn.Module):
+        def forward(self, q, cache, chosen, ends):
+            token = torch.arange(tokens, dtype=torch.int32)
+            owner = (token[:, None] >= ends[None, :]).sum(-1)
+            rows = cache[owner[:, None], chosen]
+            score = torch.einsum("tnd,tkd->tnk", q, rows) * 0.25
+            return torch.einsum("tnk,tkd->tnd", score.softmax(-1), rows)
+
+    q, cache = torch.randn(tokens, heads, width), torch.randn(batch, length, width)
+    chosen = torch.stack([torch.randperm(length)[:keep] for _ in range(tokens)])
+    ends = torch.tensor([2, 3, 7], dtype=torch.int32)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            Ragged().eval(), (q, cache, chosen, ends), dynamo=True, verbose=False
+        )
+    report = sfa_onnx.fuse(program.model_proto)
+    assert [s.status for s in report.sites] == ["fused"], report.sites[0].reason

@@ -15,6 +15,7 @@ from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.bind_sources import all_reads, all_selected, index_sources, key_limit
+from sfa_onnx.passes.bind_usage import counts_batches, measured
 from sfa_onnx.passes.build import axis_labels
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.index import GraphIndex
@@ -54,34 +55,10 @@ def cover(site: Site, output: str, queries: Iterable[str], used: Iterable[str]) 
             known[value] = _other_operand(site, value, inner, names)
     live = [known[v] for v in known if v in entering]
     needed = _upstream(site.tracer, list(used), known)[0]
-    measured = _measured(index, inner, set(used))
-    removed = _dead(index, inner | measured, output, needed)
+    sized = measured(index, inner, set(used))
+    removed = _dead(index, inner | sized, output, needed)
     sizes = dict(names.sizes)
     return Region(tuple(removed), tuple(sorted(inner - set(removed))), tuple(live), sizes)
-
-
-def _measured(index: GraphIndex, inner: set[int], kept: set[str]) -> set[int]:
-    """Nodes between an inner value and an inner `Shape`: they only lead to a size.
-
-    `full_like(score[:, :, 0])` exports as a Gather of the scores whose shape alone is read.
-    What makes a `kept` value, which the replacement reads, is not followed.
-    """
-    between: set[int] = set()
-    for i in inner:
-        if index.nodes[i].op_type not in ("Shape", "Size"):
-            continue
-        chain: list[int] = []
-        value = index.nodes[i].input[0]
-        for _ in range(_MEASURE_STEPS):
-            producer = index.producer.get(value)
-            if producer is None or value in kept:
-                break
-            if producer in inner:
-                between.update(chain)
-                break
-            chain.append(producer)
-            value = index.nodes[producer].input[0] if index.nodes[producer].input else ""
-    return between
 
 
 def _query_refs(site: Site, values: list[str]) -> list[Ref]:
@@ -136,7 +113,6 @@ def _upstream(
 
 
 _KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
-_MEASURE_STEPS = 8
 
 
 def _dead(index: GraphIndex, inner: set[int], output: str, needed: set[int]) -> list[int]:
@@ -358,6 +334,11 @@ def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Op
     if integral and _has_slots(site, shape):
         domain = Domain(low=0, high="S2", negative_allowed=True, assumption="indices are in range")
         return Operand(value, Role.INDICES, _guess(site, shape, names), elem, domain)
+    if integral and len(shape) == 1 and counts_batches(tracer.index, value):
+        assumed = Domain(
+            cumulative=True, assumption="prefix sums end at the number of query tokens"
+        )
+        return Operand(value, Role.LENGTHS_QUERY, ("B",), elem, assumed)
     if integral and len([d for d in shape if d > 1]) <= 1:
         return Operand(value, Role.LENGTHS_KV, tuple("1" if d == 1 else "B" for d in shape), elem)
     return Operand(value, Role.SHAPE, _guess(site, shape, names), elem)

@@ -51,6 +51,7 @@ class Domain:
     negative_allowed: bool = False
     valid_first: bool = False  # in a row, entries the attention sees precede those it masks
     values: tuple[float, ...] | None = None  # e.g. (0.0, -inf) for an additive mask
+    cumulative: bool = False  # lengths given as prefix sums, whatever the operator's layout
     assumption: str = ""
     discharged_by: str = ""
 

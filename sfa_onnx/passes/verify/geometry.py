@@ -74,7 +74,7 @@ class _Layout:
         cls, problem: Problem, draw: Draw, rng: np.random.Generator, tables: Tables
     ) -> _Layout:
         dims, attrs = problem.dims, problem.attributes
-        if attrs.get("layout_query") == "TND":
+        if attrs.get("layout_query") == "TND" or _cumulative(problem):
             queries = _composition(rng, dims.count, dims.batches)
             batch = np.repeat(np.arange(dims.batches), queries)
             position = np.concatenate([np.arange(q) for q in queries])
@@ -95,7 +95,7 @@ class _Layout:
             (Role.LENGTHS_KV, keys, "layout_kv"),
         ):
             for operand in problem.all(role):
-                prefix = attrs.get(key) == "TND"
+                prefix = attrs.get(key) == "TND" or operand.domain.cumulative
                 tables[operand.value] = _prefix(operand, counts) if prefix else counts
         for operand in problem.all(Role.BLOCK_TABLE):
             pages = rng.permutation(dims.keys[0])
@@ -138,6 +138,11 @@ class _Layout:
 
     def _last(self, problem: Problem) -> int:
         return math.prod(problem.dims.keys) - 1
+
+
+def _cumulative(problem: Problem) -> bool:
+    """Whether the graph itself tells query rows apart by prefix sums."""
+    return any(operand.domain.cumulative for operand in problem.all(Role.LENGTHS_QUERY))
 
 
 def _rows(problem: Problem) -> tuple[Array, Array]:

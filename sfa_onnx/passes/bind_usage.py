@@ -1,0 +1,52 @@
+"""What a value is for, told by who reads it."""
+
+from __future__ import annotations
+
+from sfa_onnx.passes.index import GraphIndex
+
+__all__ = ["counts_batches", "measured"]
+
+_MEASURE_STEPS = 8
+_COMPARISONS = frozenset(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
+_CARRIERS = frozenset(("Cast", "Identity", "Not", "Reshape", "Squeeze", "Unsqueeze"))
+
+
+def measured(index: GraphIndex, inner: set[int], kept: set[str]) -> set[int]:
+    """Nodes between an inner value and an inner `Shape`: they only lead to a size.
+
+    `full_like(score[:, :, 0])` exports as a Gather of the scores whose shape alone is read.
+    What makes a `kept` value, which the replacement reads, is not followed.
+    """
+    between: set[int] = set()
+    for i in inner:
+        if index.nodes[i].op_type not in ("Shape", "Size"):
+            continue
+        chain: list[int] = []
+        value = index.nodes[i].input[0]
+        for _ in range(_MEASURE_STEPS):
+            producer = index.producer.get(value)
+            if producer is None or value in kept:
+                break
+            if producer in inner:
+                between.update(chain)
+                break
+            chain.append(producer)
+            value = index.nodes[producer].input[0] if index.nodes[producer].input else ""
+    return between
+
+
+def counts_batches(index: GraphIndex, value: str) -> bool:
+    """Whether tokens find their sequence by it: compared with positions, then summed."""
+    frontier, compared = [value], False
+    for _ in range(_MEASURE_STEPS):
+        found = []
+        for name in frontier:
+            for i, _ in index.uses(name):
+                kind = index.nodes[i].op_type
+                if kind == "ReduceSum":
+                    return compared
+                compared = compared or kind in _COMPARISONS
+                if kind in _COMPARISONS or kind in _CARRIERS:
+                    found += [o for o in index.nodes[i].output if o]
+        frontier = found
+    return False
