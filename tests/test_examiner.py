@@ -163,6 +163,7 @@ def test_an_opset_that_the_replacement_cannot_use_is_said():
 
 def test_sequences_told_by_prefix_sums_in_the_graph() -> None:
     """Ragged queries whose sequence is the count of prefix sums passed: drawn as such."""
+    torch = pytest.importorskip("torch")
     batch, length, keep, heads, width, tokens = 3, 24, 6, 2, 16, 7
 
     class Ragged(torch.nn.Module):
