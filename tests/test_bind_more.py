@@ -15,7 +15,7 @@ _HEAD = """<ir_version: 8, opset_import: ["" : 17]>
 site ({types}[2,3,4,40] q, float[2,24,40] kv, float[2,3,24] scores) => ({types}[2,3,4,32] o)
 <int64[1] kk={{8}}, float sc={{0.25}}, int64[1] m1={{-1}}, int64[1] ax2={{2}}, int64[1] z={{0}},
  int64[1] c32={{32}}, int64[1] ax3={{3}}, int64[1] m3={{-3}}, int64 depth={{24}},
- int64[2] onoff={{0, 1}}, float low={{-30000.0}}>
+ int64[2] onoff={{0, 1}}, float low={{-30000.0}}, float zero={{0.0}}, float one={{1.0}}>
 {{
  val, idx = TopK(scores, kk)
 """
@@ -71,7 +71,7 @@ def test_a_float32_cache_under_a_float16_operator_is_read_in_place():
 
 _DENSE = " ax1 = Constant<value=int64[1] {1}>()\n k = Unsqueeze(kv, ax1)\n"
 _EXP = " top = ReduceMax<axes=[-1]>(s)\n x = Sub(s, top)\n e = Exp(x)\n"
-_HITS = " one = OneHot<axis=-1>(idx, depth, onoff)\n hits = ReduceSum<keepdims=0>(one, ax2)\n"
+_HITS = " hot = OneHot<axis=-1>(idx, depth, onoff)\n hits = ReduceSum<keepdims=0>(hot, ax2)\n"
 _SITES = {
     "exp(log_softmax)": _model(weights=" l = LogSoftmax<axis=-1>(s)\n p = Exp(l)\n"),
     "the product written out": _model(
@@ -124,3 +124,46 @@ def test_hits_that_count_are_refused_where_indices_repeat():
         " both", " first = Slice(idx, z, m3, ax2)\n both", 1
     )
     assert _reason(_model(_DENSE + part, weights=weights))
+
+
+_BAD = " bad3 = Less(val, zero)\n bad = Unsqueeze(bad3, ax2)\n"
+_HIDE = _BAD + " masked = Where(bad, low, s)\n p0 = Softmax<axis=-1>(masked)\n"
+
+
+def test_weights_zeroed_where_scores_are_hidden():
+    _fused(_model(weights=_HIDE + " p = Where(bad, zero, p0)\n"))
+
+
+def test_weights_zeroed_elsewhere_are_refused():
+    other = _HIDE + " few3 = Less(val, one)\n few = Unsqueeze(few3, ax2)\n"
+    reason = _reason(_model(weights=other + " p = Where(few, zero, p0)\n"))
+    assert "set to zero by few" in reason
+
+
+def test_weights_zeroed_where_something_else_is_infinite_are_refused():
+    """Only infinite weights are impossible; other tensors may well be infinite."""
+    where = " inf3 = IsInf(val)\n inf = Unsqueeze(inf3, ax2)\n"
+    reason = _reason(_model(weights=_HIDE + where + " p = Where(inf, zero, p0)\n"))
+    assert "set to zero by inf" in reason
+
+
+def test_two_key_heads_under_one_selection_are_two_sequences():
+    rows = _ROWS.replace("k =", "rows =") + (
+        " two = Constant<value=int64[5] {2,3,8,2,20}>()\n k5 = Reshape(rows, two)\n"
+        " k = Transpose<perm=[0,1,3,2,4]>(k5)\n"
+    )
+    scores = (
+        " four = Constant<value=int64[5] {2,3,2,4,20}>()\n q5 = Reshape(q, four)\n"
+        " kt = Transpose<perm=[0,1,2,4,3]>(k)\n raw = MatMul(q5, kt)\n s = Mul(raw, sc)\n"
+    )
+    text = _HEAD.format(types="float").replace("2,3,4,40", "2,3,8,20").replace("4,32", "2,4,16")
+    model = onnx.parser.parse_model(
+        text + rows + scores + " p = Softmax<axis=-1>(s)\n c16 = Constant<value=int64[1] {16}>()\n"
+        " ax4 = Constant<value=int64[1] {4}>()\n v = Slice(k, z, c16, ax4)\n o = MatMul(p, v)\n}"
+    )
+    _fused(model)
+
+
+def test_integer_keys_without_a_scale():
+    rows = " whole = Cast<to=3>(kv)\n codes = Cast<to=1>(whole)\n" + _ROWS.replace("(kv", "(codes")
+    assert "integers that are cast to float without a scale" in _reason(_model(rows))

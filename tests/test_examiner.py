@@ -132,7 +132,7 @@ def test_fused_and_equal(name):
 NEAR = {
     "weights cut at a threshold": (
         "up = Greater(p0, sc)\n p = Where(up, zero, p0)",
-        "between softmax and weighted sum",
+        "weights are set to zero by up",
     ),
     "weights squared": ("p = Mul(p0, p0)", "also used by Mul"),
 }

@@ -79,7 +79,8 @@ def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
     step = tracer.step(_summed(tracer, anchor, out))
     if not isinstance(step, Dot) or step.factor != 1:
         raise Stop("the weighted sum of values is not a plain product", out.value)
-    weights, value_ref = _sides(tracer, anchor, step)
+    zeroed: list[tuple[Ref, bool]] = []
+    weights, value_ref = _sides(tracer, anchor, step, zeroed)
     axis = anchor.axis % len(weights.coords)
     if weights.coords[axis] != Expr.of(step.label):
         raise Stop(
@@ -89,14 +90,25 @@ def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
         )
     others = {x for i, c in enumerate(weights.coords) if i != axis for x in c.labels}
     ref = Ref(anchor.scores, weights.coords)
-    return Parts(value_ref, step.label, others, lambda: _masked_scores(tracer, anchor, ref))
+    return Parts(value_ref, step.label, others, lambda: _masked_scores(tracer, anchor, ref, zeroed))
 
 
-def _masked_scores(tracer: Tracer, anchor: Anchor, ref: Ref) -> Scores:
+def _masked_scores(
+    tracer: Tracer, anchor: Anchor, ref: Ref, zeroed: list[tuple[Ref, bool]]
+) -> Scores:
+    """The scores; weights may be set to zero only where the scores are hidden already."""
     scores = read_scores(tracer, ref, anchor.factor)
     if anchor.mask:
         mask = tracer.operand(anchor.mask, ref.coords)
         scores.masks.extend(boolean(tracer, mask, positive=True))
+    for condition, positive in zeroed:
+        if not all(m in scores.masks for m in boolean(tracer, condition, positive=positive)):
+            raise Stop(
+                f"weights are set to zero by {condition.value} behind the softmax, and the scores"
+                " are not hidden by the same mask in front of it",
+                condition.value,
+                "mask the scores instead of the weights: what remains then adds up to 1",
+            )
     return scores
 
 
@@ -172,21 +184,42 @@ _CARRIES_WEIGHTS = frozenset(
 _TESTS = 8
 
 
-def _sides(tracer: Tracer, anchor: Anchor, step: Dot) -> tuple[Ref, Ref]:
-    """(element of the weights, element of the value) of the weighted sum."""
+def _sides(
+    tracer: Tracer, anchor: Anchor, step: Dot, zeroed: list[tuple[Ref, bool]]
+) -> tuple[Ref, Ref]:
+    """(element of the weights, element of the value) of the weighted sum.
+
+    `zeroed` takes the masks (and which of their values shows) that set weights to zero.
+    """
     for weights, value in ((step.a, step.b), (step.b, step.a)):
-        ref = weights
-        while ref.value != anchor.weights:
-            back = _behind_infinity(tracer, anchor, ref) or tracer.step(ref)
-            if not isinstance(back, Move):
-                break
-            ref = back.ref
-        else:
+        ref = _to_weights(tracer, anchor, weights, zeroed)
+        if ref is not None:
             return ref, value
     raise Stop(
         "something other than a cast, a view or a NaN guard lies between softmax and weighted sum",
         anchor.weights,
     )
+
+
+def _to_weights(
+    tracer: Tracer, anchor: Anchor, ref: Ref, zeroed: list[tuple[Ref, bool]] | None = None
+) -> Ref | None:
+    """The element of the weights that `ref` is; None when it is something else."""
+    while ref.value != anchor.weights:
+        back = _behind_infinity(tracer, anchor, ref) or tracer.step(ref)
+        if isinstance(back, Move):
+            ref = back.ref
+            continue
+        node = tracer.index.node_of(ref.value)
+        if zeroed is None or node is None or node.op_type != "Where":
+            return None
+        condition, first, second = (tracer.operand(n, ref.coords) for n in node.input)
+        positive = tracer.fill(second.value) == 0
+        if not positive and tracer.fill(first.value) != 0:
+            return None
+        zeroed.append((condition, positive))
+        ref = first if positive else second
+    return ref
 
 
 def _behind_infinity(tracer: Tracer, anchor: Anchor, ref: Ref) -> Move | None:
@@ -201,12 +234,9 @@ def _behind_infinity(tracer: Tracer, anchor: Anchor, ref: Ref) -> Move | None:
         if test is not None and test.op_type in ("And", "Cast") and len(tests) < _TESTS:
             tests += test.input
         elif test is not None and test.op_type == "IsInf":
-            tested = test.input[0]
-            while tested != anchor.weights and (maker := index.origin(tested)) is not None:
-                if maker.op_type not in ("Cast", "Where"):
-                    return None
-                tested = maker.input[0 if maker.op_type == "Cast" else 2]
-            return Move(tracer.operand(node.input[2], ref.coords))
+            tested = tracer.operand(test.input[0], ref.coords)
+            same = _to_weights(tracer, anchor, tested) is not None
+            return Move(tracer.operand(node.input[2], ref.coords)) if same else None
     return None
 
 

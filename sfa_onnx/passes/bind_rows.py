@@ -15,6 +15,11 @@ __all__ = ["Columns", "State", "require_one", "same_addresses", "same_rows", "tr
 
 _INT8 = onnx.TensorProto.INT8
 _PLACE = "column"
+_KINDS = {
+    "float": "is read as stored",
+    "int8": "is dequantised from int8",
+    "expanded": "is made by a product with a weight",
+}
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,10 @@ def _widen(expr: Expr, label: Label, tile: int) -> Expr:
 def same_rows(key: Columns, value: Columns) -> str:
     """Empty when the value's columns are the first columns of the key's; else what differs."""
     if key.kind != value.kind:
-        return f"it is {value.kind}, the key {key.kind}"
+        return (
+            f"it {_KINDS[value.kind]} ({value.deep.ref.value}), the key {_KINDS[key.kind]}"
+            f" ({key.deep.ref.value})"
+        )
     place = Label(_PLACE, value.label.size)
     swap_k, swap_v = {key.label: Expr.of(place)}, {value.label: Expr.of(place)}
     if key.inner is not None and value.inner is not None:

@@ -309,6 +309,10 @@ class Emitter:
         known = set(have)
         if all(x in known or x.size == 1 for g in groups for x in g):
             return value
+        if any(0 < len(known & set(g)) < len(g) for g in groups):  # one of the merged labels
+            alone: list[Group] = [[x] for g in groups for x in g]
+            value = self.reshape(value, [[x for x in g if x in known] for g in alone])
+            return self.reshape(self.broadcast(value, alone, have), groups)
         return self.emit("Expand", [value, self.dims(groups)], "wide", self.elem_type(value))
 
     # -- index arithmetic -------------------------------------------------------------------------

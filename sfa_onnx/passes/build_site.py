@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sfa_onnx.passes.axes_trace import Stop, is_float
 from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter
@@ -33,4 +34,11 @@ def build_site(site: Site, stem: str) -> Built | None:
         plan.site = site = plan.absorb.latent_site(site)
     if site.nope.kind == "int8":
         return build_int8(plan) if site.tracer.opaque or site.selected else None
+    stored = site.nope.deep.ref.value
+    if not is_float(site.tracer.sizes.elem_type(stored)):
+        raise Stop(
+            f"the keys {stored} are integers that are cast to float without a scale",
+            stored,
+            "expected float keys, or int8 keys times a scale per tile",
+        )
     return build_float(plan)

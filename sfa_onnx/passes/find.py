@@ -17,7 +17,7 @@ from sfa_onnx.passes.build_site import build_site
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find_anchors import anchors, fed_by_selection
 from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.shapes import Concrete, SizesMeetError
 
 __all__ = ["FindOptions", "find_candidates"]
 
@@ -76,6 +76,8 @@ def _one(
         refusal = Refusal(none.refusal.reason, none.refusal.at, none.refusal.hint)
     except Stop as stop:
         refusal = Refusal(stop.reason, stop.at, stop.hint)
+    except SizesMeetError as meet:
+        refusal = Refusal(str(meet), anchor.scores, "export with these sizes fixed, or as one name")
     except RecursionError:
         refusal = Refusal("the graph is nested too deeply to be traced", anchor.scores)
     except (

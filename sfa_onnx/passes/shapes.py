@@ -22,7 +22,7 @@ from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_fold import FOLD, fold
 from sfa_onnx.passes.shapes_rules import RULES, attributes
 
-__all__ = ["Concrete", "Shape"]
+__all__ = ["Concrete", "Shape", "SizesMeetError"]
 
 Shape = tuple[int, ...]
 
@@ -34,6 +34,10 @@ _BOOL_OPS = frozenset(
     ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
 )
 _INT64_OPS = frozenset(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"))
+
+
+class SizesMeetError(ValueError):
+    """Sizes that differ meet on one axis."""
 
 
 class _Unify(Exception):  # noqa: N818 - control flow, never seen outside
@@ -169,10 +173,22 @@ class Concrete:
         own = set(self.symbols.values())
         keep, drop = (a, b) if b in own else (b, a)
         if drop not in own:
-            raise ValueError(f"sizes {a} and {b} meet where one is expected")
+            raise SizesMeetError(
+                f"sizes {self._told(a)} and {self._told(b)} meet on one axis, but the inputs do not"
+                " declare them as equal"
+            )
         self.symbols = {s: keep if n == drop else n for s, n in self.symbols.items()}
         self._shapes.clear()
         self._values.clear()
+
+    def _told(self, size: int) -> str:
+        """A size as a product of the inputs' symbols."""
+        names = []
+        for symbol, prime in self.symbols.items():
+            if size % prime == 0:
+                names.append(symbol)
+                size //= prime
+        return "*".join([*([str(size)] if size > 1 or not names else []), *names])
 
     # -- values -----------------------------------------------------------------------------------
 
