@@ -15,7 +15,7 @@ from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.bind_sources import all_reads, all_selected, index_sources, key_limit
-from sfa_onnx.passes.bind_usage import counts_batches, measured
+from sfa_onnx.passes.bind_usage import counts_batches, follows_itself, measured
 from sfa_onnx.passes.build import axis_labels
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.index import GraphIndex
@@ -298,10 +298,18 @@ def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names)
             continue
         axes = names.axes(source)
         if any(c.reads for c in source.coords):
+            if len(axes) == 1 and not _by_entry(site, source):
+                continue  # one number per sequence, told by its use: lengths, prefix sums
             axes = tuple("M" if c.reads else a for a, c in zip(axes, source.coords, strict=True))
             known[value] = Operand(value, Role.BLOCK_TABLE, axes, elem)
         elif any(a.partition("_of_")[0] == "K" for a in axes):  # a longer row may be cut
             known[value] = Operand(value, Role.INDICES, axes, elem, _indices_domain(site, value))
+
+
+def _by_entry(site: Site, ref: Ref) -> bool:
+    """Whether the element depends on which entry of the selection is looked at."""
+    entries = {site.key, *(s.slot for s in site.selected)}
+    return any(entries & c.labels for c in ref.coords)
 
 
 def _indices_domain(site: Site, value: str) -> Domain:
@@ -339,6 +347,9 @@ def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Op
             cumulative=True, assumption="prefix sums end at the number of query tokens"
         )
         return Operand(value, Role.LENGTHS_QUERY, ("B",), elem, assumed)
+    if integral and len(shape) == 1 and follows_itself(tracer.index, value):
+        assumed = Domain(cumulative=True, assumption="prefix sums of keys, one per sequence")
+        return Operand(value, Role.LENGTHS_KV, ("B",), elem, assumed)
     if integral and len([d for d in shape if d > 1]) <= 1:
         return Operand(value, Role.LENGTHS_KV, tuple("1" if d == 1 else "B" for d in shape), elem)
     return Operand(value, Role.SHAPE, _guess(site, shape, names), elem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["counts_batches", "measured"]
+__all__ = ["counts_batches", "follows_itself", "measured"]
 
 _MEASURE_STEPS = 8
 _COMPARISONS = frozenset(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
@@ -50,3 +50,25 @@ def counts_batches(index: GraphIndex, value: str) -> bool:
                     found += [o for o in index.nodes[i].output if o]
         frontier = found
     return False
+
+
+def follows_itself(index: GraphIndex, value: str) -> bool:
+    """Whether it is laid behind a zero, shifted by one: `cat([0, ends[:-1]])` are starts."""
+    frontier, cut = [value], False
+    for _ in range(_MEASURE_STEPS):
+        found = []
+        for name in frontier:
+            for i, position in index.uses(name):
+                kind = index.nodes[i].op_type
+                if kind in ("Concat", "Pad") and cut:
+                    return not _summed(index, index.nodes[i].output[0])
+                cut = cut or (kind == "Slice" and not position)
+                if kind in _CARRIERS or (kind == "Slice" and not position):
+                    found += [o for o in index.nodes[i].output if o]
+        frontier = found
+    return False
+
+
+def _summed(index: GraphIndex, value: str) -> bool:
+    """Whether running sums are taken of it: it holds counts, not yet prefix sums."""
+    return any(index.nodes[i].op_type == "CumSum" for i, _ in index.uses(value))

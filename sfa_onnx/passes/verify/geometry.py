@@ -74,7 +74,7 @@ class _Layout:
         cls, problem: Problem, draw: Draw, rng: np.random.Generator, tables: Tables
     ) -> _Layout:
         dims, attrs = problem.dims, problem.attributes
-        if attrs.get("layout_query") == "TND" or _cumulative(problem):
+        if attrs.get("layout_query") == "TND":
             queries = _composition(rng, dims.count, dims.batches)
             batch = np.repeat(np.arange(dims.batches), queries)
             position = np.concatenate([np.arange(q) for q in queries])
@@ -138,11 +138,6 @@ class _Layout:
 
     def _last(self, problem: Problem) -> int:
         return math.prod(problem.dims.keys) - 1
-
-
-def _cumulative(problem: Problem) -> bool:
-    """Whether the graph itself tells query rows apart by prefix sums."""
-    return any(operand.domain.cumulative for operand in problem.all(Role.LENGTHS_QUERY))
 
 
 def _rows(problem: Problem) -> tuple[Array, Array]:

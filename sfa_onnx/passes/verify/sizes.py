@@ -43,7 +43,7 @@ _DEFAULTS = {"N1": 3, "T": 7, "T2": 23, "M": 3, "pages": 14, "slots": 4, "width"
 MEMORY_LIMIT = 2_000_000_000  # bytes of one run in float64
 _WORK_MAX = 250_000  # query rows * keys of another size
 _CONSTANT_MAX = 600  # integer constants up to this size are straddled by S2
-_ORDER = ("pages", "M", "slots", "S2", "K", "S1", "B", "T", "T2", "N1", "width")
+_ORDER = ("pages", "M", "slots", "S2", "K", "T", "S1", "B", "T2", "N1", "width")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class Sizer:
         self._index = index
         self._candidate = candidate
         self._layout_kv = layout_kv
+        self._ragged = any(  # sequences of queries follow each other along one axis
+            o.domain.cumulative for o in candidate.operands if o.role is Role.LENGTHS_QUERY
+        )
         base = Concrete(index)
         self._primes = dict(base.symbols)
         self._too_big: list[int] = []
@@ -151,6 +154,8 @@ class Sizer:
             symbols.update(dict.fromkeys(free, dims.capacity))
             shapes = self._evaluate(symbols)
             dims = self.dims(shapes)
+        if self._ragged and dims.count < dims.batches:  # every sequence has a query
+            return None
         if (needed := self._bytes(symbols)) > MEMORY_LIMIT:
             self._too_big.append(needed)
             return None
@@ -260,7 +265,11 @@ class Sizer:
                 return "K"
             first = 0 if operand.axes[0] != "1" else 1
             several = sum(a != "1" for a in operand.axes[:-1]) > 1
-            if self._layout_kv == "TND" or (not several and operand.axes[axis] == "T"):
+            if (
+                self._layout_kv == "TND"
+                or self._ragged
+                or (not several and operand.axes[axis] == "T")
+            ):
                 return "T"
             return "B" if axis == first and several else "S1"
         if operand.role in KEYS:

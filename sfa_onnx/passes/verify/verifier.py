@@ -69,7 +69,7 @@ class Verifier:
             label = self._index.label(candidate.anchor)
             if key in self._known:
                 return self._shared(key, candidate)
-            sizer = Sizer(self._index, candidate, _attributes(candidate).get("layout_kv", ""))
+            sizer = Sizer(self._index, candidate, _inputs_as(candidate).get("layout_kv", ""))
             result = hidden_by_mask(candidate, masks, *sizer.bases()[0]) or _Site(
                 self._index, candidate, region, replacement, sizer
             ).verify(self._probes, self._budget)
@@ -116,7 +116,7 @@ class _Site:
         self._candidate = candidate
         self._sizer = sizer
         self._region_model = region
-        self._attributes = _attributes(candidate)
+        self._attributes = _inputs_as(candidate)
         self._constants = {
             o.value: array
             for o in candidate.operands
@@ -351,6 +351,22 @@ def _attributes(candidate: Candidate) -> dict[str, Any]:
     node = next(n for n in candidate.replacement if n.op_type == candidate.op.name)
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+
+
+def _inputs_as(candidate: Candidate) -> dict[str, Any]:
+    """The attributes, with the layout in which the *graph* takes its inputs.
+
+    A graph that tells sequences apart by prefix sums takes packed ones, whatever the fused node
+    is given: rows of no sequence would be drawn else.
+    """
+    found = _attributes(candidate)
+    packed = {o.role for o in candidate.operands if o.domain.cumulative}
+    paged = any(o.role is Role.BLOCK_TABLE for o in candidate.operands)
+    if Role.LENGTHS_QUERY in packed:
+        found["layout_query"] = "TND"
+    if Role.LENGTHS_KV in packed and not paged:
+        found["layout_kv"] = "TND"
+    return found
 
 
 def _first_line(error: Exception) -> str:
