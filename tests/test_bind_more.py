@@ -167,3 +167,9 @@ def test_two_key_heads_under_one_selection_are_two_sequences():
 def test_integer_keys_without_a_scale():
     rows = " whole = Cast<to=3>(kv)\n codes = Cast<to=1>(whole)\n" + _ROWS.replace("(kv", "(codes")
     assert "integers that are cast to float without a scale" in _reason(_model(rows))
+
+
+@pytest.mark.parametrize("more", ["Add(all, one)", "Max(all, one)"])
+def test_a_divisor_that_is_more_than_the_sum_is_listed(more):
+    weights = _EXP + f" all = ReduceSum<keepdims=1>(e, m1)\n down = {more}\n p = Div(e, down)\n"
+    assert "not their plain sum" in _reason(_model(weights=weights))

@@ -36,6 +36,13 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
         Stop: it is not the operator's mathematics, or not recognisably so.
         NotASite: nothing selects keys.
     """
+    if anchor.padded:
+        raise Stop(
+            f"the exponentials are divided by {anchor.padded}, which is not their plain sum (an"
+            " epsilon, a floor or a sink)",
+            anchor.padded,
+            "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
+        )
     fused = anchor.form == "Attention"
     out_node, out = (anchor.node, anchor.weights) if fused else _weighted_sum(tracer, anchor)
     if anchor.divided is not None:

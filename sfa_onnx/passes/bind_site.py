@@ -25,6 +25,7 @@ class Anchor:
     """A normalisation: weights = softmax(factor * scores) along `axis`.
 
     `mask`: what the exponentials are multiplied by before they are summed, 0 or 1 per key.
+    `padded`: the divisor where it is more than the sum of the exponentials.
     `divided`: the node that divides the weighted sum by the sum of the weights, where the graph
     normalises afterwards; `weights` are exponentials then.
     """
@@ -37,6 +38,7 @@ class Anchor:
     form: str = "Softmax"
     divided: int | None = None
     mask: str = ""
+    padded: str = ""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,11 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     total = index.node_of(node.input[1])
     while total is not None and total.op_type in ("Cast", "Identity", "Unsqueeze", "Expand"):
         total = index.node_of(total.input[0])
+    added = ""
+    if total is not None and total.op_type in ("Add", "Clip", "Max"):  # sum + eps: to be refused
+        added = total.output[0]
+        sums = (index.origin(n) for n in total.input if n)
+        total = next((n for n in sums if n is not None and n.op_type == "ReduceSum"), None)
     if exponential is None or total is None or total.op_type != "ReduceSum":
         return None
     summed = _exponential(index, total.input[0])
@@ -94,11 +99,12 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     _, exponent, base = exponential
     shifted = index.origin(exponent)
     scores = exponent
-    if shifted is None or shifted.op_type != "Sub":
-        return Anchor(i, scores, axis, node.output[0], base, "exp / sum", mask=mask)
-    if _reaches(index, shifted.input[1], ("ReduceMax",), index.source(shifted.input[0])):
-        scores = shifted.input[0]
-    return Anchor(i, scores, axis, node.output[0], base, "exp / sum", mask=mask)
+    if shifted is not None and shifted.op_type == "Sub":
+        source = index.source(shifted.input[0])
+        if _reaches(index, shifted.input[1], ("ReduceMax",), source):
+            scores = shifted.input[0]
+    weights = node.output[0]
+    return Anchor(i, scores, axis, weights, base, "exp / sum", mask=mask, padded=added)
 
 
 def _masked(index: GraphIndex, value: str) -> tuple[tuple[int, str, float], str] | None:

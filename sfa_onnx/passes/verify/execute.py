@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ class _Stage:
         try:
             results = self._runner.run(self._outputs, feeds)
         except Exception as error:  # onnxruntime raises its own classes, and so does numpy
-            raise RuntimeError(str(error)) from error
+            raise RuntimeError(_told(error)) from error
         return dict(zip(self._outputs, results, strict=True))
 
 
@@ -131,6 +132,16 @@ def _is_packed(model: onnx.ModelProto, name: str) -> bool:
     return any(name in n.output and n.op_type == "KvCachePack" for n in model.graph.node)
 
 
+def _told(error: Exception) -> str:
+    """What a runtime complains about, without its codes: "Expand 'name': invalid expand shape"."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    return re.sub(
+        r"Non-zero status code returned while running (\w+) node\. Name:('[^']*') Status Message:",
+        r"\1 \2:",
+        text,
+    )
+
+
 def _open(model: onnx.ModelProto) -> tuple[Any, str]:
     """A runner for a standard model: onnxruntime, else onnx's reference implementation."""
     options = ort.SessionOptions()
@@ -146,5 +157,5 @@ def _open(model: onnx.ModelProto) -> tuple[Any, str]:
         try:
             return ReferenceEvaluator(model), "onnx.reference"
         except Exception as second:
-            raise RuntimeError(f"{first}; {second}") from second
+            raise RuntimeError(f"{_told(first)}; {_told(second)}") from second
     return session, "onnxruntime"
