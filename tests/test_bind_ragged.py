@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
+import sfa_onnx
 from tests.zoo.catalogue import cases
 from tests.zoo.judge import judge
 
@@ -15,3 +17,22 @@ def test_sequences_that_the_graph_tells_apart_by_prefix_sums(kind: str) -> None:
     verdict = judge(case)
     assert verdict.ok, verdict.failure or verdict.reasons
     assert verdict.fused == 1
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_attention_nodes_with_merged_heads(opset: int) -> None:
+    """[B, S, N * D] inputs: heads are told by q_num_heads and kv_num_heads."""
+    (case,) = cases(f"^hand-attention-{opset}$")
+    verdict = judge(case)
+    assert verdict.ok, verdict.failure or verdict.reasons
+
+
+def test_an_attention_node_with_merged_heads_and_a_cap_is_refused() -> None:
+    """What the operator does not do is named, whatever the rank of the inputs."""
+    (case,) = cases("^hand-attention-23$")
+    model = case.make()
+    node = next(n for n in model.graph.node if n.op_type == "Attention")
+    node.attribute.append(onnx.helper.make_attribute("softcap", 5.0))
+    (site,) = sfa_onnx.fuse(model).sites
+    assert site.status == "refused"
+    assert "soft-cap" in site.reason

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
-from sfa_onnx.passes.bind_attention import Parts, read_attention
+from sfa_onnx.passes.bind_attention import Parts, read_attention, split_heads
 from sfa_onnx.passes.bind_axes import check_rows, splits, take_masks, tell_rows
 from sfa_onnx.passes.bind_mask import boolean
 from sfa_onnx.passes.bind_rows import (
@@ -50,6 +50,8 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
     bound.append(f"weighted sum {tracer.index.label(out_node)}")
     labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
     coords = tuple(Expr.of(x) for x in labels)
+    if fused:
+        coords = split_heads(tracer, tracer.index.nodes[out_node], coords)
     for _ in range(8):
         site = _bind_at(tracer, anchor, out_node, Ref(out, coords), bound)
         swap = splits(site)

@@ -13,7 +13,7 @@ from sfa_onnx.passes.bind_mask import additive, boolean
 from sfa_onnx.passes.bind_scores import Scores, Term
 from sfa_onnx.passes.shapes_rules import attributes
 
-__all__ = ["Parts", "read_attention"]
+__all__ = ["Parts", "read_attention", "split_heads"]
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,32 @@ class Parts:
 
 
 def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:
-    """Operands of an Attention node with [B, N, S, D] inputs.
+    """Operands of an Attention node with [B, N, S, D] or [B, S, N * D] inputs.
+
+    `out` is an element of its output; of a 3-D one, as `split_heads` gives it.
 
     Raises:
-        Stop: it does more than softmax(scale * q.k + mask) v, or has 3-D inputs.
+        Stop: it does more than softmax(scale * q.k + mask) v.
     """
     a = attributes(node)
     _plain(tracer, node, a)
-    q, k, v = (tracer.shape(n) for n in node.input[:3])
-    if not len(q) == len(k) == len(v) == 4:
-        raise Stop("Attention with 3-D inputs is not read", out.value, "use [B, N, S, D] inputs")
-    batch, head, row, column = out.coords
-    key, inner = fresh("t", k[2]), fresh("d", q[3])
-    group = head.floordiv(q[1] // k[1]) if k[1] > 1 else ZERO
+    query, keys, values = (_Heads.of(tracer, node, i) for i in range(3))
+    if len({x.flat for x in (query, keys, values)}) != 1:
+        raise Stop("the inputs of Attention have different ranks", out.value)
+    if query.flat:
+        batch, row, merged = out.coords
+        head, column = merged.floordiv(values.width), merged.mod(values.width)
+    else:
+        batch, head, row, column = out.coords
+    key, inner = fresh("t", keys.rows), fresh("d", query.width)
+    group = head.floordiv(query.heads // keys.heads) if keys.heads > 1 else ZERO
     own = Expr.of(key)
-    value = Ref(node.input[2], (_of(batch, v[0]), group, own, column))
+    value = values.element(batch, group, own, column)
     term = Term(
-        Ref(node.input[0], (_of(batch, q[0]), _of(head, q[1]), _of(row, q[2]), Expr.of(inner))),
-        Ref(node.input[1], (_of(batch, k[0]), group, own, Expr.of(inner))),
+        query.element(batch, head, row, Expr.of(inner)),
+        keys.element(batch, group, own, Expr.of(inner)),
         inner,
-        float(a.get("scale", q[3] ** -0.5)),
+        float(a.get("scale", query.width**-0.5)),
     )
     others = {x for c in (batch, head, row) for x in c.labels}
 
@@ -68,6 +74,44 @@ def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:
         return found
 
     return Parts(value, key, others, scores)
+
+
+def split_heads(tracer: Tracer, node: onnx.NodeProto, out: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The element `out` of an Attention's output, a merged [N * D] axis told by head and column."""
+    if len(out) != 3:
+        return out
+    query, value = _Heads.of(tracer, node, 0), _Heads.of(tracer, node, 2)
+    head, column = fresh("n", query.heads), fresh("v", value.width)
+    return (*out[:2], Expr.of(head) * value.width + Expr.of(column))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """An input of Attention: [B, N, S, D], or flat: [B, S, N * D]."""
+
+    value: str
+    batches: int
+    heads: int
+    rows: int
+    width: int
+    flat: bool
+
+    @classmethod
+    def of(cls, tracer: Tracer, node: onnx.NodeProto, position: int) -> _Heads:
+        name, a = node.input[position], attributes(node)
+        shape = tracer.shape(name)
+        if len(shape) == 4:
+            return cls(name, *shape, flat=False)
+        heads = int(a.get("kv_num_heads" if position else "q_num_heads", 0))
+        if len(shape) != 3 or not heads or shape[2] % heads:
+            raise Stop(f"the heads of the Attention input {name} {list(shape)} are not told", name)
+        return cls(name, shape[0], heads, shape[1], shape[2] // heads, flat=True)
+
+    def element(self, batch: Expr, head: Expr, row: Expr, column: Expr) -> Ref:
+        batch, head, row = _of(batch, self.batches), _of(head, self.heads), _of(row, self.rows)
+        if self.flat:
+            return Ref(self.value, (batch, row, head * self.width + column))
+        return Ref(self.value, (batch, head, row, column))
 
 
 def _of(coordinate: Expr, size: int) -> Expr:

@@ -247,7 +247,11 @@ def _constant_of_shape(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
 
 def _attention(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     q, v = _input(sizes, node, 0), _input(sizes, node, 2)
-    return [(*q[:-1], v[-1])] if len(q) == 4 else [None]
+    if len(q) == 4:
+        return [(*q[:-1], v[-1])]
+    flags = attributes(node)  # [B, S, N * D]
+    queries, keys = int(flags.get("q_num_heads", 0)), int(flags.get("kv_num_heads", 0))
+    return [(*q[:-1], v[-1] // keys * queries)] if queries and keys else [None]
 
 
 _SAME = (
