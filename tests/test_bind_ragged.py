@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
@@ -36,3 +37,25 @@ def test_an_attention_node_with_merged_heads_and_a_cap_is_refused() -> None:
     (site,) = sfa_onnx.fuse(model).sites
     assert site.status == "refused"
     assert "soft-cap" in site.reason
+
+
+def test_a_softmax_times_the_reciprocal_of_its_sum() -> None:
+    (case,) = cases("^hand-softmax-reciprocal$")
+    verdict = judge(case)
+    assert verdict.ok, verdict.failure or verdict.reasons
+
+
+def test_a_reciprocal_of_more_than_the_sum_is_refused_for_it() -> None:
+    """exp(s) / (sum(exp(s)) + epsilon) adds up to less than one."""
+    (case,) = cases("^hand-softmax-reciprocal$")
+    model = case.make()
+    nodes = model.graph.node
+    at = next(i for i, n in enumerate(nodes) if n.op_type == "Reciprocal")
+    total = nodes[at].input[0]
+    epsilon = onnx.numpy_helper.from_array(np.array(0.1, np.float32), "epsilon")
+    model.graph.initializer.append(epsilon)
+    nodes[at].input[0] = "padded_sum"
+    nodes.insert(at, onnx.helper.make_node("Add", [total, "epsilon"], ["padded_sum"]))
+    (site,) = sfa_onnx.fuse(model).sites
+    assert site.status == "refused"
+    assert "padded_sum" in site.reason

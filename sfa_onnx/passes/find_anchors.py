@@ -42,7 +42,7 @@ def anchors(index: GraphIndex) -> Iterator[Anchor]:
             yield Anchor(i, node.input[0], int(axis), node.output[0])
         elif op == "Attention" and node.domain in ("", "ai.onnx"):
             yield Anchor(i, node.input[0], -1, node.output[0], form="Attention")
-        elif op == "Div":
+        elif op in ("Div", "Mul"):
             found = _divided(index, i) or _divided_afterwards(index, i)
             if found is not None:
                 yield found
@@ -72,14 +72,38 @@ def _exponential(index: GraphIndex, value: str) -> tuple[int, str, float] | None
     return None
 
 
+def _quotient(index: GraphIndex, node: onnx.NodeProto) -> tuple[str, str] | None:
+    """(a, b) of a / b, also written as a * Reciprocal(b), or a * (1 / b)."""
+    if node.op_type == "Div":
+        return node.input[0], node.input[1]
+    for own, other in ((0, 1), (1, 0)):
+        inverse = index.origin(node.input[other])
+        inverse = _behind(index, inverse, ("Cast", "Identity", "Unsqueeze", "Expand"))
+        if inverse is None:
+            continue
+        if inverse.op_type == "Reciprocal":
+            return node.input[own], inverse.input[0]
+        if inverse.op_type == "Div" and _is_one(index, inverse.input[0]):
+            return node.input[own], inverse.input[1]
+    return None
+
+
+def _is_one(index: GraphIndex, value: str) -> bool:
+    number = index.constant(value)
+    return number is not None and number.size == 1 and float(number.reshape(-1)[0]) == 1
+
+
 def _divided(index: GraphIndex, i: int) -> Anchor | None:
     """exp(s - max) / sum(exp(s - max)), with or without the maximum."""
     node = index.nodes[i]
-    above, mask = index.source(node.input[0]), ""
+    quotient = _quotient(index, node)
+    if quotient is None:
+        return None
+    above, mask = index.source(quotient[0]), ""
     exponential = _exponential(index, above)
     if exponential is None and (masked := _masked(index, above)) is not None:
         exponential, mask = masked
-    total = index.node_of(node.input[1])
+    total = index.node_of(quotient[1])
     while total is not None and total.op_type in ("Cast", "Identity", "Unsqueeze", "Expand"):
         total = index.node_of(total.input[0])
     added = ""
@@ -120,8 +144,10 @@ def _masked(index: GraphIndex, value: str) -> tuple[tuple[int, str, float], str]
 
 def _divided_afterwards(index: GraphIndex, i: int) -> Anchor | None:
     """(exp(s - max) @ v) / sum(exp(s - max))."""
-    node = index.nodes[i]
-    product, total = index.origin(node.input[0]), index.origin(node.input[1])
+    quotient = _quotient(index, index.nodes[i])
+    if quotient is None or quotient[0] != index.nodes[i].input[0]:
+        return None
+    product, total = index.origin(quotient[0]), index.origin(quotient[1])
     product = _behind(index, product, ("Cast", "Reshape", "Transpose", "Squeeze"))
     total = _behind(index, total, ("Cast", "Identity", "Unsqueeze", "Reshape", "Transpose"))
     if product is None or total is None or total.op_type != "ReduceSum":
