@@ -8,6 +8,7 @@ import pytest
 
 import sfa_onnx
 from sfa_onnx.runtime import run, session
+from tests.graphs import gathered
 
 pytestmark = pytest.mark.kernel
 
@@ -39,7 +40,9 @@ def _feeds(model: onnx.ModelProto, seed: int) -> dict[str, np.ndarray]:
         tensor = value.type.tensor_type
         kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         shape = [d.dim_value for d in tensor.shape.dim]
-        feeds[value.name] = rng.standard_normal(shape).astype(kind)
+        integers = rng.integers(0, 32, shape)  # int8 codes, and indices of 32 rows
+        floats = rng.standard_normal(shape)
+        feeds[value.name] = (integers if kind.kind == "i" else floats).astype(kind)
     return feeds
 
 
@@ -50,7 +53,7 @@ def _fused(model: onnx.ModelProto, tolerance: float = 1e-5) -> onnx.ModelProto:
     before, after = session(model), session(report.model)
     for seed in (1, 2):
         feeds = _feeds(model, seed)
-        want, got = (np.float64(run(s, feeds)["o"]) for s in (before, after))
+        want, got = (np.float64(run(s, feeds)[model.graph.output[0].name]) for s in (before, after))
         assert np.abs(want - got).max() <= tolerance * np.abs(want).max()
     return report.model
 
@@ -58,6 +61,16 @@ def _fused(model: onnx.ModelProto, tolerance: float = 1e-5) -> onnx.ModelProto:
 def test_a_query_rounded_to_float16_stays_rounded():
     scores = _SCORES.replace("(q, kt)", "(rounded, kt)")
     _fused(_model(scores=" half = Cast<to=10>(q)\n rounded = Cast<to=1>(half)\n" + scores))
+
+
+def test_scales_rounded_to_float16_stay_rounded():
+    model = gathered(
+        dequant="narrow = Cast <to = 10> (steps)\nagain = Cast <to = 1> (narrow)\n"
+        "floats = Cast <to = 1> (codes)\ntiled = Reshape(floats, split)\n"
+        "step4 = Unsqueeze(again, last)\nproduct = Mul(tiled, step4)\n"
+        "nope = Reshape(product, joined)"
+    )
+    _fused(model)
 
 
 def test_a_float32_cache_under_a_float16_operator_is_read_in_place():

@@ -14,7 +14,15 @@ from sfa_onnx.passes.axes import Expr, Label, Quot
 from sfa_onnx.passes.axes_trace import Ref, Stop
 from sfa_onnx.passes.bind_rows import Columns, State
 from sfa_onnx.passes.build import Group
-from sfa_onnx.passes.build_plan import Built, Plan, deliver, queries, query_rows, split_rows
+from sfa_onnx.passes.build_plan import (
+    Built,
+    Plan,
+    deliver,
+    queries,
+    query_rows,
+    split_rows,
+    unrounded,
+)
 from sfa_onnx.passes.build_rows import cache, gathered
 from sfa_onnx.passes.build_select import gathered_entries, selected_entries
 
@@ -31,7 +39,8 @@ def build_int8(plan: Plan) -> Built:
     pick = _dense_rows(plan) if site.selected else _gathered_rows(plan)
     tiles = Label("tiles", site.nope.label.size // tile)
     ints = pick.rows(site.nope.path[site.nope.behind :], site.nope.label, _T.INT8)
-    scale = e.cast(pick.rows(_by_tile(site.nope, tile, tiles), tiles, 0), _T.FLOAT)
+    scales = unrounded(site, _by_tile(site.nope, tile, tiles), _T.FLOAT)
+    scale = e.cast(pick.rows(scales, tiles, 0), _T.FLOAT)
     inputs = [ints, "", scale]
     order: list[Group] = [pick.order, [], site.heads]
     query = query_rows(plan, nope, [*order, [site.nope.label]])
