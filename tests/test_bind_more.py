@@ -186,3 +186,8 @@ def test_integer_keys_without_a_scale():
 def test_a_divisor_that_is_more_than_the_sum_is_listed(more):
     weights = _EXP + f" all = ReduceSum<keepdims=1>(e, m1)\n down = {more}\n p = Div(e, down)\n"
     assert "not their plain sum" in _reason(_model(weights=weights))
+
+
+def test_keys_that_are_rounded_more_than_values_are_refused():
+    scores = " half = Cast<to=10>(k)\n kr = Cast<to=1>(half)\n" + _SCORES.replace("(k)", "(kr)")
+    assert "keys are rounded to FLOAT16, values to FLOAT" in _reason(_model(scores=scores))

@@ -23,6 +23,7 @@ __all__ = [
     "is_view",
     "queries",
     "query_rows",
+    "rounded_alike",
     "split_rows",
     "unrounded",
     "working_type",
@@ -180,6 +181,27 @@ def unrounded(site: Site, path: Sequence[State], elem_type: int) -> list[State]:
         fewest = min(fewest, bits)
         kept.append(state)
     return kept
+
+
+def rounded_alike(site: Site, elem_type: int) -> None:
+    """Check that keys and values are rounded to the same type: the operator reads one of them.
+
+    Raises:
+        Stop: one of the two is rounded more than the operator rounds, and more than the other.
+    """
+    own = _MANTISSA.get(elem_type, 0)
+    coarsest = []
+    for columns in (site.nope, site.value):
+        types = [site.tracer.sizes.elem_type(s.ref.value) for s in columns.path]
+        coarsest.append(min((t for t in types if t in _MANTISSA), key=_MANTISSA.__getitem__))
+    key, value = coarsest
+    if min(_MANTISSA[key], own) != min(_MANTISSA[value], own):
+        name = _T.DataType.Name
+        raise Stop(
+            f"keys are rounded to {name(key)}, values to {name(value)}",
+            site.value.path[0].ref.value,
+            "cast both or none: the operator reads keys and values from the same rows",
+        )
 
 
 def is_view(ref: Ref) -> bool:

@@ -10,7 +10,7 @@ from sfa_onnx.passes.build_absorb import Absorbed
 from sfa_onnx.passes.build_float import build_float
 from sfa_onnx.passes.build_int8 import build_int8
 from sfa_onnx.passes.build_packed import build_packed
-from sfa_onnx.passes.build_plan import Built, Plan, working_type
+from sfa_onnx.passes.build_plan import Built, Plan, rounded_alike, working_type
 
 __all__ = ["build_site"]
 
@@ -41,4 +41,5 @@ def build_site(site: Site, stem: str) -> Built | None:
             stored,
             "expected float keys, or int8 keys times a scale per tile",
         )
+    rounded_alike(site, elem_type)
     return build_float(plan)
