@@ -59,3 +59,21 @@ def test_a_reciprocal_of_more_than_the_sum_is_refused_for_it() -> None:
     (site,) = sfa_onnx.fuse(model).sites
     assert site.status == "refused"
     assert "padded_sum" in site.reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8-miss-zero-point-dynamo",
+        "int8-miss-nonlinear-dequant-dynamo",
+        "dense-miss-mask-soft-dynamo",
+        "dense-miss-mask-bonus-dynamo",
+        "mask-decoy-blocks",
+    ],
+)
+def test_a_refusal_names_what_is_in_the_way(name: str) -> None:
+    """The reason is the step that differs from the operator, not what it made unrecognisable."""
+    (case,) = cases(f"^{name}$")
+    verdict = judge(case)
+    assert case.reason
+    assert verdict.ok, verdict.failure

@@ -10,6 +10,7 @@ from sfa_onnx.passes.bind_mask import Literal, Selected
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import NotASite, Site
 from sfa_onnx.passes.bind_sources import all_reads, index_sources
+from sfa_onnx.passes.bind_usage import reworked
 
 __all__ = ["check_rows", "splits", "take_masks", "tell_rows"]
 
@@ -54,6 +55,16 @@ def _unselected(site: Site) -> Stop | None:
                     "select token by token",
                 )
         return None
+    where = site.nope.deep.ref.value
+    if changes := reworked(tracer.index, where):
+        nodes = [(tracer.index.nodes[i].op_type, tracer.index.label(i)) for i in changes]
+        names = ", ".join(f"{kind} {label}" for kind, label in nodes)
+        return Stop(
+            f"the gathered rows are changed by {names} before they are keys ({where}); only views,"
+            " casts and scales are read through",
+            where,
+            "expected the gathered rows themselves, or int8 rows times their scales",
+        )
     if site.visible:
         names = ", ".join(v.ref.value for v in site.visible)
         return Stop(
@@ -61,7 +72,6 @@ def _unselected(site: Site) -> Stop | None:
             site.visible[0].ref.value,
             "expected: visible = selected and (any other masks)",
         )
-    where = site.nope.deep.ref.value
     return Stop(
         f"a selection feeds the attention, but the keys {where} are not gathered by it",
         where,
@@ -98,12 +108,26 @@ def tell_rows(site: Site, others: set[Label]) -> None:
     site.heads = [x for x in ordered if x not in deciding]
 
 
+def _check_width(site: Site, selected: Selected) -> None:
+    """A selection among fewer positions than there are keys names blocks of them."""
+    block, rest = divmod(site.key.size, selected.width)
+    if block > 1 and not rest:
+        value = selected.indices.value
+        raise Stop(
+            f"{value} selects among {selected.width} blocks of {block} keys, not single keys",
+            value,
+            "select token by token",
+        )
+
+
 def check_rows(site: Site) -> None:
     """Masks do not differ per head, and every batch reads its own cache.
 
     Raises:
         Stop: one of them does not hold.
     """
+    for s in site.selected:
+        _check_width(site, s)
     if not site.heads:
         shared = _labels(site.nope, site.key)
         for s in site.selected:

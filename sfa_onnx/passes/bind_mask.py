@@ -276,9 +276,17 @@ def _scatter(
     else:
         keeps = update == 0 and base < HIDDEN
     if not keeps:
+        label = tracer.index.label(tracer.index.producer[ref.value])
+        soft = [v for v in (base, update) if v != 0 and not v < HIDDEN and not is_bool]
+        if soft:
+            raise Stop(
+                f"ScatterElements {label} adds {soft[0]:g} to scores, which neither leaves a key as"
+                " it is nor hides it",
+                ref.value,
+                "expected a mask of 0 where a key is selected and -inf elsewhere",
+            )
         raise Stop(
-            f"ScatterElements {tracer.index.label(tracer.index.producer[ref.value])} hides the"
-            " selected keys, or marks none",
+            f"ScatterElements {label} hides the selected keys, or marks none",
             ref.value,
             "expected a mask that keeps exactly the selected keys",
         )

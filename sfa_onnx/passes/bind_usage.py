@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["counts_batches", "follows_itself", "measured"]
+__all__ = ["counts_batches", "follows_itself", "measured", "reworked"]
 
-_MEASURE_STEPS = 8
+_MEASURE_STEPS, _REWORK_STEPS = 8, 64
+_ENDS = frozenset(("Constant", "MatMul", "Shape", "Size", "Softmax", "TopK"))
 _COMPARISONS = frozenset(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
+_VIEWS = frozenset(  # operators whose first input alone is data
+    ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile")
+) | frozenset(("Transpose", "Unsqueeze", "DequantizeLinear"))
+_JOINS = frozenset(("Concat", "Mul", "Where"))
+_GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
 _CARRIERS = frozenset(("Cast", "Identity", "Not", "Reshape", "Squeeze", "Unsqueeze"))
 
 
@@ -72,3 +78,30 @@ def follows_itself(index: GraphIndex, value: str) -> bool:
 def _summed(index: GraphIndex, value: str) -> bool:
     """Whether running sums are taken of it: it holds counts, not yet prefix sums."""
     return any(index.nodes[i].op_type == "CumSum" for i, _ in index.uses(value))
+
+
+def reworked(index: GraphIndex, value: str) -> list[int]:
+    """Nodes between rows that are gathered and `value`, besides views, casts and products."""
+    found: set[int] = set()
+    known: dict[str, bool] = {}
+
+    def gathers(name: str) -> bool:
+        """Whether gathered rows lead to `name`; notes what they pass."""
+        if name in known:
+            return known[name]
+        i = index.producer.get(name)
+        known[name] = False
+        if i is None or len(known) > _REWORK_STEPS:
+            return False
+        node = index.nodes[i]
+        if node.op_type in _GATHERS and index.constant(node.input[1]) is None:
+            known[name] = True
+        elif node.op_type not in _ENDS:
+            data = node.input[:1] if node.op_type in _VIEWS | _GATHERS else node.input
+            known[name] = True in [gathers(n) for n in data if n]  # all of them are looked at
+            if known[name] and node.op_type not in _VIEWS | _JOINS | _GATHERS:
+                found.add(i)
+        return known[name]
+
+    gathers(value)
+    return sorted(found)

@@ -182,5 +182,6 @@ def cases() -> Iterator[Case]:
             yield _case(f"{form}-{rule}-ts", Ruled(s), s, op=FLOAT_KV)
     for kind in ("router", "plain", "window", "masked", "threshold"):
         yield _case(f"decoy-{kind}", Decoy(kind), Spec(), expect="leave")
-    for kind in ("per_head", "blocks"):
-        yield _case(f"decoy-{kind}", Decoy(kind), Spec(), expect="either")
+    yield _case("decoy-per_head", Decoy("per_head"), Spec(), expect="either")
+    blocks = {"expect": "refuse", "reason": "among 8 blocks of 4 keys"}
+    yield _case("decoy-blocks", Decoy("blocks"), Spec(), **blocks)

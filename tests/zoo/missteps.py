@@ -181,9 +181,9 @@ def _inverted(self, x, idx):
 
 GATHERED = {
     "tile-repeat": ({"dequant": _repeat_tiles}, ""),
-    "zero-point": ({"dequant": _zero_point}, ""),
+    "zero-point": ({"dequant": _zero_point}, "rows are changed by Sub "),
     "reversed-scales": ({"dequant": _reversed_scales}, ""),
-    "nonlinear-dequant": ({"dequant": _nonlinear}, ""),
+    "nonlinear-dequant": ({"dequant": _nonlinear}, "rows are changed by Abs "),
     "uneven-tiles": ({"dequant": _uneven}, ""),
     "rope-first-value": ({"key": _swapped_key}, ""),
     "rope-other-rows": ({"key": _rope_other_rows}, ""),
@@ -255,8 +255,8 @@ def _log_count(self, x, idx):
 DENSE = {
     "or-window": ({"hide": _or_window}, ""),
     "mask-inverted": ({"hide": _inverted_dense}, ""),
-    "mask-soft": ({"hide": _soft_dense}, ""),
-    "mask-bonus": ({"hide": _bonus}, ""),
+    "mask-soft": ({"hide": _soft_dense}, "adds -8 to scores"),
+    "mask-bonus": ({"hide": _bonus}, "adds 1 to scores"),
     "mask-graded": ({"hide": _score_bias}, ""),
     "mask-log-count": ({"hide": _log_count}, ""),
     "mask-bias": ({"hide": _per_head_dense}, ""),
