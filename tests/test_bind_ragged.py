@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import sfa_onnx
 from tests.zoo.catalogue import cases
@@ -77,3 +78,25 @@ def test_a_refusal_names_what_is_in_the_way(name: str) -> None:
     verdict = judge(case)
     assert case.reason
     assert verdict.ok, verdict.failure
+
+
+def test_starts_that_are_summed_up_in_the_graph_are_refused() -> None:
+    """Draws of lengths do not reach behind the first sequence: nothing would be verified there."""
+
+    class Summed(torch.nn.Module):
+        def forward(self, q, kv, chosen, ends, lengths):
+            owner = (torch.arange(7)[:, None] >= ends).sum(-1)
+            start = (lengths.cumsum(0) - lengths)[owner]
+            rows = kv[chosen + start[:, None]]
+            score = torch.matmul(q, rows.transpose(-1, -2)) * 0.25
+            return torch.matmul(score.softmax(-1), rows)
+
+    q, kv, chosen = torch.randn(7, 2, 16), torch.randn(60, 16), torch.randint(0, 10, (7, 6))
+    ends, lengths = torch.tensor([2, 3, 7]), torch.tensor([20, 10, 30])
+    with torch.no_grad():
+        program = torch.onnx.export(
+            Summed().eval(), (q, kv, chosen, ends, lengths), dynamo=True, verbose=False
+        )
+    (site,) = sfa_onnx.fuse(program.model_proto).sites
+    assert site.status == "refused"
+    assert "says where each begins" in site.reason

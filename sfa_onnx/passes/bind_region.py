@@ -15,7 +15,7 @@ from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.bind_sources import all_reads, all_selected, index_sources, key_limit
-from sfa_onnx.passes.bind_usage import counts_batches, follows_itself, measured
+from sfa_onnx.passes.bind_usage import counts_batches, follows_itself, measured, prefix_sums
 from sfa_onnx.passes.build import axis_labels
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.index import GraphIndex
@@ -298,12 +298,22 @@ def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names)
             continue
         axes = names.axes(source)
         if any(c.reads for c in source.coords):
-            if len(axes) == 1 and not _by_entry(site, source):
+            if len(axes) == 1 and not _by_entry(site, source) and _drawn(site, value, names):
                 continue  # one number per sequence, told by its use: lengths, prefix sums
             axes = tuple("M" if c.reads else a for a, c in zip(axes, source.coords, strict=True))
             known[value] = Operand(value, Role.BLOCK_TABLE, axes, elem)
         elif any(a.partition("_of_")[0] == "K" for a in axes):  # a longer row may be cut
             known[value] = Operand(value, Role.INDICES, axes, elem, _indices_domain(site, value))
+
+
+def _drawn(site: Site, value: str, names: _Names) -> bool:
+    """Whether verification can draw it: of keys on one axis, where sequences begin must be known.
+
+    What is not drawn stays a table, which is refused for such keys.
+    """
+    deep = site.packed.deep if isinstance(site, PackedSite) else site.nope.deep
+    flat = sum(axis != "1" for axis in names.axes(deep.ref)[:-1]) == 1
+    return not flat or prefix_sums(site.tracer.index, value)
 
 
 def _by_entry(site: Site, ref: Ref) -> bool:

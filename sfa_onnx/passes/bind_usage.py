@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["counts_batches", "follows_itself", "measured", "reworked"]
+__all__ = ["counts_batches", "follows_itself", "measured", "prefix_sums", "reworked"]
 
 _MEASURE_STEPS, _REWORK_STEPS = 8, 64
 _ENDS = frozenset(("Constant", "MatMul", "Shape", "Size", "Softmax", "TopK"))
@@ -105,3 +105,17 @@ def reworked(index: GraphIndex, value: str) -> list[int]:
 
     gathers(value)
     return sorted(found)
+
+
+def prefix_sums(index: GraphIndex, value: str) -> bool:
+    """Whether it is used as the ends of sequences, or is their starts, `cat([0, ends[:-1]])`."""
+    if counts_batches(index, value) or follows_itself(index, value):
+        return True
+    node = index.node_of(value)
+    if node is None or node.op_type not in ("Concat", "Pad") or _summed(index, value):
+        return False
+    for name in node.input:
+        cut = index.origin(name)
+        if cut is not None and cut.op_type == "Slice" and follows_itself(index, cut.input[0]):
+            return True
+    return False

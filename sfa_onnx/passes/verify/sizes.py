@@ -186,6 +186,8 @@ class Sizer:
         indices = shapes[_operand(self._candidate, Role.INDICES).value]
         keys, swapped = self._keys(shapes)
         table = _first(self._candidate, Role.BLOCK_TABLE)
+        if table is not None and len(keys) == 1:
+            raise UnverifiableError(self._no_starts(table))
         if table is not None:
             mapped = shapes[table.value]
             batches = int(np.prod(mapped[:-1], dtype=np.int64))
@@ -199,6 +201,14 @@ class Sizer:
         rows = indices[:-1]
         axis = self._batch_axis(rows, batches)
         return Dims(batches, rows, axis, indices[-1], capacity, keys, swapped)
+
+    def _no_starts(self, table: Operand) -> Refusal:
+        return Refusal(
+            f"keys of several sequences lie on one axis and {table.value!r} says where each begins"
+            " in a way that cannot be drawn",
+            table.value,
+            "give the ends of the sequences as prefix sums, and begin at cat([0, ends[:-1]])",
+        )
 
     def _packed_batches(self, shapes: Shapes) -> int:
         """Number of sequences in packed (TND) inputs: entries of the prefix sums."""
