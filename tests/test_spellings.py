@@ -1,4 +1,4 @@
-"""Spellings that people write and export, found by an outside examiner: fused, and the same."""
+"""Spellings that people write and export: fused and the same, or refused."""
 
 import numpy as np
 import pytest
