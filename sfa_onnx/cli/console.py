@@ -14,11 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from sfa_onnx.report import to_json
+from sfa_onnx.report import JSON_VERSION, to_json
 
 __all__ = ["Console", "human_bytes"]
-
-JSON_VERSION = 1
 
 
 def human_bytes(count: float) -> str:

@@ -140,12 +140,8 @@ class Boundary:
             translator, done = known
             is_latent = node.input[0] in self.latents
             stream = done.latent if is_latent or done.rope is None else done.rope
-            if self._moves_rows(done):
+            if done.cache is not None:
                 self._shape_of(node, stream, translator, done, is_latent)
-
-    @staticmethod
-    def _moves_rows(done: Translated) -> bool:
-        return done.cache is not None
 
     def _shape_of(
         self,

@@ -128,8 +128,7 @@ class Conversion:
         tile = self.tile if nope % self.tile == 0 else nope
         row = PackedRow(nope, rope, tile, _ITEM[elem_type])
         if row not in self.translators:
-            self.translators[row] = Translator(self.index, self.emit, row, self.form)
-            self.translators[row].query_type = elem_type
+            self.translators[row] = Translator(self.index, self.emit, row, self.form, elem_type)
         return self.translators[row]
 
     def _width(self, value: str, label: str) -> int:

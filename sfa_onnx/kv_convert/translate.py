@@ -13,12 +13,12 @@ import onnx
 
 from sfa_onnx.contract import PackedRow
 from sfa_onnx.kv_convert.emit import Emitter
-from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING
+from sfa_onnx.kv_convert.interface import SLOT_MAPPING
 from sfa_onnx.kv_convert.trace import Stream, attribute_int, peel
 from sfa_onnx.op import DOMAIN_OWN, KV_CACHE_PACK
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["CacheInput", "Translator"]
+__all__ = ["CacheInput", "Translated", "Translator"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ class Translated:
 class Translator:
     """Translates the key streams of any number of sites of one graph."""
 
-    def __init__(self, index: GraphIndex, emitter: Emitter, row: PackedRow, form: str) -> None:
+    def __init__(
+        self, index: GraphIndex, emitter: Emitter, row: PackedRow, form: str, query_type: int
+    ) -> None:
         self.index = index
         self.emit = emitter
         self.row = row
         self.form = form
+        self.query_type = query_type  # of query and rope rows: onnx.TensorProto.DataType
         self.done: dict[tuple[str, str], Translated] = {}
         # How many rows one run appends, and for how many sequences, as far as the file tells.
         self.fresh: dict[str, int | str | None] = {"B": None, "S": None}
@@ -134,11 +137,9 @@ class Translator:
     def _cast(self, value: str, source: str) -> str:
         """Rows are packed in the query's type: casts peeled off on the way are made good."""
         wanted = self.query_type
-        if wanted and self.index.elem_type(source) not in (0, wanted):
+        if self.index.elem_type(source) not in (0, wanted):
             return self.emit.op("Cast", [value], to=wanted)
         return value
-
-    query_type: int = 0
 
     # -- movement ---------------------------------------------------------------------------------
 
@@ -251,6 +252,3 @@ def _row_order(axes: tuple[str, ...]) -> list[int] | None:
     if "1" not in axes:
         perm.insert(-1, 2)
     return perm
-
-
-__all__ += ["BLOCK_TABLE", "LENGTHS_KV", "Translated"]
