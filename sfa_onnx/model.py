@@ -1,7 +1,6 @@
 """Open and save models without touching their weights.
 
 A 671B model is a 12 MB graph beside 1.5 TB of weights. `load_model` reads the graph only;
-`ConstantReader` fetches single structural constants by exact byte range and keeps a log of it;
 `save_model` writes atomically, next to the weights (`sfa_onnx.weights` knows the other places).
 """
 
@@ -13,45 +12,25 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
-from onnx import AttributeProto, TensorProto, numpy_helper
+from onnx import TensorProto
 
-from sfa_onnx.errors import ModelError, UsageError, WeightsError
+from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.weights import place_weights
 
 __all__ = [
-    "CONSTANT_LIMIT",
-    "ConstantReader",
-    "ExternalRange",
     "atomic_write",
-    "external_range",
     "hash_message",
     "hash_tensors_and_nodes",
-    "iter_tensors",
     "load_model",
     "paused_gc",
     "save_model",
 ]
 
-CONSTANT_LIMIT = 1 << 20  # bytes of one structural constant that may be read from the weights
 _PROTO_LIMIT = (1 << 31) - 1  # protobuf's own limit for one message
-_INTEGERS = frozenset(
-    (
-        TensorProto.BOOL,
-        TensorProto.INT8,
-        TensorProto.INT16,
-        TensorProto.INT32,
-        TensorProto.INT64,
-        TensorProto.UINT8,
-        TensorProto.UINT16,
-        TensorProto.UINT32,
-        TensorProto.UINT64,
-    )
-)
 
 
 @contextlib.contextmanager
@@ -149,8 +128,6 @@ def save_model(
         UsageError: the file exists and `force` is not set.
         ModelError: the graph itself is larger than protobuf allows.
     """
-    from sfa_onnx.weights import place_weights
-
     target = Path(path)
     if target.exists() and not force:
         raise UsageError(f"{target} exists already; choose another name or pass force (--force)")
@@ -170,173 +147,6 @@ def _serialized(model: onnx.ModelProto, target: Path) -> bytes:
             f"{target}: the graph without external weights is larger than protobuf's 2 GB; strip"
             " stack traces (metadata_props) or store embedded tensors as external data"
         ) from error
-
-
-@dataclass(frozen=True)
-class ExternalRange:
-    """Where the bytes of one external tensor lie: file location, offset and length in bytes."""
-
-    location: str
-    offset: int
-    length: int | None
-
-
-def external_range(tensor: TensorProto) -> ExternalRange:
-    """Parse the external-data entries of `tensor`.
-
-    Raises:
-        WeightsError: no location, or an offset or length that is not a number.
-    """
-    entries = {e.key: e.value for e in tensor.external_data}
-    location = entries.get("location", "")
-    try:
-        offset = int(entries.get("offset", 0))
-        length = int(entries["length"]) if "length" in entries else None
-    except ValueError as error:
-        raise WeightsError(
-            f"initializer {tensor.name!r}: external offset/length must be numbers, got"
-            f" {entries.get('offset')!r} and {entries.get('length')!r}"
-        ) from error
-    if not location or offset < 0 or (length is not None and length < 0):
-        raise WeightsError(
-            f"initializer {tensor.name!r}: external data needs a location and a non-negative"
-            f" offset and length, got {entries}"
-        )
-    return ExternalRange(location, offset, length)
-
-
-def iter_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every stored tensor: initializers and tensor attributes, in sub-graphs and functions too."""
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield from _node_tensors(node)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    for node in graph.node:
-        yield from _node_tensors(node)
-
-
-def _node_tensors(node: onnx.NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        kind = attribute.type
-        if kind == AttributeProto.TENSOR:
-            yield attribute.t
-        elif kind == AttributeProto.TENSORS:
-            yield from attribute.tensors
-        elif kind == AttributeProto.GRAPH:
-            yield from _graph_tensors(attribute.g)
-        elif kind == AttributeProto.GRAPHS:
-            for graph in attribute.graphs:
-                yield from _graph_tensors(graph)
-
-
-@dataclass
-class ConstantReader:
-    """Reads structural constants; external ones by exact byte range, each one logged.
-
-    Only scalars and integer or bool tables up to `CONSTANT_LIMIT` bytes are read from external
-    files: weights and float masks never are. Constants stored inside the model cost no file access.
-    """
-
-    base_dir: Path | None = None
-    limit: int = CONSTANT_LIMIT
-    log: list[str] = field(default_factory=list)
-    bytes_read: int = 0
-
-    def read(self, tensor: TensorProto) -> np.ndarray:
-        """The value of a structural constant.
-
-        Raises:
-            WeightsError: the tensor is a weight, is too large, or its file cannot be read.
-        """
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return numpy_helper.to_array(tensor)
-        where, length = self._check(tensor)
-        data = self._pread(tensor.name, where, length)
-        copy = TensorProto()
-        copy.CopyFrom(tensor)
-        copy.ClearField("external_data")
-        copy.ClearField("data_location")
-        copy.raw_data = data
-        return numpy_helper.to_array(copy)
-
-    def __call__(self, location: str, offset: int, length: int) -> bytes:
-        """`length` bytes of an external file at `offset`: the door `GraphIndex` reads through."""
-        if length > self.limit:
-            raise WeightsError(
-                f"{location}: {length} bytes were asked for; at most {self.limit} bytes of a"
-                " structural constant are read"
-            )
-        return self._pread("", ExternalRange(location, offset, length), length)
-
-    def _check(self, tensor: TensorProto) -> tuple[ExternalRange, int]:
-        """The byte range of `tensor`, when it is something we may read."""
-        where = external_range(tensor)
-        elements = int(np.prod(tuple(tensor.dims), dtype=np.int64))
-        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        length = elements * itemsize
-        if tensor.data_type not in _INTEGERS and elements != 1:
-            raise WeightsError(
-                f"initializer {tensor.name!r} {list(tensor.dims)} lies in {where.location!r} and is"
-                " not a structural constant (scalar, integer or bool table); weights are not read"
-            )
-        if length > self.limit:
-            raise WeightsError(
-                f"initializer {tensor.name!r}: {length} bytes in {where.location!r}; at most"
-                f" {self.limit} bytes of a structural constant are read"
-            )
-        if where.length is not None and where.length != length:
-            raise WeightsError(
-                f"initializer {tensor.name!r}: external length is {where.length} bytes, but its"
-                f" type and shape {list(tensor.dims)} need {length}"
-            )
-        return where, length
-
-    def _pread(self, name: str, where: ExternalRange, length: int) -> bytes:
-        """`length` bytes at the recorded offset, from a file inside the model's folder."""
-        path = self._resolve(name, where.location)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise WeightsError(
-                f"initializer {name!r}: the weights file {path} cannot be opened"
-                f" ({error.strerror}); a constant that shapes the graph is stored there"
-            ) from error
-        try:
-            data = os.pread(descriptor, length, where.offset)
-        finally:
-            os.close(descriptor)
-        if len(data) != length:
-            raise WeightsError(
-                f"initializer {name!r}: {path} ends before byte {where.offset + length}; the"
-                " weights file is truncated or belongs to another model"
-            )
-        span = f"{where.location}[{where.offset}:{where.offset + length}]"
-        self.log.append(f"{name}: {span}" if name else span)
-        self.bytes_read += length
-        return data
-
-    def _resolve(self, name: str, location: str) -> Path:
-        """The file a location names; a location may not lead out of the model's folder."""
-        if self.base_dir is None:
-            raise WeightsError(
-                f"initializer {name!r} lies in the external file {location!r}, but the model was"
-                " given in memory; pass the path of the model instead"
-            )
-        pure = Path(location)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise WeightsError(
-                f"initializer {name!r}: external location {location!r} leads out of the model's"
-                f" folder {self.base_dir}; onnx and onnxruntime reject it too. Move the weights"
-                " beside the model and store a plain relative location"
-            )
-        return self.base_dir / pure
 
 
 def hash_message(message: onnx.NodeProto | TensorProto) -> str:

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto
 
 from sfa_onnx.errors import UsageError, WeightsError
-from sfa_onnx.model import external_range, iter_tensors
+from sfa_onnx.external import external_range, iter_tensors
 
 __all__ = ["READERS", "WeightsFinding", "external_files", "place_weights", "weights_findings"]
 

@@ -9,13 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError, UsageError, WeightsError
-from sfa_onnx.model import (
-    ConstantReader,
-    atomic_write,
-    hash_tensors_and_nodes,
-    load_model,
-    save_model,
-)
+from sfa_onnx.external import StorageReader
+from sfa_onnx.model import atomic_write, hash_tensors_and_nodes, load_model, save_model
 from sfa_onnx.weights import external_files, place_weights, weights_findings
 
 
@@ -151,19 +146,20 @@ def test_output_may_not_be_a_weights_file(saved):
 
 def test_reader_reads_exact_ranges_and_logs_them(saved):
     model = load_model(saved)
-    reader = ConstantReader(saved.parent)
-    np.testing.assert_array_equal(reader.read(model.graph.initializer[1]), [2, 0, 1])
+    reader = StorageReader(saved.parent)
+    np.testing.assert_array_equal(reader.weight(model.graph.initializer[1]), [2, 0, 1])
     assert reader.log == ["table: w.bin[48:72]"]
     assert reader.bytes_read == 24
-    with pytest.raises(WeightsError, match="weights are not read"):
-        reader.read(model.graph.initializer[0])
+    assert reader("w.bin", 52, 4) == (saved.parent / "w.bin").read_bytes()[52:56]
+    assert reader.log[1:] == ["w.bin[52:56]"]
+    assert reader.bytes_read == 28
 
 
 @pytest.mark.parametrize("location", ["../w.bin", "/etc/passwd", "a/../../w.bin"])
 def test_reader_refuses_paths_that_escape(saved, location):
     model, _ = _model(location)
     with pytest.raises(WeightsError, match="leads out of the model's folder"):
-        ConstantReader(saved.parent).read(model.graph.initializer[1])
+        StorageReader(saved.parent).weight(model.graph.initializer[1])
 
 
 def test_reader_explains_missing_and_short_files(saved):
@@ -171,22 +167,21 @@ def test_reader_explains_missing_and_short_files(saved):
     weights = saved.parent / "w.bin"
     weights.write_bytes(b"\0" * 50)
     with pytest.raises(WeightsError, match="ends before byte 72"):
-        ConstantReader(saved.parent).read(tensor)
+        StorageReader(saved.parent).weight(tensor)
     weights.unlink()
     with pytest.raises(WeightsError, match="cannot be opened"):
-        ConstantReader(saved.parent).read(tensor)
+        StorageReader(saved.parent).weight(tensor)
     with pytest.raises(WeightsError, match="given in memory"):
-        ConstantReader(None).read(tensor)
+        StorageReader(None).weight(tensor)
 
 
 def test_reader_rejects_lengths_that_do_not_fit(saved):
     tensor = _external("t", np.zeros(3, np.int64), "w.bin", 0)
     tensor.dims[0] = 2
     with pytest.raises(WeightsError, match=r"external length is 24 bytes.*need 16"):
-        ConstantReader(saved.parent).read(tensor)
-    tensor.dims[0] = 1 << 20
+        StorageReader(saved.parent).weight(tensor)
     with pytest.raises(WeightsError, match="at most"):
-        ConstantReader(saved.parent).read(tensor)
+        StorageReader(saved.parent)("w.bin", 0, 1 << 21)
 
 
 def _layouts(folder: Path, data: bytes):

@@ -13,7 +13,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from sfa_onnx.ascend.flavour_repairs import dense
 from sfa_onnx.ascend.flavour_scope import Facts, Names, Scope, attribute, scopes, subgraphs
 from sfa_onnx.errors import ModelError, WeightsError
-from sfa_onnx.model import iter_tensors
+from sfa_onnx.external import iter_tensors
 
 __all__ = [
     "clean_external_data",

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import onnx
 
 from sfa_onnx.errors import ModelError, UsageError, VerificationError
-from sfa_onnx.model import ConstantReader, load_model, paused_gc, save_model
+from sfa_onnx.external import StorageReader
+from sfa_onnx.model import load_model, paused_gc, save_model
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
@@ -183,7 +184,7 @@ class _Run:
         """Find, verify and splice; nothing is written."""
         with self.stage("load"):
             model, notes = self._load(source)
-        reader = ConstantReader(self.source_dir)
+        reader = StorageReader(self.source_dir)
         with self.stage("find"):
             index = GraphIndex.of(model, reader)
             found = find_candidates(index)
