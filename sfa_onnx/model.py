@@ -20,6 +20,7 @@ from onnx import TensorProto
 
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.weights import place_weights
+from sfa_onnx.weights_file import WeightsFile
 
 __all__ = [
     "atomic_write",
@@ -111,6 +112,7 @@ def save_model(
     source_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
     weights: str | None = None,
+    fresh: WeightsFile | None = None,
 ) -> Path:
     """Write a model where its external weights are found, atomically.
 
@@ -122,6 +124,7 @@ def save_model(
         force: overwrite an existing file.
         weights: None: the weights must already lie beside `path`; "copy": copy them there
             (sharing blocks where the file system can).
+        fresh: new weights that this model reads; put beside it.
 
     Raises:
         WeightsError: the weights would not be found beside the new file.
@@ -133,7 +136,10 @@ def save_model(
         raise UsageError(f"{target} exists already; choose another name or pass force (--force)")
     data = _serialized(model, target)
     source = None if source_dir is None else Path(source_dir)
-    place_weights(model, source, target, mode=weights, force=force)
+    name = "" if fresh is None else fresh.path.name
+    place_weights(model, source, target, mode=weights, force=force, fresh=name)
+    if fresh is not None:
+        fresh.commit()
     atomic_write(target, data, force=force)
     return target
 

@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 import onnx
 
-__all__ = ["FuseReport", "ProbeResult", "SiteReport", "VerifyRecord", "to_json"]
+__all__ = [
+    "FuseReport",
+    "MaterializedWeight",
+    "ProbeResult",
+    "SiteReport",
+    "VerifyRecord",
+    "to_json",
+]
 
 JSON_VERSION = 1
 
@@ -50,6 +57,7 @@ class SiteReport:
     anchor: str  # node name (or output name when the node is unnamed)
     status: Literal["fused", "refused", "unfused"]
     op_type: str = ""
+    scope: str = ""  # the body it lies in, "If_3.then_branch/Loop_1.body"; "" for the main graph
     layer: str = ""  # "model.layers.12.self_attn" where the exporter's metadata tells
     reason: str = ""
     hint: str = ""  # what would make it fuse
@@ -61,6 +69,19 @@ class SiteReport:
     removed: tuple[str, ...] = ()  # node names (or outputs) replaced
     added: tuple[str, ...] = ()
     cost: dict[str, float] = field(default_factory=dict)  # flops/bytes before and after
+
+
+@dataclass(frozen=True)
+class MaterializedWeight:
+    """An expansion weight whose parts were written as initializers of their own, or why not."""
+
+    weight: str  # the stored tensor
+    sites: tuple[str, ...]  # ids of the sites that read it
+    made: dict[str, str] = field(default_factory=dict)  # new initializer -> hash of its bytes
+    bytes_read: int = 0
+    bytes_written: int = 0
+    kept: str = ""  # who else reads the weight, which therefore stays
+    reason: str = ""  # why the site still slices it in the graph
 
 
 @dataclass
@@ -78,6 +99,7 @@ class FuseReport:
     changed_inputs: list[str] = field(default_factory=list)
     changed_outputs: list[str] = field(default_factory=list)
     planned: tuple[str, ...] = ()  # site ids that a plan asked for
+    materialized: list[MaterializedWeight] = field(default_factory=list)
 
     @property
     def fused(self) -> list[SiteReport]:

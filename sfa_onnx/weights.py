@@ -152,8 +152,11 @@ def place_weights(
     *,
     mode: str | None = None,
     force: bool = False,
+    fresh: str = "",
 ) -> list[Path]:
     """Make sure the external files of `model` lie beside `target`; copy them there when asked.
+
+    `fresh` names a file that is put beside `target` with the model itself.
 
     Returns:
         The files that were written.
@@ -170,6 +173,7 @@ def place_weights(
     if source is not None and source.resolve() == folder.resolve():
         return []
     files = external_files(model)
+    files.pop(fresh, None)
     if not files:
         return []
     if source is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +19,22 @@ from sfa_onnx.model import load_model, paused_gc, save_model
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
-from sfa_onnx.passes.cost import compare_costs, nominal_sizes, region_cost
 from sfa_onnx.passes.find import find_candidates
 from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.limits import npu_limits
-from sfa_onnx.passes.scopes import bodies_with_attention, inline_functions
-from sfa_onnx.passes.shapes import Concrete
-from sfa_onnx.passes.splice import check_region, splice
+from sfa_onnx.passes.materialize import Materializer, materialized_notes
+from sfa_onnx.passes.scope_index import body_views
+from sfa_onnx.passes.scopes import count_nodes, inline_functions, note_captures, splice_scopes
+from sfa_onnx.passes.site_report import Costs, describe, unique_ids
+from sfa_onnx.passes.splice import check_region
 from sfa_onnx.report import FuseReport, SiteReport, VerifyRecord
+from sfa_onnx.weights_file import WeightsFile
 
 __all__ = ["fuse"]
 
 _log = logging.getLogger("sfa_onnx")
 
 _STAGES = (
-    *("load", "find", "verify", "hash", "splice"),
+    *("load", "find", "verify", "weights", "hash", "splice"),
     *("kv-cache", "portable", "certificate", "save"),
 )
 
@@ -57,12 +58,14 @@ def fuse(
     weights: Literal["copy"] | None = None,
     force: bool = False,
     cost: Literal["any", "not-worse"] = "any",
+    materialize_absorbed: bool = False,
     progress: Progress | None = None,
 ) -> FuseReport:
     """Put the fused sparse-attention operators in place of the sub-graphs that spell them.
 
     A site is replaced only when it was verified to *be* the operator; every other candidate is
-    listed with the reason. Nodes outside the sites stay byte for byte, weights are never read.
+    listed with the reason. Nodes outside the sites stay byte for byte; weights are read by
+    `materialize_absorbed` only.
 
     Args:
         model: a path, or a `ModelProto` (which is not changed).
@@ -77,6 +80,9 @@ def fuse(
         weights: "copy" copies external weights when `output` lies in another folder.
         force: overwrite existing files.
         cost: "not-worse" refuses sites whose estimated CPU time grows.
+        materialize_absorbed: write W_UK and W_UV of absorbed sites as initializers of their own
+            (beside `output` when the weight lies outside the model), for compilers that do not
+            fold views of constants.
         progress: called with (stage, fraction done).
 
     Returns:
@@ -92,26 +98,34 @@ def fuse(
         if path is not None and Path(path).exists() and not force:
             raise UsageError(f"{path} exists already; choose another name or pass force (--force)")
     run = _Run(verify, target, cost, progress or _silent)
-    with paused_gc():
-        report = run.fuse(model, None if plan is None else plans.read_plan(plan))
-    _expect(report, expect_sites, plan)
-    if kv_cache != "keep":
-        with run.stage("kv-cache"):
-            _convert_cache(report, kv_cache)
-    if portable:
-        from sfa_onnx.runtime.portable import make_portable
-
-        with run.stage("portable"):
-            report.model = make_portable(report.model)
-    if certificate is not None:
-        with run.stage("certificate"):
-            proof = certificates.make_certificate(report, run.before)
-            certificates.write_certificate(proof, certificate, force=force)
-    if output is not None:
-        with run.stage("save"):
-            report.path = save_model(
-                report.model, output, source_dir=run.source_dir, force=force, weights=weights
-            )
+    with contextlib.ExitStack() as stack:
+        if materialize_absorbed:
+            where = None if output is None else WeightsFile(Path(output), force=force)
+            run.materialize = True
+            run.file = where if where is None else stack.enter_context(where)
+        with paused_gc():
+            report = run.fuse(model, None if plan is None else plans.read_plan(plan))
+        _expect(report, expect_sites, plan)
+        if kv_cache != "keep":
+            with run.stage("kv-cache"):
+                _convert_cache(report, kv_cache)
+        if portable:
+            with run.stage("portable"):
+                _ship_bodies(report)
+        if certificate is not None:
+            with run.stage("certificate"):
+                proof = certificates.make_certificate(report, run.before)
+                certificates.write_certificate(proof, certificate, force=force)
+        if output is not None:
+            with run.stage("save"):
+                report.path = save_model(
+                    report.model,
+                    output,
+                    source_dir=run.source_dir,
+                    force=force,
+                    weights=weights,
+                    fresh=run.file,
+                )
     return report
 
 
@@ -152,10 +166,27 @@ def _convert_cache(report: FuseReport, form: str) -> None:
 
     converted = convert(report.model, to=form)
     report.model = converted.model
-    report.nodes_after = len(converted.model.graph.node)
+    report.nodes_after = count_nodes(converted.model.graph)
     report.notes += converted.notes
     report.changed_inputs += [*converted.removed_inputs, *converted.added_inputs]
     report.changed_outputs += [*converted.removed_outputs, *converted.added_outputs]
+
+
+def _ship_bodies(report: FuseReport) -> None:
+    """Add the operators' bodies of standard operators."""
+    from sfa_onnx.runtime.portable import make_portable
+
+    report.model = make_portable(report.model)
+
+
+@dataclass
+class _Scope:
+    """One graph of the model: its candidates, and those that are to be spliced."""
+
+    index: GraphIndex
+    found: list[Candidate | RefusedSite]
+    sites: list[SiteReport]
+    ready: list[tuple[Candidate, SiteReport]] = field(default_factory=list)
 
 
 @dataclass
@@ -168,9 +199,11 @@ class _Run:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     source_dir: Path | None = None
+    materialize: bool = False
+    file: WeightsFile | None = None  # takes what materialize makes of external weights
     before: certificates.Snapshot = field(default_factory=certificates.Snapshot)
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage and announce it."""
         self.progress(name, _STAGES.index(name) / len(_STAGES))
@@ -186,35 +219,57 @@ class _Run:
             model, notes = self._load(source)
         reader = StorageReader(self.source_dir)
         with self.stage("find"):
-            index = GraphIndex.of(model, reader)
-            found = find_candidates(index)
-            costs = _Costs(index)
-            sites = [_describe(index, item, n, costs) for n, item in enumerate(found)]
-            _unique_ids(sites)
+            scopes = self._find(model, reader)
+            sites = [site for scope in scopes for site in scope.sites]
+            unique_ids(sites)
+            if plan is not None:
+                plan.check_against(s.site_id for s in sites)
         with self.stage("verify"):
-            ready = self._judge(index, found, sites, plan)
+            self._judge(scopes, plan)
+        own_weights = self._materialize(scopes)
         with self.stage("hash"):
             self.before = certificates.snapshot(model)
-        nodes_before = len(model.graph.node)
+        nodes_before = count_nodes(model.graph)
         with self.stage("splice"):
-            for site, result in zip(
-                (s for _, s in ready), splice(model, index, [c for c, _ in ready]), strict=True
-            ):
-                site.removed, site.added = result.removed, result.added
+            splice_scopes(model, [(s.index, s.ready) for s in scopes])
         with self.stage("hash"):
             notes.append(_untouched(self.before, certificates.snapshot(model)))
         report = FuseReport(
             model=model,
             sites=sites,
             nodes_before=nodes_before,
-            nodes_after=len(model.graph.node),
+            nodes_after=count_nodes(model.graph),
             weights_bytes_read=reader.bytes_read,
             seconds=self.seconds,
             notes=notes,
             planned=() if plan is None else plan.chosen,
         )
-        report.sites += bodies_with_attention(model)
+        if own_weights is not None:
+            report.materialized = own_weights.reports(model.graph)
+            report.weights_bytes_read += sum(m.bytes_read for m in report.materialized)
+            report.notes += materialized_notes(report.materialized, self.file)
         return report
+
+    def _find(self, model: onnx.ModelProto, reader: StorageReader) -> list[_Scope]:
+        """The candidates of the main graph and of every body, each graph before its bodies."""
+        main = GraphIndex.of(model, reader)
+        scopes = []
+        for index in (main, *body_views(main)):
+            found = find_candidates(index)
+            costs = Costs(index)
+            sites = [describe(index, item, n, costs) for n, item in enumerate(found)]
+            scopes.append(_Scope(index, found, sites))
+        return scopes
+
+    def _materialize(self, scopes: list[_Scope]) -> Materializer | None:
+        """Give absorbed sites weights of their own, where that was asked for."""
+        if not self.materialize:
+            return None
+        folder = self.source_dir or (None if self.file is None else self.file.path.parent)
+        own_weights = Materializer(scopes[0].index, StorageReader(folder), self.file)
+        with self.stage("weights"):
+            own_weights.apply(item for item, _ in scopes[0].ready)
+        return own_weights
 
     def _load(
         self, source: str | os.PathLike[str] | onnx.ModelProto
@@ -229,38 +284,37 @@ class _Run:
             self.source_dir = Path(source).parent
         return inline_functions(model)
 
-    def _judge(
-        self,
-        index: GraphIndex,
-        found: list[Candidate | RefusedSite],
-        sites: list[SiteReport],
-        plan: plans.Plan | None,
-    ) -> list[tuple[Candidate, SiteReport]]:
-        """Decide every candidate; returns those to splice."""
+    def _judge(self, scopes: list[_Scope], plan: plans.Plan | None) -> None:
+        """Decide every candidate; bodies first, whose replacements read values around them."""
         from sfa_onnx.passes.verify import Verifier
 
-        verifier = Verifier(index)
-        ready = []
-        if plan is not None:
-            plan.check_against(s.site_id for s in sites)
-        for n, (item, site) in enumerate(zip(found, sites, strict=True)):
-            if isinstance(item, RefusedSite):
-                continue
-            self.progress("verify", 0.25 + 0.4 * n / len(found))
-            refusal = self._refusal(index, item, site, plan)
-            if refusal is None:
-                verdict = self._verdict(verifier, item)
-                if isinstance(verdict, Refusal):
-                    refusal = verdict
-                else:
-                    site.record = verdict
-            if refusal is None:
-                site.status = "fused"
-                ready.append((item, site))
-            else:
-                site.reason, site.hint = refusal.reason, refusal.hint
-                site.stopped_at = refusal.stopped_at
-        return ready
+        total, done = sum(len(s.found) for s in scopes), 0
+        for scope in reversed(scopes):
+            verifier = Verifier(scope.index)
+            for item, site in zip(scope.found, scope.sites, strict=True):
+                done += 1
+                if isinstance(item, RefusedSite):
+                    continue
+                self.progress("verify", 0.25 + 0.4 * done / total)
+                self._decide(verifier, scope, item, site, plan)
+
+    def _decide(
+        self,
+        verifier: Any,
+        scope: _Scope,
+        item: Candidate,
+        site: SiteReport,
+        plan: plans.Plan | None,
+    ) -> None:
+        """Verify one candidate and note the verdict."""
+        verdict = self._refusal(scope.index, item, site, plan) or self._verdict(verifier, item)
+        if isinstance(verdict, Refusal):
+            site.reason, site.hint = verdict.reason, verdict.hint
+            site.stopped_at = verdict.stopped_at
+            return
+        site.status, site.record = "fused", verdict
+        scope.ready.append((item, site))
+        note_captures(scope.index, item)
 
     def _refusal(
         self, index: GraphIndex, item: Candidate, site: SiteReport, plan: plans.Plan | None
@@ -313,56 +367,3 @@ def _untouched(before: certificates.Snapshot, after: certificates.Snapshot) -> s
         f"untouched: {difference.untouched_nodes} nodes and {difference.untouched_initializers}"
         " initializers, equal by hash and in order"
     )
-
-
-def _describe(
-    index: GraphIndex, item: Candidate | RefusedSite, number: int, costs: _Costs
-) -> SiteReport:
-    """The report of one candidate, refused until proved otherwise."""
-    label = index.label(item.anchor)
-    site = SiteReport(
-        site_id=label or f"site-{number}",
-        anchor=label,
-        status="refused",
-        layer=item.layer,
-        family=item.family,
-    )
-    if isinstance(item, RefusedSite):
-        refusal = item.refusal
-        site.reason, site.hint, site.stopped_at = refusal.reason, refusal.hint, refusal.stopped_at
-        site.bound = item.bound
-        return site
-    site.op_type = item.op.name
-    site.npu_limits = npu_limits(item)
-    site.bound = tuple(item.notes)
-    item.site_id = site.site_id
-    site.cost = costs.of(item)
-    return site
-
-
-class _Costs:
-    """Estimated work of sites, at nominal sizes of the graph's symbols."""
-
-    def __init__(self, index: GraphIndex) -> None:
-        self._index = index
-        self._sizes = Concrete(index, nominal_sizes(index))
-
-    def of(self, item: Candidate) -> dict[str, float]:
-        """Before and after; empty where shapes are unknown."""
-        try:
-            before = region_cost(self._sizes, (self._index.nodes[i] for i in item.nodes))
-            after = region_cost(self._sizes, item.replacement)
-        except (ModelError, ValueError, KeyError, IndexError, TypeError) as error:
-            _log.debug("no cost for %s: %s", item.site_id, error)
-            return {}
-        return compare_costs(before, after) if before.flops and after.flops else {}
-
-
-def _unique_ids(sites: list[SiteReport]) -> None:
-    """Site ids name sites in plans: equal anchors (impossible in valid graphs) get a number."""
-    seen: dict[str, int] = {}
-    for site in sites:
-        count = seen.get(site.site_id, 0)
-        seen[site.site_id] = count + 1
-        if count:
-            site.site_id = f"{site.site_id}#{count + 1}"

@@ -1,0 +1,295 @@
+"""Write the two weights of an absorbed site as initializers of their own.
+
+Absorption takes W_UK and W_UV out of the expansion weight by views in the graph. Compilers that do
+not fold views of constants run them in every step; with this pass they find the two tensors as the
+MatMul reads them. It evaluates the very nodes that were verified, on the stored bytes: the only
+place where weights are read, one of them at a time, each byte range once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from sfa_onnx.errors import UsageError
+from sfa_onnx.external import StorageReader, external_range
+from sfa_onnx.passes.axes_trace import Stop
+from sfa_onnx.passes.candidate import Candidate, Role
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.shapes_fold import FOLD
+from sfa_onnx.passes.shapes_rules import attributes
+from sfa_onnx.report import MaterializedWeight
+from sfa_onnx.weights_file import WeightsFile, digest_of, inline_tensor
+
+__all__ = ["Materializer", "materialized_notes"]
+
+_FREE: Final = frozenset(("Identity", "Reshape", "Squeeze", "Unsqueeze"))  # move no bytes
+_VIEWS: Final = _FREE | {"Cast", "Slice", "Split", "Transpose"}
+_FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+@dataclass
+class _Found:
+    """One stored weight, and what replacements read of it: recipe -> new initializer."""
+
+    tensor: TensorProto
+    made: dict[str, TensorProto] = field(default_factory=dict)
+    report: MaterializedWeight = field(default_factory=lambda: MaterializedWeight("", ()))
+
+
+class Materializer:
+    """Rewrites the replacements of absorbed sites before they are spliced.
+
+    Args:
+        index: the graph before splicing.
+        reader: reads the storage and counts its bytes.
+        file: takes what external weights become; None: there is no place to write to.
+    """
+
+    def __init__(self, index: GraphIndex, reader: StorageReader, file: WeightsFile | None) -> None:
+        self._index = index
+        self._reader = reader
+        self._file = file
+        self._found: dict[tuple[Any, ...], _Found] = {}
+        self._left: list[MaterializedWeight] = []
+        self._names: set[str] = set()
+
+    def apply(self, candidates: Iterable[Candidate]) -> None:
+        """Give every absorbed site its own weights, in place; equal ones are written once.
+
+        Raises:
+            UsageError: a weight lies in an external file, and there is no output to write beside.
+            WeightsError: the storage cannot be read.
+        """
+        for candidate in candidates:
+            for operand in candidate.operands:
+                if operand.role is Role.EXPANSION:
+                    self._apply(candidate, operand.value)
+
+    def reports(self, graph: onnx.GraphProto) -> list[MaterializedWeight]:
+        """What became of every weight, told from the spliced graph."""
+        done = [found.report for found in self._found.values()]
+        stored = {tensor.name for tensor in graph.initializer}
+        readers: dict[str, str] = {}
+        for node in graph.node:
+            for name in node.input:
+                readers.setdefault(name, node.name or node.output[0])
+        return [
+            replace(r, kept=readers.get(r.weight, "the graph's interface or a sub-graph"))
+            if r.weight in stored
+            else r
+            for r in done
+        ] + self._left
+
+    def _apply(self, candidate: Candidate, weight: str) -> None:
+        """Replace what `candidate` reads of `weight` by initializers."""
+        views = _Views(self._index, candidate, weight)
+        try:
+            tensor = views.stored()
+            wanted = views.wanted()
+        except Stop as stop:
+            left = MaterializedWeight(weight, (candidate.site_id,), reason=stop.reason)
+            self._left.append(left)
+            return
+        found = self._found.setdefault(_storage(tensor), _Found(tensor))
+        sites = (*found.report.sites, candidate.site_id)
+        found.report = replace(found.report, weight=tensor.name or weight, sites=sites)
+        missing = {r: v for v, r in wanted.items() if r not in found.made}
+        if missing:
+            self._make(found, views, missing)
+        names = {value: found.made[recipe].name for value, recipe in wanted.items()}
+        _rename_inputs(candidate, names)
+        for recipe in missing:
+            candidate.replacement_initializers.append(found.made[recipe])
+
+    def _make(self, found: _Found, views: _Views, missing: dict[str, str]) -> None:
+        """Read the weight once and write the tensors that are still missing."""
+        external = found.tensor.data_location == TensorProto.EXTERNAL
+        if external and self._file is None:
+            raise UsageError(
+                f"materialize_absorbed: {found.tensor.name!r} lies in an external file, so what is"
+                " made of it goes to one beside the output; pass an output path"
+            )
+        array = self._reader.weight(found.tensor)
+        made, written = dict(found.report.made), found.report.bytes_written
+        for recipe, value in missing.items():
+            part = views.evaluate(value, array)
+            name = self._name(found.tensor.name or views.weight, views.suffix(value))
+            tensor = (
+                self._file.add(name, part)
+                if external and self._file is not None
+                else inline_tensor(name, part)
+            )
+            found.made[recipe] = tensor
+            made[name], written = digest_of(part), written + part.nbytes
+        read = found.report.bytes_read + array.nbytes
+        found.report = replace(found.report, made=made, bytes_read=read, bytes_written=written)
+
+    def _name(self, weight: str, suffix: str) -> str:
+        """A name for a new initializer that the graph does not use yet."""
+        index = self._index
+        for n in itertools.count():
+            name = f"{weight}.{suffix}" + (f"_{n}" if n else "")
+            free = name not in index.producer and name not in index.initializers
+            if free and not index.uses(name) and name not in self._names:
+                self._names.add(name)
+                return name
+        raise AssertionError  # pragma: no cover - count() never ends
+
+
+class _Views:
+    """What one replacement reads of one weight, behind views."""
+
+    def __init__(self, index: GraphIndex, candidate: Candidate, weight: str) -> None:
+        self.weight = weight
+        self._index = index
+        self._candidate = candidate
+        self._producer = {o: n for n in candidate.replacement for o in n.output if o}
+        self._constants = {t.name: t for t in candidate.replacement_initializers}
+
+    def stored(self) -> TensorProto:
+        """The tensor behind the weight.
+
+        Raises:
+            Stop: the weight is computed, an input, or of a type that is not handled.
+        """
+        value = self.weight
+        tensor = self._index.initializers.get(value)
+        while tensor is None:
+            node = self._index.node_of(value)
+            if node is None:
+                raise Stop(f"{value} is an input of the graph: its value is not in the file", value)
+            if node.op_type == "Constant":
+                tensor = next((a.t for a in node.attribute if a.name == "value"), None)
+            if tensor is None and node.op_type not in _VIEWS:
+                raise Stop(
+                    f"{self.weight} is computed by {node.op_type} ({node.name or value}): fold it"
+                    " into a stored weight first"
+                )
+            value = node.input[0] if tensor is None else value
+            tensor = tensor or self._index.initializers.get(value)
+        if any(value == info.name for info in self._index.graph.input):
+            raise Stop(f"{value} is an input of the graph: its stored value is a default")
+        if tensor.data_type not in _FLOATS:
+            raise Stop(
+                f"{value} is stored as {TensorProto.DataType.Name(tensor.data_type)}; float32,"
+                " float16 and bfloat16 are written"
+            )
+        return tensor
+
+    def wanted(self) -> dict[str, str]:
+        """Values to replace -> recipe: the last views before something else reads them.
+
+        Raises:
+            Stop: nothing is cut out of the weight, so nothing would be gained.
+        """
+        above = self._above()
+        derived = {self.weight: "|0".join(self._recipe(node) for node in above)}
+        moved = {self.weight} if any(node.op_type not in _FREE for node in above) else set()
+        frontier: dict[str, str] = {}
+        for node in self._candidate.replacement:
+            data = node.input[0] if node.input else ""
+            if node.op_type in _VIEWS and data in derived and not node.domain:
+                for position, output in enumerate(node.output):
+                    derived[output] = f"{derived[data]}|{position}{self._recipe(node)}"
+                    if node.op_type not in _FREE or data in moved:
+                        moved.add(output)
+                continue
+            for name in node.input:
+                if name in derived and name in moved:
+                    frontier[name] = derived[name]
+        if not frontier:
+            raise Stop(f"{self.weight} is read as it is stored: there is nothing to cut out")
+        return frontier
+
+    def _above(self) -> list[onnx.NodeProto]:
+        """Nodes of the graph that view the stored tensor, the nearest to the weight first."""
+        nodes: list[onnx.NodeProto] = []
+        node = self._index.node_of(self.weight)
+        while node is not None and node.op_type != "Constant":
+            nodes.append(node)
+            node = self._index.node_of(node.input[0])
+        return nodes
+
+    def _recipe(self, node: onnx.NodeProto) -> str:
+        """A node's operation and constants as text: equal recipes make equal values."""
+        constants = [self._constant(name) for name in node.input[1:]]
+        shown = [None if c is None else (c.tolist(), str(c.dtype)) for c in constants]
+        return repr((node.op_type, sorted(attributes(node).items()), shown))
+
+    def _constant(self, name: str) -> np.ndarray | None:
+        if not name:
+            return None
+        if name in self._constants:
+            return onnx.numpy_helper.to_array(self._constants[name])
+        array = self._index.constant(name)
+        if array is None:
+            raise Stop(f"the view of {self.weight} depends on {name}, which is computed")
+        return array
+
+    def evaluate(self, value: str, stored: np.ndarray) -> np.ndarray:
+        """`value`, computed from the stored tensor by the nodes that make it."""
+        node = self._producer.get(value) or self._index.node_of(value)
+        if node is None or node.op_type == "Constant":
+            return stored
+        data = self.evaluate(node.input[0], stored)
+        arrays = [data, *(self._constant(name) for name in node.input[1:])]
+        with np.errstate(all="ignore"):
+            result = FOLD[node.op_type](attributes(node), arrays)
+        if isinstance(result, list):
+            return np.asarray(result[list(node.output).index(value)])
+        return np.asarray(result)
+
+    def suffix(self, value: str) -> str:
+        """The name of the part: W_UK is read before the attention, W_UV after it."""
+        for node in self._candidate.replacement:
+            if node.op_type == self._candidate.op.name:
+                return "w_uv"
+            if value in node.input:
+                return "w_uk"
+        return "w_uv"
+
+
+def _storage(tensor: TensorProto) -> tuple[Any, ...]:
+    """What tells stored tensors apart: the byte range of external ones, the name of others."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return (external_range(tensor), tensor.data_type, tuple(tensor.dims))
+    return (tensor.name or id(tensor),)
+
+
+def _rename_inputs(candidate: Candidate, names: dict[str, str]) -> None:
+    """Read the new initializers; drop the views and constants that nobody reads any more."""
+    for node in candidate.replacement:
+        for position, name in enumerate(node.input):
+            node.input[position] = names.get(name, name)
+    needed, kept = set(candidate.outputs), []
+    for node in reversed(candidate.replacement):
+        if any(o in needed for o in node.output):
+            kept.append(node)
+            needed.update(node.input)
+    candidate.replacement[:] = kept[::-1]
+    candidate.replacement_initializers[:] = [
+        t for t in candidate.replacement_initializers if t.name in needed
+    ]
+
+
+def materialized_notes(
+    reports: Sequence[MaterializedWeight], file: WeightsFile | None
+) -> list[str]:
+    """What a report says of materialised weights, in lines."""
+    done = [r for r in reports if r.made]
+    read, written = sum(r.bytes_read for r in done), sum(r.bytes_written for r in done)
+    where = f" to {file.path.name}" if file is not None and file.bytes_written else ""
+    notes = [
+        f"materialized: {sum(len(r.made) for r in done)} initializers from {len(done)} expansion"
+        f" weights; {read} bytes of weights read, {written} bytes written{where}"
+    ]
+    notes += [f"{r.weight} stays: {r.kept} reads it too" for r in done if r.kept]
+    notes += [f"not materialized at {r.sites[0]}: {r.reason}" for r in reports if r.reason]
+    return notes
