@@ -67,6 +67,11 @@ def _add_fuse(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--portable", action="store_true", help="ship a standard-operator body")
     parser.add_argument("--certificate", type=Path, help="write the proof of innocence (JSON)")
     parser.add_argument("--weights", choices=("copy",), help="copy weights to the output's folder")
+    parser.add_argument(
+        "--materialize-absorbed",
+        action="store_true",
+        help="write W_UK and W_UV of absorbed sites as weights of their own (reads the weights)",
+    )
     parser.add_argument("--no-verify", action="store_true", help="skip execution in float64")
     parser.add_argument("--dry-run", action="store_true", help="report only, write nothing")
     parser.set_defaults(action=_fuse)
@@ -120,6 +125,7 @@ def _fuse(args: argparse.Namespace, console: Console) -> int:
         weights=args.weights,
         force=args.force,
         cost=args.cost,
+        materialize_absorbed=args.materialize_absorbed and not args.dry_run,
     )
     show.fuse_report(console, args.model, report)
     console.result("fuse", report)

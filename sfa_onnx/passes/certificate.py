@@ -1,7 +1,8 @@
 """Proof of what a fusion changed and what it did not: hashes of every part, before and after.
 
 The untouched part is computed, not claimed: a node is untouched when both files hold a node with
-the same first output and the same bytes. `check_certificate` repeats that from the two files.
+the same first output and the same bytes. `check_certificate` repeats that from the two files, and
+reads back the weights that were materialised.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 
 import onnx
 
-from sfa_onnx.errors import UsageError
+from sfa_onnx.errors import UsageError, WeightsError
+from sfa_onnx.external import StorageReader
 from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
 from sfa_onnx.report import FuseReport, to_json
+from sfa_onnx.weights_file import digest_of
 
 __all__ = [
     "CertificateCheck",
@@ -174,6 +177,7 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
         },
         "added_nodes": {k: after.nodes[k] for k in difference.added_nodes},
         "weights_bytes_read": report.weights_bytes_read,
+        "materialized": to_json(report.materialized),
         "sites": to_json(report.sites),
         "notes": to_json(report.notes),
     }
@@ -202,9 +206,12 @@ def check_certificate(
     from sfa_onnx.passes.scopes import inline_functions
 
     original, _ = inline_functions(load_model(before))
-    fused = snapshot(load_model(after))
+    changed = load_model(after)
+    fused = snapshot(changed)
     difference = compare_snapshots(snapshot(original), fused)
     problems = _problems(stated, difference, fused)
+    folder = None if isinstance(after, onnx.ModelProto) else Path(after).parent
+    problems += _wrong_weights(stated, changed, StorageReader(folder))
     return CertificateCheck(not problems, tuple(problems), difference)
 
 
@@ -238,6 +245,24 @@ def _problems(stated: dict[str, Any], found: Difference, fused: Snapshot) -> lis
     removed = {name for site in stated["sites"] for name in site.get("removed", ())}
     if found.removed_nodes and not removed:
         problems.append("nodes were removed, but no site claims them")
+    return problems
+
+
+def _wrong_weights(
+    stated: dict[str, Any], model: onnx.ModelProto, reader: StorageReader
+) -> list[str]:
+    """Materialised weights whose bytes are not those the certificate speaks of."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    problems = []
+    for item in stated["materialized"]:
+        for name, digest in item["made"].items():
+            try:
+                found = digest_of(reader.weight(tensors[name]))
+            except (KeyError, WeightsError) as error:
+                problems.append(f"the weight {name!r} cannot be read: {error}")
+                continue
+            if found != digest:
+                problems.append(f"the weight {name!r} holds other bytes than were written")
     return problems
 
 
