@@ -286,7 +286,7 @@ def test_names_captured_by_subgraphs_are_uses():
         ],
         [helper.make_tensor_value_info("z", TensorProto.FLOAT, [2])],
     )
-    assert GraphIndex(graph).uses("x") == [(0, -1), (0, -1)]
+    assert GraphIndex(graph).uses("x") == [(0, -1)]
 
 
 def test_only_structural_constants_are_read():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 
 import sfa_onnx
 from sfa_onnx.errors import UsageError, VerificationError
@@ -157,27 +157,6 @@ def test_bad_plans_are_explained(sites, tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(UsageError, match=words):
         sfa_onnx.fuse(sites, plan=path)
-
-
-def test_a_site_inside_an_if_body_is_reported(monkeypatch):
-    inner, candidate = gather_site()
-    body = inner.graph
-    names = [v.name for v in body.input]
-    outer = [helper.make_tensor_value_info("c", TensorProto.BOOL, []), *body.input]
-    del body.input[:]
-    node = helper.make_node("If", ["c"], ["r"], "branch", then_branch=body, else_branch=body)
-    graph = helper.make_graph(
-        [node], "g", outer, [helper.make_tensor_value_info("r", 1, ["B", "S1", 4, 16])]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    from sfa_onnx.passes import scopes
-
-    monkeypatch.setattr(run_fuse, "find_candidates", lambda index: [])
-    monkeypatch.setattr(scopes, "find_candidates", lambda index: [candidate])
-    report = sfa_onnx.fuse(model)
-    assert names
-    assert len(report.sites) == 2
-    assert "lies in a body of the If node 'branch'" in report.sites[0].reason
 
 
 def test_functions_with_attention_are_inlined(sites, monkeypatch):

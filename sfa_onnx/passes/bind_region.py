@@ -240,7 +240,7 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
     known: dict[str, Operand] = {}
 
     def add(ref: Ref, role: Role, domain: Domain | None = None) -> None:
-        if ref.value in known or ref.value in list(_constants(site, role)):
+        if ref.value in known or _constant(site, role, ref.value):
             return
         elem = site.tracer.sizes.elem_type(ref.value)
         known[ref.value] = Operand(ref.value, role, names.axes(ref), elem, domain or Domain())
@@ -278,9 +278,9 @@ def _from_indices(site: Site, literal: Visible, known: dict[str, Operand]) -> bo
     return any(v in known and known[v].role is Role.INDICES for v in sources)
 
 
-def _constants(site: Site, role: Role) -> Iterable[str]:
+def _constant(site: Site, role: Role, value: str) -> bool:
     """Initializers are no operands, except the weight of an expansion."""
-    return () if role is Role.EXPANSION else site.tracer.index.initializers.keys()
+    return role is not Role.EXPANSION and value in site.tracer.index.initializers
 
 
 def _mask_domain(is_bool: bool, positive: bool) -> Domain:

@@ -49,7 +49,7 @@ class Cost:
 def nominal_sizes(index: GraphIndex, given: Mapping[str, int] | None = None) -> dict[str, int]:
     """A size for every symbol of the graph's inputs: `given`, else batch 1 and length 4096."""
     sizes = dict(given or {})
-    for info in index.graph.input:
+    for info in index.inputs:
         for position, dim in enumerate(index.shape(info.name) or ()):
             if isinstance(dim, str) and dim.isidentifier():
                 is_batch = "batch" in dim.lower() or dim.lower() in ("b", "bs", "n")

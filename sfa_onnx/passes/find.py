@@ -187,12 +187,15 @@ def _users(index: GraphIndex, value: str, inner: set[int]) -> list[int]:
 
 
 def _used_outside(index: GraphIndex, value: str, removed: set[int]) -> Stop:
-    node = index.nodes[index.producer[value]]
+    made = index.producer[value]
+    node = index.nodes[made]
     what = "the log-sum-exp" if "LogSum" in node.op_type else "the inner value"
     users = [index.label(i) for i, _ in index.uses(value) if i not in removed]
     by = f"used outside the attention by {users[0]}" if users else "kept by the graph"
     if index.is_graph_output(value):
         by = "a graph output"
+    if made < index.first:
+        by = f"computed outside of {index.path}, the body that holds the softmax"
     return Stop(
         f"{what} {value} is {by}",
         value,

@@ -35,7 +35,8 @@ _LOOSE = frozenset(
 
 def anchors(index: GraphIndex) -> Iterator[Anchor]:
     """Every softmax of the graph, in any spelling, in graph order."""
-    for i, node in enumerate(index.nodes):
+    for i in index.own:
+        node = index.nodes[i]
         op = node.op_type
         if op == "Softmax":
             axis = attributes(node).get("axis", -1 if index.opsets.get("", 18) >= 13 else 1)

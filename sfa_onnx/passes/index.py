@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-__all__ = ["READ_LIMIT", "Dim", "ExternalReader", "GraphIndex"]
+__all__ = ["READ_LIMIT", "Dim", "ExternalReader", "GraphIndex", "bodies", "captured"]
 
 Dim = int | str | None
 # (location, offset, length) -> exactly that byte range of the external data file.
@@ -39,6 +39,9 @@ class GraphIndex:
         nodes: its nodes, in order; an index into this list names a node everywhere.
         producer: value -> index of the node that makes it.
         consumers: value -> (node index, input position); position -1: captured by a sub-graph.
+        owners: nodes that hold sub-graphs.
+        first: index of the first node of `graph` itself (0 unless outer nodes are seen too).
+        path: where the graph lies, "If_3.then_branch/Loop_1.body"; "" for the main graph.
         initializers: name -> TensorProto (sparse ones are left out: nobody reads them).
         opsets: domain -> version ("" is the default domain).
         constants_read: names of the initializers whose bytes were looked at, in order.
@@ -50,17 +53,23 @@ class GraphIndex:
         graph: onnx.GraphProto,
         opsets: Mapping[str, int] | None = None,
         reader: ExternalReader | None = None,
+        *,
+        first: int = 0,
     ) -> None:
         self.graph = graph
+        self.first = first
+        self.path = ""
         self.nodes: list[onnx.NodeProto] = list(graph.node)
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in (opsets or {}).items()}
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[tuple[int, int]]] = {}
-        self.initializers = {t.name: t for t in graph.initializer}
+        self.owners: list[int] = []
+        self._captures: dict[int, set[str]] = {}
+        self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in graph.initializer}
         self.constants_read: list[str] = []
         self.bytes_read = 0
-        self._reader = reader
-        self._inputs = {v.name: v for v in graph.input}
+        self.reader = reader
+        self._inputs: dict[str, onnx.ValueInfoProto] = {v.name: v for v in graph.input}
         self._outputs = {v.name: v for v in graph.output}
         self._infos: dict[str, onnx.ValueInfoProto] | None = None
         self._constants: dict[str, np.ndarray | None] = {}
@@ -73,7 +82,7 @@ class GraphIndex:
 
     def _connect(self) -> None:
         producer, consumers = self.producer, self.consumers
-        for i, node in enumerate(self.nodes):
+        for i, node in enumerate(self.nodes, self.first):
             for position, name in enumerate(node.input):
                 if name:
                     uses = consumers.get(name)
@@ -85,10 +94,55 @@ class GraphIndex:
                 if name:
                     producer[name] = i
             if node.op_type in _CONTROL_FLOW or node.domain not in _STANDARD:
-                for name in _captured(node):
+                if bodies(node):
+                    self.owners.append(i)
+                self._captures[i] = captured(node)
+                for name in self._captures[i]:
                     consumers.setdefault(name, []).append((i, -1))
 
     # -- names ------------------------------------------------------------------------------------
+
+    @property
+    def own(self) -> range:
+        """Indices of the nodes of `graph` itself; those before belong to outer scopes."""
+        return range(self.first, len(self.nodes))
+
+    @property
+    def inputs(self) -> Sequence[onnx.ValueInfoProto]:
+        """What is fed from outside: the graph's inputs, and those of the scopes around it."""
+        return list(self._inputs.values())
+
+    def place(self, node: int) -> str:
+        """`label` behind the path of the graph: unique in the model, as site ids are."""
+        label = self.label(node)
+        if not self.path:
+            return label
+        return f"{self.path}{label}" if label.startswith("/") else f"{self.path}/{label}"
+
+    def captures(self, node: int) -> set[str]:
+        """The outer values that the sub-graphs of a node read."""
+        return self._captures.get(node, set())
+
+    def capture(self, value: str, owner: int) -> None:
+        """Note that from now on a sub-graph of node `owner` reads `value`."""
+        if value not in self._captures[owner]:
+            self._captures[owner].add(value)
+            self.consumers[value] = [*self.uses(value), (owner, -1)]
+
+    def recapture(self, owner: int) -> set[str]:
+        """Look again at what the sub-graphs of node `owner` read, after they were edited.
+
+        Returns:
+            The values that they no longer read.
+        """
+        now = captured(self.nodes[owner])
+        lost = self._captures[owner] - now
+        self._captures[owner] -= lost
+        for value in lost:
+            self.consumers[value] = [use for use in self.uses(value) if use != (owner, -1)]
+        for value in now:
+            self.capture(value, owner)
+        return lost
 
     def node_of(self, value: str) -> onnx.NodeProto | None:
         """The node that makes `value`; None for graph inputs and initializers."""
@@ -204,12 +258,12 @@ class GraphIndex:
         return np.asarray(numpy_helper.to_array(tensor))
 
     def _external(self, tensor: onnx.TensorProto) -> bytes | None:
-        if self._reader is None:
+        if self.reader is None:
             return None
         entries = {e.key: e.value for e in tensor.external_data}
         length = int(entries.get("length", 0)) or _byte_size(tensor)
         self.bytes_read += length
-        return self._reader(entries["location"], int(entries.get("offset", 0)), length)
+        return self.reader(entries["location"], int(entries.get("offset", 0)), length)
 
     # -- provenance -------------------------------------------------------------------------------
 
@@ -236,14 +290,21 @@ def _module_of_scopes(scopes: str) -> str:
     return str(parts[-2]) if isinstance(parts, list) and len(parts) > 1 else ""
 
 
-def _captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of outer values that the sub-graphs of `node` read."""
+def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
+    """The graphs that a node holds, by attribute: "then_branch", "body"; "name[0]" in a list."""
+    found: dict[str, onnx.GraphProto] = {}
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
-            yield from _free_names(attribute.g)
+            found[attribute.name] = attribute.g
         elif attribute.type == onnx.AttributeProto.GRAPHS:
-            for graph in attribute.graphs:
-                yield from _free_names(graph)
+            found |= {f"{attribute.name}[{i}]": g for i, g in enumerate(attribute.graphs)}
+    return found
+
+
+def captured(node: onnx.NodeProto) -> set[str]:
+    """Names of outer values that the sub-graphs of `node` read."""
+    found: set[str] = set()
+    return found.union(*(_free_names(body) for body in bodies(node).values()))
 
 
 def _free_names(graph: onnx.GraphProto) -> set[str]:
@@ -253,7 +314,7 @@ def _free_names(graph: onnx.GraphProto) -> set[str]:
     used = {v.name for v in graph.output}
     for node in graph.node:
         used.update(node.input)
-        used.update(_captured(node))
+        used.update(captured(node))
     return {name for name in used - bound if name}
 
 

@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger.logger import G_LOGGER
 
-__all__ = ["edit_region", "ordered_nodes", "rename_region"]
+__all__ = ["edit_region", "free_name", "ordered_nodes", "rename_region"]
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # it prints; a library must not
 
@@ -47,12 +47,12 @@ def rename_region(region: gs.Graph, taken: set[str], keep: Iterable[str], stem: 
     fixed = set(keep)
     for name, tensor in list(region.tensors().items()):
         if name and name not in fixed:
-            tensor.name = _unique(name, taken)
+            tensor.name = free_name(name, taken)
     for node in region.nodes:
-        node.name = _unique(node.name or f"{stem}/{node.op}", taken)
+        node.name = free_name(node.name or f"{stem}/{node.op}", taken)
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def free_name(name: str, taken: set[str]) -> str:
     """`name`, or `name_1`, `name_2` ...: the first that is free; it is taken afterwards."""
     for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(1))):
         if name + suffix not in taken:

@@ -1,18 +1,20 @@
-"""Attention that is not in the main graph: local functions are inlined, sub-graphs are reported."""
+"""Attention that is not in the main graph: in local functions, which are inlined, or in bodies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
 import onnx
 from onnx import inliner
 
 from sfa_onnx.op import find_op
-from sfa_onnx.passes.find import find_candidates
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.candidate import Candidate
+from sfa_onnx.passes.index import GraphIndex, bodies
+from sfa_onnx.passes.scope_index import ScopeIndex
+from sfa_onnx.passes.splice import splice, taken_names
 from sfa_onnx.report import SiteReport
 
-__all__ = ["bodies_with_attention", "inline_functions"]
+__all__ = ["count_nodes", "inline_functions", "note_captures", "splice_scopes"]
 
 # A function or body without any of these holds no part of a site.
 _TELLING = frozenset(
@@ -66,37 +68,48 @@ def _callers(model: onnx.ModelProto, chosen: list[tuple[str, str]]) -> set[tuple
         found |= more
 
 
-def bodies_with_attention(model: onnx.ModelProto) -> list[SiteReport]:
-    """Candidates inside If, Loop and Scan bodies: reported, never fused."""
-    opsets = {o.domain: o.version for o in model.opset_import}
-    found = []
-    for owner, body in _bodies(model.graph.node):
-        if not any(n.op_type in _TELLING for n in body.node):
-            continue
-        index = GraphIndex(body, opsets)
-        for item in find_candidates(index):
-            label = index.label(item.anchor)
-            found.append(
-                SiteReport(
-                    site_id=f"{owner.name or owner.output[0]}/{label}",
-                    anchor=label,
-                    status="refused",
-                    layer=item.layer,
-                    family=item.family,
-                    reason=f"the site lies in a body of the {owner.op_type} node"
-                    f" {owner.name or owner.output[0]!r}; only the main graph is rewritten",
-                    hint="export the model without control flow around attention",
-                )
-            )
-    return found
+def count_nodes(graph: onnx.GraphProto) -> int:
+    """Nodes of a graph and of all bodies in it."""
+    total = len(graph.node)
+    for node in graph.node:
+        if node.attribute:
+            total += sum(count_nodes(body) for body in bodies(node).values())
+    return total
 
 
-def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[onnx.NodeProto, onnx.GraphProto]]:
-    """(owner, body) of all control-flow nodes, at any depth."""
-    for node in nodes:
-        if node.op_type not in ("If", "Loop", "Scan"):
+def note_captures(index: GraphIndex, candidate: Candidate) -> None:
+    """Tell the scopes around a body which of their values its replacement is going to read."""
+    made = {o for n in candidate.replacement for o in n.output}
+    made.update(t.name for t in candidate.replacement_initializers)
+    entering = {i for n in candidate.replacement for i in n.input if i} - made
+    while isinstance(index, ScopeIndex):
+        entering = {value for value in entering if not index.binds(value)}
+        for value in entering:
+            index.parent.capture(value, index.owner)
+        index = index.parent
+
+
+def splice_scopes(
+    model: onnx.ModelProto,
+    work: Sequence[tuple[GraphIndex, Sequence[tuple[Candidate, SiteReport]]]],
+) -> None:
+    """Splice the sites of every graph, inner graphs first, and note in the reports what was done.
+
+    What only replaced nodes of a body captured goes too, in the graphs around it.
+
+    Args:
+        model: edited in place.
+        work: (view, verified sites) of every graph, each graph before those inside it.
+    """
+    taken = taken_names(model.graph)
+    freed: dict[int, set[str]] = {}
+    for index, ready in reversed(work):
+        lost = freed.get(id(index), set())
+        if not ready and not lost:
             continue
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield node, attribute.g
-                yield from _bodies(attribute.g.node)
+        results = splice(model, index, [item for item, _ in ready], taken, lost)
+        for (_, site), result in zip(ready, results, strict=True):
+            site.removed, site.added = result.removed, result.added
+        if isinstance(index, ScopeIndex):
+            unread = index.parent.recapture(index.owner)
+            freed.setdefault(id(index.parent), set()).update(unread)

@@ -61,7 +61,7 @@ class Concrete:
         self.index = index
         self.symbols: dict[str, int] = dict(symbols or {})
         primes = itertools.chain(_PRIMES_2 if second else _PRIMES, itertools.count(20011, 2))
-        for info in index.graph.input:
+        for info in index.inputs:
             for dim in index.shape(info.name) or ():
                 if isinstance(dim, str) and dim.isidentifier() and dim not in self.symbols:
                     self.symbols[dim] = next(primes)
@@ -73,7 +73,7 @@ class Concrete:
     @property
     def dynamic(self) -> bool:
         """Whether any graph input has a dim without a number."""
-        inputs = self.index.graph.input
+        inputs = self.index.inputs
         return any(
             not isinstance(d, int) for i in inputs for d in self.index.shape(i.name) or ("?",)
         )

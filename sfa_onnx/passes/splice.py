@@ -7,6 +7,7 @@ node moves. What only the replaced nodes used (initializers, value_info, annotat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,10 @@ import onnx
 from sfa_onnx.errors import ModelError
 from sfa_onnx.op import ALL_OPS
 from sfa_onnx.passes.candidate import Candidate, Refusal
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.region import edit_region, ordered_nodes, rename_region
+from sfa_onnx.passes.index import GraphIndex, bodies
+from sfa_onnx.passes.region import edit_region, free_name, ordered_nodes, rename_region
 
-__all__ = ["Spliced", "check_region", "splice"]
+__all__ = ["Spliced", "check_region", "splice", "taken_names"]
 
 _OWN_DOMAINS = {op.domain: op.version for op in ALL_OPS}
 _NODE_METADATA_IR = 10  # first IR version whose NodeProto has metadata_props
@@ -83,7 +84,11 @@ def _window(index: GraphIndex, candidate: Candidate) -> tuple[int, int]:
 
 
 def splice(
-    model: onnx.ModelProto, index: GraphIndex, candidates: Sequence[Candidate]
+    model: onnx.ModelProto,
+    index: GraphIndex,
+    candidates: Sequence[Candidate],
+    taken: set[str] | None = None,
+    freed: Iterable[str] = (),
 ) -> list[Spliced]:
     """Replace the regions of all `candidates` in `model`, in place.
 
@@ -91,6 +96,8 @@ def splice(
         model: the model that owns `index.graph`.
         index: the index of the graph before any edit; it is stale afterwards.
         candidates: verified sites of that graph; `check_region` accepted each.
+        taken: every name of the model, which learns the new ones; None: collected here.
+        freed: values of the graph that its bodies no longer read.
 
     Returns:
         One `Spliced` per candidate, in the order given.
@@ -101,20 +108,20 @@ def splice(
     graph = index.graph
     _reject_overlap(index, candidates)
     import_domains(model, candidates)
-    dead = _dead_nodes(index, candidates)
-    taken = _taken_names(index)
+    dead = _dead_nodes(index, candidates, freed)
+    taken = taken_names(model.graph) if taken is None else taken
+    tensors = _constants(candidates, taken)
     inserts = [_replacement(model, index, c, taken) for c in candidates]
     results = []
     for n, (candidate, (_, nodes)) in enumerate(zip(candidates, inserts, strict=True)):
         extra = dead if n == 0 else ()  # support of several sites: told once
-        removed = tuple(index.label(i) for i in sorted({*candidate.nodes, *extra}))
+        removed = tuple(index.place(i) for i in sorted({*candidate.nodes, *extra}))
         results.append(Spliced(removed, tuple(node.name for node in nodes)))
     gone = {i for c in candidates for i in c.nodes} | set(dead)
-    values = _orphans(index, candidates, gone)
-    _edit_nodes(graph, gone, inserts)
+    values = _orphans(index, candidates, gone, freed)
+    _edit_nodes(graph, {i - index.first for i in gone}, inserts)
     _drop_values(graph, values)
-    for candidate in candidates:
-        graph.initializer.extend(candidate.replacement_initializers)
+    graph.initializer.extend(tensors)
     return results
 
 
@@ -143,10 +150,7 @@ def import_domains(model: onnx.ModelProto, candidates: Iterable[Candidate]) -> N
         version = _OWN_DOMAINS[domain]
         if domain not in present:
             model.opset_import.add(domain=domain, version=version)
-        elif present[domain] != version and not any(n.domain == domain for n in model.graph.node):
-            # onnxruntime's optimiser imports every domain it knows, used or not
-            next(o for o in model.opset_import if o.domain == domain).version = version
-        elif present[domain] != version and not any(n.domain == domain for n in model.graph.node):
+        elif present[domain] != version and not _uses(model.graph, domain):
             # onnxruntime's optimiser writes the imports of every operator library it has loaded.
             next(o for o in model.opset_import if o.domain == domain).version = version
         elif present[domain] != version:
@@ -156,21 +160,30 @@ def import_domains(model: onnx.ModelProto, candidates: Iterable[Candidate]) -> N
             )
 
 
-def _dead_nodes(index: GraphIndex, candidates: Sequence[Candidate]) -> list[int]:
-    """Nodes above the regions that nobody reads any more (scattered masks, shape chains)."""
+def _uses(graph: onnx.GraphProto, domain: str) -> bool:
+    """Whether a node of a graph or of its bodies is of this domain."""
+    return any(
+        node.domain == domain or any(_uses(body, domain) for body in bodies(node).values())
+        for node in graph.node
+    )
+
+
+def _dead_nodes(
+    index: GraphIndex, candidates: Sequence[Candidate], freed: Iterable[str]
+) -> list[int]:
+    """Nodes of the graph that nobody reads any more (scattered masks, shape chains)."""
     gone = {i for c in candidates for i in c.nodes}
     read = {v for c in candidates for n in c.replacement for v in n.input}
     dead: set[int] = set()
-    waiting = list(gone)
+    waiting = [*freed, *(v for i in gone for v in index.nodes[i].input)]
     while waiting:
-        for value in index.nodes[waiting.pop()].input:
-            i = index.producer.get(value)
-            if i is None or i in gone or i in dead:
-                continue
-            outputs = [o for o in index.nodes[i].output if o]
-            if not any(_is_read(index, o, read, gone | dead) for o in outputs):
-                dead.add(i)
-                waiting.append(i)
+        i = index.producer.get(waiting.pop(), -1)
+        if i < index.first or i in gone or i in dead:
+            continue
+        outputs = [o for o in index.nodes[i].output if o]
+        if not any(_is_read(index, o, read, gone | dead) for o in outputs):
+            dead.add(i)
+            waiting += [*index.nodes[i].input, *index.captures(i)]
     return sorted(dead)
 
 
@@ -181,48 +194,57 @@ def _is_read(index: GraphIndex, value: str, read: set[str], gone: set[int]) -> b
     return any(user not in gone for user, _ in index.uses(value))
 
 
-def _taken_names(index: GraphIndex) -> set[str]:
-    """Every node and value name of the graph, names captured by sub-graphs included."""
-    graph = index.graph
-    taken = {n.name for n in index.nodes} | set(index.producer) | set(index.consumers)
-    taken.update(index.initializers, (v.name for v in graph.input), (v.name for v in graph.output))
-    for node in index.nodes:
-        if node.op_type in ("If", "Loop", "Scan"):
-            taken.update(_inner_names(node))
+def taken_names(graph: onnx.GraphProto) -> set[str]:
+    """Every node and value name of a graph and of all bodies in it.
+
+    Names are kept apart across scopes too: no value may shadow another.
+    """
+    taken = {t.name for t in graph.initializer}
+    taken.update(v.name for v in (*graph.input, *graph.output))
+    for node in graph.node:
+        taken.add(node.name)
+        taken.update(node.input, node.output)
+        if node.attribute:
+            taken.update(*(taken_names(body) for body in bodies(node).values()))
     return taken
 
 
-def _inner_names(node: onnx.NodeProto) -> Iterable[str]:
-    """Names defined inside the sub-graphs of a node: an outer value may not shadow them."""
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            yield from (t.name for t in graph.initializer)
-            yield from (v.name for v in graph.input)
-            for inner in graph.node:
-                yield from inner.output
-                yield from _inner_names(inner)
+def _constants(candidates: Sequence[Candidate], taken: set[str]) -> list[onnx.TensorProto]:
+    """The constants of all replacements, under names that are free; their readers follow.
+
+    Sites in bodies that were written alike have constants of one name.
+    """
+    made: list[onnx.TensorProto] = []
+    shared: dict[str, str] = {}
+    own: list[dict[str, str]] = []
+    for candidate in candidates:
+        own.append({})
+        for tensor in candidate.replacement_initializers:
+            made.append(copy.copy(tensor))
+            made[-1].name = own[-1][tensor.name] = free_name(tensor.name, taken)
+        shared |= own[-1]
+    for candidate, names in zip(candidates, own, strict=True):
+        for node in candidate.replacement:
+            node.input[:] = [names.get(i) or shared.get(i, i) for i in node.input]
+    return made
 
 
 def _replacement(
     model: onnx.ModelProto, index: GraphIndex, candidate: Candidate, taken: set[str]
 ) -> tuple[int, list[onnx.NodeProto]]:
-    """(position among the original nodes, nodes to insert in front of it) for one candidate."""
+    """(position among the graph's own nodes, nodes to insert in front of it) for one candidate."""
     anchor = index.nodes[candidate.anchor]
     made = {o for n in candidate.replacement for o in n.output}
     entering = {i for n in candidate.replacement for i in n.input if i} - made
-    own = {t.name for t in candidate.replacement_initializers}
     region = edit_region(candidate.replacement, candidate.outputs)
     rename_region(region, taken, entering | set(candidate.outputs), index.label(candidate.anchor))
     nodes = ordered_nodes(region)
-    if clash := sorted(own & taken):
-        raise ModelError(f"replacement initializer {clash[0]!r}: that name exists already")
-    taken |= own
     for node in nodes:
         if anchor.metadata_props or model.ir_version >= _NODE_METADATA_IR:
             _merge_metadata(node, anchor)
     low, high = _window(index, candidate)
     last = max(candidate.nodes) + 1
-    return min(max(last, low + 1), high), nodes
+    return min(max(last, low + 1), high) - index.first, nodes
 
 
 def _merge_metadata(node: onnx.NodeProto, anchor: onnx.NodeProto) -> None:
@@ -231,14 +253,17 @@ def _merge_metadata(node: onnx.NodeProto, anchor: onnx.NodeProto) -> None:
     node.metadata_props.extend(p for p in anchor.metadata_props if p.key not in present)
 
 
-def _orphans(index: GraphIndex, candidates: Sequence[Candidate], gone: set[int]) -> set[str]:
+def _orphans(
+    index: GraphIndex, candidates: Sequence[Candidate], gone: set[int], freed: Iterable[str]
+) -> set[str]:
     """Values that exist only for the removed nodes: inner values, their own initializers."""
     kept = {v for c in candidates for v in c.outputs}
     read = {v for c in candidates for n in c.replacement for v in n.input}
-    touched: set[str] = set()
+    touched = {v for v in freed if v in index.initializers}
     for i in gone:
         touched.update(v for v in index.nodes[i].output if v)
-        touched.update(v for v in index.nodes[i].input if v in index.initializers)
+        read_here = (*index.nodes[i].input, *index.captures(i))
+        touched.update(v for v in read_here if v in index.initializers)
     return {
         v
         for v in touched - kept - read
