@@ -10,7 +10,7 @@ from sfa_onnx.passes.axes_trace import Move, Pieces, Ref, Tracer
 from sfa_onnx.passes.bind_literals import Literal, Selected
 from sfa_onnx.passes.shapes_rules import attributes
 
-__all__ = ["reduced"]
+__all__ = ["pointed", "reduced"]
 
 
 def reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
@@ -80,3 +80,25 @@ def _one_hot(tracer: Tracer, node: onnx.NodeProto, ref: Ref, slot: Label) -> lis
 def _is_equal(tracer: Tracer, value: str) -> bool:
     node = tracer.index.node_of(value)
     return node is not None and node.op_type == "Equal"
+
+
+def pointed(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Selected | None:
+    """What ScatterND writes at points of which all coordinates but one are the point's own axes."""
+    points, shape = node.input[1], tracer.shape(node.input[0])
+    at = [fresh(f"axis{i}", size) for i, size in enumerate(tracer.shape(points)[:-1])]
+    if tracer.shape(points)[-1] != len(shape):
+        return None
+    columns = [Ref(points, (*map(Expr.of, at), Expr(i))) for i in range(len(shape))]
+    where: dict[Label, Expr] = {}
+    free = []
+    for axis, column in enumerate(columns):
+        own = label_of(tracer.index_value(column, shape[axis]))
+        if own in at and own not in where and own.size == shape[axis]:
+            where[own] = ref.coords[axis]
+        elif shape[axis] > 1:
+            free.append(axis)
+    rest = [x for x in at if x not in where and x.size > 1]
+    if len(free) != 1 or len(rest) != 1:
+        return None
+    ones = {x: Expr(0) for x in at if x.size == 1 and x not in where}
+    return Selected(columns[free[0]].substitute({**where, **ones}), rest[0], shape[free[0]])

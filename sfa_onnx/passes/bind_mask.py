@@ -13,7 +13,7 @@ import onnx
 
 from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
 from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer, is_float
-from sfa_onnx.passes.bind_hits import reduced
+from sfa_onnx.passes.bind_hits import pointed, reduced
 from sfa_onnx.passes.bind_literals import Literal, Selected, Visible
 from sfa_onnx.passes.shapes_rules import attributes
 
@@ -75,7 +75,7 @@ def _additive_node(
     if op == "ScatterElements" and not negated:
         return _scatter(tracer, node, ref, is_bool=False)
     if op == "ScatterND" and not negated:
-        return _scatter_where(tracer, node, ref)
+        return _scatter_where(tracer, node, ref) or _put(tracer, node, ref, is_bool=False)
     if op == "Trilu" and not negated and is_hidden(tracer, node.input[0]):
         return [Visible(ref, is_bool=False)]  # the other triangle is 0
     return None
@@ -182,6 +182,8 @@ def _boolean_node(
         return _compared(tracer, node, ref, positive)
     if op == "ScatterElements":
         return _scatter(tracer, node, ref, is_bool=True, positive=positive)
+    if op == "ScatterND":
+        return _put(tracer, node, ref, is_bool=True, positive=positive)
     if op in ("ReduceMax", "ReduceSum") and positive:
         return reduced(tracer, node, ref)
     return None
@@ -210,6 +212,8 @@ def _compared(
         return None
     if (node.op_type == "Equal" and limit == 0) or (node.op_type == "Less" and 0 < limit <= 1):
         return boolean(tracer, source, positive=not positive)
+    if node.op_type == "Equal" and limit == 1:  # where entries repeat, the check tells
+        return boolean(tracer, source, positive=positive)
     if above and 0 <= limit <= 1 and not (node.op_type == "GreaterOrEqual" and limit == 0):
         return (
             None
@@ -225,7 +229,7 @@ def _counts(tracer: Tracer, value: str) -> bool:
         node = tracer.index.node_of(value)
         if node is None:
             return False
-        if node.op_type in ("ScatterElements", "ReduceSum", "ReduceMax"):
+        if node.op_type in ("ScatterElements", "ScatterND", "ReduceSum", "ReduceMax"):
             return True
         if (
             node.op_type == "Cast"
@@ -317,3 +321,17 @@ def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Liter
         return None
     rest = additive(tracer, Ref(node.input[0], ref.coords))
     return [*boolean(tracer, mask, positive=False), *rest]
+
+
+def _put(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, *, is_bool: bool, positive: bool = True
+) -> list[Literal] | None:
+    """mask[batch, row, indices] = constant: the selection, as advanced indexing writes it."""
+    base, update = tracer.fill(node.input[0]), tracer.fill(node.input[2])
+    if base is None or update is None or attributes(node).get("reduction", "none") != "none":
+        return None
+    keeps = (update != 0) == positive and (base != 0) != positive
+    if not is_bool:
+        keeps = update == 0 and base < HIDDEN
+    selected = pointed(tracer, node, ref) if keeps else None
+    return None if selected is None else [selected]
