@@ -160,7 +160,7 @@ def test_weights_zeroed_where_something_else_is_infinite_are_refused():
     assert "set to zero by inf" in reason
 
 
-def test_two_key_heads_under_one_selection_are_two_sequences():
+def test_two_key_heads_under_one_selection_are_refused():
     rows = _ROWS.replace("k =", "rows =") + (
         " two = Constant<value=int64[5] {2,3,8,2,20}>()\n k5 = Reshape(rows, two)\n"
         " k = Transpose<perm=[0,1,3,2,4]>(k5)\n"
@@ -174,7 +174,7 @@ def test_two_key_heads_under_one_selection_are_two_sequences():
         text + rows + scores + " p = Softmax<axis=-1>(s)\n c16 = Constant<value=int64[1] {16}>()\n"
         " ax4 = Constant<value=int64[1] {4}>()\n v = Slice(k, z, c16, ax4)\n o = MatMul(p, v)\n}"
     )
-    _fused(model)
+    assert "kv have 2 heads; the operator takes one (N2 = 1)" in _reason(model)
 
 
 def test_integer_keys_without_a_scale():

@@ -225,6 +225,11 @@ def _div(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Scaled(Ref(node.input[0], ref.coords), 1 / divisor) if divisor and same else None
 
 
+def _neg(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+    floats = is_float(tracer.sizes.elem_type(node.input[0]))
+    return Scaled(Ref(node.input[0], ref.coords), -1.0) if floats else None
+
+
 def _scrubbed(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """Where(IsNaN(x), 0, x): x, as far as x is a number."""
     index = tracer.index
@@ -242,16 +247,28 @@ def _scrubbed(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 
 def _matmul(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    a, b, flags = tracer.shape(node.input[0]), tracer.shape(node.input[1]), attributes(node)
-    if len(a) < 2 or len(b) < 2 or flags.get("transBatchA") or flags.get("transBatchB"):
+    flags, batch, (m, n) = attributes(node), ref.coords[:-2], ref.coords[-2:]
+    if any(len(tracer.shape(name)) < 2 for name in node.input[:2]):
         return None
-    label = fresh("d", a[-2] if flags.get("transA") else a[-1])
-    inner, batch, (m, n) = Expr.of(label), ref.coords[:-2], ref.coords[-2:]
+    a = tracer.shape(node.input[0])
+    rows = 0 if flags.get("transBatchA") else -2
+    label = fresh("d", a[rows] if flags.get("transA") else a[-1])
+    inner = Expr.of(label)
     last_a = (inner, m) if flags.get("transA") else (m, inner)
     last_b = (n, inner) if flags.get("transB") else (inner, n)
-    left = tracer.operand(node.input[0], (*batch, *last_a))
-    right = tracer.operand(node.input[1], (*batch, *last_b))
+    left = _factor(tracer, node.input[0], (*batch, *last_a), bool(flags.get("transBatchA")))
+    right = _factor(tracer, node.input[1], (*batch, *last_b), bool(flags.get("transBatchB")))
     return Dot(left, right, label, float(flags.get("alpha", 1.0)))
+
+
+def _factor(tracer: Tracer, value: str, coords: tuple[Expr, ...], outside: bool) -> Ref:
+    """An operand of a product; `outside`: its rows lie in front of its batch."""
+    if not outside:
+        return tracer.operand(value, coords)
+    shape = tracer.shape(value)
+    own = coords[len(coords) - len(shape) :]
+    own = (own[-2], *own[:-2], own[-1])
+    return Ref(value, tuple(ZERO if d == 1 else c for c, d in zip(own, shape, strict=True)))
 
 
 def _gemm(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
@@ -260,15 +277,21 @@ def _gemm(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 
 def _einsum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    if len(node.input) != 2:
-        return None
     shapes = [tracer.shape(n) for n in node.input]
     terms, out = einsum_terms(attributes(node)["equation"], [len(s) for s in shapes])
+    factor = 1.0
+    parts = []
+    for name, term, shape in zip(node.input, terms, shapes, strict=True):
+        number = None if shape else tracer.scalar(name)
+        factor *= 1.0 if number is None else number
+        parts += [(name, term, shape)] if number is None else []
+    if len(parts) != 2:
+        return None
     at = dict(zip(out, ref.coords, strict=True))
-    sizes = {c: d for t, s in zip(terms, shapes, strict=True) for c, d in zip(t, s, strict=True)}
+    sizes = {c: d for _, t, s in parts for c, d in zip(t, s, strict=True)}
     inner = [c for c in sizes if c not in out]
-    if any(not all(c in t for t in terms) for c in inner) or any(
-        len(set(t)) < len(t) for t in terms
+    if any(not all(c in t for _, t, _ in parts) for c in inner) or any(
+        len(set(t)) < len(t) for _, t, _ in parts
     ):
         return None
     wide = [c for c in inner if sizes[c] > 1] or inner[:1]
@@ -278,9 +301,9 @@ def _einsum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     at.update({c: Expr.of(label) if c == wide[0] else ZERO for c in inner})
     a, b = (
         Ref(n, tuple(ZERO if d == 1 else at[c] for c, d in zip(t, s, strict=True)))
-        for n, t, s in zip(node.input, terms, shapes, strict=True)
+        for n, t, s in parts
     )
-    return Dot(a, b, label)
+    return Dot(a, b, label, factor)
 
 
 def _reduce_sum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
@@ -338,6 +361,7 @@ STEPS: Final[dict[str, _Rule]] = {
     "Identity": _same,
     "MatMul": _matmul,
     "Mul": _mul,
+    "Neg": _neg,
     "ReduceSum": _reduce_sum,
     "Reshape": _reshape,
     "ScatterND": _scatter_nd,

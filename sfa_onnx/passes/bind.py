@@ -8,7 +8,9 @@ from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind_attention import Parts, read_attention, split_heads
 from sfa_onnx.passes.bind_axes import check_rows, splits, take_masks, tell_rows
+from sfa_onnx.passes.bind_heads import check_heads
 from sfa_onnx.passes.bind_mask import boolean
+from sfa_onnx.passes.bind_precision import check_precision
 from sfa_onnx.passes.bind_rows import (
     Columns,
     State,
@@ -57,6 +59,8 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
         swap = splits(site)
         if not swap:
             check_rows(site)
+            check_heads(site)
+            check_precision(site)
             return site
         coords = tuple(c.substitute(swap) for c in coords)
     raise Stop("the axes of the attention cannot be told apart", out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,13 +10,15 @@ import onnx
 
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Scaled, Stop, Tracer
-from sfa_onnx.passes.bind_mask import Literal, additive, boolean, is_hidden
+from sfa_onnx.passes.bind_mask import HIDDEN, Literal, additive, boolean, is_hidden
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["Scores", "Term", "read_scores", "scatters_where", "sums_products"]
 
-_CONTRACTIONS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm", "Attention"))
+_CONTRACTIONS = frozenset(
+    ("MatMul", "Einsum", "FusedMatMul", "Gemm", "Attention", "MatMulInteger", "QLinearMatMul")
+)
 _COMPARES = ("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Not")
 _NOT_FOLLOWED = frozenset(
     (*_COMPARES, "ScatterElements", "TopK", "Shape", "Constant", "ConstantOfShape", "Softmax")
@@ -71,17 +74,21 @@ def _one(tracer: Tracer, ref: Ref, factor: float, found: Scores) -> list[tuple[R
         if isinstance(step, Move):  # a NaN guard
             return [(step.ref, factor)]
         return _where(tracer, node, ref, factor, found)
-    if node.op_type == "ScatterND" and (mask := scatters_where(tracer, node, ref)) is not None:
+    if (
+        node.op_type == "ScatterND"
+        and factor > 0
+        and (mask := scatters_where(tracer, node, ref)) is not None
+    ):
         found.masks.extend(boolean(tracer, mask, positive=False))
         return [(Ref(node.input[0], ref.coords), factor)]
     step = tracer.step(ref)
     if isinstance(step, Move):
         return [(step.ref, factor)]
+    if not isinstance(step, Dot | Scaled):
+        step = _uniform(tracer, node, ref) or step
     if isinstance(step, Scaled):
-        if step.factor <= 0:
-            raise Stop(
-                f"scores are multiplied by {step.factor:g}, which is not positive", ref.value
-            )
+        if step.factor == 0:
+            raise Stop("scores are multiplied by 0, which is not positive", ref.value)
         return [(step.ref, factor * step.factor)]
     if isinstance(step, Dot):
         found.terms.append(Term(step.a, step.b, step.label, factor * step.factor, ref.value))
@@ -89,17 +96,67 @@ def _one(tracer: Tracer, ref: Ref, factor: float, found: Scores) -> list[tuple[R
     raise _unknown(tracer, node, ref)
 
 
+def _uniform(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Scaled | None:
+    """Scores times, or divided by, a constant tensor that holds one number everywhere."""
+    if node.op_type not in ("Mul", "Div"):
+        return None
+    for own, other in ((0, 1), (1, 0))[: 1 if node.op_type == "Div" else 2]:
+        number = tracer.fill(node.input[other])
+        if number is None or not _leads_to_product(tracer, node.input[own]):
+            continue
+        again = tracer.other.value(node.input[other])
+        if again is not None and not bool((again == number).all()):
+            continue  # it depends on a size that differs from run to run
+        factor = number if node.op_type == "Mul" or not number else 1 / number
+        return Scaled(tracer.operand(node.input[own], ref.coords), factor)
+    return None
+
+
+_KNOWN = {
+    "Tanh": "a soft-cap",
+    "Clip": "a clip",
+    "Min": "a clip",
+    "Max": "a clip",
+    "Dropout": "active in this graph (training mode)",
+    "MatMulInteger": "a product of rounded integers",
+    "QLinearMatMul": "a product of rounded integers",
+    "DequantizeLinear": "a product of rounded integers",
+}
+
+
 def _unknown(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Stop:
     where = tracer.index.label(tracer.index.producer[ref.value])
     if node.op_type in ("Mul", "Div"):
+        others = [n for n in node.input if not _leads_to_product(tracer, n)]
+        if not others:
+            return Stop(f"scores are multiplied by scores ({where})", ref.value)
+        given = tracer.index.is_graph_input(others[0])
         return Stop(
-            f"the scores are scaled by a tensor that is not a constant number ({where})",
+            f"the scores are scaled by {others[0]}, which is not a constant number ({where})",
             ref.value,
-            "the operator has one scale_value attribute: scale the query instead",
+            f"export with {others[0]} fixed: the operator's scale_value is an attribute"
+            if given
+            else f"the operator has one scale_value: multiply the query by {others[0]} instead",
         )
-    known = {"Tanh": "a soft-cap", "Clip": "a clip", "Concat": "an extra column (a sink?)"}
-    what = known.get(node.op_type, "not part of softmax(scale * q.k + mask)")
-    return Stop(f"{node.op_type} on the score path is {what} ({where})", ref.value)
+    if node.op_type == "Concat":
+        scores = [n for n in node.input if _leads_to_product(tracer, n)]
+        if len(scores) == len(node.input):
+            return Stop(
+                f"Concat {where} joins the scores of {len(scores)} products",
+                ref.value,
+                "compute the scores of all heads and keys in one product",
+            )
+        return Stop(
+            f"Concat on the score path is an extra column (a sink?) ({where})",
+            ref.value,
+            "the operator has no sink: its weights are those of the keys alone",
+        )
+    what = _KNOWN.get(node.op_type, "not part of softmax(scale * q.k + mask)")
+    return Stop(
+        f"{node.op_type} on the score path is {what} ({where})",
+        ref.value,
+        "only products, constant factors, masks of 0 and -inf, casts and views may make the scores",
+    )
 
 
 def _added(
@@ -107,21 +164,18 @@ def _added(
 ) -> list[tuple[Ref, float]]:
     operands = [tracer.operand(name, ref.coords) for name in node.input]
     scores = [o for o in operands if _leads_to_product(tracer, o.value)]
-    masks = [o for o in operands if o not in scores]
-    if node.op_type == "Sub":
-        if _less_maximum(tracer, node):
-            return [(operands[0], factor)]
-        if scores != operands[:1]:
-            raise Stop(
-                "scores are subtracted from something", ref.value, "expected scores plus mask"
-            )
-        found.masks.extend(additive(tracer, masks[0], negated=True))
-        return [(scores[0], factor)]
+    if node.op_type == "Sub" and _less_maximum(tracer, node) and factor > 0:
+        return [(operands[0], factor)]
     if not scores:
         raise Stop(f"no product of queries and keys leads to {ref.value}", ref.value)
-    for mask in masks:
-        found.masks.extend(additive(tracer, mask))
-    return [(s, factor) for s in scores]
+    left = []
+    for position, operand in enumerate(operands):
+        own = -factor if node.op_type == "Sub" and position else factor
+        if operand in scores:
+            left.append((operand, own))
+        else:
+            found.masks.extend(additive(tracer, operand, negated=own < 0))
+    return left
 
 
 def _less_maximum(tracer: Tracer, node: onnx.NodeProto) -> bool:
@@ -142,7 +196,8 @@ def _where(
 ) -> list[tuple[Ref, float]]:
     condition, first, second = (tracer.operand(n, ref.coords) for n in node.input)
     for hidden, kept, positive in ((second, first, True), (first, second, False)):
-        if is_hidden(tracer, hidden.value):
+        fill = tracer.fill(hidden.value)
+        if fill is not None and math.copysign(fill, fill * factor) < HIDDEN:
             found.masks.extend(boolean(tracer, condition, positive=positive))
             return [(kept, factor)]
     raise Stop(

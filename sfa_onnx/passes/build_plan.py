@@ -117,6 +117,12 @@ def queries(plan: Plan) -> tuple[State, State | None]:
     rope = _pick_query(plan, site.rope_query) if site.rope_query is not None else None
     scale = site.scale * nope.factor * _row_factor(site.nope)
     plan.scale = scale
+    if scale <= 0:
+        raise Stop(
+            f"scores are multiplied by {scale:g}, which is not positive",
+            nope.ref.value,
+            "negate the query (or the keys) instead",
+        )
     _learn(plan, [nope, *([rope] if rope is not None else [])])
     if rope is not None and site.rope is not None:
         other = site.rope_factor * rope.factor * _row_factor(site.rope)

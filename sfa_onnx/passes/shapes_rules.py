@@ -93,6 +93,10 @@ def _matmul(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     if len(b) == 2 and len(a) > 1 and not node.attribute:
         return [(*a[:-1], b[1])]
     flags = attributes(node)
+    if flags.get("transBatchA"):  # onnxruntime: [M, batch ..., K]
+        a = [*a[1:-1], a[0], a[-1]]
+    if flags.get("transBatchB"):
+        b = [*b[1:-1], b[0], b[-1]]
     if flags.get("transA") and len(a) > 1:
         a[-2:] = a[:-3:-1]
     if flags.get("transB") and len(b) > 1:

@@ -20,6 +20,9 @@ FAMILIES = (
     "masks",
     "extra",
     "edited",
+    "scorepath",
+    "scoremiss",
+    "heads",
 )
 
 

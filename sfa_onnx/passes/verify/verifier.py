@@ -37,7 +37,8 @@ __all__ = ["Verifier"]
 Array = NDArray[Any]
 _LONELY_MAX = 0.5  # share of empty rows beyond which a draw shows nothing
 _SLOW = 0.5  # seconds of one run from which on each probe asks one question only
-_SCALE_SLACK = 2e-7  # float32 rounding of the product of a graph's scale factors
+# Rounding of the product of a graph's scale factors, in the type of its query.
+_SCALE_SLACK: dict[int, float] = {onnx.TensorProto.FLOAT16: 1e-3, onnx.TensorProto.BFLOAT16: 8e-3}
 
 
 class Verifier:
@@ -246,7 +247,8 @@ class _Site:
             return None
         self._judge.scale = factor
         residual = _error(want, self._flat(self._fused.run(feeds)))
-        if abs(factor - 1) <= _SCALE_SLACK:
+        types = [o.elem_type for o in self._candidate.operands if o.role is Role.QUERY]
+        if abs(factor - 1) <= min((_SCALE_SLACK.get(t, 2e-7) for t in types), default=2e-7):
             return None
         self._judge.scale = 1.0
         if residual > BOUND:
