@@ -179,6 +179,45 @@ def test_pages_change_only_at_the_new_slots() -> None:
     np.testing.assert_array_equal(np.sort(changed), np.sort(mine["slot_mapping"]))
 
 
+def _paged_run(slots: list[int], cached: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """(pages before, pages after) for two new tokens per sequence at `slots`."""
+    source = growing()
+    report = convert(source, to="paged-int8", block_size=16, tile_size=TILE)
+    interface = read_interface(report.model)
+    assert interface is not None
+    mine = adapt_feeds(interface, feeds_for(source, cached), new_tokens=2)
+    mine["slot_mapping"] = np.asarray(slots, np.int32)
+    pages = mine["l0.past_c_packed"].copy()
+    out = run(report.model, mine)["l0.c_packed"]
+    flat = (-1, pages.shape[-1])
+    return pages.reshape(flat), out.reshape(flat)
+
+
+@pytest.mark.parametrize(
+    "slots", [[-1, 41, 88, -1], [40, -1, -1, -1], [-1, -1, -1, 0], [0, -7, 15, 16], [-1, -1, 95, 3]]
+)
+def test_padding_tokens_write_nothing(slots: list[int]) -> None:
+    full = [17, 41, 88, 3]  # a slot for every token tells the packed rows
+    rows = _paged_run(full)[1][full]
+    before, after = _paged_run(slots)
+    expected = before.copy()
+    for row, slot in zip(rows, slots, strict=True):
+        if slot >= 0:
+            expected[slot] = row
+    np.testing.assert_array_equal(after, expected)
+
+
+def test_a_step_of_padding_alone_leaves_the_pages() -> None:
+    before, after = _paged_run([-1, -1, -1, -1])
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("slots", [[40], [40, 41, 42], [40, 41, 42, 43, 44]])
+def test_one_slot_per_new_token_is_required(slots: list[int]) -> None:
+    with pytest.raises(Exception, match="Reshape"):
+        _paged_run(slots)
+
+
 def static_cache(layout: str) -> onnx.ModelProto:
     """A fixed buffer written by ScatterND on a transposed view, then (official) sliced."""
     if layout == "hf":  # [B, 1, S, C], index_copy along axis 2

@@ -13,7 +13,7 @@ import onnx
 
 from sfa_onnx.contract import PackedRow
 from sfa_onnx.kv_convert.emit import Emitter
-from sfa_onnx.kv_convert.interface import SLOT_MAPPING
+from sfa_onnx.kv_convert.pages import PageWriter
 from sfa_onnx.kv_convert.trace import Stream, attribute_int, peel
 from sfa_onnx.op import DOMAIN_OWN, KV_CACHE_PACK
 from sfa_onnx.passes.index import GraphIndex
@@ -45,10 +45,17 @@ class Translator:
     """Translates the key streams of any number of sites of one graph."""
 
     def __init__(
-        self, index: GraphIndex, emitter: Emitter, row: PackedRow, form: str, query_type: int
+        self,
+        index: GraphIndex,
+        emitter: Emitter,
+        row: PackedRow,
+        form: str,
+        query_type: int,
+        pages: PageWriter,
     ) -> None:
         self.index = index
         self.emit = emitter
+        self.pages = pages
         self.row = row
         self.form = form
         self.query_type = query_type  # of query and rope rows: onnx.TensorProto.DataType
@@ -163,7 +170,7 @@ class Translator:
                 return None
             fresh = [part.packed for part in parts[1:]]
             rows = fresh[0] if len(fresh) == 1 else self.emit.op("Concat", fresh, axis=1)
-            return Translated(lat, rot, self.write_pages(parts[0].packed, rows), cache)
+            return Translated(lat, rot, self._write(parts[0].packed, rows), cache)
         joined = self.emit.op("Concat", [part.packed for part in parts], axis=1)
         return Translated(lat, rot, joined, cache)
 
@@ -183,7 +190,7 @@ class Translator:
         if self.form == "paged-int8":
             if before.cache is None:
                 return None
-            written = self.write_pages(before.packed, rows.packed)
+            written = self._write(before.packed, rows.packed)
             return Translated(lat, rot, written, before.cache)
         perm = _row_order(lat.axes)
         if perm is None:
@@ -213,29 +220,14 @@ class Translator:
         bounds = [node.input[1], node.input[2], self.emit.constant([1]), *steps]
         return Translated(lat, rot, self.emit.op("Slice", [whole.packed, *bounds]), whole.cache)
 
+    def _write(self, pages: str, rows: str) -> str:
+        return self.pages.write(pages, rows, self.row.bytes)
+
     @staticmethod
     def _pair(
         lat: Stream, rot: Stream | None, value: str, rope_value: str
     ) -> tuple[Stream, Stream | None]:
         return replace(lat, value=value), replace(rot, value=rope_value) if rot else None
-
-    # -- pages ------------------------------------------------------------------------------------
-
-    def write_pages(self, pages: str, rows: str) -> str:
-        """Rows [B, S1, 1, D] into pages [block_num, block_size, 1, D] at `slot_mapping`.
-
-        Two-level indices write into the pages as they are: a run-time that gives input and output
-        the same buffer then moves new rows only.
-        """
-        emit = self.emit
-        slots = emit.op("Cast", [SLOT_MAPPING], to=onnx.TensorProto.INT64)
-        shape = emit.op("Shape", [pages])
-        size = emit.op("Gather", [shape, emit.constant([1])], axis=0)
-        block = emit.op("Div", [slots, size])
-        offset = emit.op("Sub", [slots, emit.op("Mul", [block, size])])
-        pair = emit.op("Concat", [emit.unsqueeze(block, [1]), emit.unsqueeze(offset, [1])], axis=1)
-        flat = emit.op("Reshape", [rows, emit.constant([-1, 1, self.row.bytes])])
-        return emit.op("ScatterND", [pages, pair, flat], "pages")
 
 
 def _on_sequence(node: onnx.NodeProto, stream: Stream) -> bool:
