@@ -8,6 +8,9 @@ import pytest
 
 import sfa_onnx
 from sfa_onnx import runtime
+from sfa_onnx.errors import VerificationError
+from sfa_onnx.passes import certificate
+from sfa_onnx.passes.plan import write_plan
 from tests import scope_models as scopes
 from tests.zoo.catalogue import cases
 
@@ -60,3 +63,52 @@ def test_sites_fuse_in_bodies(form, name):
 def _condition(model, value):
     asked = any(v.name == scopes.COND for v in model.graph.input)
     return {scopes.COND: np.array(value)} if asked else {}
+
+
+def test_a_certificate_covers_the_nodes_of_bodies(tmp_path):
+    model = scopes.in_if(case(GATHERED).build(), first=1, suffix="/else")
+    onnx.save(model, tmp_path / "before.onnx")
+    sfa_onnx.fuse(
+        tmp_path / "before.onnx", tmp_path / "after.onnx", certificate=tmp_path / "proof.json"
+    )
+
+    def check():
+        paths = (tmp_path / name for name in ("proof.json", "before.onnx", "after.onnx"))
+        return certificate.check_certificate(*paths)
+
+    found = check()
+    assert found.holds, found.problems
+    assert any(".then_branch/" in name for name in found.difference.removed_nodes)
+    assert found.difference.moved_nodes == ()
+    owner = next(o for o in model.graph.node if o.op_type == "If").output[0]
+    assert owner not in found.difference.removed_nodes
+    edited = onnx.load(tmp_path / "after.onnx")
+    body = next(n for n in edited.graph.node if n.op_type == "If").attribute[0].g
+    body.node[0].doc_string = "edited"
+    onnx.save(edited, tmp_path / "after.onnx")
+    assert not check().holds
+
+
+def test_a_plan_names_sites_by_their_path(tmp_path):
+    model = scopes.nested(case(GATHERED).build())
+    report = sfa_onnx.fuse(model)
+    plan = write_plan(report, tmp_path / "plan.yaml")
+    then, other = (s.site_id for s in report.fused)
+    plan.write_text(plan.read_text().replace("fuse: true", "fuse: false", 1))
+    again = sfa_onnx.fuse(model, plan=plan)
+    assert [s.site_id for s in again.fused] == [other]
+    left = next(s for s in again.sites if s.site_id == then)
+    assert left.reason == "left out by the plan"
+    with pytest.raises(VerificationError, match="2 sites were fused, 3 were expected"):
+        sfa_onnx.fuse(model, expect_sites=3)
+
+
+def test_unfuse_works_in_bodies():
+    model = scopes.nested(case(GATHERED).build())
+    report = sfa_onnx.unfuse(fused(model, 2).model)
+    assert [s.status for s in report.sites] == ["unfused"] * 2
+    assert {s.scope for s in report.sites} == {
+        "steps.body/decoder_if.then_branch",
+        "steps.body/decoder_if.else_branch",
+    }
+    alike(model, report.model, case(GATHERED).feeds(0) | {scopes.COND: np.array(True)})

@@ -20,6 +20,7 @@ import onnx
 from sfa_onnx.errors import UsageError, WeightsError
 from sfa_onnx.external import StorageReader
 from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
+from sfa_onnx.passes.index import bodies
 from sfa_onnx.report import FuseReport, to_json
 from sfa_onnx.weights_file import digest_of
 
@@ -34,7 +35,7 @@ __all__ = [
     "write_certificate",
 ]
 
-_VERSION = 1
+_VERSION = 2  # 2: nodes of bodies one by one, and materialised weights
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Snapshot:
     """Hashes of everything in a model.
 
     Attributes:
-        nodes: first output -> hash, in graph order.
+        nodes: first output -> hash, in graph order; "y.then_branch/x" makes x in a body.
         initializers: name -> hash (external tensors: of the pointer).
         values: value_info and quantisation annotations, "kind name" -> hash.
         other: inputs, outputs, functions, metadata, header: field -> hash.
@@ -81,24 +82,19 @@ class CertificateCheck:
 
 
 def snapshot(model: onnx.ModelProto) -> Snapshot:
-    """Hash every part of a model."""
+    """Hash every part of a model, nodes of bodies one by one."""
     graph = model.graph
+    found = Snapshot()
     with paused_gc():
-        nodes = {_key(n, i): hash_message(n) for i, n in enumerate(graph.node)}
-        tensors = {t.name: hash_message(t) for t in graph.initializer}
-        values = {f"value_info {v.name}": hash_message(v) for v in graph.value_info}
-        values |= {
-            f"quantization_annotation {q.tensor_name}": hash_message(q)
-            for q in graph.quantization_annotation
-        }
-    other = {
-        "inputs": _hash_all(graph.input),
-        "outputs": _hash_all(graph.output),
-        "sparse_initializers": _hash_all(graph.sparse_initializer),
-        "functions": _hash_all(model.functions),
-        "opset_import": _hash_all(sorted(model.opset_import, key=lambda o: o.domain)),
-        "metadata": _hash_all([*model.metadata_props, *graph.metadata_props]),
-        "header": _hash_text(
+        _add_graph(found, graph, "")
+    found.other.update(
+        inputs=_hash_all(graph.input),
+        outputs=_hash_all(graph.output),
+        sparse_initializers=_hash_all(graph.sparse_initializer),
+        functions=_hash_all(model.functions),
+        opset_import=_hash_all(sorted(model.opset_import, key=lambda o: o.domain)),
+        metadata=_hash_all([*model.metadata_props, *graph.metadata_props]),
+        header=_hash_text(
             model.ir_version,
             model.producer_name,
             model.producer_version,
@@ -108,8 +104,41 @@ def snapshot(model: onnx.ModelProto) -> Snapshot:
             graph.name,
             graph.doc_string,
         ),
-    }
-    return Snapshot(nodes, tensors, values, other)
+    )
+    return found
+
+
+def _add_graph(found: Snapshot, graph: onnx.GraphProto, path: str) -> None:
+    """Hash a graph's parts; those of a body are told apart by the path to it."""
+    for i, node in enumerate(graph.node):
+        key = path + _key(node, i)
+        inner = bodies(node)
+        found.nodes[key] = _hash_shell(node) if inner else hash_message(node)
+        for name, body in inner.items():
+            _add_graph(found, body, f"{key}.{name}/")
+            found.other[f"{key}.{name}"] = _hash_text(
+                body.name,
+                body.doc_string,
+                *(_hash_all(part) for part in (body.input, body.output, body.metadata_props)),
+                _hash_all(body.sparse_initializer),
+            )
+    for tensor in graph.initializer:
+        found.initializers[path + tensor.name] = hash_message(tensor)
+    for info in graph.value_info:
+        found.values[f"value_info {path}{info.name}"] = hash_message(info)
+    for note in graph.quantization_annotation:
+        found.values[f"quantization_annotation {path}{note.tensor_name}"] = hash_message(note)
+
+
+def _hash_shell(node: onnx.NodeProto) -> str:
+    """Hash of a node without the contents of its bodies."""
+    graphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    fields = [(f.name, repr(v)) for f, v in node.ListFields() if f.name != "attribute"]
+    return _hash_text(
+        fields,
+        [a.name for a in node.attribute],
+        _hash_all(a for a in node.attribute if a.type not in graphs),
+    )
 
 
 def _key(node: onnx.NodeProto, position: int) -> str:

@@ -93,9 +93,8 @@ class GraphIndex:
             for name in node.output:
                 if name:
                     producer[name] = i
-            if node.op_type in _CONTROL_FLOW or node.domain not in _STANDARD:
-                if bodies(node):
-                    self.owners.append(i)
+            if bodies(node):
+                self.owners.append(i)
                 self._captures[i] = captured(node)
                 for name in self._captures[i]:
                     consumers.setdefault(name, []).append((i, -1))
@@ -293,6 +292,8 @@ def _module_of_scopes(scopes: str) -> str:
 def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
     """The graphs that a node holds, by attribute: "then_branch", "body"; "name[0]" in a list."""
     found: dict[str, onnx.GraphProto] = {}
+    if node.op_type not in _CONTROL_FLOW and node.domain in _STANDARD:
+        return found
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             found[attribute.name] = attribute.g

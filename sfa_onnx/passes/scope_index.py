@@ -8,7 +8,7 @@ other. Nothing is copied: the view lays the body's own names over those of its p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -280,21 +280,26 @@ def _handed_on(body: onnx.GraphProto, states: Iterable[_State]) -> list[_State]:
     return found
 
 
-def body_views(index: GraphIndex) -> Iterator[ScopeIndex]:
-    """The views of all bodies below `index` that hold a softmax, each before those inside it."""
+def _starts_a_site(node: onnx.NodeProto) -> bool:
+    """Whether a node may be the softmax of a site."""
+    return node.op_type in _ANCHORS
+
+
+def body_views(
+    index: GraphIndex, telling: Callable[[onnx.NodeProto], bool] = _starts_a_site
+) -> Iterator[ScopeIndex]:
+    """The views of all bodies below `index` that hold a telling node, outer ones first."""
     for owner in index.owners:
         for name, body in bodies(index.nodes[owner]).items():
-            if _telling(body):
+            if _holds(body, telling):
                 view = ScopeIndex(index, owner, name, body)
                 yield view
-                yield from body_views(view)
+                yield from body_views(view, telling)
 
 
-def _telling(graph: onnx.GraphProto) -> bool:
-    """Whether a graph or one of its bodies holds what a site begins with."""
-    for node in graph.node:
-        if node.op_type in _ANCHORS:
-            return True
-        if node.attribute and any(_telling(body) for body in bodies(node).values()):
-            return True
-    return False
+def _holds(graph: onnx.GraphProto, telling: Callable[[onnx.NodeProto], bool]) -> bool:
+    """Whether a graph or one of its bodies holds a telling node."""
+    return any(
+        telling(node) or any(_holds(body, telling) for body in bodies(node).values())
+        for node in graph.node
+    )

@@ -72,8 +72,7 @@ def count_nodes(graph: onnx.GraphProto) -> int:
     """Nodes of a graph and of all bodies in it."""
     total = len(graph.node)
     for node in graph.node:
-        if node.attribute:
-            total += sum(count_nodes(body) for body in bodies(node).values())
+        total += sum(count_nodes(body) for body in bodies(node).values())
     return total
 
 
@@ -99,9 +98,9 @@ def splice_scopes(
 
     Args:
         model: edited in place.
-        work: (view, verified sites) of every graph, each graph before those inside it.
+        work: (view, verified sites) of every graph, the main graph first, each before its bodies.
     """
-    taken = taken_names(model.graph)
+    taken = taken_names(work[0][0])
     freed: dict[int, set[str]] = {}
     for index, ready in reversed(work):
         lost = freed.get(id(index), set())

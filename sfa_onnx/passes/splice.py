@@ -96,7 +96,7 @@ def splice(
         model: the model that owns `index.graph`.
         index: the index of the graph before any edit; it is stale afterwards.
         candidates: verified sites of that graph; `check_region` accepted each.
-        taken: every name of the model, which learns the new ones; None: collected here.
+        taken: every name of the model, which learns the new ones; None: the graph has no outer one.
         freed: values of the graph that its bodies no longer read.
 
     Returns:
@@ -109,7 +109,7 @@ def splice(
     _reject_overlap(index, candidates)
     import_domains(model, candidates)
     dead = _dead_nodes(index, candidates, freed)
-    taken = taken_names(model.graph) if taken is None else taken
+    taken = taken_names(index) if taken is None else taken
     tensors = _constants(candidates, taken)
     inserts = [_replacement(model, index, c, taken) for c in candidates]
     results = []
@@ -194,19 +194,28 @@ def _is_read(index: GraphIndex, value: str, read: set[str], gone: set[int]) -> b
     return any(user not in gone for user, _ in index.uses(value))
 
 
-def taken_names(graph: onnx.GraphProto) -> set[str]:
-    """Every node and value name of a graph and of all bodies in it.
+def taken_names(index: GraphIndex) -> set[str]:
+    """Every node and value name of a main graph and of all bodies in it.
 
     Names are kept apart across scopes too: no value may shadow another.
     """
-    taken = {t.name for t in graph.initializer}
-    taken.update(v.name for v in (*graph.input, *graph.output))
-    for node in graph.node:
-        taken.add(node.name)
-        taken.update(node.input, node.output)
-        if node.attribute:
-            taken.update(*(taken_names(body) for body in bodies(node).values()))
+    taken = {n.name for n in index.nodes} | index.producer.keys() | index.consumers.keys()
+    taken.update(index.initializers, (v.name for v in index.inputs))
+    taken.update(v.name for v in index.graph.output)
+    for owner in index.owners:
+        taken |= _inner_names(index.nodes[owner])
     return taken
+
+
+def _inner_names(owner: onnx.NodeProto) -> set[str]:
+    """Every name in the bodies of a node."""
+    found: set[str] = set()
+    for body in bodies(owner).values():
+        found.update(v.name for v in (*body.initializer, *body.input, *body.output))
+        for node in body.node:
+            found.update((node.name, *node.input, *node.output))
+            found |= _inner_names(node)
+    return found
 
 
 def _constants(candidates: Sequence[Candidate], taken: set[str]) -> list[onnx.TensorProto]:

@@ -11,9 +11,15 @@ from sfa_onnx.errors import UsageError
 from sfa_onnx.model import load_model, save_model
 from sfa_onnx.op import find_op
 from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.scope_index import body_views
+from sfa_onnx.passes.scopes import count_nodes
 from sfa_onnx.report import FuseReport, SiteReport
 
 __all__ = ["unfuse"]
+
+
+def _is_ours(node: onnx.NodeProto) -> bool:
+    return bool(node.domain) and find_op(node.domain, node.op_type) is not None
 
 
 def unfuse(
@@ -40,17 +46,19 @@ def unfuse(
     from sfa_onnx.runtime.portable import unfuse as standard_nodes
 
     source = load_model(model)
-    index = GraphIndex.of(source)
+    main = GraphIndex.of(source)
     sites = [
         SiteReport(
-            site_id=index.label(i),
+            site_id=index.place(i),
             anchor=index.label(i),
             status="unfused",
-            op_type=node.op_type,
+            op_type=index.nodes[i].op_type,
+            scope=index.path,
             layer=index.layer(i),
         )
-        for i, node in enumerate(index.nodes)
-        if find_op(node.domain, node.op_type) is not None and node.domain
+        for index in (main, *body_views(main, telling=_is_ours))
+        for i in index.own
+        if _is_ours(index.nodes[i])
     ]
     if not sites:
         raise UsageError("the model holds no operator of ours, so there is nothing to unfuse")
@@ -58,8 +66,8 @@ def unfuse(
     report = FuseReport(
         model=result,
         sites=sites,
-        nodes_before=len(source.graph.node),
-        nodes_after=len(result.graph.node),
+        nodes_before=count_nodes(source.graph),
+        nodes_after=count_nodes(result.graph),
     )
     if output is not None:
         folder = None if isinstance(model, onnx.ModelProto) else Path(model).parent
