@@ -13,8 +13,9 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from sfa_onnx.ascend.downlevel_ops import REWRITES
-from sfa_onnx.ascend.flavour_scope import Facts, Names, Scope, apply, attribute
+from sfa_onnx.ascend.flavour_scope import Facts, Names, Scope, apply
 from sfa_onnx.errors import ModelError
+from sfa_onnx.onnx_attrs import find_attribute
 
 __all__ = ["MAX_OPSET", "MIN_OPSET", "to_opset"]
 
@@ -125,7 +126,7 @@ def _refusal(node: NodeProto, opset: int, why: str) -> ModelError:
 
 def _implied(node: NodeProto, attr: onnx.AttributeProto) -> bool:
     if node.op_type in ("Cast", "CastLike") and attr.name == "saturate":
-        to = attribute(node, "to")
+        to = find_attribute(node, "to")
         return to is None or to.i not in _FLOAT8  # only float8 targets look at it
     value = onnx.helper.get_attribute_value(attr)
     allowed = _DROPPABLE.get((node.op_type, attr.name), ())

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import NodeProto, TensorProto
 
-from sfa_onnx.ascend.flavour_scope import Scope, attribute
+from sfa_onnx.ascend.flavour_scope import Scope
 from sfa_onnx.errors import ModelError
+from sfa_onnx.onnx_attrs import attribute
 
 __all__ = ["REWRITES"]
 
@@ -40,11 +40,6 @@ _FLOAT_PAIRS: set[tuple[int, int]] = {
 _SIGNED = (TensorProto.INT8, TensorProto.INT16, TensorProto.INT32)
 
 
-def _value(node: NodeProto, name: str, default: Any) -> Any:
-    attr = attribute(node, name)
-    return default if attr is None else onnx.helper.get_attribute_value(attr)
-
-
 def _cast(scope: Scope, name: str, to: int, label: str) -> tuple[list[NodeProto], str]:
     """Cast `name` unless it has that type already."""
     if scope.dtype(name) == to:
@@ -56,16 +51,16 @@ def _cast(scope: Scope, name: str, to: int, label: str) -> tuple[list[NodeProto]
 def rms_normalization(scope: Scope, node: NodeProto) -> list[NodeProto]:
     """RMSNormalization-23: x / sqrt(mean(x^2) + epsilon) in the stash type, times scale."""
     x, scale = node.input[:2]
-    rank, axis = scope.rank(x), int(_value(node, "axis", -1))
+    rank, axis = scope.rank(x), int(attribute(node, "axis", -1))
     if rank is None and axis >= 0:
         raise ModelError(f"node {node.name!r}: RMSNormalization with axis {axis} of unknown rank")
     axes = list(range(axis if axis < 0 else axis - (rank or 0), 0))
-    stash, own = int(_value(node, "stash_type", 1)), scope.dtype(x)
+    stash, own = int(attribute(node, "stash_type", 1)), scope.dtype(x)
     label, dims = node.name or "RMSNormalization", scope.dims(x)
     nodes, wide = _cast(scope, x, stash, label) if own else _always_cast(scope, x, stash, label)
     square = scope.node("Mul", [wide, wide], f"{label}/square", dtype=stash, dims=dims)
     mean = _reduce_mean(scope, square.output[0], axes, label, stash)
-    epsilon = _value(node, "epsilon", 1e-5)
+    epsilon = attribute(node, "epsilon", 1e-5)
     eps = scope.constant(epsilon, f"{label}/epsilon", np.float32)
     nodes += [square, mean]
     if stash != TensorProto.FLOAT:
@@ -100,7 +95,7 @@ def _reduce_mean(scope: Scope, x: str, axes: list[int], label: str, dtype: int) 
 
 def swish(scope: Scope, node: NodeProto) -> list[NodeProto]:
     """Swish-24: x * sigmoid(alpha * x)."""
-    x, alpha, label = node.input[0], float(_value(node, "alpha", 1.0)), node.name or "Swish"
+    x, alpha, label = node.input[0], float(attribute(node, "alpha", 1.0)), node.name or "Swish"
     nodes, inner = [], x
     if alpha != 1.0:
         factor = scope.constant(alpha, f"{label}/alpha", np.float32)
@@ -115,7 +110,7 @@ def swish(scope: Scope, node: NodeProto) -> list[NodeProto]:
 
 def bit_cast(scope: Scope, node: NodeProto) -> list[NodeProto]:
     """BitCast-26 from integers, by exact arithmetic; reading a float's bits is refused."""
-    source, target = scope.dtype(node.input[0]), int(_value(node, "to", 0))
+    source, target = scope.dtype(node.input[0]), int(attribute(node, "to", 0))
     label = node.name or "BitCast"
     if source == target and source:
         return [scope.replace(node, "Identity", [node.input[0]])]
@@ -200,7 +195,7 @@ def tensor_scatter(scope: Scope, node: NodeProto) -> list[NodeProto]:
     label, rank = node.name or "TensorScatter", scope.rank(cache)
     if rank is None:
         raise ModelError(f"node {label!r}: TensorScatter of a cache of unknown rank")
-    axis = int(_value(node, "axis", -2)) % rank
+    axis = int(attribute(node, "axis", -2)) % rank
     shape = scope.node("Shape", [update], f"{label}/shape")
     zero, one = scope.constant(0, f"{label}/zero"), scope.constant(1, f"{label}/one")
     pick = scope.constant(axis, f"{label}/axis")
@@ -214,7 +209,7 @@ def tensor_scatter(scope: Scope, node: NodeProto) -> list[NodeProto]:
         first = scope.node("Reshape", [starts, front], f"{label}/first")
         index = scope.node("Add", [first.output[0], index.output[0]], f"{label}/positions")
         nodes += [first, index]
-    if _value(node, "mode", b"linear") == b"circular":
+    if attribute(node, "mode", "linear") == "circular":
         size = scope.node("Shape", [cache], f"{label}/cache_shape")
         length = scope.node("Gather", [size.output[0], pick], f"{label}/length", axis=0)
         index = scope.node("Mod", [index.output[0], length.output[0]], f"{label}/wrapped")

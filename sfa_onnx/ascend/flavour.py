@@ -23,7 +23,7 @@ from sfa_onnx.ascend.downlevel import MAX_OPSET, MIN_OPSET, to_opset
 from sfa_onnx.ascend.flavour_nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour_repairs import REPAIRS
 from sfa_onnx.ascend.flavour_rows import narrow_rows
-from sfa_onnx.ascend.flavour_scope import Facts, Names, apply, subgraphs
+from sfa_onnx.ascend.flavour_scope import Facts, Names, apply, inner_graphs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.model import paused_gc
 from sfa_onnx.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
@@ -196,7 +196,7 @@ def _domains(graph: GraphProto) -> set[str]:
     found = set()
     for node in graph.node:
         found.add(node.domain)
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             found |= _domains(inner)
     return found
 
@@ -212,7 +212,7 @@ def _move_vendor_nodes(graph: GraphProto) -> None:
                 " a single domain up to 9.1 and has no plug-in for this one. Replace the node by"
                 " standard operators, e.g. export without the optimiser that introduced it"
             )
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             _move_vendor_nodes(inner)
 
 

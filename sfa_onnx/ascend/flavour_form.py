@@ -11,9 +11,10 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sfa_onnx.ascend.flavour_repairs import dense
-from sfa_onnx.ascend.flavour_scope import Facts, Names, Scope, attribute, scopes, subgraphs
+from sfa_onnx.ascend.flavour_scope import Facts, Names, Scope, inner_graphs, scopes
 from sfa_onnx.errors import ModelError, WeightsError
 from sfa_onnx.external import iter_tensors
+from sfa_onnx.onnx_attrs import find_attribute
 
 __all__ = [
     "clean_external_data",
@@ -44,7 +45,7 @@ def one_domain(graph: GraphProto) -> None:
     for node in graph.node:
         if node.domain == "ai.onnx":
             node.domain = ""
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             one_domain(inner)
 
 
@@ -63,7 +64,7 @@ def name_nodes(graph: GraphProto, names: Names, taken: frozenset[str] = frozense
             node.name = names.fresh(base)
             changed.append(f"{old} -> {node.name}")
         used.add(node.name)
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             changed += name_nodes(inner, names)
     return changed
 
@@ -83,7 +84,7 @@ def name_outputs(graph: GraphProto, names: Names) -> int:
             if not output:
                 node.output[i] = names.fresh(f"{node.name}/unused_{i}")
                 count += 1
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             count += name_outputs(inner, names)
     return count
 
@@ -97,7 +98,7 @@ def lift_initializers(model: ModelProto, names: Names) -> int:
     """Sparse initializers become dense; external ones of sub-graphs move to the main graph."""
     count = _densify(model.graph)
     for node in model.graph.node:
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             count += _lift(model.graph, inner, names)
     return count
 
@@ -129,13 +130,13 @@ def _lift(main: GraphProto, graph: GraphProto, names: Names) -> int:
         graph.node.remove(node)
     _rename_reads(graph, {a: b for a, b in rename.items() if a != b})
     for node in graph.node:
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             count += _lift(main, inner, names)
     return count + len(rename)
 
 
 def _is_external_constant(node: NodeProto) -> bool:
-    value = attribute(node, "value") if node.op_type == "Constant" else None
+    value = find_attribute(node, "value") if node.op_type == "Constant" else None
     return value is not None and value.t.data_location == TensorProto.EXTERNAL
 
 
@@ -145,7 +146,7 @@ def _rename_reads(graph: GraphProto, rename: dict[str, str]) -> None:
     for node in graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = rename.get(name, name)
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             _rename_reads(inner, rename)
     for output in graph.output:
         output.name = rename.get(output.name, output.name)
@@ -230,7 +231,7 @@ def _rename_reads_top(graph: GraphProto, old: str, new: str) -> None:
         for i, name in enumerate(node.input):
             if name == old:
                 node.input[i] = new
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             _rename_reads_top(inner, old, new)
 
 
@@ -254,7 +255,7 @@ def _from_inputs(graph: GraphProto) -> set[str]:
 
 def _reads(node: NodeProto) -> Iterator[str]:
     yield from node.input
-    for graph in subgraphs(node):
+    for graph in inner_graphs(node):
         for inner in graph.node:
             yield from _reads(inner)
         yield from (o.name for o in graph.output)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from sfa_onnx.ascend.flavour_scope import Scope, attribute
+from sfa_onnx.ascend.flavour_scope import Scope
 from sfa_onnx.errors import ModelError
+from sfa_onnx.onnx_attrs import find_attribute
 
 __all__ = ["batched_index", "is_non_negative", "non_negative"]
 
@@ -37,7 +38,7 @@ def is_non_negative(scope: Scope, name: str, depth: int = 24) -> bool:
     if node.op_type in _PASS_FIRST:
         return is_non_negative(scope, node.input[0], depth - 1)
     if node.op_type == "Mod":  # floor modulo takes the divisor's sign, fmod the dividend's
-        fmod = attribute(node, "fmod")
+        fmod = find_attribute(node, "fmod")
         which = node.input[0] if fmod is not None and fmod.i else node.input[1]
         return is_non_negative(scope, which, depth - 1)
     if node.op_type in _PASS_ALL:

@@ -10,9 +10,10 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from sfa_onnx.ascend.flavour_rows import wide_row
-from sfa_onnx.ascend.flavour_scope import Scope, attribute
+from sfa_onnx.ascend.flavour_scope import Scope
 from sfa_onnx.contract import Attribute, AttributeValue, OpContract, PackedRow
 from sfa_onnx.errors import ContractError, UsageError
+from sfa_onnx.onnx_attrs import find_attribute, value_of
 from sfa_onnx.op import (
     ALL_OPS,
     BINDINGS,
@@ -68,7 +69,7 @@ def atc_contract(op: OpContract, binding: str) -> tuple[str, OpContract]:
 
 
 def _read(node: NodeProto, spec: Attribute, op: OpContract) -> AttributeValue:
-    attr = attribute(node, spec.name)
+    attr = find_attribute(node, spec.name)
     where = f"node {node.name or node.output[0]!r} ({op.name})"
     if attr is None:
         if spec.default is None:
@@ -77,8 +78,8 @@ def _read(node: NodeProto, spec: Attribute, op: OpContract) -> AttributeValue:
     if attr.type != _KINDS.get(spec.kind, onnx.AttributeProto.STRING):
         kind = onnx.AttributeProto.AttributeType.Name(attr.type)
         raise ContractError(f"{where}: attribute {spec.name} is {kind}, expected {spec.kind}")
-    value = onnx.helper.get_attribute_value(attr)
-    return value.decode() if isinstance(value, bytes) else value
+    value: AttributeValue = value_of(attr)
+    return value
 
 
 def _check_known(node: NodeProto, contracts: tuple[OpContract, ...], extra: set[str]) -> None:
@@ -214,7 +215,7 @@ class ToAtc:
 def _exact(node: NodeProto, spec: Attribute, op: OpContract) -> float:
     """The FLOAT attribute to the last bit: its companion wins when it agrees to 6 digits."""
     value = float(_read(node, spec, op))
-    companion = attribute(node, spec.name + EXACT_SUFFIX)
+    companion = find_attribute(node, spec.name + EXACT_SUFFIX)
     if companion is None:
         return value
     exact = float(np.float32(companion.floats[0])) if len(companion.floats) == 1 else math.nan
@@ -239,7 +240,7 @@ class FromAtc:
         contracts = (op, written) if op is SPARSE_FLASH_ATTENTION_ANTIQUANT else (op,)
         _check_known(node, contracts, _exact_names(op))
         for spec in written.attributes if len(contracts) > 1 else ():
-            attr = attribute(node, spec.name)
+            attr = find_attribute(node, spec.name)
             legal = spec.cpu if not any(a.name == spec.name for a in op.attributes) else None
             if attr is not None and legal is not None and attr.i not in legal:
                 raise ContractError(

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto
 
 from sfa_onnx.ascend.flavour_indices import batched_index, is_non_negative, non_negative
-from sfa_onnx.ascend.flavour_scope import Rule, Scope, attribute
+from sfa_onnx.ascend.flavour_scope import Rule, Scope
 from sfa_onnx.errors import ModelError
+from sfa_onnx.onnx_attrs import attribute, attributes, find_attribute
 
 __all__ = ["REPAIRS"]
 
@@ -25,14 +25,9 @@ _INT64_MAX = 2**63 - 1
 _UNSIGNED = (2, 4, 12, 13)
 
 
-def _get(node: NodeProto, name: str, default: Any) -> Any:
-    attr = attribute(node, name)
-    return default if attr is None else onnx.helper.get_attribute_value(attr)
-
-
 def constant_values(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Constant value_float(s), value_int(s), value_string(s), sparse_value -> `value`."""
-    if node.op_type != "Constant" or attribute(node, "value") is not None:
+    if node.op_type != "Constant" or find_attribute(node, "value") is not None:
         return None
     if len(node.attribute) != 1:
         raise ModelError(f"Constant {node.name or node.output[0]!r} carries no value attribute")
@@ -66,7 +61,7 @@ def shape_range(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Shape start/end -> Shape, then Slice: the parser ignores both attributes."""
     if node.op_type != "Shape" or not node.attribute:
         return None
-    start, end = int(_get(node, "start", 0)), int(_get(node, "end", _INT64_MAX))
+    start, end = int(attribute(node, "start", 0)), int(attribute(node, "end", _INT64_MAX))
     if start == 0 and end == _INT64_MAX:
         return [scope.replace(node, "Shape", node.input)]
     whole = scope.node("Shape", node.input, f"{node.name}/whole", dtype=TensorProto.INT64)
@@ -79,9 +74,9 @@ def shape_range(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
 
 def split_outputs(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Split num_outputs -> explicit sizes, or one Slice per part when the length is not known."""
-    if node.op_type != "Split" or attribute(node, "num_outputs") is None:
+    if node.op_type != "Split" or find_attribute(node, "num_outputs") is None:
         return None
-    parts, axis = int(_get(node, "num_outputs", 0)), int(_get(node, "axis", 0))
+    parts, axis = int(attribute(node, "num_outputs", 0)), int(attribute(node, "axis", 0))
     dims = scope.dims(node.input[0])
     length = dims[axis] if dims is not None and -len(dims) <= axis < len(dims) else None
     if length is not None:
@@ -123,7 +118,7 @@ def gather_nd(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """GatherND: batch_dims becomes explicit index columns; negative indices are made positive."""
     if node.op_type != "GatherND":
         return None
-    batch = int(_get(node, "batch_dims", 0))
+    batch = int(attribute(node, "batch_dims", 0))
     nodes, index = non_negative(scope, node.input[0], node.input[1], node.name, batch)
     if batch:
         more, index = batched_index(scope, index, node.name, batch)
@@ -137,14 +132,14 @@ def scatter_nd(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """ScatterND with a reduction -> ScatterElements over rows; negative indices made positive."""
     if node.op_type != "ScatterND":
         return None
-    reduction = bytes(_get(node, "reduction", b"none"))
+    reduction = str(attribute(node, "reduction", "none"))
     data, index, updates = node.input
     nodes, index = non_negative(scope, data, index, node.name, 0)
-    if reduction == b"none":
+    if reduction == "none":
         if not nodes:
             return None
         return [*nodes, scope.replace(node, "ScatterND", [data, index, updates])]
-    return [*nodes, *_scatter_rows(scope, node, index, reduction.decode())]
+    return [*nodes, *_scatter_rows(scope, node, index, reduction)]
 
 
 def _scatter_rows(scope: Scope, node: NodeProto, index: str, reduction: str) -> list[NodeProto]:
@@ -207,7 +202,7 @@ def mod_sign(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     if node.op_type != "Mod" or scope.dtype(node.input[0]) in _UNSIGNED:
         return None
     x, y = node.input
-    fmod = int(_get(node, "fmod", 0))
+    fmod = int(attribute(node, "fmod", 0))
     if is_non_negative(scope, x) and is_non_negative(scope, y):
         return None
     if not fmod and _is_floor_form(scope, node):
@@ -242,7 +237,7 @@ def reduce_norm(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     if node.op_type not in ("ReduceL1", "ReduceL2") or scope.opset < 18:
         return None
     x, label = node.input[0], node.name
-    keep = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    keep = attributes(node)
     if node.op_type == "ReduceL1":
         part = scope.node("Abs", [x], f"{label}/abs")
         total = scope.replace(node, "ReduceSum", [part.output[0], *node.input[1:]], **keep)
@@ -257,7 +252,7 @@ def is_inf_sign(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     if node.op_type != "IsInf":
         return None
     signs = [("detect_negative", "Less"), ("detect_positive", "Greater")]
-    wanted = [test for name, test in signs if int(_get(node, name, 1))]
+    wanted = [test for name, test in signs if int(attribute(node, name, 1))]
     if len(wanted) == 2:
         return None
     x, label = node.input[0], node.name
@@ -279,7 +274,7 @@ def pad_axes(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Pad with `axes` (opset 18) -> pads of every axis: GE's operator has no such input."""
     if node.op_type != "Pad" or len(node.input) < 4:
         return None
-    mode = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    mode = attributes(node)
     if not node.input[3]:
         return [scope.replace(node, "Pad", node.input[:3], **mode)]
     axes, rank = scope.array(node.input[3]), scope.rank(node.input[0])
@@ -304,7 +299,7 @@ def softmax_2d(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Softmax before opset 13 means all axes from `axis` on; the parser leaves that to others."""
     if node.op_type not in ("Softmax", "LogSoftmax", "Hardmax") or scope.opset >= 13:
         return None
-    axis, rank = int(_get(node, "axis", 1)), scope.rank(node.input[0])
+    axis, rank = int(attribute(node, "axis", 1)), scope.rank(node.input[0])
     if axis == -1 or (rank is not None and axis in (rank - 1, -1)):
         return None
     label = node.name

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from onnx import ModelProto, NodeProto, TensorProto
 
-from sfa_onnx.ascend.flavour_scope import Facts, attribute
+from sfa_onnx.ascend.flavour_scope import Facts
 from sfa_onnx.contract import PackedRow
 from sfa_onnx.errors import ContractError
+from sfa_onnx.onnx_attrs import find_attribute
 from sfa_onnx.op import BINDINGS, KV_CACHE_PACK
 
 __all__ = ["narrow_rows", "wide_row"]
@@ -25,7 +26,7 @@ _OURS = frozenset({b.atc_type for b in BINDINGS} | {KV_CACHE_PACK.name})
 def wide_row(node: NodeProto, facts: Facts) -> PackedRow | None:
     """The row layout of a node that reads float32 rope lanes, else None."""
     query, key = facts.dims.get(node.input[0]), facts.dims.get(node.input[1])
-    rope, tile = attribute(node, "rope_head_dim"), attribute(node, "tile_size")
+    rope, tile = find_attribute(node, "rope_head_dim"), find_attribute(node, "tile_size")
     if not query or not key or rope is None or tile is None or not rope.i:
         return None
     if query[-1] is None or key[-1] is None:

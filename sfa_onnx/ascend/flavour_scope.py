@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = ["Facts", "Names", "Rule", "Scope", "apply", "attribute", "scopes", "subgraphs"]
+from sfa_onnx.onnx_attrs import subgraphs
+
+__all__ = ["Facts", "Names", "Rule", "Scope", "apply", "inner_graphs", "scopes"]
 
 _NUMBERS = frozenset({"value_int", "value_ints", "value_float", "value_floats"})
 _WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -35,7 +37,7 @@ class Names:
         self._used.update(s.values.name for s in graph.sparse_initializer)
         for node in graph.node:
             self._used.update((node.name, *node.input, *node.output))
-            for inner in subgraphs(node):
+            for inner in inner_graphs(node):
                 self._collect(inner)
 
     def fresh(self, base: str) -> str:
@@ -90,7 +92,7 @@ class Facts:
             self.types[tensor.name] = tensor.data_type
             self.dims[tensor.name] = tuple(tensor.dims)
         for node in graph.node:
-            for inner in subgraphs(node):
+            for inner in inner_graphs(node):
                 self._read(inner)
 
 
@@ -200,20 +202,11 @@ class Scope:
 Rule = Callable[[Scope, NodeProto], "Sequence[NodeProto] | None"]
 
 
-def attribute(node: NodeProto, name: str) -> AttributeProto | None:
-    """The node's attribute `name`, or None."""
-    return next((a for a in node.attribute if a.name == name), None)
-
-
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+def inner_graphs(node: NodeProto) -> Iterator[GraphProto]:
     """The graphs held by a node's attributes."""
     if not node.domain and node.op_type not in _WITH_GRAPHS:
         return  # looking at every attribute costs seconds on 100,000 nodes
-    for attr in node.attribute:
-        if attr.type == AttributeProto.GRAPH:
-            yield attr.g
-        elif attr.type == AttributeProto.GRAPHS:
-            yield from attr.graphs
+    yield from subgraphs(node)
 
 
 def scopes(
@@ -223,7 +216,7 @@ def scopes(
     scope = Scope(graph, names, facts, opset, parent)
     yield scope
     for node in graph.node:
-        for inner in subgraphs(node):
+        for inner in inner_graphs(node):
             yield from scopes(inner, names, facts, opset, scope)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import ModelProto, NodeProto
 
-from sfa_onnx.ascend.flavour_scope import Facts, subgraphs
+from sfa_onnx.ascend.flavour_scope import Facts, inner_graphs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.passes.index import GraphIndex
 
@@ -83,7 +83,7 @@ def _layers(model: ModelProto) -> list[int | None]:
 
 def _reads(node: NodeProto) -> set[str]:
     names = {name for name in node.input if name}
-    for graph in subgraphs(node):
+    for graph in inner_graphs(node):
         inside = {out for n in graph.node for out in n.output} | {v.name for v in graph.input}
         inside |= {t.name for t in graph.initializer}
         for inner in graph.node:

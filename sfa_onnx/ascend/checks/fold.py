@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from sfa_onnx.ascend.checks.view import ModelView, Scope, attribute
+from sfa_onnx.ascend.checks.view import ModelView, Scope
+from sfa_onnx.onnx_attrs import attribute
 
 __all__ = ["provable"]
 

@@ -15,8 +15,9 @@ from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.facts import arity, dtype_name
 from sfa_onnx.ascend.checks.finding import Finding, Severity
 from sfa_onnx.ascend.checks.tensors import tensors
-from sfa_onnx.ascend.checks.view import Scope, attribute, contract_of
+from sfa_onnx.ascend.checks.view import Scope, contract_of
 from sfa_onnx.ascend.flavour_indices import is_non_negative
+from sfa_onnx.onnx_attrs import attribute
 
 __all__ = ["meaning"]
 

@@ -25,7 +25,8 @@ from sfa_onnx.ascend.checks.facts import (
     registered_versions,
 )
 from sfa_onnx.ascend.checks.finding import Finding
-from sfa_onnx.ascend.checks.view import Scope, attribute, is_external
+from sfa_onnx.ascend.checks.view import Scope, is_external
+from sfa_onnx.onnx_attrs import attribute
 from sfa_onnx.op import find_op
 
 __all__ = ["replay"]

@@ -25,16 +25,12 @@ from sfa_onnx.ascend.flavour_repairs import (
     shape_range,
     split_outputs,
 )
-from sfa_onnx.ascend.flavour_scope import Rule, Scope, attribute
+from sfa_onnx.ascend.flavour_scope import Rule, Scope
+from sfa_onnx.onnx_attrs import attribute, attributes, find_attribute
 
 __all__ = ["NODE_RULES", "PARSER_REPAIRS", "constant_k"]
 
 _T = TensorProto
-
-
-def _value(node: NodeProto, name: str, default: Any = None) -> Any:
-    found = attribute(node, name)
-    return default if found is None else onnx.helper.get_attribute_value(found)
 
 
 def _copy(node: NodeProto) -> NodeProto:
@@ -94,7 +90,7 @@ def bool_scatter(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     dims = scope.dims(node.input[0])
     data = scope.node("Cast", [node.input[0]], f"{node.name}/data", dtype=_T.INT8, to=_T.INT8)
     updates = scope.node("Cast", [node.input[2]], f"{node.name}/new", dtype=_T.INT8, to=_T.INT8)
-    kept = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    kept = attributes(node)
     inputs = [data.output[0], node.input[1], updates.output[0]]
     scatter = scope.node(
         "ScatterElements", inputs, f"{node.name}/int8", dtype=_T.INT8, dims=dims, **kept
@@ -109,7 +105,7 @@ def einsum(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     shapes = [scope.dims(name) for name in node.input]
     if None in shapes:
         return None
-    equation = _value(node, "equation", b"").decode()
+    equation = attribute(node, "equation", "")
     form = as_matmul(equation, [len(s or ()) for s in shapes])
     inner = _inner_size(form, shapes[0] or ()) if form else None
     if form is None or inner is None:
@@ -190,7 +186,7 @@ class _MatMul:
 def written_perm(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Transpose without perm: the reversal written out."""
     rank = scope.rank(node.input[0]) if node.op_type == "Transpose" else None
-    if rank is None or attribute(node, "perm") is not None:
+    if rank is None or find_attribute(node, "perm") is not None:
         return None
     if rank == 0:
         return [scope.replace(node, "Identity", node.input)]
@@ -206,11 +202,11 @@ def open_clip(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
 
 def gemm_alpha(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Gemm without C: alpha as a Mul of its own."""
-    alpha = float(_value(node, "alpha", 1.0)) if node.op_type == "Gemm" else 1.0
+    alpha = float(attribute(node, "alpha", 1.0)) if node.op_type == "Gemm" else 1.0
     dtype = scope.dtype(node.input[0]) if alpha != 1.0 else 0
     if alpha == 1.0 or len(node.input) > 2 or not dtype:
         return None
-    flags: dict[str, Any] = {n: int(_value(node, n, 0)) for n in ("transA", "transB")}
+    flags: dict[str, Any] = {n: int(attribute(node, n, 0)) for n in ("transA", "transB")}
     product = scope.node("Gemm", node.input, f"{node.name}/product", dtype=dtype, **flags)
     kind = onnx.helper.tensor_dtype_to_np_dtype(dtype)
     factor = scope.constant(np.asarray(alpha, np.float32), f"{node.name}/alpha", kind.type)
@@ -219,7 +215,7 @@ def gemm_alpha(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
 
 def shape_fill(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """ConstantOfShape: its value as raw_data, the only form read in every dtype."""
-    value = _value(node, "value") if node.op_type == "ConstantOfShape" else None
+    value = attribute(node, "value") if node.op_type == "ConstantOfShape" else None
     if not isinstance(value, TensorProto) or value.raw_data:
         return None
     raw = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(value), value.name)

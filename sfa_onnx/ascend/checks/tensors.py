@@ -9,7 +9,8 @@ import onnx
 
 from sfa_onnx.ascend.checks.context import Context
 from sfa_onnx.ascend.checks.finding import Finding, Severity
-from sfa_onnx.ascend.checks.view import Scope, attribute, is_external
+from sfa_onnx.ascend.checks.view import Scope, is_external
+from sfa_onnx.onnx_attrs import attribute
 
 __all__ = ["nbytes", "tensors"]
 

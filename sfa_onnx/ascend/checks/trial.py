@@ -15,7 +15,8 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from sfa_onnx.ascend.flavour_scope import Scope, attribute
+from sfa_onnx.ascend.flavour_scope import Scope
+from sfa_onnx.onnx_attrs import attribute
 
 __all__ = ["compare"]
 
@@ -88,10 +89,10 @@ def _draw(scope: Scope, node: NodeProto, name: str) -> Array | None:
 
 def _labels(node: NodeProto, name: str) -> str:
     """The subscripts of an Einsum operand; "" for other ops."""
-    found = attribute(node, "equation")
-    if node.op_type != "Einsum" or found is None:
+    equation = attribute(node, "equation")
+    if node.op_type != "Einsum" or equation is None:
         return ""
-    operands = found.s.decode().replace(" ", "").partition("->")[0].split(",")
+    operands = equation.replace(" ", "").partition("->")[0].split(",")
     position = list(node.input).index(name)
     return operands[position] if position < len(operands) else ""
 
@@ -114,16 +115,14 @@ def _indices(
         return None
     data = [_OPEN_DIM if d is None else d for d in known]
     if node.op_type in ("ScatterElements", "GatherElements"):
-        found = attribute(node, "axis")
-        axis = int(found.i) if found is not None else 0
+        axis = int(attribute(node, "axis", 0))
         size = data[axis]
         if shape[axis] > size:
             return None
         order = rng.permuted(np.broadcast_to(np.arange(size), (*shape[:-1], size)), axis=-1)
         rows = order[..., : shape[-1]] if axis in (-1, len(shape) - 1) else None
         return _along(shape, axis, size, rng) if rows is None else rows - size * (rows % 2)
-    found = attribute(node, "batch_dims")
-    batch = int(found.i) if found is not None and node.op_type == "GatherND" else 0
+    batch = int(attribute(node, "batch_dims", 0)) if node.op_type == "GatherND" else 0
     sizes = np.asarray(data[batch : batch + shape[-1]])
     drawn = rng.integers(0, sizes, shape) if node.op_type == "GatherND" else _distinct(shape, sizes)
     return None if drawn is None else drawn - sizes * (drawn % 2)

@@ -20,7 +20,7 @@ import onnx
 from sfa_onnx.ascend.flavour_scope import Facts
 from sfa_onnx.op import OpContract, find_op
 
-__all__ = ["Dims", "ModelView", "Scope", "attribute", "contract_of", "is_external"]
+__all__ = ["Dims", "ModelView", "Scope", "contract_of", "is_external"]
 
 _log = logging.getLogger("sfa_onnx")
 
@@ -28,15 +28,6 @@ Dims = tuple[int | str | None, ...]
 _CONSTANT_LIMIT: Final = 1 << 20
 _INFERENCE_LIMIT: Final = 1 << 16
 _A = onnx.AttributeProto
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """The value of one attribute, strings decoded, or `default`."""
-    for item in node.attribute:
-        if item.name == name:
-            value = onnx.helper.get_attribute_value(item)
-            return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return default
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
