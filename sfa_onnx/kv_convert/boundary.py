@@ -12,6 +12,7 @@ from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING, CacheEntry
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translated, Translator
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.index import GraphIndex
 
 __all__ = ["Boundary"]
@@ -159,7 +160,7 @@ class Boundary:
         parts = {"B": sizes[0], "S": sizes[1]}
         parts |= {"1": self.emit.constant([1]), "C": self.emit.constant([columns])}
         whole = self.emit.op("Concat", [parts[label] for label in stream.axes], axis=0)
-        attrs = {a.name: a.i for a in node.attribute}
+        attrs = attributes(node)
         start = attrs.get("start", 0)
         end = attrs.get("end", len(stream.axes))
         sliced = self.emit.columns(whole, 0, start, end)

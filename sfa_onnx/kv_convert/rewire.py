@@ -17,6 +17,7 @@ from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, CacheEntry
 from sfa_onnx.kv_convert.pages import PageWriter
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translator
+from sfa_onnx.onnx_attrs import attribute
 from sfa_onnx.op import (
     DOMAIN_OWN,
     KV_CACHE_PACK,
@@ -44,11 +45,7 @@ def _input(node: onnx.NodeProto, name: str) -> str:
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    found = next((a for a in node.attribute if a.name == name), None)
-    if found is None:
-        return SPARSE_FLASH_ATTENTION.attribute(name).default
-    value = helper.get_attribute_value(found)
-    return value.decode() if isinstance(value, bytes) else value
+    return attribute(node, name, SPARSE_FLASH_ATTENTION.attribute(name).default)
 
 
 class Conversion:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attribute
 from sfa_onnx.passes.index import GraphIndex
 
 __all__ = ["Stream", "peel", "slice_on"]
@@ -39,17 +40,6 @@ class Stream:
         return self.axes.index(label) if label in self.axes else -1
 
 
-def attribute_ints(node: onnx.NodeProto, name: str) -> list[int] | None:
-    """An INTS attribute, or None when it is absent."""
-    found = next((a for a in node.attribute if a.name == name), None)
-    return None if found is None else [int(i) for i in found.ints]
-
-
-def attribute_int(node: onnx.NodeProto, name: str, default: int) -> int:
-    """An INT attribute, or its default."""
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
 def peel(index: GraphIndex, stream: Stream) -> Stream:
     """Walk back through views, casts and column slices while every label stays whole."""
     while True:
@@ -69,7 +59,7 @@ def _step(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | N
         source = index.elem_type(node.input[0])
         return replace(stream, value=node.input[0]) if source in FLOAT_TYPES else None
     if node.op_type == "Transpose":
-        perm = attribute_ints(node, "perm") or list(range(len(stream.axes)))[::-1]
+        perm = attribute(node, "perm") or list(range(len(stream.axes)))[::-1]
         axes = [""] * len(perm)
         for out, source_dim in enumerate(perm):
             axes[source_dim] = stream.axes[out]
@@ -84,7 +74,7 @@ def _step(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | N
 
 
 def _axes_input(index: GraphIndex, node: onnx.NodeProto) -> list[int] | None:
-    listed = attribute_ints(node, "axes")
+    listed: list[int] | None = attribute(node, "axes")
     if listed is None and len(node.input) > 1 and node.input[1]:
         constant = index.constant(node.input[1])
         listed = None if constant is None else [int(i) for i in np.ravel(constant)]
@@ -157,9 +147,9 @@ def _clip(index: GraphIndex, value: str, axis: int, start: int, end: int) -> tup
 def _split_bounds(
     index: GraphIndex, node: onnx.NodeProto, stream: Stream, column: int
 ) -> tuple[int, int] | None:
-    if attribute_int(node, "axis", 0) % len(stream.axes) != column:
+    if attribute(node, "axis", 0) % len(stream.axes) != column:
         return None
-    sizes = attribute_ints(node, "split")
+    sizes = attribute(node, "split")
     if sizes is None and len(node.input) > 1 and node.input[1]:
         constant = index.constant(node.input[1])
         sizes = None if constant is None else [int(i) for i in constant]

@@ -14,7 +14,8 @@ import onnx
 from sfa_onnx.contract import PackedRow
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.pages import PageWriter
-from sfa_onnx.kv_convert.trace import Stream, attribute_int, peel
+from sfa_onnx.kv_convert.trace import Stream, peel
+from sfa_onnx.onnx_attrs import attribute
 from sfa_onnx.op import DOMAIN_OWN, KV_CACHE_PACK
 from sfa_onnx.passes.index import GraphIndex
 
@@ -231,7 +232,7 @@ class Translator:
 
 
 def _on_sequence(node: onnx.NodeProto, stream: Stream) -> bool:
-    axis = attribute_int(node, "axis", 0)
+    axis = int(attribute(node, "axis", 0))
     return stream.axes[axis] == "S"
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes_steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
-from sfa_onnx.passes.shapes_rules import attributes, einsum_terms, slice_bounds
+from sfa_onnx.passes.shapes_rules import einsum_terms, slice_bounds
 
 if TYPE_CHECKING:
     from sfa_onnx.passes.axes_trace import Tracer

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import ZERO, Expr, Read
 from sfa_onnx.passes.axes_rules import STEPS
 from sfa_onnx.passes.axes_steps import (
@@ -23,7 +24,6 @@ from sfa_onnx.passes.axes_steps import (
 )
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete, Shape
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = [
     "Dot",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes_trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind_mask import additive, boolean
 from sfa_onnx.passes.bind_scores import Scores, Term
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["Parts", "read_attention", "split_heads"]
 

@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import ZERO, Expr
 from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["stored_bytes"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
 from sfa_onnx.passes.axes_trace import Move, Pieces, Ref, Tracer
 from sfa_onnx.passes.bind_literals import Literal, Selected
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["pointed", "reduced"]
 

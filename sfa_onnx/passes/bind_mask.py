@@ -11,11 +11,11 @@ from typing import Final
 
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
 from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer, is_float
 from sfa_onnx.passes.bind_hits import pointed, reduced
 from sfa_onnx.passes.bind_literals import Literal, Selected, Visible
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["HIDDEN", "Literal", "Selected", "Visible", "additive", "boolean", "is_hidden"]
 

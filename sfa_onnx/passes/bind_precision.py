@@ -6,10 +6,10 @@ from typing import Final
 
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes_trace import Move, Scaled, Stop, Tracer, is_float
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Query, Site
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["check_precision"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind_mask import HIDDEN, Literal, additive, boolean, is_hidden
 from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["Scores", "Term", "read_scores", "scatters_where", "sums_products"]
 

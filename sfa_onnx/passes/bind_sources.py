@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import Expr, Read, label_of
 from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["all_reads", "all_selected", "index_sources", "key_limit"]
 

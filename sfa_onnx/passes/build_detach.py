@@ -6,14 +6,12 @@ so what the replacement still needs of such chains is made again from other tens
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes_trace import Stop
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter, axis_labels
-from sfa_onnx.passes.shapes_rules import attributes
 
 __all__ = ["detach"]
 
@@ -81,7 +79,7 @@ class _Detach:
             inputs = [self.again(n) if n else "" for n in node.input]
             elem = self.site.tracer.sizes.elem_type(value)
             made = self.e.emit(
-                node.op_type, inputs, "again", elem, domain=node.domain, **_attrs(node)
+                node.op_type, inputs, "again", elem, domain=node.domain, **attributes(node)
             )
         self._again[value] = made
         return made
@@ -104,7 +102,3 @@ class _Detach:
                 if name == old:
                     node.input[i] = new
         self.e.used.pop(old, None)
-
-
-def _attrs(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from sfa_onnx.onnx_attrs import attribute, attributes
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete, Shape
@@ -93,11 +94,11 @@ def _node_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
 
 def _contraction_flops(node: onnx.NodeProto, inputs: list[Shape], outputs: list[Shape]) -> float:
     if node.op_type in _CONTRACTIONS and inputs and inputs[0]:
-        flags = {a.name: a.i for a in node.attribute}
+        flags = attributes(node)
         inner = inputs[0][-2] if flags.get("transA") and len(inputs[0]) > 1 else inputs[0][-1]
         return 2.0 * math.prod(outputs[0]) * inner
     if node.op_type == "Einsum":
-        equation = next(a.s.decode() for a in node.attribute if a.name == "equation")
+        equation = attribute(node, "equation", "")
         labels: dict[str, int] = {}
         for term, shape in zip(equation.split("->")[0].split(","), inputs, strict=False):
             labels |= dict(zip(term.strip(), shape, strict=False))
@@ -148,7 +149,7 @@ def _fused_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
 
 def _rope_width(sizes: Concrete, node: onnx.NodeProto, packed: bool) -> int:
     if packed:
-        return next((int(a.i) for a in node.attribute if a.name == "rope_head_dim"), 0)
+        return int(attribute(node, "rope_head_dim", 0))
     position = SPARSE_FLASH_ATTENTION.input_index("query_rope")
     shape = sizes.shape(node.input[position]) if len(node.input) > position else None
     return shape[-1] if shape else 0

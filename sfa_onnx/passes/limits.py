@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 
 from sfa_onnx.contract import INT8, OpContract
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.op import KV_CACHE_PACK, NPU
 from sfa_onnx.passes.candidate import Candidate, Role
 
@@ -29,11 +30,10 @@ def npu_limits(candidate: Candidate) -> tuple[str, ...]:
 
 def _attribute_limits(op: OpContract, node: onnx.NodeProto) -> list[str]:
     """Attributes with a value that the NPU does not take."""
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    values = attributes(node)
     found = []
     for spec in op.attributes:
         value: Any = values.get(spec.name, spec.default)
-        value = value.decode() if isinstance(value, bytes) else value
         if spec.npu is not None and value not in spec.npu:
             legal = ", ".join(str(v) for v in spec.npu)
             found.append(f"{spec.name} is {value}; the NPU takes {legal}")

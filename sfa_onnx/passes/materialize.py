@@ -19,11 +19,11 @@ from onnx import TensorProto
 
 from sfa_onnx.errors import UsageError
 from sfa_onnx.external import StorageReader, external_range
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes_trace import Stop
 from sfa_onnx.passes.candidate import Candidate, Role
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_fold import FOLD
-from sfa_onnx.passes.shapes_rules import attributes
 from sfa_onnx.report import MaterializedWeight
 from sfa_onnx.weights_file import WeightsFile, digest_of, inline_tensor
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_fold import FOLD, fold
-from sfa_onnx.passes.shapes_rules import RULES, attributes
+from sfa_onnx.passes.shapes_rules import RULES
 
 __all__ = ["Concrete", "Shape", "SizesMeetError"]
 

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from sfa_onnx.passes.shapes_rules import attributes, slice_bounds
+from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.shapes_rules import slice_bounds
 
 __all__ = ["FOLD", "fold"]
 

@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
+
 if TYPE_CHECKING:
     from sfa_onnx.passes.shapes import Concrete
 
-__all__ = ["RULES", "attributes", "einsum_terms", "slice_bounds"]
+__all__ = ["RULES", "einsum_terms", "slice_bounds"]
 
 Shape = tuple[int, ...]
 Shapes = list[Shape | None]
 _Rule = Callable[["Concrete", onnx.NodeProto], Shapes]
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """Attribute name -> Python value, strings decoded."""
-    out: dict[str, Any] = {}
-    for a in node.attribute:
-        value = onnx.helper.get_attribute_value(a)
-        out[a.name] = value.decode() if isinstance(value, bytes) else value
-    return out
 
 
 def slice_bounds(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import ModelProto
 
+from sfa_onnx.onnx_attrs import subgraphs
+
 __all__ = ["ElemTypes", "light_copy"]
 
 _LARGE = 1024  # bytes; shape inference needs no initializer beyond this
@@ -47,8 +49,5 @@ def _declared(model: ModelProto) -> dict[str, int]:
             if info.type.tensor_type.elem_type:
                 types[info.name] = info.type.tensor_type.elem_type
         for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    stack.append(attribute.g)
-                stack += attribute.graphs
+            stack += subgraphs(node)
     return types

@@ -20,6 +20,7 @@ from sfa_onnx import kv_cache
 from sfa_onnx.contract import PackedRow
 from sfa_onnx.errors import UsageError
 from sfa_onnx.model import load_model
+from sfa_onnx.onnx_attrs import attribute, attributes
 from sfa_onnx.op import find_op
 from sfa_onnx.runtime.feed_sizes import Sizes
 from sfa_onnx.runtime.ort import Model
@@ -118,10 +119,10 @@ class _Feeds:
         for name in self.inputs:
             node, slot = self._use(name)
             if node is not None and slot != "gather":
-                attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+                attrs = attributes(node)
                 side = "layout_query" if slot.startswith(("query", "sparse")) else "layout_kv"
-                layout = attrs.get(side) or attrs.get("layout_key") or b"BSND"
-                roles[name] = slot, layout.decode()
+                layout = attrs.get(side) or attrs.get("layout_key") or "BSND"
+                roles[name] = slot, layout
         return roles
 
     def _largest_selection(self) -> int:
@@ -193,7 +194,7 @@ class _Feeds:
             return np.full(shape, self.sizes.past())
         if node is not None and role == "gather":
             table = self.shapes.get(node.input[0])
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            axis = attribute(node, "axis", 0)
             if table:
                 return self.rng.integers(0, table[axis], shape)
         if "slot" in lowered:
@@ -242,7 +243,7 @@ class _Feeds:
         self, node: NodeProto, role: str, shape: tuple[int, ...], dtype: Any
     ) -> Array | None:
         """A value for a slot of one of our operators; None: any value of its type will do."""
-        attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        attrs = attributes(node)
         if role == "key" and dtype == np.int8 and "tile_size" in attrs:
             rope, tile = attrs["rope_head_dim"], attrs["tile_size"]
             query = self._slot_shape("query")

@@ -16,6 +16,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, helper
 
 from sfa_onnx.contract import OpContract
 from sfa_onnx.errors import ModelError
+from sfa_onnx.onnx_attrs import attributes, subgraphs
 from sfa_onnx.op import ALL_OPS, KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from sfa_onnx.runtime.body import MIN_OPSET, Body
 from sfa_onnx.runtime.body_attention import attention_body
@@ -116,17 +117,10 @@ def _opset(model: ModelProto) -> int:
     return version
 
 
-def _subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
     for node in graph.node:
-        for sub in _subgraphs(node):
+        for sub in subgraphs(node):
             yield from _graphs(sub)
 
 
@@ -137,9 +131,9 @@ def _signature(node: NodeProto, types: ElemTypes) -> _Signature:
         for tensor, name in zip(op.inputs, node.input, strict=False)
         if name and tensor.name != "value"
     }
-    given = {a.name: _python(a) for a in node.attribute}
+    given = attributes(node)
     op.check_attributes(given)
-    attributes = {a.name: given.get(a.name, a.default) for a in op.attributes}
+    attrs = {a.name: given.get(a.name, a.default) for a in op.attributes}
     floats = {"query", "nope", "rope"} & values.keys()
     elem_types: dict[str, int] = {}
     for name in sorted(floats):
@@ -150,13 +144,8 @@ def _signature(node: NodeProto, types: ElemTypes) -> _Signature:
                 " not in the model and cannot be inferred: add it to graph.value_info"
             )
         elem_types[name] = found
-    kept = tuple(sorted((k, v) for k, v in attributes.items() if k not in _AT_RUN_TIME))
+    kept = tuple(sorted((k, v) for k, v in attrs.items() if k not in _AT_RUN_TIME))
     return _Signature(op.key, frozenset(values), kept, tuple(elem_types.items()))
-
-
-def _python(attribute: onnx.AttributeProto) -> Any:
-    value = helper.get_attribute_value(attribute)
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _write(signature: _Signature, opset: int) -> tuple[list[NodeProto], list[str]]:
@@ -203,7 +192,7 @@ def _names(graph: onnx.GraphProto) -> set[str]:
 def _inline(graph: onnx.GraphProto, types: ElemTypes, opset: int, taken: set[str]) -> None:
     nodes: list[NodeProto] = []
     for node in graph.node:
-        for sub in _subgraphs(node):
+        for sub in subgraphs(node):
             _inline(sub, types, opset, taken)
         ours = has_body(node)
         nodes += _expanded(node, _signature(node, types), opset, taken) if ours else [node]

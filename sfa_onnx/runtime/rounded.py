@@ -18,6 +18,7 @@ from onnx import ModelProto, NodeProto, helper
 from sfa_onnx import kv_cache, reference
 from sfa_onnx.errors import UsageError
 from sfa_onnx.kv_convert.interface import CacheEntry, Interface
+from sfa_onnx.onnx_attrs import attribute, attributes
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, find_op
 from sfa_onnx.runtime.extract import Site
 
@@ -53,11 +54,11 @@ def rounded_values(
             return {}  # a clipped tile's value depends on an input of its own
         name, kind = node.input[0], None
         if name not in values and name in casts:
-            kind = helper.get_attribute_value(casts[name].attribute[0])
+            kind = attribute(casts[name], "to")
             name = casts[name].input[0]
         if name not in values:
             return {}
-        tile = next((a.i for a in node.attribute if a.name == "tile_size"), 128)
+        tile = attribute(node, "tile_size", 128)
         dtype = values[name].dtype if kind is None else helper.tensor_dtype_to_np_dtype(kind)
         rounded[name] = _round(values[name], dtype, tile)
     return rounded
@@ -81,13 +82,12 @@ def _round_cache(x: Array, cache: CacheEntry) -> Array:
 def judge(node: NodeProto, values: Mapping[str, Array]) -> Array:
     """The reference's answer for one attention node on its own inputs."""
     op = find_op(node.domain, node.op_type)
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
+    attrs = attributes(node)
     inputs: list[Any] = [values[n] if n else None for n in node.input]
     if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-        return reference.sparse_flash_attention_antiquant(*inputs, **attributes)
+        return reference.sparse_flash_attention_antiquant(*inputs, **attrs)
     if op is SPARSE_FLASH_ATTENTION:
-        return reference.sparse_flash_attention(*inputs, **attributes)
+        return reference.sparse_flash_attention(*inputs, **attrs)
     raise UsageError(f"{node.op_type} has no reference to judge by")
 
 

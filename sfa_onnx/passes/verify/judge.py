@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sfa_onnx import kv_cache, reference
 from sfa_onnx.errors import ContractError
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.op import (
     KV_CACHE_PACK,
     SPARSE_FLASH_ATTENTION,
@@ -58,22 +59,22 @@ class Judge:
                 model would fail there).
         """
         contract = find_op(node.domain, node.op_type)
-        attributes = {a.name: _value(a) for a in node.attribute}
+        values = attributes(node)
         if contract is KV_CACHE_PACK:
-            return self._pack(attributes, inputs)
-        attributes["scale_value"] = float(attributes["scale_value"]) * self.scale
+            return self._pack(values, inputs)
+        values["scale_value"] = float(values["scale_value"]) * self.scale
         if contract is SPARSE_FLASH_ATTENTION:
-            return reference.sparse_flash_attention(*inputs, **attributes)  # type: ignore[arg-type]
+            return reference.sparse_flash_attention(*inputs, **values)  # type: ignore[arg-type]
         if contract is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-            return self._antiquant(attributes, inputs)
+            return self._antiquant(values, inputs)
         raise ContractError(f"{node.op_type}: not an operator that verification can evaluate")
 
-    def _pack(self, attributes: dict[str, Any], inputs: list[Array | None]) -> Array:
+    def _pack(self, values: dict[str, Any], inputs: list[Array | None]) -> Array:
         """Rows of handles in place of packed bytes."""
         nope, rope, scale, clip = (*inputs, None, None, None)[:4]
         if nope is None or nope.dtype != np.int8 or scale is None or clip is not None:
             raise ContractError("KvCachePack: only exact packing (int8 and scales) is verified")
-        tile = int(attributes.get("tile_size", 128))
+        tile = int(values.get("tile_size", 128))
         width = nope.shape[-1]
         parts = kv_cache.dequantise(nope, scale, np.float64).reshape(-1, width)
         ropes = np.zeros((len(parts), 0)) if rope is None else rope.reshape(len(parts), -1)
@@ -85,12 +86,12 @@ class Judge:
         packed[:, :8] = handles.view(np.int8).reshape(-1, 8)
         return packed.reshape(*nope.shape[:-1], row.bytes)
 
-    def _antiquant(self, attributes: dict[str, Any], inputs: list[Array | None]) -> Array:
+    def _antiquant(self, values: dict[str, Any], inputs: list[Array | None]) -> Array:
         """The int8 operator; rows are handles when the model packs them, else real bytes."""
         if not self._parts:
             return reference.sparse_flash_attention_antiquant(
                 *inputs,  # type: ignore[arg-type]
-                **attributes,
+                **values,
                 rope_dtype=self.rope_dtype,
             )
         query, key, _, indices, _, _, *lengths = (*inputs, *[None] * 9)[:9]
@@ -107,11 +108,5 @@ class Judge:
         inputs = [query[..., :width], parts[0], None, indices, *lengths[:3], rope_query, parts[1]]
         return reference.sparse_flash_attention(
             *inputs,  # type: ignore[arg-type]
-            **{k: v for k, v in attributes.items() if k in known},
+            **{k: v for k, v in values.items() if k in known},
         )
-
-
-def _value(attribute: onnx.AttributeProto) -> Any:
-    """An attribute's Python value, strings decoded."""
-    value = onnx.helper.get_attribute_value(attribute)
-    return value.decode() if isinstance(value, bytes) else value

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sfa_onnx.onnx_attrs import find_attribute
+
 __all__ = ["FLOAT_TYPES", "promote"]
 
 FLOAT_TYPES = frozenset((TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16))
@@ -60,12 +62,8 @@ def _promote_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [node]
 
 
-def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto | None:
-    return next((a for a in node.attribute if a.name == name), None)
-
-
 def _cast(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    to = _attribute(node, "to")
+    to = find_attribute(node, "to")
     if to is not None and to.i in FLOAT_TYPES:
         to.i = _DOUBLE
     return [node]
@@ -84,7 +82,7 @@ def _constant(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _constant_of_shape(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    value = _attribute(node, "value")
+    value = find_attribute(node, "value")
     if value is None:  # the default is a float32 zero
         zero = helper.make_tensor("value", _DOUBLE, [1], [0.0])
         node.attribute.append(helper.make_attribute("value", zero))
@@ -104,7 +102,7 @@ def _attention(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 def _bits(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Keep the bits and widen what they spell."""
-    to = _attribute(node, "to")
+    to = find_attribute(node, "to")
     if to is None or to.i not in FLOAT_TYPES:
         return [node]
     name = node.output[0]
@@ -115,8 +113,8 @@ def _bits(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 def _dequantize(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """(x - zero_point) * scale: runtimes have no DequantizeLinear in double."""
     data, scale, out = node.input[0], node.input[1], node.output[0]
-    axis = _attribute(node, "axis")
-    block = _attribute(node, "block_size")
+    axis = find_attribute(node, "axis")
+    block = find_attribute(node, "block_size")
     if block is not None and block.i:
         return [node]  # left as it is: running it fails, and the site is refused
     nodes = [helper.make_node("Cast", [data], [f"{out}__x"], to=_DOUBLE)]

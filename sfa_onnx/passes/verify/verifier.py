@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.errors import ContractError
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete
@@ -351,8 +352,7 @@ def _rope_dtype(candidate: Candidate) -> Any:
 def _attributes(candidate: Candidate) -> dict[str, Any]:
     """Attributes of the fused node in the replacement."""
     node = next(n for n in candidate.replacement if n.op_type == candidate.op.name)
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+    return attributes(node)
 
 
 def _inputs_as(candidate: Candidate) -> dict[str, Any]:
