@@ -3,10 +3,13 @@
 Importing `sfa_onnx` registers them, so `onnx.checker`, `onnx.shape_inference` and torch's exporter
 know our operators. onnx before 1.19 cannot take an inference function from Python and crashes on a
 schema without one, so there nothing is registered: unknown domains pass its checker unchecked.
+onnx's table outlives the interpreter, and up to 1.22 it hangs or crashes when it lets go of a Python
+function after the end: the operators leave it before.
 """
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -35,6 +38,7 @@ def register() -> None:
     for op in (*ALL_OPS, KV_QUANT_SPARSE_FLASH_ATTENTION):
         if not onnx.defs.has(op.name, domain=op.domain):
             onnx.defs.register_schema(_schema(op))
+            atexit.register(onnx.defs.deregister_schema, op.name, op.version, op.domain)
 
 
 def _schema(op: OpContract) -> OpSchema:
