@@ -75,6 +75,7 @@ class ScopeIndex(GraphIndex):
     Attributes:
         parent: the view of the graph that holds the body.
         owner: the node there that runs it.
+        trusts: whether declared sizes of what the body computes hold in every run.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class ScopeIndex(GraphIndex):
         self.producer = _Layered(self.producer, parent.producer, hidden)
         self.initializers = _Layered(self.initializers, parent.initializers, hidden)
         self._entry: dict[str, tuple[int, tuple[Dim, ...] | None]] = {}
+        self._made = {o for i in self.own for o in self.nodes[i].output}
+        self.trusts = getattr(parent, "trusts", True)
         _Entry(self, [s for s in states if s not in same]).describe()
 
     def _confused(self) -> set[str]:
@@ -146,6 +149,8 @@ class ScopeIndex(GraphIndex):
         """As the graph's own; states of a loop have the sizes that no run changes."""
         if value in self._entry:
             return self._entry[value][1]
+        if not self.trusts and value in self._made:
+            return None
         return super().shape(value)
 
     def layer(self, node: int) -> str:
@@ -162,38 +167,40 @@ class ScopeIndex(GraphIndex):
 
 
 class _Entry:
-    """Types and sizes of body inputs, where the body itself does not declare them."""
+    """Types and sizes of what enters a body from run to run.
+
+    A declaration is believed only where a run hands the size on: exporters write down the sizes of
+    the first run, also of a cache that grows. Sizes that change become symbols of their own.
+    """
 
     def __init__(self, view: ScopeIndex, states: list[_State]) -> None:
         self.view = view
-        self.states = [s for s in states if not self._declared(s)]
-
-    def _declared(self, state: _State) -> bool:
-        dims = self.view.shape(state.name)
-        return dims is not None and None not in dims and self.view.elem_type(state.name) != 0
+        self.states = states
+        self.declared = {s.name for s in states if None not in (view.shape(s.name) or (None,))}
 
     def describe(self) -> None:
-        """Give every state its initial value's sizes, then widen those that a run changes."""
+        """Give every state declared or initial sizes, then widen those that a run changes."""
         if not self.states:
             return
         outer = [Concrete(self.view.parent, second=second) for second in (False, True)]
         for state in self.states:
             elem = self.view.elem_type(state.name) or outer[0].elem_type(state.initial)
             self.view._entry[state.name] = (elem, self._initial(state, outer))
-        for _ in range(_ROUNDS):
-            if not self._widen():
-                return
-        for state in self.states:
-            for axis, _ in enumerate(self._dims(state) or ()):
-                self._free(state, axis)
+        trusted, self.view.trusts = self.view.trusts, False
+        rounds = 0
+        while self._widen(everything=rounds > _ROUNDS):
+            rounds += 1
+        self.view.trusts = trusted and not rounds
 
     def _dims(self, state: _State) -> tuple[Dim, ...] | None:
         return self.view._entry[state.name][1]
 
     def _initial(self, state: _State, outer: list[Concrete]) -> tuple[Dim, ...] | None:
         """Declared sizes where there are some, else those of the initial value."""
-        first, second = (sizes.shape(state.initial) for sizes in outer)
         given = self.view.shape(state.name)
+        if state.name in self.declared:
+            return given
+        first, second = (sizes.shape(state.initial) for sizes in outer)
         if first is None or second is None or len(first) != len(second):
             return given
         dims: list[Dim] = []
@@ -215,18 +222,20 @@ class _Entry:
         changed[axis] = self._symbol(state, axis)
         self.view._entry[state.name] = (elem, tuple(changed))
 
-    def _widen(self) -> bool:
-        """Free the sizes that one run changes; whether there were any."""
+    def _widen(self, *, everything: bool) -> bool:
+        """Free the sizes that one run changes, or all of them; whether there were any."""
         changed = False
         for sizes in [Concrete(self.view, second=second) for second in (False, True)]:
             for state in self.states:
                 before = sizes.shape(state.name)
                 after = sizes.shape(state.next) if state.next else before
+                if after is None and state.name in self.declared:
+                    continue
                 for axis, dim in enumerate(self._dims(state) or ()):
-                    if _same(before, after, axis) or dim == self._symbol(state, axis):
-                        continue
-                    self._free(state, axis)
-                    changed = True
+                    kept = _same(before, after, axis) and not (everything and state.next)
+                    if not kept and dim != self._symbol(state, axis):
+                        self._free(state, axis)
+                        changed = True
         return changed
 
 
