@@ -14,7 +14,9 @@ import sfa_onnx
 from sfa_onnx import runtime
 from sfa_onnx.cli import main
 from sfa_onnx.errors import UsageError, VerificationError, WeightsError
+from sfa_onnx.external import iter_tensors
 from sfa_onnx.passes.certificate import check_certificate
+from tests.scope_models import in_if
 
 B, S1, S, K, R = 2, 3, 16, 5, 8
 N, C, D, V = 4, 32, 16, 12  # heads, latent, nope columns, value columns
@@ -264,6 +266,36 @@ def test_sites_that_share_a_weight_share_what_is_made(tmp_path):
     assert sorted(found.made) == ["W.w_uk", "W.w_uv"]
     assert found.bytes_read == _weight().nbytes
     assert (tmp_path / "o.absorbed.bin").stat().st_size < _weight().nbytes + 4096
+
+
+@pytest.mark.parametrize("hoist", [True, False])
+def test_bodies_read_what_lies_where_their_weight_does(tmp_path, hoist):
+    model = _model()
+    for node in model.graph.node:
+        node.name = node.output[0]
+    model = in_if(model, hoist=hoist, suffix="/else")
+    if hoist:
+        path = _saved(model, tmp_path)
+    else:
+        path = tmp_path / "m.onnx"
+        path.write_bytes(model.SerializeToString())
+    output, proof = tmp_path / "o.onnx", tmp_path / "proof.json"
+    report = sfa_onnx.fuse(
+        path, output, expect_sites=2, materialize_absorbed=True, certificate=proof
+    )
+    names = [name for found in report.materialized for name in found.made]
+    if hoist:
+        assert names == ["W.w_uk", "W.w_uv"]
+        assert len(report.materialized[0].sites) == 2
+        assert {"W.w_uk", "W.w_uv"} <= {t.name for t in report.model.graph.initializer}
+    else:
+        assert sorted(names) == [f"W/{b}.{w}" for b in ("else", "then") for w in ("w_uk", "w_uv")]
+    assert {t.name for t in iter_tensors(report.model)}.isdisjoint({"W", "W/then", "W/else"})
+    assert check_certificate(proof, path, output).problems == ()
+    for branch in (True, False):
+        feeds = _feeds() | {"use_cache_branch": np.array(branch)}
+        a, b = (runtime.run(runtime.session(p), feeds)["y0"] for p in (path, output))
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 REFUSED = {

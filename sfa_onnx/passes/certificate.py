@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 
 from sfa_onnx.errors import UsageError, WeightsError
-from sfa_onnx.external import StorageReader
+from sfa_onnx.external import StorageReader, iter_tensors
 from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
 from sfa_onnx.passes.index import bodies
 from sfa_onnx.report import FuseReport, to_json
@@ -281,7 +281,7 @@ def _wrong_weights(
     stated: dict[str, Any], model: onnx.ModelProto, reader: StorageReader
 ) -> list[str]:
     """Materialised weights whose bytes are not those the certificate speaks of."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    tensors = {tensor.name: tensor for tensor in iter_tensors(model)}
     problems = []
     for item in stated["materialized"]:
         for name, digest in item["made"].items():

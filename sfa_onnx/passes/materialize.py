@@ -8,8 +8,7 @@ place where weights are read, one of them at a time, each byte range once.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -19,10 +18,12 @@ from onnx import TensorProto
 
 from sfa_onnx.errors import UsageError
 from sfa_onnx.external import StorageReader, external_range
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.onnx_attrs import attributes, find_attribute
 from sfa_onnx.passes.axes_trace import Stop
 from sfa_onnx.passes.candidate import Candidate, Role
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.index import GraphIndex, bodies, captured
+from sfa_onnx.passes.region import free_name
+from sfa_onnx.passes.scope_index import ScopeIndex
 from sfa_onnx.passes.shapes_fold import FOLD
 from sfa_onnx.report import MaterializedWeight
 from sfa_onnx.weights_file import WeightsFile, digest_of, inline_tensor
@@ -36,9 +37,10 @@ _FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 @dataclass
 class _Found:
-    """One stored weight, and what replacements read of it: recipe -> new initializer."""
+    """One stored weight, where it lies, and what is read of it: recipe -> new initializer."""
 
     tensor: TensorProto
+    graph: onnx.GraphProto
     made: dict[str, TensorProto] = field(default_factory=dict)
     report: MaterializedWeight = field(default_factory=lambda: MaterializedWeight("", ()))
 
@@ -46,22 +48,26 @@ class _Found:
 class Materializer:
     """Rewrites the replacements of absorbed sites before they are spliced.
 
+    A new initializer lies in the graph that stores the weight; bodies read it as they read that.
+
     Args:
-        index: the graph before splicing.
+        graph: the main graph.
         reader: reads the storage and counts its bytes.
         file: takes what external weights become; None: there is no place to write to.
     """
 
-    def __init__(self, index: GraphIndex, reader: StorageReader, file: WeightsFile | None) -> None:
-        self._index = index
+    def __init__(
+        self, graph: onnx.GraphProto, reader: StorageReader, file: WeightsFile | None
+    ) -> None:
+        self._graph = graph
         self._reader = reader
         self._file = file
         self._found: dict[tuple[Any, ...], _Found] = {}
         self._left: list[MaterializedWeight] = []
         self._names: set[str] = set()
 
-    def apply(self, candidates: Iterable[Candidate]) -> None:
-        """Give every absorbed site its own weights, in place; equal ones are written once.
+    def apply(self, index: GraphIndex, candidates: Iterable[Candidate]) -> None:
+        """Give the absorbed sites of one graph weights of their own; equal ones are written once.
 
         Raises:
             UsageError: a weight lies in an external file, and there is no output to write beside.
@@ -70,43 +76,38 @@ class Materializer:
         for candidate in candidates:
             for operand in candidate.operands:
                 if operand.role is Role.EXPANSION:
-                    self._apply(candidate, operand.value)
+                    self._apply(index, candidate, operand.value)
 
-    def reports(self, graph: onnx.GraphProto) -> list[MaterializedWeight]:
-        """What became of every weight, told from the spliced graph."""
-        done = [found.report for found in self._found.values()]
-        stored = {tensor.name for tensor in graph.initializer}
-        readers: dict[str, str] = {}
-        for node in graph.node:
-            for name in node.input:
-                readers.setdefault(name, node.name or node.output[0])
-        return [
-            replace(r, kept=readers.get(r.weight, "the graph's interface or a sub-graph"))
-            if r.weight in stored
-            else r
-            for r in done
-        ] + self._left
+    def finish(self) -> list[MaterializedWeight]:
+        """Store the new initializers in the spliced graphs; what became of every weight."""
+        reports = []
+        for found in self._found.values():
+            report, tensors = found.report, found.graph.initializer
+            if any(tensor.name == report.weight for tensor in tensors):
+                report = replace(report, kept=_reader(found.graph, report.weight))
+            tensors.extend(found.made.values())
+            reports.append(report)
+        return reports + self._left
 
-    def _apply(self, candidate: Candidate, weight: str) -> None:
+    def _apply(self, index: GraphIndex, candidate: Candidate, weight: str) -> None:
         """Replace what `candidate` reads of `weight` by initializers."""
-        views = _Views(self._index, candidate, weight)
+        views = _Views(index, candidate, weight)
         try:
-            tensor = views.stored()
+            name, tensor = views.stored()
             wanted = views.wanted()
         except Stop as stop:
             left = MaterializedWeight(weight, (candidate.site_id,), reason=stop.reason)
             self._left.append(left)
             return
-        found = self._found.setdefault(_storage(tensor), _Found(tensor))
+        graph = _home(index, name)
+        found = self._found.setdefault((id(graph), *_storage(tensor)), _Found(tensor, graph))
         sites = (*found.report.sites, candidate.site_id)
-        found.report = replace(found.report, weight=tensor.name or weight, sites=sites)
+        found.report = replace(found.report, weight=name, sites=sites)
         missing = {r: v for v, r in wanted.items() if r not in found.made}
         if missing:
             self._make(found, views, missing)
         names = {value: found.made[recipe].name for value, recipe in wanted.items()}
         _rename_inputs(candidate, names)
-        for recipe in missing:
-            candidate.replacement_initializers.append(found.made[recipe])
 
     def _make(self, found: _Found, views: _Views, missing: dict[str, str]) -> None:
         """Read the weight once and write the tensors that are still missing."""
@@ -120,7 +121,7 @@ class Materializer:
         made, written = dict(found.report.made), found.report.bytes_written
         for recipe, value in missing.items():
             part = views.evaluate(value, array)
-            name = self._name(found.tensor.name or views.weight, views.suffix(value))
+            name = self._name(f"{found.report.weight}.{views.suffix(value)}")
             tensor = (
                 self._file.add(name, part)
                 if external and self._file is not None
@@ -131,16 +132,11 @@ class Materializer:
         read = found.report.bytes_read + array.nbytes
         found.report = replace(found.report, made=made, bytes_read=read, bytes_written=written)
 
-    def _name(self, weight: str, suffix: str) -> str:
-        """A name for a new initializer that the graph does not use yet."""
-        index = self._index
-        for n in itertools.count():
-            name = f"{weight}.{suffix}" + (f"_{n}" if n else "")
-            free = name not in index.producer and name not in index.initializers
-            if free and not index.uses(name) and name not in self._names:
-                self._names.add(name)
-                return name
-        raise AssertionError  # pragma: no cover - count() never ends
+    def _name(self, wanted: str) -> str:
+        """A name for a new initializer that no graph of the model uses yet."""
+        if not self._names:
+            self._names.update(_names(self._graph))
+        return free_name(wanted, self._names)
 
 
 class _Views:
@@ -153,35 +149,39 @@ class _Views:
         self._producer = {o: n for n in candidate.replacement for o in n.output if o}
         self._constants = {t.name: t for t in candidate.replacement_initializers}
 
-    def stored(self) -> TensorProto:
-        """The tensor behind the weight.
+    def stored(self) -> tuple[str, TensorProto]:
+        """The tensor behind the weight, and the name of the value that it is.
 
         Raises:
             Stop: the weight is computed, an input, or of a type that is not handled.
         """
-        value = self.weight
-        tensor = self._index.initializers.get(value)
-        while tensor is None:
-            node = self._index.node_of(value)
-            if node is None:
-                raise Stop(f"{value} is an input of the graph: its value is not in the file", value)
-            if node.op_type == "Constant":
-                tensor = next((a.t for a in node.attribute if a.name == "value"), None)
-            if tensor is None and node.op_type not in _VIEWS:
-                raise Stop(
-                    f"{self.weight} is computed by {node.op_type} ({node.name or value}): fold it"
-                    " into a stored weight first"
-                )
-            value = node.input[0] if tensor is None else value
-            tensor = tensor or self._index.initializers.get(value)
-        if any(value == info.name for info in self._index.graph.input):
+        value, tensor = self._source()
+        if any(value == info.name for info in self._index.inputs):
             raise Stop(f"{value} is an input of the graph: its stored value is a default")
         if tensor.data_type not in _FLOATS:
             raise Stop(
                 f"{value} is stored as {TensorProto.DataType.Name(tensor.data_type)}; float32,"
                 " float16 and bfloat16 are written"
             )
-        return tensor
+        return value, tensor
+
+    def _source(self) -> tuple[str, TensorProto]:
+        """What the weight is a view of."""
+        value = self.weight
+        while (tensor := self._index.initializers.get(value)) is None:
+            node = self._index.node_of(value)
+            if node is None:
+                raise Stop(f"{value} is an input of the graph: its value is not in the file")
+            constant = find_attribute(node, "value") if node.op_type == "Constant" else None
+            if constant is not None:
+                return value, constant.t
+            if node.op_type not in _VIEWS:
+                raise Stop(
+                    f"{self.weight} is computed by {node.op_type} ({node.name or value}): fold it"
+                    " into a stored weight first"
+                )
+            value = node.input[0]
+        return value, tensor
 
     def wanted(self) -> dict[str, str]:
         """Values to replace -> recipe: the last views before something else reads them.
@@ -261,6 +261,31 @@ def _storage(tensor: TensorProto) -> tuple[Any, ...]:
     if tensor.data_location == TensorProto.EXTERNAL:
         return (external_range(tensor), tensor.data_type, tuple(tensor.dims))
     return (tensor.name or id(tensor),)
+
+
+def _home(index: GraphIndex, name: str) -> onnx.GraphProto:
+    """The graph that stores or makes `name`: that of the index, or one around it."""
+    while isinstance(index, ScopeIndex) and not index.binds(name):
+        index = index.parent
+    return index.graph
+
+
+def _reader(graph: onnx.GraphProto, name: str) -> str:
+    """Who reads `name` in a graph or in its bodies."""
+    for node in graph.node:
+        if name in node.input or (node.attribute and name in captured(node)):
+            return str(node.name or node.output[0])
+    return "the graph's interface"
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Every name of a graph and its bodies."""
+    for values in (graph.input, graph.output, graph.initializer):
+        yield from (value.name for value in values)
+    for node in graph.node:
+        yield from (node.name, *node.input, *node.output)
+        for body in bodies(node).values():
+            yield from _names(body)
 
 
 def _rename_inputs(candidate: Candidate, names: dict[str, str]) -> None:

@@ -232,6 +232,7 @@ class _Run:
         nodes_before = count_nodes(model.graph)
         with self.stage("splice"):
             splice_scopes(model, [(s.index, s.ready) for s in scopes])
+            materialized = [] if own_weights is None else own_weights.finish()
         with self.stage("hash"):
             notes.append(_untouched(self.before, certificates.snapshot(model)))
         report = FuseReport(
@@ -243,11 +244,11 @@ class _Run:
             seconds=self.seconds,
             notes=notes,
             planned=() if plan is None else plan.chosen,
+            materialized=materialized,
         )
         if own_weights is not None:
-            report.materialized = own_weights.reports(model.graph)
-            report.weights_bytes_read += sum(m.bytes_read for m in report.materialized)
-            report.notes += materialized_notes(report.materialized, self.file)
+            report.weights_bytes_read += sum(m.bytes_read for m in materialized)
+            report.notes += materialized_notes(materialized, self.file)
         return report
 
     def _find(self, model: onnx.ModelProto, reader: StorageReader) -> list[_Scope]:
@@ -266,9 +267,10 @@ class _Run:
         if not self.materialize:
             return None
         folder = self.source_dir or (None if self.file is None else self.file.path.parent)
-        own_weights = Materializer(scopes[0].index, StorageReader(folder), self.file)
+        own_weights = Materializer(scopes[0].index.graph, StorageReader(folder), self.file)
         with self.stage("weights"):
-            own_weights.apply(item for item, _ in scopes[0].ready)
+            for scope in scopes:
+                own_weights.apply(scope.index, (item for item, _ in scope.ready))
         return own_weights
 
     def _load(
@@ -307,11 +309,20 @@ class _Run:
         plan: plans.Plan | None,
     ) -> None:
         """Verify one candidate and note the verdict."""
-        verdict = self._refusal(scope.index, item, site, plan) or self._verdict(verifier, item)
+        refusal = self._refusal(scope.index, item, site, plan)
+        verdict = refusal or self._verdict(verifier, item)
         if isinstance(verdict, Refusal):
             site.reason, site.hint = verdict.reason, verdict.hint
             site.stopped_at = verdict.stopped_at
-            return
+            again = None if refusal or verdict.final or not item.otherwise else item.otherwise()
+            if again is None or check_region(scope.index, again) is not None:
+                return
+            again.site_id, item = item.site_id, again
+            verdict = self._verdict(verifier, item)
+            if isinstance(verdict, Refusal):
+                return
+            site.reason = site.hint = site.stopped_at = ""
+            site.family = item.family
         site.status, site.record = "fused", verdict
         scope.ready.append((item, site))
         note_captures(scope.index, item)
