@@ -21,11 +21,9 @@ import onnx
 from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_fold import FOLD, fold
-from sfa_onnx.passes.shapes_rules import RULES
+from sfa_onnx.passes.shapes_rules import RULES, Shape
 
 __all__ = ["Concrete", "Shape", "SizesMeetError"]
-
-Shape = tuple[int, ...]
 
 # Far above any top-k, so that Min(2048, S2) is 2048, and no product of two equals a third.
 _PRIMES = (10007, 10039, 10061, 10067, 10079, 10093, 10103, 10133, 10141, 10159, 10169, 10181)
@@ -85,12 +83,13 @@ class Concrete:
         """The concrete shape of `value`; None when it cannot be known without running the graph."""
         for _ in range(8):
             try:
-                return self._shape(value)
+                return self.look_up(value)
             except _Unify as same:
                 self._unify(*same.pair)
         return None
 
-    def _shape(self, value: str) -> Shape | None:
+    def look_up(self, value: str) -> Shape | None:
+        """As `shape`, from within a rule: sizes that meet end the rule, and all is inferred anew."""
         if value in self._shapes:
             return self._shapes[value]
         for i in sorted(self._unknown_ancestors(value)):
@@ -228,7 +227,7 @@ class Concrete:
 
     def _shape_or_none(self, value: str) -> Shape | None:
         # Inside shape inference the ancestors are already in order; outside, infer them first.
-        return self._shape(value)
+        return self.look_up(value)
 
     def scalar(self, value: str) -> float | None:
         """The number in a one-element constant, else None."""
@@ -342,7 +341,7 @@ def _infer_by_schema(sizes: Concrete, node: onnx.NodeProto) -> list[Shape | None
     for name in node.input:
         if not name:
             continue
-        shape = sizes._shape(name)
+        shape = sizes.look_up(name)
         if shape is None:
             return nothing
         elem = sizes.elem_type(name) or onnx.TensorProto.FLOAT

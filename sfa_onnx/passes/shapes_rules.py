@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
 
-if TYPE_CHECKING:
-    from sfa_onnx.passes.shapes import Concrete
-
-__all__ = ["RULES", "einsum_terms", "slice_bounds"]
+__all__ = ["RULES", "Shape", "Shapes", "Sizes", "einsum_terms", "slice_bounds"]
 
 Shape = tuple[int, ...]
 Shapes = list[Shape | None]
-_Rule = Callable[["Concrete", onnx.NodeProto], Shapes]
+
+
+class Sizes(Protocol):
+    """What a rule may ask of the values around its node."""
+
+    def look_up(self, value: str) -> Shape | None:
+        """The shape of a value; None when it cannot be told."""
+
+    def value(self, value: str) -> np.ndarray | None:
+        """A constant, or what a chain of sizes evaluates to."""
+
+    def broadcast(self, *shapes: Shape) -> Shape:
+        """The common shape of operands."""
+
+
+_Rule = Callable[[Sizes, onnx.NodeProto], Shapes]
 
 
 def slice_bounds(
@@ -60,7 +72,7 @@ def _need(shape: Shape | None) -> Shape:
     return shape
 
 
-def _ints(sizes: Concrete, node: onnx.NodeProto, position: int) -> list[int] | None:
+def _ints(sizes: Sizes, node: onnx.NodeProto, position: int) -> list[int] | None:
     if len(node.input) <= position or not node.input[position]:
         return None
     array = sizes.value(node.input[position])
@@ -69,19 +81,19 @@ def _ints(sizes: Concrete, node: onnx.NodeProto, position: int) -> list[int] | N
     return [int(v) for v in array.reshape(-1)]
 
 
-def _input(sizes: Concrete, node: onnx.NodeProto, position: int) -> Shape:
-    return _need(sizes._shape(node.input[position]))
+def _input(sizes: Sizes, node: onnx.NodeProto, position: int) -> Shape:
+    return _need(sizes.look_up(node.input[position]))
 
 
-def _same(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
-    return [sizes._shape(node.input[0])] * len(node.output)
+def _same(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    return [sizes.look_up(node.input[0])] * len(node.output)
 
 
-def _broadcast(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
-    return [sizes.broadcast(*(_need(sizes._shape(n)) for n in node.input if n))]
+def _broadcast(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    return [sizes.broadcast(*(_need(sizes.look_up(n)) for n in node.input if n))]
 
 
-def _matmul(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _matmul(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     a, b = list(_input(sizes, node, 0)), list(_input(sizes, node, 1))
     if len(b) == 2 and len(a) > 1 and not node.attribute:
         return [(*a[:-1], b[1])]
@@ -101,18 +113,18 @@ def _matmul(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [(*sizes.broadcast(tuple(a[:-2]), tuple(b[:-2])), a[-2], b[-1])]
 
 
-def _gemm(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _gemm(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     a, b, flags = _input(sizes, node, 0), _input(sizes, node, 1), attributes(node)
     return [(a[-1] if flags.get("transA") else a[0], b[0] if flags.get("transB") else b[-1])]
 
 
-def _transpose(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _transpose(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shape = _input(sizes, node, 0)
     perm = attributes(node).get("perm") or range(len(shape))[::-1]
     return [tuple(shape[p] for p in perm)]
 
 
-def _reshape(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _reshape(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     target = _ints(sizes, node, 1)
     if target is None:
         target = [int(d) for d in attributes(node)["shape"]]
@@ -126,27 +138,27 @@ def _reshape(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [tuple(math.prod(shape) // rest if d == -1 else d for d in target)]
 
 
-def _concat(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
-    shapes = [_need(sizes._shape(n)) for n in node.input]
+def _concat(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    shapes = [_need(sizes.look_up(n)) for n in node.input]
     axis = int(attributes(node)["axis"]) % len(shapes[0])
     dims = list(shapes[0])
     dims[axis] = sum(s[axis] for s in shapes)
     return [tuple(dims)]
 
 
-def _gather(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _gather(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     data, indices = _input(sizes, node, 0), _input(sizes, node, 1)
     axis = int(attributes(node).get("axis", 0)) % len(data)
     return [(*data[:axis], *indices, *data[axis + 1 :])]
 
 
-def _gather_nd(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _gather_nd(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     data, indices = _input(sizes, node, 0), _input(sizes, node, 1)
     batch = int(attributes(node).get("batch_dims", 0))
     return [(*indices[:-1], *data[batch + indices[-1] :])]
 
 
-def _slice(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _slice(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shape = list(_input(sizes, node, 0))
     inputs = [None, *(sizes.value(n) for n in node.input[1:])]
     if any(v is None and n for v, n in zip(inputs[1:], node.input[1:], strict=True)):
@@ -158,7 +170,7 @@ def _slice(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [tuple(shape)]
 
 
-def _unsqueeze(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _unsqueeze(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     axes = _ints(sizes, node, 1)
     if axes is None:
         axes = [int(x) for x in attributes(node)["axes"]]
@@ -169,7 +181,7 @@ def _unsqueeze(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [tuple(shape)]
 
 
-def _squeeze(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _squeeze(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     axes = _ints(sizes, node, 1)
     if axes is None and "axes" in (a := attributes(node)):
         axes = [int(x) for x in a["axes"]]
@@ -179,16 +191,16 @@ def _squeeze(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [tuple(d for i, d in enumerate(shape) if i not in (drop or ()))]
 
 
-def _expand(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _expand(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     return [sizes.broadcast(_input(sizes, node, 0), tuple(_ints(sizes, node, 1) or ()))]
 
 
-def _tile(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _tile(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     repeats = _ints(sizes, node, 1) or []
     return [tuple(d * r for d, r in zip(_input(sizes, node, 0), repeats, strict=True))]
 
 
-def _split(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _split(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shape, a = _input(sizes, node, 0), attributes(node)
     axis = int(a.get("axis", 0)) % len(shape)
     parts = _ints(sizes, node, 1) or a.get("split")
@@ -199,7 +211,7 @@ def _split(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [(*shape[:axis], int(p), *shape[axis + 1 :]) for p in parts]
 
 
-def _reduce(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _reduce(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shape, a = _input(sizes, node, 0), attributes(node)
     axes = _ints(sizes, node, 1) if len(node.input) > 1 else a.get("axes")
     if axes is None and "axis" in a:
@@ -212,15 +224,15 @@ def _reduce(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [tuple(d for i, d in enumerate(shape) if i not in drop)]
 
 
-def _topk(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _topk(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shape, a = list(_input(sizes, node, 0)), attributes(node)
     count = _ints(sizes, node, 1) if len(node.input) > 1 else [int(a["k"])]
     shape[int(a.get("axis", -1))] = (count or [0])[0]
     return [tuple(shape)] * 2
 
 
-def _einsum(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
-    shapes = [_need(sizes._shape(n)) for n in node.input]
+def _einsum(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    shapes = [_need(sizes.look_up(n)) for n in node.input]
     terms, out = einsum_terms(attributes(node)["equation"], [len(s) for s in shapes])
     found: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
@@ -229,20 +241,20 @@ def _einsum(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
     return [tuple(found[c] for c in out)]
 
 
-def _shape_op(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _shape_op(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     array = sizes.value(node.output[0])
     return [None if array is None else array.shape]
 
 
 def _first_from(position: int) -> _Rule:
-    return lambda sizes, node: [sizes._shape(node.input[position])]
+    return lambda sizes, node: [sizes.look_up(node.input[position])]
 
 
-def _constant_of_shape(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _constant_of_shape(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     return [tuple(_ints(sizes, node, 0) or ())]
 
 
-def _attention(sizes: Concrete, node: onnx.NodeProto) -> Shapes:
+def _attention(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     q, v = _input(sizes, node, 0), _input(sizes, node, 2)
     if len(q) == 4:
         return [(*q[:-1], v[-1])]
