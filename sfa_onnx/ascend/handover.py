@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from sfa_onnx.ascend.flavour import AtcModel, convert, from_atc
 from sfa_onnx.ascend.handover_against import compare_against
 from sfa_onnx.ascend.handover_mapping import find_original, mapping
 from sfa_onnx.ascend.handover_readme import atc_script, readme
+from sfa_onnx.ascend.handover_report import HandoverReport
 from sfa_onnx.ascend.handover_scope import cut, parse_scope
 from sfa_onnx.errors import SfaError, UsageError
 from sfa_onnx.model import atomic_write, load_model, save_model
@@ -39,58 +39,6 @@ __all__ = ["HandoverReport", "compare_against", "write"]
 Array = NDArray[Any]
 _HANDLED = frozenset({"precision-mode"})  # atc.sh passes must_keep_origin_dtype
 _SAMPLE_LIMIT = 64 << 20  # bytes of random inputs written unasked
-
-
-@dataclass
-class HandoverReport:
-    """What was written and what is left to do."""
-
-    folder: Path
-    model: Path
-    soc_version: str
-    binding: str
-    cann: str
-    command: str
-    unbound: dict[str, str] = field(default_factory=dict)  # dim -> shell variable of atc.sh
-    plugin_built: bool = False
-    files: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    renamed: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)  # what ATC or the operators would refuse
-    warnings: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)  # what nobody outside has shown to work
-    ran: atc_log.AtcRun | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Nothing known stands in the way, and atc (when it was run) succeeded."""
-        return not self.errors and (self.ran is None or self.ran.passed)
-
-    def lines(self) -> list[str]:
-        """The report for a person."""
-        head = [f"ATC flavour: {self.model}", f"hand-over:   {self.folder}"]
-        head += [f"  {note}" for note in _grouped(self.notes)]
-        head += [f"renamed: {text}" for text in self.renamed]
-        head += [f"error: {text}" for text in self.errors]
-        head += [f"warning: {text}" for text in self.warnings]
-        head += [f"unknown: {text}" for text in self.unknown]
-        if self.ran is not None:
-            verdict = "succeeded" if self.ran.passed else f"failed ({self.ran.exit_code})"
-            head.append(f"atc {verdict}, log: {self.ran.log}")
-            head += [f"  {f.code}: {f.meaning} -> {f.advice}" for f in self.ran.findings]
-        return [*head, "next, on a machine with CANN:", f"  bash {self.folder / 'atc.sh'}"]
-
-
-def _grouped(notes: list[str]) -> list[str]:
-    """Many fixes of one rule become one line: first the rule, then how many."""
-    rules: dict[str, list[str]] = {}
-    for note in notes:
-        rule = ":".join(note.split(":")[:2]) if note.startswith("fixed:") else note
-        rules.setdefault(rule, []).append(note)
-    return [
-        same[0] if len(same) == 1 else f"{rule}: {len(same)} nodes, equal bit for bit in trial runs"
-        for rule, same in rules.items()
-    ]
 
 
 def write(

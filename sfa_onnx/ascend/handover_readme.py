@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sfa_onnx.ascend.atc_command import AtcCommand
 from sfa_onnx.ascend.atc_log import ERRORS
-
-if TYPE_CHECKING:
-    from sfa_onnx.ascend.handover import HandoverReport
+from sfa_onnx.ascend.handover_report import HandoverReport
 
 __all__ = ["atc_script", "readme"]
 

@@ -89,7 +89,7 @@ class Concrete:
         return None
 
     def look_up(self, value: str) -> Shape | None:
-        """As `shape`, from within a rule: sizes that meet end the rule, and all is inferred anew."""
+        """As `shape`, for rules: sizes that meet end the rule, and all is inferred anew."""
         if value in self._shapes:
             return self._shapes[value]
         for i in sorted(self._unknown_ancestors(value)):
