@@ -100,6 +100,7 @@ class FuseReport:
     changed_outputs: list[str] = field(default_factory=list)
     planned: tuple[str, ...] = ()  # site ids that a plan asked for
     materialized: list[MaterializedWeight] = field(default_factory=list)
+    inlined: tuple[tuple[str, str], ...] = ()  # (domain, name) of local functions inlined
 
     @property
     def fused(self) -> list[SiteReport]:

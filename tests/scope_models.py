@@ -165,3 +165,53 @@ def in_scan(model: onnx.ModelProto, along: tuple[str, ...], steps: int) -> onnx.
 def nested(model: onnx.ModelProto, states: tuple[str, ...] = ()) -> onnx.ModelProto:
     """`model` in a branch of an If in a Loop."""
     return in_loop(in_if(model, suffix="/else"), states)
+
+
+def as_function(model: onnx.ModelProto, name: str, **references: str) -> onnx.FunctionProto:
+    """The model as a local function; constants become Constant nodes.
+
+    Args:
+        references: constant -> attribute of the function that gives it instead (a float).
+    """
+    nodes = []
+    for tensor in model.graph.initializer:
+        made = helper.make_node("Constant", [], [tensor.name], f"{name}_{tensor.name}")
+        if tensor.name in references:
+            given = made.attribute.add(name="value_float", type=onnx.AttributeProto.FLOAT)
+            given.ref_attr_name = references[tensor.name]
+        else:
+            made.attribute.append(helper.make_attribute("value", tensor))
+        nodes.append(made)
+    return helper.make_function(
+        "local",
+        name,
+        [v.name for v in model.graph.input],
+        [v.name for v in model.graph.output],
+        [*nodes, *model.graph.node],
+        [helper.make_opsetid("", model.opset_import[0].version)],
+        attributes=sorted(set(references.values())),
+    )
+
+
+def calls(
+    model: onnx.ModelProto, function: onnx.FunctionProto, attributes: list[dict]
+) -> onnx.ModelProto:
+    """A model that calls `function` once per entry, each on inputs of its own ("q.0")."""
+    inputs, outputs, nodes = [], [], []
+    for i, given in enumerate(attributes):
+        for field, made in ((model.graph.input, inputs), (model.graph.output, outputs)):
+            for info in field:
+                new = onnx.ValueInfoProto()
+                new.CopyFrom(info)
+                new.name = f"{info.name}.{i}"
+                made.append(new)
+        nodes.append(
+            helper.make_node(
+                function.name, [f"{n}.{i}" for n in function.input],
+                [f"{n}.{i}" for n in function.output], f"layers.{i}/attn", domain="local", **given,
+            )
+        )  # fmt: skip
+    made = _outer(model, inputs, outputs, nodes)
+    made.opset_import.append(helper.make_opsetid("local", 1))
+    made.functions.append(function)
+    return made

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
 
 import sfa_onnx
 from sfa_onnx.errors import UsageError, VerificationError
@@ -157,24 +156,6 @@ def test_bad_plans_are_explained(sites, tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(UsageError, match=words):
         sfa_onnx.fuse(sites, plan=path)
-
-
-def test_functions_with_attention_are_inlined(sites, monkeypatch):
-    function = helper.make_function(
-        "local",
-        "Act",
-        ["x"],
-        ["y"],
-        [helper.make_node("Softmax", ["x"], ["y"])],
-        [helper.make_opsetid("", 18)],
-    )
-    sites.functions.append(function)
-    sites.opset_import.append(helper.make_opsetid("local", 1))
-    sites.graph.node[-1].op_type, sites.graph.node[-1].domain = "Act", "local"
-    report = sfa_onnx.fuse(sites)
-    assert report.notes[0] == "local functions inlined: local::Act"
-    assert len(report.model.functions) == 0
-    assert len(report.fused) == 2
 
 
 def test_unfuse_gives_back_a_standard_model(sites):

@@ -207,6 +207,7 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
         "added_nodes": {k: after.nodes[k] for k in difference.added_nodes},
         "weights_bytes_read": report.weights_bytes_read,
         "materialized": to_json(report.materialized),
+        "inlined": to_json(report.inlined),
         "sites": to_json(report.sites),
         "notes": to_json(report.notes),
     }
@@ -232,9 +233,10 @@ def check_certificate(
         UsageError: the file is not a certificate of this version.
     """
     stated = _read(Path(path))
-    from sfa_onnx.passes.scopes import inline_functions
+    from sfa_onnx.passes.functions import inline_functions
 
-    original, _ = inline_functions(load_model(before))
+    functions = [(domain, name) for domain, name in stated["inlined"]]
+    original = inline_functions(load_model(before), functions).model
     changed = load_model(after)
     fused = snapshot(changed)
     difference = compare_snapshots(snapshot(original), fused)

@@ -20,10 +20,11 @@ from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find import find_candidates
+from sfa_onnx.passes.functions import Inlined, inline_sites
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.materialize import Materializer, materialized_notes
 from sfa_onnx.passes.scope_index import body_views
-from sfa_onnx.passes.scopes import count_nodes, inline_functions, note_captures, splice_scopes
+from sfa_onnx.passes.scopes import count_nodes, note_captures, splice_scopes
 from sfa_onnx.passes.site_report import Costs, describe, unique_ids
 from sfa_onnx.passes.splice import check_region
 from sfa_onnx.report import FuseReport, SiteReport, VerifyRecord
@@ -216,16 +217,20 @@ class _Run:
     ) -> FuseReport:
         """Find, verify and splice; nothing is written."""
         with self.stage("load"):
-            model, notes = self._load(source)
+            given = self._load(source)
         reader = StorageReader(self.source_dir)
         with self.stage("find"):
-            scopes = self._find(model, reader)
+            inlined = inline_sites(given, lambda m: _findings(self._find(m, reader)))
+            scopes = self._find(inlined.model, reader)
             sites = [site for scope in scopes for site in scope.sites]
             unique_ids(sites)
             if plan is not None:
                 plan.check_against(s.site_id for s in sites)
         with self.stage("verify"):
             self._judge(scopes, plan)
+        if not any(scope.ready for scope in scopes):
+            inlined = Inlined(given, left=inlined.left)
+        model, notes = inlined.model, inlined.notes
         own_weights = self._materialize(scopes)
         with self.stage("hash"):
             self.before = certificates.snapshot(model)
@@ -245,6 +250,7 @@ class _Run:
             notes=notes,
             planned=() if plan is None else plan.chosen,
             materialized=materialized,
+            inlined=inlined.functions,
         )
         if own_weights is not None:
             report.weights_bytes_read += sum(m.bytes_read for m in materialized)
@@ -273,18 +279,15 @@ class _Run:
                 own_weights.apply(scope.index, (item for item, _ in scope.ready))
         return own_weights
 
-    def _load(
-        self, source: str | os.PathLike[str] | onnx.ModelProto
-    ) -> tuple[onnx.ModelProto, list[str]]:
-        """The model, ours to edit; local functions that hold attention are inlined."""
+    def _load(self, source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+        """The model, ours to edit."""
         model = load_model(source)
         if isinstance(source, onnx.ModelProto):
             copy = onnx.ModelProto()
             copy.CopyFrom(model)
-            model = copy
-        else:
-            self.source_dir = Path(source).parent
-        return inline_functions(model)
+            return copy
+        self.source_dir = Path(source).parent
+        return model
 
     def _judge(self, scopes: list[_Scope], plan: plans.Plan | None) -> None:
         """Decide every candidate; bodies first, whose replacements read values around them."""
@@ -363,6 +366,11 @@ class _Run:
                 f"verification itself failed ({type(error).__name__}: {error}); please report it"
             )
         return verdict
+
+
+def _findings(scopes: list[_Scope]) -> list[tuple[GraphIndex, Candidate | RefusedSite]]:
+    """Every candidate with the view of the graph it lies in."""
+    return [(scope.index, item) for scope in scopes for item in scope.found]
 
 
 def _untouched(before: certificates.Snapshot, after: certificates.Snapshot) -> str:

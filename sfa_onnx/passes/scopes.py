@@ -1,71 +1,18 @@
-"""Attention that is not in the main graph: in local functions, which are inlined, or in bodies."""
+"""All graphs of a model together: how many nodes, what bodies capture, and splicing in order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import onnx
-from onnx import inliner
 
-from sfa_onnx.op import find_op
 from sfa_onnx.passes.candidate import Candidate
 from sfa_onnx.passes.index import GraphIndex, bodies
 from sfa_onnx.passes.scope_index import ScopeIndex
 from sfa_onnx.passes.splice import splice, taken_names
 from sfa_onnx.report import SiteReport
 
-__all__ = ["count_nodes", "inline_functions", "note_captures", "splice_scopes"]
-
-# A function or body without any of these holds no part of a site.
-_TELLING = frozenset(
-    [
-        "Softmax",
-        "Attention",
-        "Exp",
-        "Pow",
-        "ReduceLogSumExp",
-        "TopK",
-        "GatherElements",
-        "GatherND",
-        "ScatterElements",
-        "ScatterND",
-        "Einsum",
-        "MatMul",
-    ]
-)
-
-
-def inline_functions(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """Inline local functions that may hold attention; bodies of our own operators stay.
-
-    Returns:
-        The model (the same object when nothing was inlined) and a note per inlined function.
-    """
-    chosen = [
-        (f.domain, f.name)
-        for f in model.functions
-        if find_op(f.domain, f.name) is None and any(n.op_type in _TELLING for n in f.node)
-    ]
-    if not chosen:
-        return model, []
-    callers = _callers(model, chosen)
-    inlined = inliner.inline_selected_functions(model, sorted(callers))
-    names = ", ".join(f"{domain}::{name}" for domain, name in sorted(callers))
-    return inlined, [f"local functions inlined: {names}"]
-
-
-def _callers(model: onnx.ModelProto, chosen: list[tuple[str, str]]) -> set[tuple[str, str]]:
-    """`chosen` and every local function that calls one of them."""
-    found = set(chosen)
-    while True:
-        more = {
-            (f.domain, f.name)
-            for f in model.functions
-            if any((n.domain, n.op_type) in found for n in f.node)
-        } - found
-        if not more:
-            return found
-        found |= more
+__all__ = ["count_nodes", "note_captures", "splice_scopes"]
 
 
 def count_nodes(graph: onnx.GraphProto) -> int:
