@@ -126,6 +126,14 @@ def test_an_index_in_range_stays_inside_its_batch():
     assert split(b * 50 + read, (3, 50)) == (b, read)
 
 
+def test_an_index_into_pages_is_split_into_page_and_place():
+    batch, slot = Expr.of(Label("b", 2)), Expr.of(Label("k", 4))
+    index = Expr.of(Read("indices", (batch, slot)))
+    pages = split(merge((batch, index), (2, 24)), (2, 3, 8))
+    assert pages == (batch, index.floordiv(8), index.mod(8))
+    assert merge(pages, (2, 3, 8)) == merge((batch, index), (2, 24))
+
+
 def test_a_view_that_cannot_be_kept_is_named_not_lost():
     d = Expr.of(Label("d", 6))
     assert str(d.floordiv(4)) == "(d)//4"

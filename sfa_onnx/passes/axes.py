@@ -148,8 +148,10 @@ class Expr:
         bounds = rest.bounds
         if bounds is not None:
             return bounds[0] >= 0 and bounds[1] < by
-        # `b * size + index`: an index that is in range for its own axis stays inside it.
-        return len(self.terms) > len(rest.terms) and rest.const == 0 and _is_read(rest)
+        # `b * size + index`: an index that is in range for its own axis, of this very size, stays
+        # inside it; so does the page of an index.
+        above = any(c == by for _, c in self.terms)
+        return above and rest.const == 0 and _is_read(rest)
 
     def substitute(self, swap: dict[Label, Expr]) -> Expr:
         """This with labels replaced, also inside reads, quotients and remainders."""
@@ -183,7 +185,8 @@ def _show(atom: Atom) -> str:
 
 
 def _is_read(expr: Expr) -> bool:
-    return len(expr.terms) == 1 and isinstance(expr.terms[0][0], Read) and expr.terms[0][1] == 1
+    atom = _only_atom(expr)
+    return isinstance(atom, Read) or (isinstance(atom, Quot) and _is_read(atom.expr))
 
 
 def _atom_bounds(atom: Atom) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import onnx
@@ -196,29 +196,47 @@ def _merge_tiles(parts: list[Columns]) -> list[Columns]:
 def _joined(a: Columns, b: Columns) -> Columns | None:
     if a.kind != "int8" or b.kind != "int8" or a.label.size % b.label.size:
         return None
-    tile, both = b.label.size, Label(f"{a.label.name}+", a.label.size + b.label.size)
+    both = Label(f"{a.label.name}+", a.label.size + b.label.size)
     place = Expr.of(both)
-    number = a.label.size // tile
-    rows = a.deep.ref.substitute({a.label: place})
-    if rows != b.deep.ref.substitute({b.label: place + (-a.label.size)}):
+
+    def rows(x: Ref, y: Ref) -> Ref | None:
+        wide = x.substitute({a.label: place})
+        return wide if wide == y.substitute({b.label: place + (-a.label.size)}) else None
+
+    def scales(x: Ref, y: Ref) -> Ref | None:
+        return _joined_scale(x, y, a.label, b.label.size, both)
+
+    path, scale = _common(a.path, b.path, rows), _common(a.scale, b.scale, scales)
+    if not path or not scale:
         return None
-    wide = place.floordiv(tile)
-    if number == 1:
-        first = _last(a.scale[-1].ref)
+    return replace(a, label=both, path=path, scale=scale, behind=0)
+
+
+def _common(
+    a: tuple[State, ...], b: tuple[State, ...], join: Callable[[Ref, Ref], Ref | None]
+) -> tuple[State, ...]:
+    """The last states of two paths, as far as they are parts of the same tensors."""
+    found: list[State] = []
+    for x, y in zip(reversed(a), reversed(b), strict=False):
+        ref = join(x.ref, y.ref) if x.ref.value == y.ref.value and x.factor == y.factor else None
+        if ref is None:
+            break
+        found.append(State(ref, x.factor))
+    return tuple(reversed(found))
+
+
+def _joined_scale(x: Ref, y: Ref, label: Label, tile: int, both: Label) -> Ref | None:
+    """The scale of the columns of `label` and of one more tile."""
+    place = Expr.of(both)
+    if label.size == tile:
+        first = _last(x)
         if first is None:
             return None
-        coords = (*a.scale[-1].ref.coords[:-1], wide + first)
-        scale = Ref(a.scale[-1].ref.value, coords)
+        scale = Ref(x.value, (*x.coords[:-1], place.floordiv(tile) + first))
     else:
-        scale = a.scale[-1].ref.substitute({a.label: place})
-        scale = Ref(scale.value, tuple(_widen(c, both, tile) for c in scale.coords))
-    probe = scale.substitute({both: Expr(number * tile)})
-    if probe != b.scale[-1].ref or b.scale[-1].factor != a.scale[-1].factor:
-        return None
-    deep = State(rows, a.deep.factor)
-    if b.deep.factor != a.deep.factor:
-        return None
-    return replace(a, label=both, path=(deep,), scale=(State(scale, a.scale[-1].factor),), behind=0)
+        wide = x.substitute({label: place})
+        scale = Ref(wide.value, tuple(_widen(c, both, tile) for c in wide.coords))
+    return scale if scale.substitute({both: Expr(label.size)}) == y else None
 
 
 def _last(ref: Ref) -> int | None:
