@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 import sfa_onnx
+from sfa_onnx.passes.certificate import check_certificate
 from sfa_onnx.runtime import run, session
 from tests.graphs import gathered
 
@@ -191,3 +192,15 @@ def test_a_divisor_that_is_more_than_the_sum_is_listed(more):
 def test_keys_that_are_rounded_more_than_values_are_refused():
     scores = " half = Cast<to=10>(k)\n kr = Cast<to=1>(half)\n" + _SCORES.replace("(k)", "(kr)")
     assert "keys are rounded to FLOAT16, values to FLOAT" in _reason(_model(scores=scores))
+
+
+def test_nodes_that_no_output_needs_do_not_hold_a_site_back(tmp_path):
+    """What reads the weights and leads nowhere goes with them, and the certificate says so."""
+    model = _model(weights=" p = Softmax<axis=-1>(s)\n lost = Sub(p, one)\n more = Exp(lost)\n")
+    report = sfa_onnx.fuse(model, certificate=tmp_path / "proof.json")
+    (site,) = report.sites
+    assert site.status == "fused", site.reason
+    assert {"lost", "more"} <= set(site.removed)
+    assert "removed as well: lost, more, which no output needs" in " ".join(site.bound)
+    onnx.checker.check_model(report.model)
+    assert check_certificate(tmp_path / "proof.json", model, report.model).holds

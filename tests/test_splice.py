@@ -99,8 +99,29 @@ def test_captured_names_count_as_uses(kind):
         body = helper.make_graph([inner], "body", values, outs)
         node = helper.make_node("Loop", ["n", ""], ["w2"], "user", body=body)
     model.graph.node.append(node)
+    model.graph.output.add(name="w2")
     reason = check_region(GraphIndex.of(model), candidate).reason
     assert "'b' is captured by a sub-graph of 'user'" in reason
+
+
+def test_readers_that_no_output_needs_go_with_the_region_and_others_stay():
+    dead = "d1 = Sub(b, shared)\n  d2 = Exp(d1)\n  d3 = Relu(before)\n  d4 = Abs(y)\n  z ="
+    model, candidate = _chain(CHAIN.replace("z =", dead), ["a", "b", "y"], NEW, ("y",))
+    index = GraphIndex.of(model)
+    assert check_region(index, candidate) is None
+    (result,) = splice(model, index, [candidate])
+    assert result.removed == ("n_a", "n_b", "n_y", "n_d1", "n_d2")
+    left = [n.name for n in model.graph.node if n.name not in result.added]
+    assert left == ["n_before", "n_d3", "n_d4", "n_z"]
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_a_weight_that_a_dead_node_reads_stays():
+    text = CHAIN.replace("z =", "d = Add(before, w)\n  z =")
+    model, candidate = _chain(text, ["a", "b", "y"], NEW, ("y",))
+    splice(model, GraphIndex.of(model), [candidate])
+    assert {t.name for t in model.graph.initializer} == {"w", "shared"}
+    onnx.checker.check_model(model, full_check=True)
 
 
 def test_reader_between_region_nodes_moves_the_insertion_forward():

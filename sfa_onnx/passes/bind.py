@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sfa_onnx.passes.axes import Expr, Label
-from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
+from sfa_onnx.passes.axes_trace import Dot, Ref, Stop, Tracer
 from sfa_onnx.passes.bind_attention import Parts, read_attention, split_heads
 from sfa_onnx.passes.bind_axes import check_rows, splits, take_masks, tell_rows
 from sfa_onnx.passes.bind_heads import check_heads
@@ -19,9 +19,10 @@ from sfa_onnx.passes.bind_rows import (
     same_rows,
     trace_columns,
 )
-from sfa_onnx.passes.bind_scores import Scores, Term, read_scores, sums_products
+from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
 from sfa_onnx.passes.bind_site import Anchor, Query, Site
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.bind_usage import reworked
+from sfa_onnx.passes.bind_weights import sides, summed, weighted_sum
 
 __all__ = ["bind"]
 
@@ -45,8 +46,15 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
             anchor.padded,
             "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
         )
+    if anchor.form.startswith("com.microsoft"):
+        raise Stop(
+            f"{anchor.form} {tracer.index.label(anchor.node)} is an attention operator of"
+            " onnxruntime, which is not taken apart",
+            anchor.weights,
+            "fuse first, then optimise with onnxruntime (or optimise without attention fusion)",
+        )
     fused = anchor.form == "Attention"
-    out_node, out = (anchor.node, anchor.weights) if fused else _weighted_sum(tracer, anchor)
+    out_node, out = (anchor.node, anchor.weights) if fused else weighted_sum(tracer, anchor)
     if anchor.divided is not None:
         out_node, out = anchor.divided, tracer.index.nodes[anchor.divided].output[0]
     bound.append(f"weighted sum {tracer.index.label(out_node)}")
@@ -89,15 +97,16 @@ def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: lis
 
 def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
     """The operands of a softmax and the product that uses it."""
-    step = tracer.step(_summed(tracer, anchor, out))
+    step = tracer.step(summed(tracer, anchor, out))
     if not isinstance(step, Dot) or step.factor != 1:
         raise Stop("the weighted sum of values is not a plain product", out.value)
     zeroed: list[tuple[Ref, bool]] = []
-    weights, value_ref = _sides(tracer, anchor, step, zeroed)
+    weights, value_ref = sides(tracer, anchor, step, zeroed)
     axis = anchor.axis % len(weights.coords)
     if weights.coords[axis] != Expr.of(step.label):
         raise Stop(
-            f"the softmax runs along axis {anchor.axis}, the weighted sum along another one",
+            f"the softmax {tracer.index.label(anchor.node)} runs along axis {anchor.axis}, the"
+            " weighted sum along another one",
             anchor.weights,
             "expected the softmax over the keys that are summed",
         )
@@ -125,134 +134,6 @@ def _masked_scores(
     return scores
 
 
-def _summed(tracer: Tracer, anchor: Anchor, out: Ref) -> Ref:
-    """The element of the weighted sum that makes `out`: itself, or what is divided afterwards."""
-    if anchor.divided is None:
-        return out
-    ref = tracer.operand(tracer.index.nodes[anchor.divided].input[0], out.coords)
-    while isinstance(step := tracer.step(ref), Move):
-        ref = step.ref
-    return ref
-
-
-def _weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
-    """The one product that consumes the weights; nobody else may."""
-    index = tracer.index
-    seen, todo, found = {anchor.weights}, [anchor.weights], []
-    while todo:
-        value = todo.pop()
-        tracer.spend(value)
-        if index.is_graph_output(value):
-            raise Stop(
-                f"the attention weights are a graph output ({value})",
-                value,
-                "export the model without returning attention weights",
-            )
-        for i, _ in index.uses(value):
-            node = index.nodes[i]
-            sums = node.op_type == "ReduceSum" and anchor.divided is not None
-            if sums or node.op_type in ("Shape", "Size"):
-                continue
-            if node.op_type in ("MatMul", "Einsum", "FusedMatMul", "Gemm"):
-                found.append(i)
-            elif (summed := _summed_product(index, i)) is not None:
-                found.append(summed)
-            elif node.op_type in _CARRIES_WEIGHTS:
-                todo += [o for o in node.output if o and o not in seen]
-                seen.update(node.output)
-            else:
-                raise _other_use(index, i, value)
-    if len(set(found)) != 1:
-        names = ", ".join(index.label(i) for i in found) or "nothing"
-        raise Stop(f"the attention weights are multiplied by {names}; expected one product", value)
-    return found[0], index.nodes[found[0]].output[0]
-
-
-def _summed_product(index: GraphIndex, i: int) -> int | None:
-    """The sum over keys that alone uses node `i`, a product: (weights * value).sum(keys)."""
-    uses = index.uses(index.nodes[i].output[0]) if index.nodes[i].op_type == "Mul" else []
-    alone = len(uses) == 1 and uses[0][1] == 0
-    return uses[0][0] if alone and sums_products(index, index.nodes[uses[0][0]]) else None
-
-
-def _other_use(index: GraphIndex, i: int, value: str) -> Stop:
-    node = index.nodes[i]
-    if node.op_type in ("Slice", "Split", "Gather"):
-        return Stop(
-            f"{node.op_type} {index.label(i)} cuts a column off the attention weights: scores of a"
-            " sink were joined to those of the keys (Concat)",
-            value,
-            "the operator has no sink",
-        )
-    return Stop(
-        f"the attention weights are also used by {node.op_type} {index.label(i)}",
-        value,
-        "only the weighted sum of values may use them",
-    )
-
-
-_CARRIES_WEIGHTS = frozenset(
-    ("Cast", "Dropout", "Expand", "Identity", "IsNaN", "Reshape", "Squeeze", "Transpose")
-) | frozenset(("Unsqueeze", "Where", "Flatten", "And", "Greater", "IsInf", "Less"))
-_TESTS = 8
-
-
-def _sides(
-    tracer: Tracer, anchor: Anchor, step: Dot, zeroed: list[tuple[Ref, bool]]
-) -> tuple[Ref, Ref]:
-    """(element of the weights, element of the value) of the weighted sum.
-
-    `zeroed` takes the masks (and which of their values shows) that set weights to zero.
-    """
-    for weights, value in ((step.a, step.b), (step.b, step.a)):
-        ref = _to_weights(tracer, anchor, weights, zeroed)
-        if ref is not None:
-            return ref, value
-    raise Stop(
-        "something other than a cast, a view or a NaN guard lies between softmax and weighted sum",
-        anchor.weights,
-    )
-
-
-def _to_weights(
-    tracer: Tracer, anchor: Anchor, ref: Ref, zeroed: list[tuple[Ref, bool]] | None = None
-) -> Ref | None:
-    """The element of the weights that `ref` is; None when it is something else."""
-    while ref.value != anchor.weights:
-        back = _behind_infinity(tracer, anchor, ref) or tracer.step(ref)
-        if isinstance(back, Move):
-            ref = back.ref
-            continue
-        node = tracer.index.node_of(ref.value)
-        if zeroed is None or node is None or node.op_type != "Where":
-            return None
-        condition, first, second = (tracer.operand(n, ref.coords) for n in node.input)
-        positive = tracer.fill(second.value) == 0
-        if not positive and tracer.fill(first.value) != 0:
-            return None
-        zeroed.append((condition, positive))
-        ref = first if positive else second
-    return ref
-
-
-def _behind_infinity(tracer: Tracer, anchor: Anchor, ref: Ref) -> Move | None:
-    """Behind Where(weights are infinite, number, x), as nan_to_num leaves it: they never are."""
-    index = tracer.index
-    node = index.origin(ref.value)
-    if node is None or node.op_type != "Where" or tracer.fill(node.input[1]) is None:
-        return None
-    tests = [node.input[0]]
-    for name in tests:
-        test = index.origin(name)
-        if test is not None and test.op_type in ("And", "Cast") and len(tests) < _TESTS:
-            tests += test.input
-        elif test is not None and test.op_type == "IsInf":
-            tested = tracer.operand(test.input[0], ref.coords)
-            same = _to_weights(tracer, anchor, tested) is not None
-            return Move(tracer.operand(node.input[2], ref.coords)) if same else None
-    return None
-
-
 def _value_column(value: Ref, known: set[Label]) -> Label:
     own = sorted(value.labels - known, key=str)
     if len(own) > 1:
@@ -277,6 +158,7 @@ def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: An
             break
         reason = reason or differs
     if nope is None:
+        _check_changed(tracer, [c for _, c in pairs])
         raise Stop(
             f"the value is not the key's nope part: {reason}",
             value.deep.ref.value,
@@ -287,6 +169,12 @@ def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: An
 
 def _query_and_key(term: Term, key: Label) -> tuple[Ref, Ref]:
     in_q, in_k = key in term.q.labels, key in term.k.labels
+    if key.size == 1:
+        raise Stop(
+            "each query attends to a single key, whose weight is always 1",
+            term.k.value,
+            "select two keys or more",
+        )
     if in_q == in_k:
         raise Stop("both or none of the factors of the scores run over the keys", term.k.value)
     return (term.q, term.k) if in_k else (term.k, term.q)
@@ -306,6 +194,7 @@ def _paired(
         head, tail = _cut_columns(columns, width)
         rest, columns = [(term, tail), *rest], head
     if len(rest) > 1:
+        _check_changed(tracer, [c for _, c in rest])
         raise Stop(
             f"the key has {len(rest)} parts besides the value's columns"
             f" ({', '.join(c.deep.ref.value for _, c in rest)}); expected one (rope)",
@@ -327,6 +216,21 @@ def _paired(
         scale=term.factor,
         rope_factor=rope[0].factor if rope else term.factor,
     )
+
+
+def _check_changed(tracer: Tracer, parts: list[Columns]) -> None:
+    """Say so where arithmetic behind the gather keeps key columns from being stored rows."""
+    for part in parts:
+        where = part.deep.ref.value
+        if changes := reworked(tracer.index, where):
+            names = ", ".join(
+                f"{tracer.index.nodes[i].op_type} {tracer.index.label(i)}" for i in changes
+            )
+            raise Stop(
+                f"the gathered rows are changed by {names} before they are keys ({where})",
+                where,
+                "change the rows before they are stored: the operator reads keys as they are",
+            )
 
 
 def _query(term: Term, columns: Columns) -> Query:

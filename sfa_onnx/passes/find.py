@@ -15,7 +15,9 @@ from sfa_onnx.passes.build_detach import detach
 from sfa_onnx.passes.build_plan import Built
 from sfa_onnx.passes.build_site import build_site
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
-from sfa_onnx.passes.find_anchors import anchors, fed_by_selection
+from sfa_onnx.passes.find_anchors import anchors
+from sfa_onnx.passes.find_fed import fed_by_selection
+from sfa_onnx.passes.find_others import other_attention
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete, SizesMeetError
 
@@ -60,7 +62,9 @@ def find_candidates(
         site = _one(tracer, anchor, options, surely=fed == "surely")
         if site is not None:
             found.append(site)
-    return found
+    tracer = Tracer(index, sizes, other, options.max_steps)
+    found += other_attention(tracer, {a.node for a in everyone})
+    return sorted(found, key=lambda site: site.anchor)
 
 
 def _one(
@@ -137,6 +141,9 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
     region = cover(named, built.output, [q.value for q in queries], e.used)
     _check_closed(site, region, built.output)
     index = site.tracer.index
+    if buried := index.buried_below(region.nodes, [built.output]):
+        names = ", ".join(index.label(i) for i in buried)
+        built.notes.append(f"removed as well: {names}, which no output needs")
     return Candidate(
         graph=index.graph,
         anchor=site.anchor.node,

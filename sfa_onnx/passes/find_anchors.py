@@ -1,4 +1,4 @@
-"""Where attention may be: every normalisation over keys, and whether a selection feeds it."""
+"""Where attention may be: every normalisation over keys, in any spelling."""
 
 from __future__ import annotations
 
@@ -8,26 +8,21 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
-from sfa_onnx.passes.axes_trace import Tracer
-from sfa_onnx.passes.bind_scores import sums_products
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.bind_site import Anchor
 from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes_rules import attributes
 
-__all__ = ["anchors", "fed_by_selection"]
+__all__ = ["CONTRIB", "anchors"]
 
 _PRODUCTS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm"))
-# Behind the product of queries and keys only views, casts, dequantisation and work on bytes are
-# followed.
-_STRUCTURAL = (
-    frozenset(("BitCast", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Mod"))
-    | frozenset(("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity"))
-    | frozenset(("GatherElements", "GatherND", "IsNaN", "Mul", "Reshape", "ScatterND", "Slice"))
-    | frozenset(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"))
+# Operators of onnxruntime that hold a softmax: listed when a selection feeds them, never bound.
+CONTRIB = frozenset(
+    ("Attention", "BiasSoftmax", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention")
+) | frozenset(
+    ("GroupQueryAttention", "LongformerAttention", "MultiHeadAttention", "PackedAttention")
 )
-_GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
-_SCATTERS = frozenset(("ScatterElements", "ScatterND", "OneHot"))
-_INT_TYPES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+CONTRIB |= {"PackedMultiHeadAttention", "PagedAttention", "QAttention", "SparseAttention"}
+_SUMS = frozenset(("ReduceSum", "ReduceL1"))  # of exponentials, which are positive
 _LOOSE = frozenset(
     ("Cast", "Mul", "Div", "Where", "ScatterND", "Identity", "Unsqueeze", "Reshape", "Log", "Add")
 )
@@ -43,9 +38,14 @@ def anchors(index: GraphIndex) -> Iterator[Anchor]:
             yield Anchor(i, node.input[0], int(axis), node.output[0])
         elif op == "Attention" and node.domain in ("", "ai.onnx"):
             yield Anchor(i, node.input[0], -1, node.output[0], form="Attention")
+        elif op in CONTRIB and node.domain == "com.microsoft":
+            yield Anchor(i, node.input[0], -1, node.output[0], form=f"com.microsoft {op}")
         elif op in ("Div", "Mul"):
             found = _divided(index, i) or _divided_afterwards(index, i)
             if found is not None:
+                yield found
+        elif op == "LpNormalization" and attributes(node).get("p", 2) == 1:
+            if (found := _lp_normalised(index, i)) is not None:
                 yield found
         elif op in ("Exp", "Pow"):
             found = _less_logsumexp(index, i)
@@ -64,13 +64,19 @@ def _exponential(index: GraphIndex, value: str) -> tuple[int, str, float] | None
             return i, node.input[0], 1.0
         if node.op_type == "Pow":
             base = index.constant(node.input[0])
-            if base is None or base.size != 1 or float(base.reshape(-1)[0]) != 2:
+            number = 0.0 if base is None or base.size != 1 else float(base.reshape(-1)[0])
+            if number <= 1:
                 return None
-            return i, node.input[1], math.log(2)
+            return i, node.input[1], _logarithm(number)
         if node.op_type not in ("Cast", "Identity"):
             return None
         value = node.input[0]
     return None
+
+
+def _logarithm(base: float) -> float:
+    """The natural logarithm of a base; a rounded e counts as e."""
+    return 1.0 if abs(base - math.e) < 1e-6 else math.log(base)
 
 
 def _quotient(index: GraphIndex, node: onnx.NodeProto) -> tuple[str, str] | None:
@@ -84,14 +90,16 @@ def _quotient(index: GraphIndex, node: onnx.NodeProto) -> tuple[str, str] | None
             continue
         if inverse.op_type == "Reciprocal":
             return node.input[own], inverse.input[0]
-        if inverse.op_type == "Div" and _is_one(index, inverse.input[0]):
+        if inverse.op_type == "Pow" and _is_number(index, inverse.input[1], -1):
+            return node.input[own], inverse.input[0]
+        if inverse.op_type == "Div" and _is_number(index, inverse.input[0], 1):
             return node.input[own], inverse.input[1]
     return None
 
 
-def _is_one(index: GraphIndex, value: str) -> bool:
-    number = index.constant(value)
-    return number is not None and number.size == 1 and float(number.reshape(-1)[0]) == 1
+def _is_number(index: GraphIndex, value: str, number: float) -> bool:
+    found = index.constant(value)
+    return found is not None and found.size == 1 and float(found.reshape(-1)[0]) == number
 
 
 def _divided(index: GraphIndex, i: int) -> Anchor | None:
@@ -111,8 +119,8 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     if total is not None and total.op_type in ("Add", "Clip", "Max"):  # sum + eps: to be refused
         added = total.output[0]
         sums = (index.origin(n) for n in total.input if n)
-        total = next((n for n in sums if n is not None and n.op_type == "ReduceSum"), None)
-    if exponential is None or total is None or total.op_type != "ReduceSum":
+        total = next((n for n in sums if n is not None and n.op_type in _SUMS), None)
+    if exponential is None or total is None or total.op_type not in _SUMS:
         return None
     summed = _exponential(index, total.input[0])
     same = index.source(total.input[0]) == above
@@ -122,14 +130,31 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     if axis is None:
         return None
     _, exponent, base = exponential
+    scores = _unshifted(index, exponent)
+    weights = node.output[0]
+    return Anchor(i, scores, axis, weights, base, "exp / sum", mask=mask, padded=added)
+
+
+def _lp_normalised(index: GraphIndex, i: int) -> Anchor | None:
+    """exp(s) over its own sum, as one node."""
+    node = index.nodes[i]
+    exponential = _exponential(index, node.input[0])
+    if exponential is None:
+        return None
+    _, exponent, base = exponential
+    axis = int(attributes(node).get("axis", -1))
+    scores = _unshifted(index, exponent)
+    return Anchor(i, scores, axis, node.output[0], base, "exp / sum")
+
+
+def _unshifted(index: GraphIndex, exponent: str) -> str:
+    """The scores of an exponent from which their maximum is subtracted."""
     shifted = index.origin(exponent)
-    scores = exponent
     if shifted is not None and shifted.op_type == "Sub":
         source = index.source(shifted.input[0])
         if _reaches(index, shifted.input[1], ("ReduceMax",), source):
-            scores = shifted.input[0]
-    weights = node.output[0]
-    return Anchor(i, scores, axis, weights, base, "exp / sum", mask=mask, padded=added)
+            return str(shifted.input[0])
+    return exponent
 
 
 def _masked(index: GraphIndex, value: str) -> tuple[tuple[int, str, float], str] | None:
@@ -151,7 +176,7 @@ def _divided_afterwards(index: GraphIndex, i: int) -> Anchor | None:
     product, total = index.origin(quotient[0]), index.origin(quotient[1])
     product = _behind(index, product, ("Cast", "Reshape", "Transpose", "Squeeze"))
     total = _behind(index, total, ("Cast", "Identity", "Unsqueeze", "Reshape", "Transpose"))
-    if product is None or total is None or total.op_type != "ReduceSum":
+    if product is None or total is None or total.op_type not in _SUMS:
         return None
     summed = _exponential(index, total.input[0])
     axis = _axis(index, total)
@@ -160,12 +185,7 @@ def _divided_afterwards(index: GraphIndex, i: int) -> Anchor | None:
     if not any(_same_exponential(index, n, summed[0]) for n in product.input):
         return None
     exponential, exponent, base = summed
-    shifted = index.origin(exponent)
-    scores = exponent
-    if shifted is not None and shifted.op_type == "Sub":
-        source = index.source(shifted.input[0])
-        if _reaches(index, shifted.input[1], ("ReduceMax",), source):
-            scores = shifted.input[0]
+    scores = _unshifted(index, exponent)
     weights = index.nodes[exponential].output[0]
     return Anchor(exponential, scores, axis, weights, base, "exp, divided by its sum", i)
 
@@ -229,76 +249,3 @@ def _axis(index: GraphIndex, node: onnx.NodeProto) -> int | None:
     given = index.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
     axes = attributes(node).get("axes") if given is None else np.asarray(given).reshape(-1)
     return int(axes[0]) if axes is not None and len(axes) == 1 else None
-
-
-def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
-    """Whether selected indices reach the scores through a gather or a scattered mask.
-
-    A quick look upstream, generous on purpose: binding decides. Returns "surely", "perhaps" (only
-    a comparison of indices was seen, as masks of packed sequences have it too) or "".
-    """
-    index = tracer.index
-    stack: list[tuple[str, int]] = [(anchor.scores, 0), (anchor.mask, 0)]
-    if anchor.form == "Attention":
-        names = list(index.nodes[anchor.node].input)
-        stack = [(n, 1) for n in names[:3]] + [(n, 0) for n in names[3:4]]
-    seen: set[tuple[str, int]] = set()
-    perhaps = ""
-    while stack:
-        value, depth = stack.pop()
-        if not value or (value, depth) in seen or len(seen) > 20_000:
-            continue
-        seen.add((value, depth))
-        node = index.node_of(value)
-        if node is None:
-            continue
-        if _selects(tracer, node, depth):
-            if node.op_type != "Equal":
-                return "surely"
-            perhaps = "perhaps"
-        stack += _follow(index, node, depth)
-    return perhaps
-
-
-def _selects(tracer: Tracer, node: onnx.NodeProto, depth: int) -> bool:
-    op = node.op_type
-    if depth:
-        return op in _GATHERS and _is_selection(tracer, node.input[1])
-    if op in _SCATTERS:
-        inputs = node.input[:2] if op == "OneHot" else node.input[:3]
-        return any(_is_selection(tracer, n) for n in inputs)
-    return op == "Equal" and any(_is_selection(tracer, n) for n in node.input)
-
-
-def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[tuple[str, int]]:
-    """What to look at behind a node: `depth` counts the products passed."""
-    op = node.op_type
-    if op in _PRODUCTS or sums_products(index, node):
-        return [(n, depth + 1) for n in node.input] if depth < 2 else []
-    if op in ("TopK", "Softmax", "Shape", "Constant", "Size"):
-        return []
-    return [(n, depth) for n in node.input if n] if not depth or op in _STRUCTURAL else []
-
-
-def _is_selection(tracer: Tracer, value: str) -> bool:
-    """Whether an index tensor comes from TopK or from outside, and has a row of entries."""
-    index = tracer.index
-    stack, seen = [value], set[str]()
-    while stack and len(seen) < 400:
-        name = stack.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        node = index.node_of(name)
-        if node is None:
-            if index.is_graph_input(name) and index.elem_type(name) in _INT_TYPES:
-                shape = index.shape(name)
-                if shape is None or len(shape) >= 2:
-                    return True
-            continue
-        if node.op_type == "TopK" or node.domain in ("npu", "custom", "sfa_onnx"):
-            return True
-        if node.op_type in ("Shape", "Size", "Constant", "NonZero", "MatMul", "Softmax"):
-            continue
-        stack += [n for n in node.input if n]
-    return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -39,6 +39,8 @@ class GraphIndex:
         nodes: its nodes, in order; an index into this list names a node everywhere.
         producer: value -> index of the node that makes it.
         consumers: value -> (node index, input position); position -1: captured by a sub-graph.
+            Nodes that no output of the graph needs do not count.
+        buried: value -> such nodes that read it, as in `consumers`.
         owners: nodes that hold sub-graphs.
         first: index of the first node of `graph` itself (0 unless outer nodes are seen too).
         path: where the graph lies, "If_3.then_branch/Loop_1.body"; "" for the main graph.
@@ -63,6 +65,7 @@ class GraphIndex:
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in (opsets or {}).items()}
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[tuple[int, int]]] = {}
+        self.buried: dict[str, list[tuple[int, int]]] = {}
         self.owners: list[int] = []
         self._captures: dict[int, set[str]] = {}
         self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in graph.initializer}
@@ -98,6 +101,29 @@ class GraphIndex:
                 self._captures[i] = captured(node)
                 for name in self._captures[i]:
                     consumers.setdefault(name, []).append((i, -1))
+        self._bury()
+
+    def _bury(self) -> None:
+        """Take readers that lead to no output out of `consumers`, from the last to the first."""
+        read = {i for v, i in self.producer.items() if v in self.consumers or v in self._outputs}
+        waiting = list(set(self.producer.values()) - read)
+        while waiting:
+            i = waiting.pop()
+            names = {*self.nodes[i - self.first].input, *self.captures(i)} - {""}
+            for name in names & self.consumers.keys():
+                lost = [use for use in self.consumers[name] if use[0] == i]
+                kept = [use for use in self.consumers[name] if use[0] != i]
+                self.buried.setdefault(name, []).extend(lost)
+                self.consumers[name] = kept
+                if not kept:
+                    del self.consumers[name]
+                    above = self.producer.get(name, -1)
+                    if above >= 0 and not self._needed(above):
+                        waiting.append(above)
+
+    def _needed(self, node: int) -> bool:
+        outputs = self.nodes[node - self.first].output
+        return any(o in self.consumers or o in self._outputs for o in outputs)
 
     # -- names ------------------------------------------------------------------------------------
 
@@ -161,6 +187,21 @@ class GraphIndex:
     def uses(self, value: str) -> list[tuple[int, int]]:
         """(node, input position) of every reader; position -1 where a sub-graph captures it."""
         return self.consumers.get(value, [])
+
+    def readers(self, value: str) -> list[tuple[int, int]]:
+        """As `uses`, nodes that no output needs included."""
+        return [*self.uses(value), *self.buried.get(value, ())]
+
+    def buried_below(self, nodes: Iterable[int], outputs: Iterable[str]) -> list[int]:
+        """Nodes that no output needs and that read what `nodes` make, `outputs` left out."""
+        found: set[int] = set()
+        waiting = {o for i in nodes for o in self.nodes[i].output} - set(outputs)
+        while waiting:
+            for i, _ in self.buried.get(waiting.pop(), ()):
+                if i not in found:
+                    found.add(i)
+                    waiting.update(self.nodes[i].output)
+        return sorted(found)
 
     def is_graph_output(self, value: str) -> bool:
         """Whether `value` is returned by the graph."""

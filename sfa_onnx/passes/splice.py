@@ -78,7 +78,7 @@ def _window(index: GraphIndex, candidate: Candidate) -> tuple[int, int]:
     entering = {i for n in candidate.replacement for i in n.input if i} - made
     low = max((index.producer[v] for v in entering if v in index.producer), default=-1)
     region = set(candidate.nodes)
-    readers = (u for v in candidate.outputs for u, _ in index.uses(v) if u not in region)
+    readers = (u for v in candidate.outputs for u, _ in index.readers(v) if u not in region)
     high = min(readers, default=len(index.nodes))
     return low, high
 
@@ -108,16 +108,18 @@ def splice(
     graph = index.graph
     _reject_overlap(index, candidates)
     import_domains(model, candidates)
-    dead = _dead_nodes(index, candidates, freed)
+    buried = [index.buried_below(c.nodes, c.outputs) for c in candidates]
+    gone = {i for c in candidates for i in c.nodes}.union(*buried)
+    dead = _dead_nodes(index, candidates, gone, freed)
     taken = taken_names(index) if taken is None else taken
     tensors = _constants(candidates, taken)
     inserts = [_replacement(model, index, c, taken) for c in candidates]
     results = []
     for n, (candidate, (_, nodes)) in enumerate(zip(candidates, inserts, strict=True)):
         extra = dead if n == 0 else ()  # support of several sites: told once
-        removed = tuple(index.place(i) for i in sorted({*candidate.nodes, *extra}))
+        removed = tuple(index.place(i) for i in sorted({*candidate.nodes, *buried[n], *extra}))
         results.append(Spliced(removed, tuple(node.name for node in nodes)))
-    gone = {i for c in candidates for i in c.nodes} | set(dead)
+    gone |= set(dead)
     values = _orphans(index, candidates, gone, freed)
     _edit_nodes(graph, {i - index.first for i in gone}, inserts)
     _drop_values(graph, values)
@@ -169,10 +171,9 @@ def _uses(graph: onnx.GraphProto, domain: str) -> bool:
 
 
 def _dead_nodes(
-    index: GraphIndex, candidates: Sequence[Candidate], freed: Iterable[str]
+    index: GraphIndex, candidates: Sequence[Candidate], gone: set[int], freed: Iterable[str]
 ) -> list[int]:
     """Nodes of the graph that nobody reads any more (scattered masks, shape chains)."""
-    gone = {i for c in candidates for i in c.nodes}
     read = {v for c in candidates for n in c.replacement for v in n.input}
     dead: set[int] = set()
     waiting = [*freed, *(v for i in gone for v in index.nodes[i].input)]
@@ -191,7 +192,7 @@ def _is_read(index: GraphIndex, value: str, read: set[str], gone: set[int]) -> b
     """Whether anything that stays reads `value`."""
     if value in read or index.is_graph_output(value):
         return True
-    return any(user not in gone for user, _ in index.uses(value))
+    return any(user not in gone for user, _ in index.readers(value))
 
 
 def taken_names(index: GraphIndex) -> set[str]:
@@ -278,7 +279,7 @@ def _orphans(
         for v in touched - kept - read
         if not index.is_graph_output(v)
         and not (v in index.initializers and v in {x.name for x in index.graph.input})
-        and all(user in gone for user, _ in index.uses(v))
+        and all(user in gone for user, _ in index.readers(v))
     }
 
 

@@ -171,7 +171,7 @@ NEAR: dict[str, tuple[Steps, str]] = {
         Steps(keys=lambda g, s, k: g.op("Clip", k, number(g, -3), number(g, 3))), "Clip"
     ),
     "mask-after": (Steps(hide=same, weigh=_after(False)), "zero"),
-    "mask-after-sum": (Steps(hide=same, weigh=_after(True)), "zero|divided"),
+    "mask-after-sum": (Steps(hide=same, weigh=_after(True)), "also used by ReduceSum"),
     "axis-heads": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=2)), "axis 2"),
     "axis-tokens": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=1)), "axis 1"),
     "head-by-head": (Steps(scores=_per_head), "joins the scores of 4 products"),
