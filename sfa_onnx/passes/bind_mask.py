@@ -19,6 +19,8 @@ from sfa_onnx.passes.bind_literals import Literal, Selected, Visible
 
 __all__ = ["HIDDEN", "Literal", "Selected", "Visible", "additive", "boolean", "is_hidden"]
 
+_BOTH, _EITHER = frozenset(("And", "Mul", "Min")), frozenset(("Or", "Max"))
+
 # A score this far below the others has weight 0 in every float type in use.
 HIDDEN: Final = -9e3
 
@@ -72,6 +74,8 @@ def _additive_node(
         return _additive_where(tracer, node, ref, negated)
     if op == "Mul":
         return _weighted(tracer, node, ref, negated)
+    if op == "Log" and not negated and _counts(tracer, node.input[0]):  # ln 1, ln 0
+        return boolean(tracer, Ref(node.input[0], ref.coords), positive=True)
     if op == "ScatterElements" and not negated:
         return _scatter(tracer, node, ref, is_bool=False)
     if op == "ScatterND" and not negated:
@@ -116,9 +120,21 @@ def _weighted(
         factor = -factor if negated else factor
         if factor < HIDDEN:
             return boolean(tracer, mask, positive=False)
+        if factor > -HIDDEN and (flag := _less_one(tracer, mask)) is not None:
+            return boolean(tracer, flag, positive=True)
         if factor > 0:
             return additive(tracer, mask)
     return None
+
+
+def _less_one(tracer: Tracer, ref: Ref) -> Ref | None:
+    """The flag of flag - 1."""
+    node = tracer.index.node_of(ref.value)
+    if node is None or node.op_type not in ("Sub", "Add") or not _counts(tracer, node.input[0]):
+        return None
+    one = 1 if node.op_type == "Sub" else -1
+    found = tracer.fill(node.input[1]) == one
+    return tracer.operand(node.input[0], ref.coords) if found else None
 
 
 def _two_valued_table(tracer: Tracer, value: str) -> bool:
@@ -173,9 +189,13 @@ def _boolean_node(
     op = node.op_type
     if op == "Not":
         return boolean(tracer, Ref(node.input[0], ref.coords), positive=not positive)
-    if (op == "And" and positive) or (op == "Or" and not positive):
+    if op in (_BOTH if positive else _EITHER) and _joins_flags(tracer, node):
         operands = [tracer.operand(n, ref.coords) for n in node.input]
         return [lit for o in operands for lit in boolean(tracer, o, positive=positive)]
+    if op == "Where":
+        return _boolean_where(tracer, node, ref, positive)
+    if op == "IsInf" and not positive:
+        return _hides(tracer, tracer.operand(node.input[0], ref.coords))
     if op == "Sub" and tracer.fill(node.input[0]) == 1:  # 1 - mask
         return boolean(tracer, tracer.operand(node.input[1], ref.coords), positive=not positive)
     if op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
@@ -189,6 +209,32 @@ def _boolean_node(
     return None
 
 
+def _joins_flags(tracer: Tracer, node: onnx.NodeProto) -> bool:
+    """Whether an operator joins bools, or numbers that count as such."""
+    return node.op_type in ("And", "Or") or all(_counts(tracer, n) for n in node.input)
+
+
+def _boolean_where(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool
+) -> list[Literal] | None:
+    """Where(c, x, False) is c and x; where(c, True, x) is not: not c and not x."""
+    condition, first, second = (tracer.operand(n, ref.coords) for n in node.input)
+    for fixed, other, shows in ((second, first, True), (first, second, False)):
+        fill = tracer.fill(fixed.value)
+        if fill is not None and (fill != 0) != positive:
+            chosen = boolean(tracer, condition, positive=shows)
+            return [*chosen, *boolean(tracer, other, positive=positive)]
+    return None
+
+
+def _hides(tracer: Tracer, mask: Ref) -> list[Literal] | None:
+    """A float mask that is asked where it is not -inf."""
+    try:
+        return additive(tracer, mask)
+    except Stop:
+        return None
+
+
 def _compared(
     tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool
 ) -> list[Literal] | None:
@@ -200,14 +246,11 @@ def _compared(
     above = node.op_type in ("Greater", "GreaterOrEqual")
     if is_float(tracer.sizes.elem_type(source.value)) and limit <= 0:
         hides = {"Greater": limit < 0, "GreaterOrEqual": True, "Equal": limit == 0}
-        low = {"Less": True, "LessOrEqual": limit < 0}
+        low = {"Less": True, "LessOrEqual": limit < 0, "Equal": limit < HIDDEN}
         if (hides.get(node.op_type, False) and positive) or (
             low.get(node.op_type, False) and not positive
         ):
-            try:
-                return additive(tracer, source)
-            except Stop:
-                return None
+            return _hides(tracer, source)
     if not _counts(tracer, source.value):
         return None
     if (node.op_type == "Equal" and limit == 0) or (node.op_type == "Less" and 0 < limit <= 1):
@@ -231,6 +274,8 @@ def _counts(tracer: Tracer, value: str) -> bool:
             return False
         if node.op_type in ("ScatterElements", "ScatterND", "ReduceSum", "ReduceMax"):
             return True
+        if node.op_type in ("Mul", "Min", "Max"):
+            return all(_counts(tracer, n) for n in node.input)
         if (
             node.op_type == "Cast"
             and tracer.sizes.elem_type(node.input[0]) == onnx.TensorProto.BOOL
