@@ -11,6 +11,7 @@ from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes_trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind_mask import additive, boolean
+from sfa_onnx.passes.bind_precision import narrower
 from sfa_onnx.passes.bind_scores import Scores, Term
 
 __all__ = ["Parts", "read_attention", "split_heads"]
@@ -119,12 +120,42 @@ def _of(coordinate: Expr, size: int) -> Expr:
 
 
 def _plain(tracer: Tracer, node: onnx.NodeProto, a: dict[str, object]) -> None:
-    name = tracer.index.label(tracer.index.producer[node.output[0]])
-    for attribute, what in (("is_causal", "its own causal mask"), ("softcap", "a soft-cap")):
+    """Check that nothing but scale and mask is asked for."""
+    name = f"Attention {tracer.index.label(tracer.index.producer[node.output[0]])}"
+    for attribute, what, hint in _MORE:
         if a.get(attribute):
-            raise Stop(f"Attention {name} applies {what}", node.output[0])
-    if any(node.input[4:]):
-        raise Stop(f"Attention {name} keeps a cache of its own", node.output[0])
+            raise Stop(f"{name} applies {what}", node.output[0], hint)
+    if any(node.input[4:6]):
+        raise Stop(
+            f"{name} keeps a cache of its own (past_key, past_value)",
+            node.output[0],
+            "join old and new keys in front of it (Concat), and give it the whole cache",
+        )
+    if any(node.input[6:]):
+        raise Stop(
+            f"{name} hides keys by nonpad_kv_seqlen ({node.input[6]})",
+            node.output[0],
+            "hide them in attn_mask",
+        )
+    precision = a.get("softmax_precision")
+    types = [tracer.sizes.elem_type(n) for n in node.input[:2]]
+    if isinstance(precision, int) and narrower(precision, types):
+        raise Stop(
+            f"{name} rounds its softmax to {onnx.TensorProto.DataType.Name(precision)}, which is"
+            " narrower than the query and the keys",
+            node.output[0],
+            "leave out softmax_precision: the operator keeps scores and weights in float32",
+        )
     for extra in node.output[1:]:
         if extra and (tracer.index.uses(extra) or tracer.index.is_graph_output(extra)):
-            raise Stop(f"a second output of Attention {name} is used: {extra}", extra)
+            raise Stop(
+                f"a second output of {name} is used: {extra}",
+                extra,
+                "only the result may leave the attention: the operator returns nothing else",
+            )
+
+
+_MORE = (
+    ("is_causal", "its own causal mask", "pass the causal rule in attn_mask instead"),
+    ("softcap", "a soft-cap", "the operator has no soft-cap"),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import onnx
@@ -11,7 +12,7 @@ from sfa_onnx.passes.axes_trace import Move, Scaled, Stop, Tracer, is_float
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Query, Site
 
-__all__ = ["check_precision"]
+__all__ = ["check_precision", "narrower"]
 
 _T = onnx.TensorProto
 _MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
@@ -42,6 +43,11 @@ def check_precision(site: Site) -> None:
                 node.output[0],
                 "drop the cast: the operator keeps scores and weights in float32",
             )
+
+
+def narrower(elem_type: int, than: Iterable[int]) -> bool:
+    """Whether a float type keeps fewer bits of a number than each of the others."""
+    return all(_MANTISSA.get(elem_type, 0) < _MANTISSA.get(t, 0) for t in than)
 
 
 def _least(site: Site) -> int:

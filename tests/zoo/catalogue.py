@@ -23,6 +23,8 @@ FAMILIES = (
     "scorepath",
     "scoremiss",
     "heads",
+    "finite",
+    "attention_op",
 )
 
 
