@@ -31,6 +31,7 @@ from sfa_onnx.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
 __all__ = ["FLAVOUR_KEY", "AtcModel", "convert", "from_atc", "is_atc", "to_atc"]
 
 FLAVOUR_KEY = "sfa_onnx.flavour"  # model metadata: how this ATC file came about
+_OWN = frozenset(op.key for op in ALL_OPS)
 _IR_VERSION = 8  # what opset 18 came with; every released parser reads it
 _ASIDE = "set-aside:"  # location of the stub of an embedded tensor
 _LARGE = 1024  # bytes: embedded tensors above this are set aside while rewriting
@@ -81,6 +82,7 @@ def convert(
     with paused_gc():
         work, stash = _without_weights(model)
         form.one_domain(work.graph)
+        portable = any((f.domain, f.name) in _OWN for f in work.functions)
         work = _inline(work)
         source = _opset(work)
         _refuse_old(work, source)
@@ -89,7 +91,7 @@ def convert(
         _rewrite(result, source, target, npu_dtype)
         form.refuse_unfit(work, target)
         form.refuse_short(stash.values())
-        _seal(work, source, target, binding)
+        _seal(work, source, target, binding, portable=portable)
         _restore(work, stash)
     return result
 
@@ -127,12 +129,14 @@ def from_atc(model: ModelProto) -> ModelProto:
     """The canonical flavour of an ATC model: our operators back in their own domains.
 
     Rewrites made for the parser stay (they mean the same); every attribute is written, the exact
-    scale included.
+    scale included. A model that shipped our operators' bodies gets them again.
 
     Raises:
         ModelError: the model imports no default domain.
         ContractError: a node of ours carries what has no canonical form.
     """
+    from sfa_onnx.runtime.portable import make_portable
+
     work, stash = _without_weights(model)
     form.one_domain(work.graph)
     opset = _opset(work)
@@ -142,8 +146,11 @@ def from_atc(model: ModelProto) -> ModelProto:
     del work.opset_import[:]
     for domain, version in {"": opset, **kept, **domains}.items():
         work.opset_import.add(domain=domain, version=version)
-    work.ir_version = _story(work).get("ir_version_before", work.ir_version)
+    story = _story(work)
+    work.ir_version = story.get("ir_version_before", work.ir_version)
     _set_metadata(work, None)
+    if story.get("portable"):
+        work = make_portable(work)
     _restore(work, stash)
     return work
 
@@ -181,8 +188,7 @@ def _refuse_old(model: ModelProto, opset: int) -> None:
 
 def _inline(model: ModelProto) -> ModelProto:
     """Inline model functions; bodies of our own operators (portable form) are simply dropped."""
-    own = {op.key for op in ALL_OPS}
-    rest = [f for f in model.functions if (f.domain, f.name) not in own]
+    rest = [f for f in model.functions if (f.domain, f.name) not in _OWN]
     del model.functions[:]
     if not rest:
         return model
@@ -216,12 +222,13 @@ def _move_vendor_nodes(graph: GraphProto) -> None:
             _move_vendor_nodes(inner)
 
 
-def _seal(model: ModelProto, source: int, target: int, binding: str) -> None:
+def _seal(model: ModelProto, source: int, target: int, binding: str, *, portable: bool) -> None:
     del model.opset_import[:]
     model.opset_import.add(domain="", version=target)
     ours = any(is_ours(node) for node in model.graph.node)
     story = {"flavour": "atc", "opset_before": source, "ir_version_before": model.ir_version}
     story |= {"binding": binding} if ours else {}
+    story |= {"portable": True} if portable else {}
     model.ir_version = _IR_VERSION
     _set_metadata(model, json.dumps(story))
 

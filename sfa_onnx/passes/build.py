@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Ref, Stop, Tracer
+from sfa_onnx.passes.order import in_order
 
 __all__ = ["Emitter", "axis_labels"]
 
@@ -95,21 +96,7 @@ class Emitter:
 
     def sort(self) -> None:
         """Order the nodes so that each comes after what it reads."""
-        producer = {o: n for n in self.nodes for o in n.output}
-        done: dict[str, onnx.NodeProto] = {}
-        stack = list(reversed(self.nodes))
-        while stack:
-            node = stack[-1]
-            if node.output[0] in done:
-                stack.pop()
-                continue
-            missing = [i for i in node.input if i in producer and i not in done]
-            missing = [i for i in missing if producer[i].output[0] not in done]
-            if missing:
-                stack += [producer[i] for i in missing]
-                continue
-            done[node.output[0]] = stack.pop()
-        self.nodes = list(done.values())
+        self.nodes = in_order(self.nodes)
 
     def prune(self, output: str) -> None:
         """Drop nodes and constants that `output` does not need."""

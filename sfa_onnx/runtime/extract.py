@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Final
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, TensorProto
 
 from sfa_onnx.op import ALL_OPS, find_op
+from sfa_onnx.passes.order import reads
 
 __all__ = ["AFTER", "Site", "find_sites", "joined_model", "region_above", "region_model"]
 
@@ -32,24 +33,12 @@ class _Maker:
         self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
         self.readers: dict[str, list[int]] = {}
         for i, node in enumerate(self.nodes):
-            for name in _reads(node):
+            for name in reads(node):
                 self.readers.setdefault(name, []).append(i)
         self.given = {v.name for v in graph.input} | {t.name for t in graph.initializer}
 
     def makes(self, value: str) -> bool:
         return value in self.producer or value in self.given
-
-
-def _reads(node: NodeProto) -> list[str]:
-    """Inputs of a node, what its sub-graphs capture included."""
-    names = [n for n in node.input if n]
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            inner = {v.name for v in (*graph.input, *graph.initializer)}
-            for sub in graph.node:
-                names += [n for n in _reads(sub) if n not in inner]
-                inner.update(sub.output)
-    return names
 
 
 @dataclass(frozen=True)
@@ -146,7 +135,7 @@ def _walk(
             position = maker.producer[value]
             if position not in nodes:
                 nodes.add(position)
-                queue += _reads(maker.nodes[position])
+                queue += reads(maker.nodes[position])
         else:
             border.add(value)
     return tuple(sorted(nodes)), border
@@ -170,7 +159,7 @@ def region_model(
     """
     chosen = [model.graph.node[i] for i in nodes]
     made = {o for n in chosen for o in n.output}
-    read = {name for n in chosen for name in _reads(n)}
+    read = {name for n in chosen for name in reads(n)}
     out = ModelProto(ir_version=max(model.ir_version, 8))
     out.opset_import.extend(model.opset_import)
     missing = {op.domain: op.version for op in ALL_OPS}
@@ -209,7 +198,7 @@ def joined_model(
 
     def stop(value: str) -> bool:
         position = maker.producer.get(value)
-        return position is not None and bool(heavy & set(_reads(maker.nodes[position])))
+        return position is not None and bool(heavy & set(reads(maker.nodes[position])))
 
     positions: set[int] = set()
     entering = {value for value in site.border if stop(value)}

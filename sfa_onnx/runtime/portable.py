@@ -60,12 +60,8 @@ def make_portable(model: ModelProto) -> ModelProto:
         ModelError: the model's opset is too old, or the type of an operator's input is unknown.
         ContractError: a node's attributes are illegal.
     """
-    out = ModelProto()
-    out.CopyFrom(model)
-    _drop_functions(out)
-    opset = _opset(out)
+    out, opset, types = _prepared(model)
     known: dict[_Signature, str] = {}
-    types = ElemTypes(out)
     for node in (n for graph in _graphs(out.graph) for n in graph.node if has_body(n)):
         signature = _signature(node, types)
         if signature not in known:
@@ -87,11 +83,7 @@ def unfuse(model: ModelProto) -> ModelProto:
         ModelError: the model's opset is too old, or the type of an operator's input is unknown.
         ContractError: a node's attributes are illegal.
     """
-    out = ModelProto()
-    out.CopyFrom(model)
-    _drop_functions(out)
-    opset = _opset(out)
-    types = ElemTypes(out)
+    out, opset, types = _prepared(model)
     _inline(out.graph, types, opset, _names(out.graph))
     left = {node.domain for graph in _graphs(out.graph) for node in graph.node}
     for entry in [o for o in out.opset_import if o.domain in {op.domain for op in _OPS.values()}]:
@@ -100,11 +92,15 @@ def unfuse(model: ModelProto) -> ModelProto:
     return out
 
 
-def _drop_functions(model: ModelProto) -> None:
-    kept = [f for f in model.functions if (f.domain, f.name) not in _OPS]
-    if len(kept) != len(model.functions):
-        del model.functions[:]
-        model.functions.extend(kept)
+def _prepared(model: ModelProto) -> tuple[ModelProto, int, ElemTypes]:
+    """A copy without bodies of our operators, its opset, and the types of its values."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    kept = [f for f in out.functions if (f.domain, f.name) not in _OPS]
+    if len(kept) != len(out.functions):
+        del out.functions[:]
+        out.functions.extend(kept)
+    return out, _opset(out), ElemTypes(out)
 
 
 def _opset(model: ModelProto) -> int:
