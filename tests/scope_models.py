@@ -6,7 +6,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["in_if", "in_loop", "in_scan", "merged", "nested", "renamed"]
+__all__ = [
+    "as_function",
+    "calls",
+    "in_if",
+    "in_loop",
+    "in_scan",
+    "merged",
+    "nested",
+    "renamed",
+]
 
 COND = "use_cache_branch"
 
