@@ -28,7 +28,7 @@ def renamed(graph: onnx.GraphProto, suffix: str, keep: set[str]) -> onnx.GraphPr
     made |= {v.name for v in out.input}
     names = {name: name + suffix for name in made - keep if name}
     for node in out.node:
-        node.name += suffix
+        node.name += suffix if node.name else ""
         node.input[:] = [names.get(i, i) for i in node.input]
         node.output[:] = [names.get(o, o) for o in node.output]
     for field in (out.initializer, out.value_info, out.input, out.output):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import sfa_onnx
 from sfa_onnx import runtime
 from sfa_onnx.errors import VerificationError
 from sfa_onnx.passes import certificate
+from sfa_onnx.passes.index import captured
 from sfa_onnx.passes.plan import write_plan
 from tests import scope_models as scopes
 from tests.zoo.catalogue import cases
@@ -112,3 +114,169 @@ def test_unfuse_works_in_bodies():
         "steps.body/decoder_if.else_branch",
     }
     alike(model, report.model, case(GATHERED).feeds(0) | {scopes.COND: np.array(True)})
+
+
+# -- near misses ----------------------------------------------------------------------------------
+
+
+def body_of(model, branch="then_branch"):
+    owner = next(n for n in model.graph.node if n.attribute and n.op_type == "If")
+    return next(a.g for a in owner.attribute if a.name == branch)
+
+
+def node_of(graph, op):
+    return next(n for n in graph.node if n.op_type == op)
+
+
+def reasons(model):
+    """scope -> reason, of everything that did not fuse."""
+    onnx.checker.check_model(model)
+    return {s.scope.rpartition(".")[2]: s.reason for s in sfa_onnx.fuse(model).refused}
+
+
+def test_an_inner_value_that_is_a_body_output():
+    model = scopes.in_if(case(GATHERED).build(), suffix="/else")
+    owner = model.graph.node[-1]
+    owner.output.append("p")
+    for branch in ("then_branch", "else_branch"):
+        body = body_of(model, branch)
+        p = node_of(body, "Softmax").output[0]
+        body.output.append(helper.make_tensor_value_info(p, TensorProto.FLOAT, None))
+    found = reasons(model)
+    assert set(found) == {"then_branch", "else_branch"}
+    assert all("weights" in r and "output" in r for r in found.values()), found
+
+
+def test_an_inner_value_that_a_nested_body_captures():
+    model = scopes.in_if(case(GATHERED).build(), suffix="/else")
+    body = body_of(model)
+    p = node_of(body, "Softmax").output[0]
+    branches = [
+        helper.make_graph(
+            [helper.make_node(op, [p], [f"inner/{op}"])],
+            op,
+            [],
+            [helper.make_tensor_value_info(f"inner/{op}", TensorProto.FLOAT, None)],
+        )
+        for op in ("Neg", "Abs")
+    ]
+    body.node.append(
+        helper.make_node(
+            "If", [scopes.COND], ["leak"], "reader", then_branch=branches[0],
+            else_branch=branches[1],
+        )
+    )  # fmt: skip
+    last = body.output[0].name
+    body.node.append(helper.make_node("ReduceSum", ["leak"], ["leaked"], keepdims=0))
+    body.node.append(helper.make_node("Add", [last, "leaked"], ["with leak"]))
+    body.output[0].name = "with leak"
+    found = reasons(model)
+    assert set(found) == {"then_branch"}
+    assert "also used by If reader" in found["then_branch"]
+
+
+def test_what_lies_outside_must_be_an_operand():
+    """Products outside, softmax inside: no operand is left that the operator could take."""
+    model = case(GATHERED).build()
+    at = [n.op_type for n in model.graph.node].index("Softmax")
+    found = reasons(scopes.in_if(model, first=at, suffix="/else"))
+    assert all(
+        r.endswith(f"computed outside of decoder_if.{b}, the body that holds the softmax")
+        for b, r in found.items()
+    )
+    assert len(found) == 2
+    outside = scopes.in_if(model, first=at + 1)
+    (reason,) = reasons(outside).values()
+    assert "the attention weights are also used by If decoder_if" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [(GATHERED, 1), ("hand-int8-nd_batch", 4), ("hand-mask-scatter_max-nodes", 3)],
+)
+def test_the_border_may_lie_anywhere(name, step):
+    """Wherever outside ends and inside begins: fused with the same numbers, or told why not."""
+    model = case(name).build()
+    feeds = case(name).feeds(0) | {scopes.COND: np.array(True)}
+    kinds = [n.op_type for n in model.graph.node]
+    for first in range(0, kinds.index("Softmax"), step):
+        split = scopes.in_if(model, first=first, suffix="/else")
+        report = sfa_onnx.fuse(split)
+        if report.fused:
+            assert len(report.fused) == 2
+            onnx.checker.check_model(report.model)
+            alike(split, report.model, feeds)
+        else:
+            assert all("computed outside of" in s.reason for s in report.refused), first
+            assert {"MatMul", "Einsum", "ReduceSum"} & set(kinds[:first])
+
+
+def test_values_that_only_a_replaced_body_read_go_too():
+    model = case("hand-int8-nd_batch").build()
+    last = [n.op_type for n in model.graph.node].index("Softmax") - 3
+    split = scopes.in_if(model, first=last, suffix="/else")
+    report = fused(split, 2)
+    read = {i for n in report.model.graph.node for i in n.input}
+    read |= captured(report.model.graph.node[-1])
+    assert all(set(n.output) & read for n in report.model.graph.node[:-1])
+    assert all(t.name in read for t in report.model.graph.initializer)
+    one = scopes.in_if(model, first=last, other=model)
+    node_of(body_of(one, "else_branch"), "Softmax").op_type = "Identity"
+    node_of(body_of(one, "else_branch"), "Identity").ClearField("attribute")
+    kept = sfa_onnx.fuse(one)
+    assert [s.scope for s in kept.fused] == ["decoder_if.then_branch"]
+    onnx.checker.check_model(kept.model)
+    alike(one, kept.model, case("hand-int8-nd_batch").feeds(0) | {scopes.COND: np.array(False)})
+
+
+def test_a_body_may_use_an_outer_name_for_something_else():
+    """An initializer of the body hides one of the same name outside: each stays what it is."""
+    model = scopes.in_if(case(GATHERED).build(), first=2, suffix="/else")
+    body = body_of(model)
+    scale = node_of(body, "Mul").input[1]
+    outer = next(t for t in model.graph.initializer if t.name == scale)
+    body.initializer.append(numpy_helper.from_array(np.float32(0.5).reshape(outer.dims), scale))
+    report = fused(model, 2)
+    for branch in (True, False):
+        alike(model, report.model, case(GATHERED).feeds(0) | {scopes.COND: np.array(branch)})
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("hand-int8-nd_batch", 11), ("hand-mask-scatter_max-nodes", 10)]
+)
+def test_outer_values_made_of_a_hidden_name_are_taken_as_given(name, first):
+    """Outside, values are made from constants whose names mean other numbers inside."""
+    base = case(name).build()
+    model = scopes.in_if(base, first=first, suffix="/else")
+    taken = {i for n in model.graph.node[:-1] for i in n.input}
+    hidden = [t for t in model.graph.initializer if t.name in taken]
+    model.graph.value_info.extend(base.graph.value_info)
+    for tensor in hidden:
+        other = numpy_helper.from_array(numpy_helper.to_array(tensor) * 0, tensor.name)
+        body_of(model).initializer.append(other)
+    assert hidden or name != "hand-int8-nd_batch"
+    report = sfa_onnx.fuse(model)
+    onnx.checker.check_model(report.model)
+    for branch in (True, False):
+        alike(model, report.model, case(name).feeds(0) | {scopes.COND: np.array(branch)})
+
+
+def test_branches_of_other_sizes():
+    """Each branch is read with its own sizes: K keys here, fewer there."""
+    small = next(c for c in cases("^hand-float-nd_batch$")).build()
+    other = onnx.ModelProto()
+    other.CopyFrom(small)
+    cut = [
+        numpy_helper.from_array(np.asarray([v], np.int64), n)
+        for n, v in (("cut/0", 0), ("cut/5", 5), ("cut/a", -1))
+    ]
+    other.graph.initializer.extend(cut)
+    node = helper.make_node("Slice", ["indices", "cut/0", "cut/5", "cut/a"], ["fewer"], "fewer")
+    for n in other.graph.node:
+        n.input[:] = ["fewer" if i == "indices" else i for i in n.input]
+    other.graph.node.insert(0, node)
+    del other.graph.value_info[:]
+    model = scopes.in_if(small, other=other, suffix="/else")
+    report = fused(model, 2)
+    for branch in (True, False):
+        alike(model, report.model, case(GATHERED).feeds(0) | {scopes.COND: np.array(branch)})
