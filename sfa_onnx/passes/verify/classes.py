@@ -29,8 +29,9 @@ def fingerprint(
     names: dict[str, int] = {}
     for operand in candidate.operands:
         names.setdefault(operand.value, len(names))
-        domain = operand.domain
-        facts = (operand.role, operand.axes, operand.elem_type, domain.distinct, domain.low)
+    for operand in candidate.operands:
+        domain, axes = operand.domain, [_axis(axis, names) for axis in operand.axes]
+        facts = (operand.role, axes, operand.elem_type, domain.distinct, domain.low)
         limits = (domain.high, domain.negative_allowed, domain.valid_first, domain.values)
         digest.update(repr((facts, limits, domain.sorted_descending)).encode())
     digest.update(repr((candidate.op.key, list(shapes))).encode())
@@ -39,20 +40,36 @@ def fingerprint(
     return digest.hexdigest()
 
 
+def _axis(axis: str, names: dict[str, int]) -> str:
+    """An axis' name; "D_of_x" without the name of x, which another layer's site calls otherwise."""
+    kind, of, value = axis.partition("_of_")
+    return f"{kind}{of}{names.get(value, '')}"
+
+
 def _add_model(digest: hashlib.blake2b, model: onnx.ModelProto, names: dict[str, int]) -> None:
-    """Wiring by order of appearance, everything else by value."""
-    constants = {t.name: t for t in model.graph.initializer}
+    """What the outputs are computed from; neither names nor the order of nodes count."""
+    known = {name: f"operand {number}" for name, number in names.items()}
+    for tensor in model.graph.initializer:
+        if tensor.name not in names:
+            known[tensor.name] = _hash(_unnamed(tensor))
     for node in model.graph.node:
-        digest.update(f"{node.domain}::{node.op_type}".encode())
-        for attribute in sorted(node.attribute, key=lambda a: a.name):
-            digest.update(attribute.SerializeToString())
-        for name in node.input:
-            if name in constants and name not in names:
-                tensor = onnx.TensorProto()
-                tensor.CopyFrom(constants[name])
-                tensor.ClearField("name")
-                digest.update(tensor.SerializeToString())
-            digest.update(repr(names.setdefault(name, len(names)) if name else -1).encode())
-        for name in node.output:
-            digest.update(repr(names.setdefault(name, len(names)) if name else -1).encode())
-    digest.update(repr([names.get(o.name) for o in model.graph.output]).encode())
+        facts = [f"{node.domain}::{node.op_type}".encode()]
+        facts += [a.SerializeToString() for a in sorted(node.attribute, key=lambda a: a.name)]
+        facts += [known.get(name, name).encode() for name in node.input]
+        for i, name in enumerate(node.output):
+            known.setdefault(name, _hash(*facts, str(i).encode()))
+    digest.update(repr([known.get(o.name) for o in model.graph.output]).encode())
+
+
+def _unnamed(tensor: onnx.TensorProto) -> bytes:
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    copy.ClearField("name")
+    return bytes(copy.SerializeToString())
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
