@@ -23,6 +23,7 @@ from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
 from sfa_onnx.passes.bind_site import Anchor, Query, Site
 from sfa_onnx.passes.bind_usage import reworked
 from sfa_onnx.passes.bind_weights import sides, summed, weighted_sum
+from sfa_onnx.passes.find_fed import is_weight
 
 __all__ = ["bind"]
 
@@ -71,14 +72,18 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
             check_precision(site)
             return site
         coords = tuple(c.substitute(swap) for c in coords)
-    raise Stop("the axes of the attention cannot be told apart", out)
+    raise Stop(
+        "the axes of the attention cannot be told apart",
+        out,
+        "keep batch, tokens, heads and width on axes of their own around the attention",
+    )
 
 
 def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: list[str]) -> Site:
     if anchor.form == "Attention":
         parts = read_attention(tracer, tracer.index.nodes[anchor.node], out)
     else:
-        parts = _read_softmax(tracer, anchor, out)
+        parts = _read_softmax(tracer, anchor, out, out_node)
     column = _value_column(parts.value, parts.others | {parts.key})
     value = require_one(trace_columns(tracer, parts.value, column), "the value", parts.value.value)
     bound.append("value " + value.deep.ref.value)
@@ -95,15 +100,27 @@ def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: lis
     return site
 
 
-def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref) -> Parts:
+def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref, out_node: int) -> Parts:
     """The operands of a softmax and the product that uses it."""
     step = tracer.step(summed(tracer, anchor, out))
     if not isinstance(step, Dot) or step.factor != 1:
-        raise Stop("the weighted sum of values is not a plain product", out.value)
+        where = tracer.index.label(out_node)
+        raise Stop(
+            f"the weighted sum {where} of values is not a plain product",
+            out.value,
+            "expected MatMul or Einsum of weights and values, without a factor",
+        )
     zeroed: list[tuple[Ref, bool]] = []
     weights, value_ref = sides(tracer, anchor, step, zeroed)
     axis = anchor.axis % len(weights.coords)
     if weights.coords[axis] != Expr.of(step.label):
+        where = tracer.index.label(out_node)
+        if is_weight(tracer.index, value_ref.value):
+            raise Stop(
+                f"{where} mixes the attention weights by {value_ref.value} before the weighted sum",
+                out.value,
+                "only the weighted sum of values may use the weights",
+            )
         raise Stop(
             f"the softmax {tracer.index.label(anchor.node)} runs along axis {anchor.axis}, the"
             " weighted sum along another one",
@@ -137,7 +154,11 @@ def _masked_scores(
 def _value_column(value: Ref, known: set[Label]) -> Label:
     own = sorted(value.labels - known, key=str)
     if len(own) > 1:
-        raise Stop(f"the value {value.value} has several column axes", value.value)
+        raise Stop(
+            f"the value {value.value} has several column axes",
+            value.value,
+            "expected values [.., keys, width], one row for all heads of a token",
+        )
     return own[0] if own else Label("column", 1)
 
 
@@ -176,7 +197,12 @@ def _query_and_key(term: Term, key: Label) -> tuple[Ref, Ref]:
             "select two keys or more",
         )
     if in_q == in_k:
-        raise Stop("both or none of the factors of the scores run over the keys", term.k.value)
+        raise Stop(
+            f"the scores {term.product} are no product of queries and keys: both or none of their"
+            " factors run over the keys of the weighted sum",
+            term.k.value,
+            "expected one factor per query, and one per key",
+        )
     return (term.q, term.k) if in_k else (term.k, term.q)
 
 
@@ -199,6 +225,7 @@ def _paired(
             f"the key has {len(rest)} parts besides the value's columns"
             f" ({', '.join(c.deep.ref.value for _, c in rest)}); expected one (rope)",
             term.k.value,
+            "join them before they are stored: the operator reads a latent and one rope per key",
         )
     rope = rest[0] if rest else None
     return Site(

@@ -46,7 +46,11 @@ def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:
     _plain(tracer, node, a)
     query, keys, values = (_Heads.of(tracer, node, i) for i in range(3))
     if len({x.flat for x in (query, keys, values)}) != 1:
-        raise Stop("the inputs of Attention have different ranks", out.value)
+        raise Stop(
+            "the inputs of Attention have different ranks",
+            out.value,
+            "give it query, key and value of one rank",
+        )
     if query.flat:
         batch, row, merged = out.coords
         head, column = merged.floordiv(values.width), merged.mod(values.width)
@@ -105,7 +109,11 @@ class _Heads:
             return cls(name, *shape, flat=False)
         heads = int(a.get("kv_num_heads" if position else "q_num_heads", 0))
         if len(shape) != 3 or not heads or shape[2] % heads:
-            raise Stop(f"the heads of the Attention input {name} {list(shape)} are not told", name)
+            raise Stop(
+                f"the heads of the Attention input {name} {list(shape)} are not told",
+                name,
+                "set q_num_heads and kv_num_heads to divisors of the width",
+            )
         return cls(name, shape[0], heads, shape[1], shape[2] // heads, flat=True)
 
     def element(self, batch: Expr, head: Expr, row: Expr, column: Expr) -> Ref:

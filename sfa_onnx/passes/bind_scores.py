@@ -58,7 +58,7 @@ def read_scores(tracer: Tracer, ref: Ref, factor: float = 1.0) -> Scores:
         found.axes.setdefault(ref.value, ref.coords)
         todo.extend(_one(tracer, ref, factor, found))
     if not found.terms:
-        raise Stop("no product of queries and keys leads to the scores", ref.value)
+        raise Stop("no product of queries and keys leads to the scores", ref.value, _PRODUCT_HINT)
     return found
 
 
@@ -66,7 +66,7 @@ def _one(tracer: Tracer, ref: Ref, factor: float, found: Scores) -> list[tuple[R
     """Peel one operation; returns what is to be peeled next."""
     node = tracer.index.node_of(ref.value)
     if node is None:
-        raise Stop(f"the scores {ref.value} enter the graph ready-made", ref.value)
+        raise Stop(f"the scores {ref.value} enter the graph ready-made", ref.value, _PRODUCT_HINT)
     if node.op_type in ("Add", "Sum", "Sub"):
         return _added(tracer, node, ref, factor, found)
     if node.op_type == "Where":
@@ -88,7 +88,11 @@ def _one(tracer: Tracer, ref: Ref, factor: float, found: Scores) -> list[tuple[R
         step = _uniform(tracer, node, ref) or step
     if isinstance(step, Scaled):
         if step.factor == 0:
-            raise Stop("scores are multiplied by 0, which is not positive", ref.value)
+            raise Stop(
+                "scores are multiplied by 0, which is not positive",
+                ref.value,
+                "expected a positive scale",
+            )
         return [(step.ref, factor * step.factor)]
     if isinstance(step, Dot):
         found.terms.append(Term(step.a, step.b, step.label, factor * step.factor, ref.value))
@@ -112,6 +116,7 @@ def _uniform(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Scaled | None:
     return None
 
 
+_PRODUCT_HINT = "export the products of queries and keys together with the softmax"
 _KNOWN = {
     "Tanh": "a soft-cap",
     "Clip": "a clip",
@@ -129,14 +134,17 @@ def _unknown(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Stop:
     if node.op_type in ("Mul", "Div"):
         others = [n for n in node.input if not _leads_to_product(tracer, n)]
         if not others:
-            return Stop(f"scores are multiplied by scores ({where})", ref.value)
-        given = tracer.index.is_graph_input(others[0])
+            return Stop(
+                f"scores are multiplied by scores ({where})",
+                ref.value,
+                "the operator's scores are linear in the query",
+            )
+        verb = "multiply" if node.op_type == "Mul" else "divide"
         return Stop(
             f"the scores are scaled by {others[0]}, which is not a constant number ({where})",
             ref.value,
-            f"export with {others[0]} fixed: the operator's scale_value is an attribute"
-            if given
-            else f"the operator has one scale_value: multiply the query by {others[0]} instead",
+            f"{verb} the query by {others[0]} in front of the product, or export with it fixed: the"
+            " operator's scale_value is one number",
         )
     if node.op_type == "Concat":
         scores = [n for n in node.input if _leads_to_product(tracer, n)]
@@ -167,7 +175,7 @@ def _added(
     if node.op_type == "Sub" and _less_maximum(tracer, node) and factor > 0:
         return [(operands[0], factor)]
     if not scores:
-        raise Stop(f"no product of queries and keys leads to {ref.value}", ref.value)
+        raise Stop(f"no product of queries and keys leads to {ref.value}", ref.value, _PRODUCT_HINT)
     left = []
     for position, operand in enumerate(operands):
         own = -factor if node.op_type == "Sub" and position else factor
@@ -200,10 +208,18 @@ def _where(
         if fill is not None and math.copysign(fill, fill * factor) < HIDDEN:
             found.masks.extend(boolean(tracer, condition, positive=positive))
             return [(kept, factor)]
+    where = tracer.index.label(tracer.index.producer[ref.value])
+    numbers = [n for n in map(tracer.fill, node.input[1:]) if n is not None]
+    if numbers:
+        raise Stop(
+            f"Where {where} puts {numbers[0]:g} in place of scores, which does not hide them",
+            ref.value,
+            f"hide scores by -inf, or by a number below {HIDDEN:g}",
+        )
     raise Stop(
-        "Where on the score path chooses between two scores; expected one branch to be -inf"
-        " or a large negative constant",
+        f"Where {where} on the score path chooses between two scores",
         ref.value,
+        "expected one branch to be -inf or a large negative constant",
     )
 
 

@@ -55,7 +55,11 @@ def weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
                 raise _other_use(index, i, value)
     if len(set(found)) != 1:
         names = ", ".join(index.label(i) for i in found) or "nothing"
-        raise Stop(f"the attention weights are multiplied by {names}; expected one product", value)
+        raise Stop(
+            f"the attention weights are multiplied by {names}; expected one product",
+            value,
+            "the operator computes one weighted sum, of the keys' own rows",
+        )
     return found[0], index.nodes[found[0]].output[0]
 
 
@@ -82,6 +86,8 @@ def _other_use(index: GraphIndex, i: int, value: str) -> Stop:
         value,
         "mask or scale the scores in front of the softmax: the weights must add up to 1"
         if changes
+        else "hide scores in front of the softmax: its weights then add up to 1 by themselves"
+        if node.op_type == "ReduceSum"
         else "only the weighted sum of values may use them",
     )
 
@@ -124,6 +130,7 @@ def _between(tracer: Tracer, anchor: Anchor, step: Dot) -> Stop:
     return Stop(
         "something other than a cast, a view or a NaN guard lies between softmax and weighted sum",
         anchor.weights,
+        "multiply the weights by the values at once",
     )
 
 

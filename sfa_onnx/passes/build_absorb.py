@@ -47,7 +47,11 @@ class Absorbed:
         """
         key, value = site.nope, site.value
         if key.inner is None or value.inner is None:
-            raise Stop("keys and values are not both expanded", value.path[0].ref.value)
+            raise Stop(
+                "keys and values are not both expanded",
+                value.path[0].ref.value,
+                "expand both from one latent, or none",
+            )
         for columns in (key, value):
             allowed = {*site.heads, columns.label, columns.inner}
             extra = columns.weight[-1].ref.labels - allowed
@@ -56,6 +60,7 @@ class Absorbed:
                     f"the expansion weight {columns.weight[-1].ref.value} is not the same for every"
                     " token",
                     columns.weight[-1].ref.value,
+                    "absorption needs one weight per head, for all tokens",
                 )
         return cls(
             key.weight[-1].ref,
@@ -73,7 +78,11 @@ class Absorbed:
         value = _inner(site, site.value.path, site.value.behind, self.value_latent)
         weight = site.nope.weight[-1].factor
         if site.value.weight[-1].factor != 1:
-            raise Stop("the value's expansion is scaled", site.value.path[0].ref.value)
+            raise Stop(
+                "the value's expansion is scaled",
+                site.value.path[0].ref.value,
+                "scale the attention's result instead",
+            )
         return replace(site, nope=key, value=value, column=key.label, scale=site.scale * weight)
 
     def query(self, e: Emitter, ref: Ref, groups: Sequence[Group], elem_type: int) -> str:

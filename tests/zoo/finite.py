@@ -102,7 +102,7 @@ def _tables() -> Iterator[tuple[str, Steps, str]]:
         yield f"guard-{kind}", Steps(weigh=_guard(0.0), kind=kind), ""
         for value in (-1.0, -30.0, -1000.0, 0.0, 1e4):
             near = f"{value:g}"
-            reason = "two scores|" + (f"{value:g}|0 and -inf" if value else "two scores")
+            reason = f"puts {value:g} in place of scores"
             yield f"near-filled{near}-{kind}", Steps(hide=filled(value), kind=kind), reason
             if value:
                 reason = "0 and -inf|not bool|adds"
