@@ -23,6 +23,7 @@ __all__ = ["KEYS", "Dims", "Sizer", "canonical_shapes", "integer_constants", "op
 
 KEYS = (Role.LATENT, Role.LATENT_INT8, Role.PACKED, Role.SCALE, Role.KEY_ROPE)
 Shapes = dict[str, tuple[int, ...]]
+_Key = tuple[tuple[str, int], ...]  # sizes of the symbols
 
 # Wanted sizes, tried in this order until the original graph runs.
 _BASES: tuple[dict[str, int], ...] = (
@@ -96,6 +97,8 @@ class Sizer:
         base = Concrete(index)
         self._primes = dict(base.symbols)
         self._too_big: list[int] = []
+        self._evaluated: dict[_Key, Shapes] = {}
+        self._peaks: dict[_Key, int] = {}
         self._roles = self._find_roles(self._evaluate(self._primes))
 
     def bases(self) -> list[tuple[Shapes, Dims]]:
@@ -163,6 +166,9 @@ class Sizer:
 
     def _bytes(self, symbols: Mapping[str, int]) -> int:
         """Peak memory of one run in float64: a value lives until its last reader in the site."""
+        key = tuple(sorted(symbols.items()))
+        if key in self._peaks:
+            return self._peaks[key]
         concrete = Concrete(self._index, symbols)
         order = sorted({*self._candidate.nodes, *self._candidate.support})
         last = {v: i for i in order for v in self._index.nodes[i].input if v}
@@ -175,6 +181,7 @@ class Sizer:
             peak = max(peak, sum(live.values()))
             for name in [n for n in live if last.get(n, i) <= i]:
                 del live[name]
+        self._peaks[key] = peak
         return peak
 
     def _offset(self, role: str) -> bool:
@@ -244,7 +251,11 @@ class Sizer:
 
     def _evaluate(self, symbols: Mapping[str, int]) -> Shapes:
         """Shape of every operand when the symbols have these sizes."""
-        return operand_shapes(Concrete(self._index, symbols), self._candidate)
+        key = tuple(sorted(symbols.items()))
+        if key not in self._evaluated:
+            found = operand_shapes(Concrete(self._index, symbols), self._candidate)
+            self._evaluated[key] = found
+        return self._evaluated[key]
 
     def _find_roles(self, base: Shapes) -> dict[str, set[str]]:
         """Symbol -> what it sizes, found by changing one symbol at a time."""
