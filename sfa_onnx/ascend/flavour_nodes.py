@@ -92,6 +92,22 @@ def _check_known(node: NodeProto, contracts: tuple[OpContract, ...], extra: set[
             )
 
 
+def _check_window(node: NodeProto, op: OpContract) -> None:
+    """Refuse a window (pre/next_tokens): the canonical operator has none and would drop it."""
+    if op is not SPARSE_FLASH_ATTENTION_ANTIQUANT:
+        return
+    for spec in KV_QUANT_SPARSE_FLASH_ATTENTION.attributes:
+        attr = find_attribute(node, spec.name)
+        if attr is None or any(a.name == spec.name for a in op.attributes):
+            continue
+        value = _read(node, spec, op)
+        if spec.cpu is not None and value not in spec.cpu:
+            raise ContractError(
+                f"node {node.name!r}: {spec.name} {value} has no canonical form; expected"
+                f" {spec.cpu[0]} (no sliding window)"
+            )
+
+
 def _exact_names(contract: OpContract) -> set[str]:
     if contract is KV_CACHE_PACK:
         return {ROPE_DTYPE}
@@ -134,6 +150,7 @@ class ToAtc:
         extra = _exact_names(op)
         readable = (op, KV_QUANT_SPARSE_FLASH_ATTENTION)
         _check_known(node, readable if op is SPARSE_FLASH_ATTENTION_ANTIQUANT else (op,), extra)
+        _check_window(node, op)
         made = _make(node, atc_type, "")
         for spec in contract.attributes:
             _write(made, spec, self._value(node, spec, op))
@@ -215,6 +232,8 @@ class ToAtc:
 def _exact(node: NodeProto, spec: Attribute, op: OpContract) -> float:
     """The FLOAT attribute to the last bit: its companion wins when it agrees to 6 digits."""
     value = float(_read(node, spec, op))
+    if not math.isfinite(value):
+        raise ContractError(f"node {node.name!r}: {spec.name} is {value}, expected a finite number")
     companion = find_attribute(node, spec.name + EXACT_SUFFIX)
     if companion is None:
         return value
@@ -239,14 +258,7 @@ class FromAtc:
         written = KV_QUANT_SPARSE_FLASH_ATTENTION
         contracts = (op, written) if op is SPARSE_FLASH_ATTENTION_ANTIQUANT else (op,)
         _check_known(node, contracts, _exact_names(op))
-        for spec in written.attributes if len(contracts) > 1 else ():
-            attr = find_attribute(node, spec.name)
-            legal = spec.cpu if not any(a.name == spec.name for a in op.attributes) else None
-            if attr is not None and legal is not None and attr.i not in legal:
-                raise ContractError(
-                    f"node {node.name!r}: {spec.name} {attr.i} has no canonical form; expected"
-                    f" {legal[0]} (no sliding window)"
-                )
+        _check_window(node, op)
         made = _make(node, op.name, op.domain)
         for spec in op.attributes:
             value = _exact(node, spec, op) if spec.kind == "float" else _read(node, spec, op)

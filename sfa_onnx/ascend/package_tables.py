@@ -20,11 +20,11 @@ _TYPES = {"float": "kFloat", "int": "kInt", "string": "kString"}
 _NOTE = "Written by sfa_onnx.ascend.package_tables from sfa_onnx/op.py; do not edit."
 
 
-def _ops() -> Iterator[tuple[str, OpContract, str]]:
-    """(ONNX node type, contract, GE type) of everything the plug-in registers."""
+def _ops() -> Iterator[tuple[str, OpContract, str, int]]:
+    """(ONNX node type, contract, GE type, its outputs) of everything the plug-in registers."""
     for binding in BINDINGS:
-        yield binding.atc_type, binding.contract, binding.ge_type
-    yield KV_CACHE_PACK.name, KV_CACHE_PACK, "PartitionedCall"
+        yield binding.atc_type, binding.contract, binding.ge_type, len(binding.ge_outputs)
+    yield KV_CACHE_PACK.name, KV_CACHE_PACK, "PartitionedCall", len(KV_CACHE_PACK.outputs)
 
 
 def _companions(contract: OpContract) -> list[str]:
@@ -41,7 +41,7 @@ def _attribute(attribute: Attribute) -> str:
     return f'    {{"{attribute.name}", {_TYPES[attribute.kind]}, {ge_bool}}},'
 
 
-def _cpp_op(onnx_type: str, contract: OpContract, ge_type: str) -> list[str]:
+def _cpp_op(onnx_type: str, contract: OpContract, ge_type: str, outputs: int) -> list[str]:
     base = f"k{onnx_type.removeprefix('NPU')}"
     lines = [f"constexpr InputSpec {base}Inputs[] = {{"]
     lines += [f'    {{"{t.name}", {"false" if t.optional else "true"}}},' for t in contract.inputs]
@@ -56,7 +56,7 @@ def _cpp_op(onnx_type: str, contract: OpContract, ge_type: str) -> list[str]:
     lines += [
         f'constexpr OpTable {base} = {{"{onnx_type}", "{contract.domain}", "{ge_type}",',
         f"    {base}Inputs, {len(contract.inputs)}, {base}Attributes,"
-        f" {len(contract.attributes)}, {extra}}};",
+        f" {len(contract.attributes)}, {extra}, {outputs}}};",
         "",
     ]
     return lines
@@ -97,11 +97,12 @@ def cpp_table() -> str:
         "  size_t attribute_count;",
         "  const char* const* companions;  // attributes for this plug-in only, never given to GE",
         "  size_t companion_count;",
+        "  size_t output_count;",
         "};",
         "",
     ]
-    for onnx_type, contract, ge_type in _ops():
-        lines += _cpp_op(onnx_type, contract, ge_type)
+    for entry in _ops():
+        lines += _cpp_op(*entry)
     lines += ["}  // namespace sfa_onnx", "", "#endif  // SFA_ONNX_ASCEND_ATTRIBUTE_TABLE_H_", ""]
     return "\n".join(lines)
 
@@ -109,7 +110,7 @@ def cpp_table() -> str:
 def python_table() -> str:
     """The text of `_tables.py`, the same facts for GE's Python plug-in interface."""
     lines = [f'"""{_NOTE}"""', "", "OPS = ("]
-    for onnx_type, contract, ge_type in _ops():
+    for onnx_type, contract, ge_type, outputs in _ops():
         if contract is KV_CACHE_PACK:
             continue  # that interface cannot expand a node to a graph
         lines += [
@@ -129,6 +130,7 @@ def python_table() -> str:
             ),
             "        ),",
             f'        "companions": {_tuple(_companions(contract))},',
+            f'        "outputs": {outputs},',
             "    },",
         ]
     return "\n".join([*lines, ")", ""])

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
-__all__ = ["STAGES", "CheckReport", "Finding", "ParserVerdict", "Severity", "Stage", "Verdict"]
+__all__ = [
+    "STAGES",
+    "CheckReport",
+    "Finding",
+    "ParserVerdict",
+    "Severity",
+    "Stage",
+    "Verdict",
+    "misread",
+]
 
 Severity = Literal["error", "warning", "unknown", "info"]
 # parse: CANN's parser refuses. meaning: it accepts, but the graph is not what the file means.
@@ -43,6 +52,19 @@ class Finding:
     evidence: str = ""  # recorded | source | declared | documented | contract | model
     nodes: tuple[str, ...] = ()
     crash: bool = False  # the parser's process dies instead of reporting
+
+
+def misread(
+    rule: str,
+    severity: Severity,
+    message: str,
+    node: str,
+    hint: str = "",
+    fixable: bool = False,
+    evidence: str = "recorded",
+) -> Finding:
+    """Something that the parser accepts and understands otherwise than the file means it."""
+    return Finding(rule, severity, "meaning", message, node, "", hint, fixable, evidence)
 
 
 @dataclass

@@ -8,19 +8,13 @@ import numpy as np
 import onnx
 
 from sfa_onnx.ascend.checks.context import Context
-from sfa_onnx.ascend.checks.finding import Finding, Severity
+from sfa_onnx.ascend.checks.finding import Finding, misread
 from sfa_onnx.ascend.checks.view import Scope, is_external
 from sfa_onnx.onnx_attrs import attribute
 
 __all__ = ["nbytes", "tensors"]
 
 _T = onnx.TensorProto
-
-
-def _silent(
-    rule: str, severity: Severity, message: str, name: str, hint: str, fixable: bool = False
-) -> Finding:
-    return Finding(rule, severity, "meaning", message, name, "", hint, fixable, "recorded")
 
 
 def tensors(ctx: Context, scope: Scope) -> Iterator[Finding]:
@@ -38,7 +32,7 @@ def _tensor(ctx: Context, scope: Scope, tensor: onnx.TensorProto, name: str) -> 
     if is_external(tensor):
         yield from _external(ctx, scope, tensor, name, size)
     elif tensor.raw_data and size is not None and len(tensor.raw_data) < size:
-        yield _silent(
+        yield misread(
             "raw-data-short",
             "error",
             f"{name!r} holds {len(tensor.raw_data)} bytes, its dims say {size}: not compared",
@@ -70,9 +64,9 @@ def _external(
     if foreign:
         message = f"external data of {name!r}: {', '.join(foreign)} is read as the length"
         hint = "keep location, offset and length only"
-        yield _silent("external-key", "error", message, name, hint, fixable=True)
+        yield misread("external-key", "error", message, name, hint, fixable=True)
     if scope is not ctx.view.root:
-        yield _silent(
+        yield misread(
             "external-in-branch",
             "error",
             f"external data of {name!r} lies in a branch, where its path stays relative to wherever"
@@ -84,10 +78,10 @@ def _external(
     if location.startswith("/"):
         message = f"external data of {name!r}: absolute location {location!r} gets the model's"
         message += " directory in front of it"
-        yield _silent("external-absolute", "error", message, name, "use a relative location")
+        yield misread("external-absolute", "error", message, name, "use a relative location")
     elif length is not None and length.isdigit() and size is not None and int(length) != size:
         message = f"external data of {name!r}: length {length}, but its dims say {size} bytes"
-        yield _silent("external-length", "error", message, name, "write the tensor again")
+        yield misread("external-length", "error", message, name, "write the tensor again")
     elif ctx.view.base_dir is not None and location:
         yield from _external_file(ctx, entries, name, size)
 
@@ -102,7 +96,7 @@ def _external_file(
     if not path.is_file():
         message = f"external data of {name!r}: no file {entries['location']!r} beside the model"
         hint = "put the weight file back; the parser does not look for it"
-        yield _silent("external-missing", "error", message, name, hint)
+        yield misread("external-missing", "error", message, name, hint)
     elif size is not None and path.stat().st_size < start + size:
         message = f"external data of {name!r} ends at byte {start + size}, the file before"
-        yield _silent("external-short", "error", message, name, "copy the whole weight file")
+        yield misread("external-short", "error", message, name, "copy the whole weight file")
