@@ -21,11 +21,16 @@ def is_float(elem_type: int) -> bool:
 
 
 class Stop(Exception):  # noqa: N818 - an early return through several frames
-    """Recognition ends here: reason, the value it stopped at, and a hint."""
+    """Recognition ends here: reason, the value it stopped at, and a hint.
 
-    def __init__(self, reason: str, at: str = "", hint: str = "") -> None:
+    `addressing`: only how rows are addressed was not understood; see `bind_finished`.
+    """
+
+    def __init__(
+        self, reason: str, at: str = "", hint: str = "", *, addressing: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.at, self.hint = reason, at, hint
+        self.reason, self.at, self.hint, self.addressing = reason, at, hint, addressing
 
 
 @dataclass(frozen=True)

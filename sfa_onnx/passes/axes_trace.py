@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.passes.axes import ZERO, Expr, Read
+from sfa_onnx.passes.axes import ZERO, Expr, Label, Read
 from sfa_onnx.passes.axes_rules import STEPS
 from sfa_onnx.passes.axes_steps import (
     Dot,
@@ -66,6 +66,7 @@ class Tracer:
         self._representatives: dict[str, str] = {}
         self._equal: dict[object, str] = {}
         self.opaque = False  # True: index tensors are read as they are, without arithmetic
+        self.tables = False  # True: but for constant tables of positions
 
     # -- sizes and constants ----------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Tracer:
         """
         self.spend(ref.value)
         known = self._known_index(ref)  # also where index tensors are opaque, a number is a number
-        if known is not None and (not self.opaque or not known.terms):
+        if known is not None and (not self.opaque or self.tables or not known.terms):
             return known
         if not self.opaque:
             node = self.index.node_of(ref.value)
@@ -187,7 +188,9 @@ class Tracer:
                 return arithmetic
         step = self.step(ref)
         if isinstance(step, Move) and not is_float(self.sizes.elem_type(step.ref.value)):
-            return self.index_value(step.ref, size)
+            made = any(not isinstance(a, Label) for c in step.ref.coords for a, _ in c.terms)
+            if not (self.tables and made):  # a table of rows stays one, however it was made
+                return self.index_value(step.ref, size)
         return Expr.of(Read(self.representative(ref.value), ref.coords))
 
     def representative(self, value: str, depth: int = 24) -> str:

@@ -53,6 +53,7 @@ def _unselected(site: Site) -> Stop | None:
                     f" {', '.join(map(str, read.coords))})",
                     value,
                     "select token by token",
+                    addressing=True,
                 )
         return None
     where = site.nope.deep.ref.value
@@ -154,6 +155,7 @@ def check_rows(site: Site) -> None:
             raise Stop(
                 f"axis {axis} of {ref.value} is read at {coordinate}: not the query's own batch",
                 ref.value,
+                addressing=True,
             )
 
 

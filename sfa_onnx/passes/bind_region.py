@@ -10,11 +10,12 @@ import onnx
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
+from sfa_onnx.passes.bind_domains import chosen_domain, finished_domain, mask_domain
 from sfa_onnx.passes.bind_mask import Visible
 from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
-from sfa_onnx.passes.bind_sources import all_reads, all_selected, index_sources, key_limit
+from sfa_onnx.passes.bind_sources import all_reads, index_sources
 from sfa_onnx.passes.bind_usage import counts_batches, follows_itself, measured, prefix_sums
 from sfa_onnx.passes.build import axis_labels
 from sfa_onnx.passes.candidate import Domain, Operand, Role
@@ -24,7 +25,6 @@ __all__ = ["Region", "cover"]
 
 _T = onnx.TensorProto
 _PRIME, _NEAR = 10_000, 6  # symbols have sizes above; how far apart two sizes may be
-_MASKED = float(np.finfo(np.float32).min)
 
 
 @dataclass
@@ -262,13 +262,20 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
     for s in site.selected:
         _add_indices(site, s.indices, known, names)
     for columns in (site.nope, site.rope):
-        for read in all_reads(columns.deep.ref.coords) if columns is not None else ():
-            _add_indices(site, Ref(read.value, read.coords), known, names)
+        reads = list(all_reads(columns.deep.ref.coords)) if columns is not None else []
+        if site.finished:  # those with an index for every key first
+            reads.sort(key=lambda r: site.key not in Ref(r.value, r.coords).labels)
+        for read in reads:
+            ref = Ref(read.value, read.coords)
+            if site.finished:
+                add(ref, Role.INDICES, finished_domain(site, ref))
+            else:
+                _add_indices(site, ref, known, names)
     for literal in site.visible:
         constant = literal.ref.value in site.tracer.index.initializers
-        if constant or _from_indices(site, literal, known):
+        if constant or (not site.finished and _from_indices(site, literal, known)):
             continue
-        add(literal.ref, Role.MASK, _mask_domain(literal.is_bool, literal.positive))
+        add(literal.ref, Role.MASK, mask_domain(literal.is_bool, literal.positive))
     return known
 
 
@@ -281,12 +288,6 @@ def _from_indices(site: Site, literal: Visible, known: dict[str, Operand]) -> bo
 def _constant(site: Site, role: Role, value: str) -> bool:
     """Initializers are no operands, except the weight of an expansion."""
     return role is not Role.EXPANSION and value in site.tracer.index.initializers
-
-
-def _mask_domain(is_bool: bool, positive: bool) -> Domain:
-    if is_bool:
-        return Domain() if positive else Domain(values=(0.0, 1.0))
-    return Domain(values=(0.0, _MASKED))
 
 
 def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names) -> None:
@@ -303,7 +304,7 @@ def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names)
             axes = tuple("M" if c.reads else a for a, c in zip(axes, source.coords, strict=True))
             known[value] = Operand(value, Role.BLOCK_TABLE, axes, elem)
         elif any(a.partition("_of_")[0] == "K" for a in axes):  # a longer row may be cut
-            known[value] = Operand(value, Role.INDICES, axes, elem, _indices_domain(site, value))
+            known[value] = Operand(value, Role.INDICES, axes, elem, chosen_domain(site, value))
 
 
 def _drawn(site: Site, value: str, names: _Names) -> bool:
@@ -320,21 +321,6 @@ def _by_entry(site: Site, ref: Ref) -> bool:
     """Whether the element depends on which entry of the selection is looked at."""
     entries = {site.key, *(s.slot for s in site.selected)}
     return any(entries & c.labels for c in ref.coords)
-
-
-def _indices_domain(site: Site, value: str) -> Domain:
-    index = site.tracer.index
-    node = index.node_of(value)
-    topk = index.label(index.producer[value]) if node and node.op_type == "TopK" else ""
-    joined = node is not None and not topk and all_selected(index, node)
-    return Domain(
-        distinct=bool(topk),
-        low=0,
-        high=key_limit(site),
-        negative_allowed=not topk and not joined,
-        assumption="indices are distinct and in range" if topk else "indices are in range",
-        discharged_by=f"TopK {topk}" if topk else "the caller",
-    )
 
 
 def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Operand:

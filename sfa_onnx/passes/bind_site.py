@@ -66,6 +66,7 @@ class Site:
         heads: labels that share them.
         products: values that hold query times key, where the inside of the attention begins.
         score_axes: every score tensor, with what its axes run over.
+        finished: indices and masks are taken as the graph has computed them (`bind_finished`).
     """
 
     tracer: Tracer
@@ -88,3 +89,4 @@ class Site:
     products: list[str] = field(default_factory=list)
     score_axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
     bound: list[str] = field(default_factory=list)
+    finished: bool = False

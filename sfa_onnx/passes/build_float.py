@@ -126,7 +126,7 @@ def direct_keys(plan: Plan) -> tuple[tuple[str, str], str] | None:
     its own one: then (`Tracer.opaque`) all rows are one sequence, addressed by the finished sum.
     """
     site, e = plan.site, plan.e
-    if site.tracer.opaque and site.visible:
+    if site.tracer.opaque and site.visible and not site.finished:
         return None
     columns = [c for c in (site.nope, site.rope) if c is not None]
     read = _common_read(columns, site.key)

@@ -8,6 +8,7 @@ verifier compares region and replacement as black boxes, with roles only to choo
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx
@@ -51,6 +52,7 @@ class Domain:
     negative_allowed: bool = False
     valid_first: bool = False  # in a row, entries the attention sees precede those it masks
     values: tuple[float, ...] | None = None  # e.g. (0.0, -inf) for an additive mask
+    along: int | None = None  # entries number this axis of the keys, each drawn by itself
     cumulative: bool = False  # lengths given as prefix sums, whatever the operator's layout
     assumption: str = ""
     discharged_by: str = ""
@@ -77,6 +79,7 @@ class Refusal:
     reason: str
     stopped_at: str = ""
     hint: str = ""
+    final: bool = False  # no other view of the site would help
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Candidate:
     into the graph's nodes. A support node shared by two sites may be dead once both are replaced:
     splice deletes what nobody reads any more among the nodes and support of all sites.
     The replacement may read any operand and any value that `support` makes.
+    `otherwise` binds the same attention with fewer assumptions, for when this view of it cannot be
+    verified.
     """
 
     graph: onnx.GraphProto
@@ -118,3 +123,4 @@ class Candidate:
     layer: str = ""
     site_id: str = ""
     notes: list[str] = field(default_factory=list)
+    otherwise: Callable[[], Candidate | None] | None = None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sfa_onnx.passes.axes_trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind import bind
+from sfa_onnx.passes.bind_finished import by_finished_indices
+from sfa_onnx.passes.bind_heads import check_heads
 from sfa_onnx.passes.bind_packed import bind_packed
 from sfa_onnx.passes.bind_region import Region, cover
 from sfa_onnx.passes.bind_site import Anchor, NotASite, Site
@@ -100,15 +103,65 @@ def _one(
 
 
 def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]) -> Candidate:
-    """Bind and build; symbols that turn out to be one size are made so, and all is done again."""
+    """Bind and build, by what indices mean or, where that is not understood, as they are."""
+    budget = tracer.budget
+
+    def otherwise() -> Candidate | None:
+        tracer.budget = budget
+        try:
+            return _unified(tracer, anchor, lambda: _finished(tracer, anchor, bound[:1]))
+        except (Stop, NotASite, SizesMeetError):
+            return None
+
+    try:
+        candidate = _unified(
+            tracer, anchor, lambda: _candidate(*_bind_and_build(tracer, anchor, options, bound))
+        )
+        candidate.otherwise = otherwise
+        return candidate
+    except NotASite as none:
+        again = otherwise() if none.refusal is not None and none.refusal.addressing else None
+        if again is None:
+            raise
+        return again
+    except Stop as stop:
+        again = otherwise() if stop.addressing else None
+        if again is None:
+            raise
+        return again
+
+
+def _unified(tracer: Tracer, anchor: Anchor, make: Callable[[], Candidate]) -> Candidate:
+    """What `make` makes; symbols that turn out to be one size are made so, and it starts again."""
     for _ in range(8):
         try:
-            named, site, built = _bind_and_build(tracer, anchor, options, bound)
-            return _candidate(named, site, built)
+            return make()
         except UnifyError as same:
             tracer.sizes.unify(*same.pair)
             tracer.other.unify(*same.pair)
     raise Stop("the dynamic sizes of the attention contradict each other", anchor.scores)
+
+
+def _finished(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Candidate:
+    """The candidate whose rows are read by a finished index tensor.
+
+    Raises:
+        Stop: there is no such view of it.
+    """
+    tracer.opaque = tracer.tables = True
+    try:
+        site = by_finished_indices(bind_packed(bind(tracer, anchor, bound)))
+        if site is None:
+            raise Stop("the rows are not read by finished index tensors", anchor.scores)
+        tracer.opaque = False  # nothing is followed any more: what the reads are is known
+        check_heads(site)
+        tracer.opaque = True
+        built = build_site(site, f"{tracer.stem}/sfa")
+        if built is None:
+            raise Stop("the keys' gather is not understood", site.nope.deep.ref.value)
+        return _candidate(site, site, built)
+    finally:
+        tracer.opaque = tracer.tables = False
 
 
 def _bind_and_build(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfa_onnx.passes.candidate import Operand, Role
+from sfa_onnx.passes.verify.sizes import KEYS
 
 if TYPE_CHECKING:
     from sfa_onnx.passes.verify.problem import Draw, Problem
@@ -49,7 +50,7 @@ class Geometry:
                 visible = _and_mask(problem, visible, mask)
         selected = _select(problem, draw, layout, visible, common, rng)  # [rows, K]
         for operand in problem.all(Role.INDICES):
-            tables[operand.value] = selected
+            tables[operand.value] = _along(problem, operand, rng, selected)
         read = np.where(slots, selected, -1)
         return cls(tables, layout.hidden(problem, read, visible, tables))
 
@@ -246,6 +247,16 @@ def _mask_values(operand: Operand, mask: Array) -> Array:
         return mask
     visible, masked = operand.domain.values[:2]
     return np.where(mask, visible, masked)
+
+
+def _along(problem: Problem, operand: Operand, rng: np.random.Generator, selected: Array) -> Array:
+    """What a row selects, or positions on the one axis of the keys that the operand numbers."""
+    if operand.domain.along is None:
+        return selected
+    keys = problem.first(*KEYS)
+    assert keys is not None
+    size = problem.shapes[keys.value][operand.domain.along]
+    return rng.integers(0, size, problem.shapes[operand.value])
 
 
 def _tokens(problem: Problem, entries: Array) -> Array:

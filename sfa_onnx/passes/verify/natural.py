@@ -61,6 +61,7 @@ def hidden_by_mask(
                 f"the mask {operand.value!r} hides every index that is in range, so it is not the"
                 " usual rule that hides invalid ones (is it inverted?)",
                 operand.value,
+                final=True,
             )
     return None
 
