@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -37,11 +38,10 @@ class Plugin:
         text = self._double.double_keys().decode()
         return dict(line.split(" ") for line in text.splitlines())
 
-    def parse(self, key, text, inputs, name="sfa_0", preset=None):
-        raw = (ctypes.c_char_p * len(inputs))(*(i.encode() for i in inputs))
+    def parse(self, key, text, inputs, name="sfa_0", preset=None, outputs=("out",)):
         out = self._double.double_parse(
-            key.encode(), name.encode(), None if text is None else text.encode(), raw,
-            ctypes.c_size_t(len(inputs)), preset.encode() if preset else None,
+            key.encode(), name.encode(), None if text is None else text.encode(), _names(inputs),
+            _names(outputs), preset.encode() if preset else None,
         )  # fmt: skip
         return json.loads(out) if out else None
 
@@ -50,6 +50,11 @@ class Plugin:
 
     def all_there(self):
         self._double.double_all_prototypes()
+
+
+def _names(names) -> ctypes.Array:
+    """A null-terminated array of C strings."""
+    return (ctypes.c_char_p * (len(names) + 1))(*(n.encode() for n in names), None)
 
 
 def _compile(out: Path, sources, abi: int) -> subprocess.Popen:
@@ -111,7 +116,7 @@ def _entry(attr: onnx.AttributeProto) -> dict:
             plain.get(b, chr(b) if 32 <= b < 127 else f"\\{b:03o}") for b in attr.s
         )
     elif attr.type == onnx.AttributeProto.FLOATS and attr.floats:
-        entry["floats"] = list(attr.floats)
+        entry["floats"] = [f if math.isfinite(f) else None for f in attr.floats]
     return entry
 
 

@@ -177,6 +177,26 @@ def test_a_sliding_window_has_no_canonical_form():
         flavour.from_atc(atc)
 
 
+@pytest.mark.parametrize("binding", ["kv-quant", "recipes"])
+@pytest.mark.parametrize("name", ["npu_kv_quant_sparse_flash_attention", None])
+def test_a_sliding_window_is_not_dropped_on_the_way_to_atc(binding, name):
+    """Found in CANN's parser: the GE operator had no window where the node had one."""
+    model = fused()
+    node = model.graph.node[0]
+    node.op_type = name or node.op_type
+    node.attribute.append(helper.make_attribute("pre_tokens", 5))
+    with pytest.raises(ContractError, match="pre_tokens 5 has no canonical form"):
+        flavour.to_atc(model, binding=binding)
+    node.attribute[-1].i = op.INT64_MAX
+    assert flavour.to_atc(model, binding=binding)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    with pytest.raises(ContractError, match=f"scale_value is {scale}, expected a finite number"):
+        flavour.to_atc(fused(node=ours(op.SPARSE_FLASH_ATTENTION_ANTIQUANT, scale_value=scale)))
+
+
 def test_portable_function_bodies_of_our_ops_are_dropped_not_inlined():
     node = ours(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
     body = helper.make_function(

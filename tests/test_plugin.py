@@ -119,6 +119,28 @@ def test_without_the_companion_the_six_digits_are_used(plugin):
     assert as_hex(attrs["scale_value"]) == f"float:{float(np.float32('0.135234')).hex()}"
 
 
+def test_outputs_beyond_the_operator_are_refused(plugin, capfd):
+    """Up to 9.1 the parser takes them, and drops whoever reads them without a word."""
+    node = atc_node(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
+    call = key(node.op_type), parser_text(node), node.input
+    assert plugin.parse(*call, outputs=["out", ""])
+    assert plugin.parse(*call, outputs=["out", "lse"]) is None
+    assert "2 outputs, NPUKvQuantSparseFlashAttention has 1" in capfd.readouterr().err
+    node = atc_node(op.LIGHTNING_INDEXER)
+    call = key(node.op_type), parser_text(node), node.input
+    assert plugin.parse(*call, outputs=["", "values"])
+    assert plugin.parse(*call, outputs=["indices", "values", "more"]) is None
+    node = atc_node(op.SPARSE_FLASH_ATTENTION)
+    call = key(node.op_type), parser_text(node), node.input
+    assert plugin.parse(*call, outputs=["out", "max", "sum"])
+
+
+def test_a_switch_of_ge_is_zero_or_one(plugin, capfd):
+    node = atc_node(op.LIGHTNING_INDEXER, return_values=2)
+    assert plugin.parse(key(node.op_type), parser_text(node), node.input) is None
+    assert "attribute return_values is 2, expected 0 or 1" in capfd.readouterr().err
+
+
 def test_trailing_inputs_may_be_left_out(plugin):
     node = atc_node(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
     assert plugin.parse(key(node.op_type), parser_text(node), list(node.input)[:4])
@@ -158,6 +180,9 @@ def _inputs(change):
         (_with(("scale_value_exact", 0.5)), "scale_value_exact is FLOAT of 0 elements"),
         (_with(("scale_value_exact", [0.5, 0.5])), "FLOATS of 2 elements, expected FLOATS of one"),
         (_with(("scale_value_exact", [0.5])), "but scale_value_exact says 0.5"),
+        (_with(("scale_value_exact", [np.nan])), "but scale_value_exact says nan"),
+        *((_with(("scale_value", v), ("scale_value_exact", [v])), f"scale_value is {v}, expected a"
+           " finite number") for v in (np.nan, np.inf, -np.inf)),
         (_inputs(lambda i: i.append("ten")), "10 inputs, NPUKvQuantSparseFlashAttention has 9"),
         (_inputs(lambda i: i.__setitem__(3, "")), r"required input 3 (sparse_indices)"),
         (_inputs(lambda i: i.__delitem__(slice(2, None))), "required input 2 (value)"),
@@ -339,4 +364,15 @@ def test_the_twin_refuses_what_the_plug_in_refuses(twin):
     _, function = twin[key(node.op_type)]
     with pytest.raises(ValueError, match="unknown attribute foo"):
         function(ge_node(node), Target())
+    node = atc_node(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
+    node.output.append("lse")
+    with pytest.raises(ValueError, match="2 outputs, NPUKvQuantSparseFlashAttention has 1"):
+        function(ge_node(node), Target())
+    del node.output[1:]
+    _with(("scale_value", float("inf")))(node)
+    with pytest.raises(ValueError, match="scale_value is inf, expected a finite number"):
+        function(ge_node(node), Target())
+    _, function = twin[key("NPULightningIndexer")]
+    with pytest.raises(ValueError, match="return_values is 2, expected 0 or 1"):
+        function(ge_node(atc_node(op.LIGHTNING_INDEXER, return_values=2)), Target())
     assert key("KvCachePack") not in twin

@@ -30,6 +30,7 @@ struct OpTable {
   size_t attribute_count;
   const char* const* companions;  // attributes for this plug-in only, never given to GE
   size_t companion_count;
+  size_t output_count;
 };
 
 constexpr InputSpec kKvQuantSparseFlashAttentionInputs[] = {
@@ -60,7 +61,7 @@ constexpr AttributeSpec kKvQuantSparseFlashAttentionAttributes[] = {
 };
 constexpr const char* kKvQuantSparseFlashAttentionCompanions[] = {"scale_value_exact"};
 constexpr OpTable kKvQuantSparseFlashAttention = {"NPUKvQuantSparseFlashAttention", "npu", "KvQuantSparseFlashAttention",
-    kKvQuantSparseFlashAttentionInputs, 9, kKvQuantSparseFlashAttentionAttributes, 13, kKvQuantSparseFlashAttentionCompanions, 1};
+    kKvQuantSparseFlashAttentionInputs, 9, kKvQuantSparseFlashAttentionAttributes, 13, kKvQuantSparseFlashAttentionCompanions, 1, 1};
 
 constexpr InputSpec kSparseFlashAttentionAntiquantInputs[] = {
     {"query", true},
@@ -88,7 +89,7 @@ constexpr AttributeSpec kSparseFlashAttentionAntiquantAttributes[] = {
 };
 constexpr const char* kSparseFlashAttentionAntiquantCompanions[] = {"scale_value_exact"};
 constexpr OpTable kSparseFlashAttentionAntiquant = {"NPUSparseFlashAttentionAntiquant", "npu", "SparseFlashAttentionAntiquant",
-    kSparseFlashAttentionAntiquantInputs, 9, kSparseFlashAttentionAntiquantAttributes, 11, kSparseFlashAttentionAntiquantCompanions, 1};
+    kSparseFlashAttentionAntiquantInputs, 9, kSparseFlashAttentionAntiquantAttributes, 11, kSparseFlashAttentionAntiquantCompanions, 1, 1};
 
 constexpr InputSpec kSparseFlashAttentionInputs[] = {
     {"query", true},
@@ -114,7 +115,7 @@ constexpr AttributeSpec kSparseFlashAttentionAttributes[] = {
 };
 constexpr const char* kSparseFlashAttentionCompanions[] = {"scale_value_exact"};
 constexpr OpTable kSparseFlashAttention = {"NPUSparseFlashAttention", "npu", "SparseFlashAttention",
-    kSparseFlashAttentionInputs, 9, kSparseFlashAttentionAttributes, 9, kSparseFlashAttentionCompanions, 1};
+    kSparseFlashAttentionInputs, 9, kSparseFlashAttentionAttributes, 9, kSparseFlashAttentionCompanions, 1, 3};
 
 constexpr InputSpec kLightningIndexerInputs[] = {
     {"query", true},
@@ -134,7 +135,7 @@ constexpr AttributeSpec kLightningIndexerAttributes[] = {
     {"return_values", kInt, true},
 };
 constexpr OpTable kLightningIndexer = {"NPULightningIndexer", "npu", "LightningIndexer",
-    kLightningIndexerInputs, 6, kLightningIndexerAttributes, 7, nullptr, 0};
+    kLightningIndexerInputs, 6, kLightningIndexerAttributes, 7, nullptr, 0, 2};
 
 constexpr InputSpec kQuantLightningIndexerInputs[] = {
     {"query", true},
@@ -157,7 +158,7 @@ constexpr AttributeSpec kQuantLightningIndexerAttributes[] = {
     {"next_tokens", kInt, false},
 };
 constexpr OpTable kQuantLightningIndexer = {"NPUQuantLightningIndexer", "npu", "QuantLightningIndexer",
-    kQuantLightningIndexerInputs, 8, kQuantLightningIndexerAttributes, 8, nullptr, 0};
+    kQuantLightningIndexerInputs, 8, kQuantLightningIndexerAttributes, 8, nullptr, 0, 1};
 
 constexpr InputSpec kKvCachePackInputs[] = {
     {"nope", true},
@@ -170,7 +171,7 @@ constexpr AttributeSpec kKvCachePackAttributes[] = {
 };
 constexpr const char* kKvCachePackCompanions[] = {"rope_dtype"};
 constexpr OpTable kKvCachePack = {"KvCachePack", "sfa_onnx", "PartitionedCall",
-    kKvCachePackInputs, 4, kKvCachePackAttributes, 1, kKvCachePackCompanions, 1};
+    kKvCachePackInputs, 4, kKvCachePackAttributes, 1, kKvCachePackCompanions, 1, 1};
 
 }  // namespace sfa_onnx
 

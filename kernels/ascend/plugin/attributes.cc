@@ -5,6 +5,7 @@
 #include <clocale>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 namespace sfa_onnx {
 namespace {
@@ -134,7 +135,12 @@ class Reader {
       return Elements([&] {
         std::string item;
         float value = 0.0F;
-        if (!Scalar(&item) || !ToFloat(item, &value)) return Fail("expected a number");
+        if (!Scalar(&item)) return false;
+        if (item == "null") {  // how JSON spells what is not finite
+          value = std::numeric_limits<float>::quiet_NaN();
+        } else if (!ToFloat(item, &value)) {
+          return Fail("expected a number");
+        }
         to->floats.push_back(value);
         return true;
       });

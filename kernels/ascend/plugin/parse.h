@@ -19,6 +19,7 @@ struct Node {
   std::string origin_type;  // "ai.onnx::18::NPUSparseFlashAttention"
   std::vector<Attribute> attributes;
   std::vector<bool> connected;  // one per ONNX input; false for ""
+  size_t outputs = 0;           // up to the last one that has a name
 };
 
 // Reads `source` and checks it against `table`; false after a log line.

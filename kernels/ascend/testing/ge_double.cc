@@ -324,6 +324,13 @@ void Collect(const std::shared_ptr<ge::OperatorImpl>& op,
   if (op == nullptr || !all.emplace(op->name, op).second) return;
   for (const auto& input : op->inputs) Collect(input.second, all);
 }
+
+// A repeated field without an element is no attribute.
+void SetNames(ge::Operator& source, const char* field, const char* const* names) {
+  std::vector<ge::AscendString> list;
+  for (; *names != nullptr; ++names) list.emplace_back(*names);
+  if (!list.empty()) source.SetAttr(field, list);
+}
 }  // namespace
 
 extern "C" {
@@ -342,18 +349,19 @@ const char* double_keys() {
 void double_missing_prototype(const char* type) { ge::MissingPrototypes().insert(type); }
 void double_all_prototypes() { ge::MissingPrototypes().clear(); }
 
-// Parses one node. `attributes` null: the node has none. `inputs`: count names. `preset`: an int
-// attribute the GE prototype already carries, or null. Returns JSON, or "" when the plug-in failed.
+// Parses one node. `attributes` null: the node has none. `inputs`, `outputs`: names, null at the
+// end. `preset`: an int attribute the GE prototype already carries, or null. Returns JSON, or ""
+// when the plug-in failed.
 const char* double_parse(const char* origin, const char* name, const char* attributes,
-                         const char* const* inputs, size_t count, const char* preset) {
+                         const char* const* inputs, const char* const* outputs,
+                         const char* preset) {
   g_text.clear();
   const auto found = domi::Registry().find(origin);
   if (found == domi::Registry().end()) return g_text.c_str();
   ge::Operator source(name, origin);
   if (attributes != nullptr) source.SetAttr("attribute", ge::AscendString(attributes));
-  std::vector<ge::AscendString> names;
-  for (size_t i = 0; i < count; ++i) names.emplace_back(inputs[i]);
-  if (count != 0) source.SetAttr("input", names);
+  SetNames(source, "input", inputs);
+  SetNames(source, "output", outputs);
   ge::Operator target(name, found->second->ge_type.c_str());
   if (preset != nullptr) target.SetAttr(preset, int64_t{1});
   if (found->second->parse(source, target) != domi::SUCCESS) return g_text.c_str();

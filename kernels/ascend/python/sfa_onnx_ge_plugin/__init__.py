@@ -45,10 +45,17 @@ def _check(node, table):
         present = index < len(node.inputs) and bool(node.inputs[index])
         if required and not present:
             raise PluginError(f"{node.name}: required input {index} ({name}) is missing")
+    outputs = max((i + 1 for i, name in enumerate(node.outputs) if name), default=0)
+    if outputs > table["outputs"]:
+        raise PluginError(
+            f"{node.name}: {outputs} outputs, {table['onnx_type']} has {table['outputs']}"
+        )
 
 
 def _exact(node, name):
     value = node.attrs[name]
+    if not math.isfinite(value):
+        raise PluginError(f"{node.name}: attribute {name} is {value}, expected a finite number")
     companion = node.attrs.get(name + "_exact")
     if companion is None:
         return value
@@ -65,6 +72,8 @@ def fill(node, target, table):
     _check(node, table)
     for name, kind, is_bool in table["attributes"]:
         value = _exact(node, name) if kind == "float" else node.attrs[name]
+        if is_bool and value not in (0, 1):
+            raise PluginError(f"{node.name}: attribute {name} is {value}, expected 0 or 1")
         target.set_attr(name, bool(value) if is_bool else value)
 
 

@@ -34,6 +34,7 @@ OPS = (
             ("rope_head_dim", "int", False),
         ),
         "companions": ("scale_value_exact",),
+        "outputs": 1,
     },
     {
         "onnx_type": "NPUSparseFlashAttentionAntiquant",
@@ -66,6 +67,7 @@ OPS = (
             ("rope_head_dim", "int", False),
         ),
         "companions": ("scale_value_exact",),
+        "outputs": 1,
     },
     {
         "onnx_type": "NPUSparseFlashAttention",
@@ -96,6 +98,7 @@ OPS = (
             ("return_softmax_lse", "int", True),
         ),
         "companions": ("scale_value_exact",),
+        "outputs": 3,
     },
     {
         "onnx_type": "NPULightningIndexer",
@@ -121,6 +124,7 @@ OPS = (
             ("return_values", "int", True),
         ),
         "companions": (),
+        "outputs": 2,
     },
     {
         "onnx_type": "NPUQuantLightningIndexer",
@@ -149,5 +153,6 @@ OPS = (
             ("next_tokens", "int", False),
         ),
         "companions": (),
+        "outputs": 1,
     },
 )
