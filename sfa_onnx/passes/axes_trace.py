@@ -245,6 +245,8 @@ class Tracer:
             return a + b if op == "Add" else a - b
         if op == "Mul":
             for value, other in (node.input, reversed(node.input)):
-                if (by := self.sizes.scalar(other)) is not None and by == int(by):
+                by = self.sizes.scalar(other)
+                by = self.fill(other) if by is None else by
+                if by is not None and by == int(by):
                     return self.index_value(self.operand(value, ref.coords)) * int(by)
         return None

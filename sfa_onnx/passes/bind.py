@@ -10,6 +10,7 @@ from sfa_onnx.passes.bind_attention import Parts, read_attention, split_heads
 from sfa_onnx.passes.bind_axes import check_rows, splits, take_masks, tell_rows
 from sfa_onnx.passes.bind_heads import check_heads
 from sfa_onnx.passes.bind_mask import boolean
+from sfa_onnx.passes.bind_output import at_product, leaves_at
 from sfa_onnx.passes.bind_precision import check_precision
 from sfa_onnx.passes.bind_rows import (
     Columns,
@@ -59,12 +60,13 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
     if anchor.divided is not None:
         out_node, out = anchor.divided, tracer.index.nodes[anchor.divided].output[0]
     bound.append(f"weighted sum {tracer.index.label(out_node)}")
+    product, out = out, out if fused else leaves_at(tracer, anchor, out)
     labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
     coords = tuple(Expr.of(x) for x in labels)
     if fused:
         coords = split_heads(tracer, tracer.index.nodes[out_node], coords)
     for _ in range(8):
-        site = _bind_at(tracer, anchor, out_node, Ref(out, coords), bound)
+        site = _bind_at(tracer, anchor, out_node, product, Ref(out, coords), bound)
         swap = splits(site)
         if not swap:
             check_rows(site)
@@ -79,11 +81,13 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
     )
 
 
-def _bind_at(tracer: Tracer, anchor: Anchor, out_node: int, out: Ref, bound: list[str]) -> Site:
+def _bind_at(
+    tracer: Tracer, anchor: Anchor, out_node: int, product: str, out: Ref, bound: list[str]
+) -> Site:
     if anchor.form == "Attention":
         parts = read_attention(tracer, tracer.index.nodes[anchor.node], out)
     else:
-        parts = _read_softmax(tracer, anchor, out, out_node)
+        parts = _read_softmax(tracer, anchor, at_product(tracer, out, product), out_node)
     column = _value_column(parts.value, parts.others | {parts.key})
     value = require_one(trace_columns(tracer, parts.value, column), "the value", parts.value.value)
     bound.append("value " + value.deep.ref.value)

@@ -67,6 +67,8 @@ def reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | N
 def _one_hot(tracer: Tracer, node: onnx.NodeProto, ref: Ref, slot: Label) -> list[Literal] | None:
     """one_hot(indices, keys) with 0 and 1, summed over the slots."""
     values = tracer.index.constant(node.input[2])
+    if values is None:
+        values = tracer.index.mask_table(node.input[2])  # 0.0 and 1.0
     if values is None or values.size != 2 or not (values.flat[0] == 0 < values.flat[1]):
         return None
     axis = int(attributes(node).get("axis", -1)) % len(ref.coords)

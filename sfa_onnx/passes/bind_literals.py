@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sfa_onnx.passes.axes import Label
+from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_steps import Ref
 
-__all__ = ["Literal", "Selected", "Visible"]
+__all__ = ["Literal", "Selected", "Visible", "alike"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,14 @@ class Selected:
 
 
 Literal = Visible | Selected
+
+
+def alike(one: Literal, other: Literal) -> bool:
+    """Whether two literals say the same; what the slots of a selection are called is no matter."""
+    if not isinstance(one, Selected) or not isinstance(other, Selected):
+        return one == other
+    if one.slot.size != other.slot.size:
+        return False
+    swap = {other.slot: Expr.of(one.slot)}
+    valid = other.valid.substitute(swap) if other.valid is not None else None
+    return one == replace(other, slot=one.slot, indices=other.indices.substitute(swap), valid=valid)

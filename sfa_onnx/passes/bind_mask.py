@@ -14,10 +14,20 @@ import onnx
 from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
 from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer, is_float
+from sfa_onnx.passes.bind_flags import counts, flags, less_one
 from sfa_onnx.passes.bind_hits import pointed, reduced
-from sfa_onnx.passes.bind_literals import Literal, Selected, Visible
+from sfa_onnx.passes.bind_literals import Literal, Selected, Visible, alike
 
-__all__ = ["HIDDEN", "Literal", "Selected", "Visible", "additive", "boolean", "is_hidden"]
+__all__ = [
+    "HIDDEN",
+    "Literal",
+    "Selected",
+    "Visible",
+    "additive",
+    "boolean",
+    "is_hidden",
+    "unswitched",
+]
 
 _BOTH, _EITHER = frozenset(("And", "Mul", "Min")), frozenset(("Or", "Max"))
 
@@ -74,7 +84,7 @@ def _additive_node(
         return _additive_where(tracer, node, ref, negated)
     if op == "Mul":
         return _weighted(tracer, node, ref, negated)
-    if op == "Log" and not negated and _counts(tracer, node.input[0]):  # ln 1, ln 0
+    if op == "Log" and not negated and counts(tracer, node.input[0]):  # ln 1, ln 0
         return boolean(tracer, Ref(node.input[0], ref.coords), positive=True)
     if op == "ScatterElements" and not negated:
         return _scatter(tracer, node, ref, is_bool=False)
@@ -92,7 +102,36 @@ def _combined(
     if node.op_type == "Max":  # max(mask, finfo.min): a floor for sums of masks
         kept = [o for o in operands if not is_hidden(tracer, o.value)]
         return additive(tracer, kept[0], negated=negated) if len(kept) == 1 else None
-    return [lit for o in operands for lit in additive(tracer, o, negated=negated)]
+    first = [i for i, o in enumerate(operands) if not _switched(tracer, o)]
+    masks = [lit for i in first for lit in additive(tracer, operands[i], negated=negated)]
+    for i, operand in enumerate(operands):
+        if i not in first:
+            operand = unswitched(tracer, operand, masks)
+            masks += additive(tracer, operand, negated=negated)
+    return masks
+
+
+def unswitched(tracer: Tracer, ref: Ref, masks: list[Literal]) -> Ref:
+    """The x of x * visible, where `masks` hide what is not visible anyway; else `ref`.
+
+    Some exporters spell Where(visible, x, low) as x * visible + low * (not visible).
+    """
+    for value, switch in _switched(tracer, ref):
+        shown = boolean(tracer, switch, positive=True)
+        if all(any(alike(one, mask) for mask in masks) for one in shown):
+            return value
+    return ref
+
+
+def _switched(tracer: Tracer, ref: Ref) -> list[tuple[Ref, Ref]]:
+    """(x, visible) of x * visible, for either order; empty where `ref` is no such product."""
+    node = tracer.index.node_of(ref.value)
+    if node is None or node.op_type != "Mul":
+        return []
+    a, b = (tracer.operand(n, ref.coords) for n in node.input)
+    if any(tracer.fill(x.value) is not None for x in (a, b)):
+        return []
+    return [(x, switch) for x, switch in ((a, b), (b, a)) if flags(tracer, switch.value)]
 
 
 def _additive_where(
@@ -120,21 +159,13 @@ def _weighted(
         factor = -factor if negated else factor
         if factor < HIDDEN:
             return boolean(tracer, mask, positive=False)
-        if factor > -HIDDEN and (flag := _less_one(tracer, mask)) is not None:
+        if factor > -HIDDEN and (flag := less_one(tracer, mask)) is not None:
             return boolean(tracer, flag, positive=True)
         if factor > 0:
             return additive(tracer, mask)
+        if factor == 0 and flags(tracer, mask.value):
+            return []
     return None
-
-
-def _less_one(tracer: Tracer, ref: Ref) -> Ref | None:
-    """The flag of flag - 1."""
-    node = tracer.index.node_of(ref.value)
-    if node is None or node.op_type not in ("Sub", "Add") or not _counts(tracer, node.input[0]):
-        return None
-    one = 1 if node.op_type == "Sub" else -1
-    found = tracer.fill(node.input[1]) == one
-    return tracer.operand(node.input[0], ref.coords) if found else None
 
 
 def _two_valued_table(tracer: Tracer, value: str) -> bool:
@@ -211,7 +242,7 @@ def _boolean_node(
 
 def _joins_flags(tracer: Tracer, node: onnx.NodeProto) -> bool:
     """Whether an operator joins bools, or numbers that count as such."""
-    return node.op_type in ("And", "Or") or all(_counts(tracer, n) for n in node.input)
+    return node.op_type in ("And", "Or") or all(counts(tracer, n) for n in node.input)
 
 
 def _boolean_where(
@@ -251,7 +282,7 @@ def _compared(
             low.get(node.op_type, False) and not positive
         ):
             return _hides(tracer, source)
-    if not _counts(tracer, source.value):
+    if not counts(tracer, source.value):
         return None
     if (node.op_type == "Equal" and limit == 0) or (node.op_type == "Less" and 0 < limit <= 1):
         return boolean(tracer, source, positive=not positive)
@@ -264,35 +295,6 @@ def _compared(
             else boolean(tracer, source, positive=positive)
         )
     return None
-
-
-def _counts(tracer: Tracer, value: str) -> bool:
-    """Whether a tensor counts or flags: 0 and 1 scattered or reduced, or a cast bool."""
-    for _ in range(16):
-        node = tracer.index.node_of(value)
-        if node is None:
-            return False
-        if node.op_type in ("ScatterElements", "ScatterND", "ReduceSum", "ReduceMax"):
-            return True
-        if node.op_type in ("Mul", "Min", "Max"):
-            return all(_counts(tracer, n) for n in node.input)
-        if (
-            node.op_type == "Cast"
-            and tracer.sizes.elem_type(node.input[0]) == onnx.TensorProto.BOOL
-        ):
-            return True
-        if node.op_type not in (
-            "Cast",
-            "Slice",
-            "Unsqueeze",
-            "Squeeze",
-            "Reshape",
-            "Transpose",
-            "Expand",
-        ):
-            return False
-        value = node.input[0]
-    return False
 
 
 def _scatter(

@@ -11,7 +11,8 @@ import onnx
 from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Scaled, Stop, Tracer
-from sfa_onnx.passes.bind_mask import HIDDEN, Literal, additive, boolean, is_hidden
+from sfa_onnx.passes.bind_literals import Literal
+from sfa_onnx.passes.bind_mask import HIDDEN, additive, boolean, is_hidden, unswitched
 from sfa_onnx.passes.index import GraphIndex
 
 __all__ = ["Scores", "Term", "read_scores", "scatters_where", "sums_products"]
@@ -183,7 +184,7 @@ def _added(
             left.append((operand, own))
         else:
             found.masks.extend(additive(tracer, operand, negated=own < 0))
-    return left
+    return [(unswitched(tracer, operand, found.masks), own) for operand, own in left]
 
 
 def _less_maximum(tracer: Tracer, node: onnx.NodeProto) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sfa_onnx.passes.axes_trace import Dot, Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind_guards import zeroes_empty_rows
 from sfa_onnx.passes.bind_scores import sums_products
 from sfa_onnx.passes.bind_site import Anchor
 from sfa_onnx.passes.index import GraphIndex
@@ -162,7 +163,8 @@ def _to_weights(
         positive = tracer.fill(second.value) == 0
         if not positive and tracer.fill(first.value) != 0:
             return None
-        zeroed.append((condition, positive))
+        if not zeroes_empty_rows(tracer, anchor, node, positive=positive):
+            zeroed.append((condition, positive))
         ref = first if positive else second
     return ref
 

@@ -133,7 +133,7 @@ def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str
 
 def _unified(tracer: Tracer, anchor: Anchor, make: Callable[[], Candidate]) -> Candidate:
     """What `make` makes; symbols that turn out to be one size are made so, and it starts again."""
-    for _ in range(8):
+    for _ in range(len(tracer.sizes.symbols) + 1):
         try:
             return make()
         except UnifyError as same:

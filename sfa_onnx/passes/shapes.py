@@ -81,7 +81,7 @@ class Concrete:
 
     def shape(self, value: str) -> Shape | None:
         """The concrete shape of `value`; None when it cannot be known without running the graph."""
-        for _ in range(8):
+        for _ in range(len(self.symbols) + 1):  # each round makes two of them one
             try:
                 return self.look_up(value)
             except _Unify as same:
@@ -172,14 +172,36 @@ class Concrete:
     def _unify(self, a: int, b: int) -> None:
         own = set(self.symbols.values())
         keep, drop = (a, b) if b in own else (b, a)
-        if drop not in own:
+        pairs = [(keep, drop)] if drop in own else self._factors(a, b)
+        if not pairs:
             raise SizesMeetError(
                 f"sizes {self._told(a)} and {self._told(b)} meet on one axis, but the inputs do not"
                 " declare them as equal"
             )
-        self.symbols = {s: keep if n == drop else n for s, n in self.symbols.items()}
+        swap = {drop: keep for keep, drop in pairs}
+        self.symbols = {s: swap.get(n, n) for s, n in self.symbols.items()}
         self._shapes.clear()
         self._values.clear()
+
+    def _factors(self, a: int, b: int) -> list[tuple[int, int]]:
+        """Which sizes are equal when two merged axes such as B*S1 are; empty: it cannot be told.
+
+        The symbols are paired in the order in which the inputs declare them, and only where no two
+        axes of one input become the same size by it.
+        """
+        common = math.gcd(a, b)
+        sizes = list(dict.fromkeys(self.symbols.values()))
+        left, right = ([n for n in sizes if rest % n == 0] for rest in (a // common, b // common))
+        if math.prod(left) != a // common or math.prod(right) != b // common:
+            return []
+        pairs = list(zip(left, right, strict=False))
+        taken = {n: n for n in sizes} | {drop: keep for keep, drop in pairs}
+        for info in self.index.inputs:
+            dims = self.index.shape(info.name) or ()
+            own = {self.symbols[d] for d in dims if isinstance(d, str) and d in self.symbols}
+            if len({taken[n] for n in own}) < len(own):
+                return []
+        return pairs if len(left) == len(right) else []
 
     def _told(self, size: int) -> str:
         """A size as a product of the inputs' symbols."""

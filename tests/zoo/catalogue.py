@@ -25,6 +25,7 @@ FAMILIES = (
     "heads",
     "finite",
     "attention_op",
+    "elsewhere",
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -129,6 +130,33 @@ def _dequantize(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return nodes
 
 
+def _one_hot(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Where(index == position, on, off): runtimes have no OneHot in double."""
+    axis = find_attribute(node, "axis")
+    if axis is not None and axis.i != -1:
+        return [node]
+    out = node.output[0]
+    names = iter(f"{out}__h{i}" for i in range(20))
+    nodes: list[onnx.NodeProto] = []
+
+    def emit(op: str, *inputs: str, **attributes: Any) -> str:
+        name = next(names)
+        nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
+
+    def const(*numbers: int, scalar: bool = True) -> str:
+        array = np.array(numbers[0] if scalar else numbers, np.int64)
+        return emit("Constant", value=numpy_helper.from_array(array))
+
+    zero, one, last = const(0), const(1), const(-1, scalar=False)
+    depth = emit("Squeeze", emit("Cast", node.input[1], to=TensorProto.INT64))
+    index = emit("Cast", node.input[0], to=TensorProto.INT64)
+    index = emit("Where", emit("Less", index, zero), emit("Add", index, depth), index)
+    hit = emit("Equal", emit("Unsqueeze", index, last), emit("Range", zero, depth, one))
+    off, on = (emit("Gather", node.input[2], i, axis=0) for i in (zero, one))
+    return [*nodes, helper.make_node("Where", [hit, on, off], [out])]
+
+
 def _per_axis(nodes: list[onnx.NodeProto], data: str, scale: str, axis: int, stem: str) -> str:
     """`scale` (a scalar or [n] along `axis`) reshaped so that it broadcasts against `data`.
 
@@ -184,4 +212,5 @@ _SPECIAL: dict[str, Callable[[onnx.NodeProto], list[onnx.NodeProto]]] = {
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "DequantizeLinear": _dequantize,
+    "OneHot": _one_hot,
 }

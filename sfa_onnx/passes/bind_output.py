@@ -1,0 +1,93 @@
+"""Where the result leaves the attention: behind views that take their sizes from its inside.
+
+Some exporters spell a product as Reshape, MatMul, Reshape and read the target of the last one off
+the shape of the weights. The weights go, so the result is what that Reshape makes.
+"""
+
+from __future__ import annotations
+
+from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind_site import Anchor
+from sfa_onnx.passes.index import GraphIndex
+
+__all__ = ["at_product", "leaves_at"]
+
+_LIMIT = 64  # values looked at, in each direction
+_VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity"))
+_PRODUCTS = frozenset(("MatMul", "Einsum", "Gemm", "FusedMatMul"))
+
+
+def leaves_at(tracer: Tracer, anchor: Anchor, value: str) -> str:
+    """`value`, the weighted sum, or the last view of it whose sizes are read off scores or weights.
+
+    Nobody else may read what lies in between.
+    """
+    index = tracer.index
+    inner: set[str] | None = None
+    last = here = value
+    while not index.is_graph_output(here) and len(uses := index.uses(here)) == 1:
+        user, position = uses[0]
+        node = index.nodes[user]
+        tracer.spend(here)
+        if position or node.op_type not in _VIEWS:
+            break
+        here = node.output[0]
+        if len(node.input) > 1:
+            inner = inner or _inside(index, anchor, value)
+            if any(_measures(index, name, inner) for name in node.input[1:]):
+                last = here
+    return last
+
+
+def at_product(tracer: Tracer, out: Ref, product: str) -> Ref:
+    """The element of `product` that `out`, a view of it, is."""
+    ref = out
+    while ref.value != product:
+        step = tracer.step(ref)
+        if not isinstance(step, Move):
+            raise Stop("the result is no view of the weighted sum", out.value)
+        ref = step.ref
+    return ref
+
+
+def _inside(index: GraphIndex, anchor: Anchor, value: str) -> set[str]:
+    """Scores and weights: from the products of queries and keys to the weighted sum."""
+    products: list[str] = []
+    seen, todo = {anchor.scores}, [anchor.scores]
+    while todo and len(seen) < _LIMIT:
+        name = todo.pop()
+        node = index.node_of(name)
+        if node is None or node.op_type == "TopK":
+            continue
+        if node.op_type in _PRODUCTS:
+            products.append(name)
+            continue
+        new = [n for n in node.input if n and n not in seen]
+        seen.update(new)
+        todo += new
+    found, todo = {*products, anchor.weights}, [*products, anchor.weights]
+    while todo and len(found) < _LIMIT:
+        for user, _ in index.uses(todo.pop()):
+            node = index.nodes[user]
+            if node.op_type not in ("Shape", "Size") and value not in node.output:
+                new = [o for o in node.output if o and o not in found]
+                found.update(new)
+                todo += new
+    return found
+
+
+def _measures(index: GraphIndex, name: str, inner: set[str]) -> bool:
+    """Whether a size of an inner value decides `name`."""
+    seen, todo = {name}, [name]
+    while todo and len(seen) < _LIMIT:
+        node = index.node_of(todo.pop())
+        if node is None:
+            continue
+        if node.op_type in ("Shape", "Size"):
+            if node.input[0] in inner:
+                return True
+            continue
+        new = [n for n in node.input if n and n not in seen]
+        seen.update(new)
+        todo += new
+    return False
