@@ -12,8 +12,8 @@ from onnx import helper
 import sfa_onnx
 from sfa_onnx.passes import certificate
 from sfa_onnx.passes.functions import inline_functions
-from tests import scope_models as scopes
 from tests.test_scopes import GATHERED, alike, case, fused
+from tests.zoo import bodies as scopes
 
 MLP = """
 <domain: "local", opset_import: ["" : 17]>

@@ -13,7 +13,7 @@ from sfa_onnx.errors import VerificationError
 from sfa_onnx.passes import certificate
 from sfa_onnx.passes.index import captured
 from sfa_onnx.passes.plan import write_plan
-from tests import scope_models as scopes
+from tests.zoo import bodies as scopes
 from tests.zoo.catalogue import cases
 
 

@@ -24,8 +24,8 @@ __all__ = ["ScopeIndex", "body_views"]
 V = TypeVar("V")
 _ROUNDS = 4  # of widening the sizes of loop states
 
-# A graph without any of these holds no softmax, so no site begins there.
-_ANCHORS = frozenset(("Attention", "Exp", "Pow", "Softmax"))
+# A graph without any of these holds no softmax and nothing that looks like attention without one.
+_TELLING = frozenset(("Attention", "Einsum", "Exp", "MatMul", "Pow", "Softmax", "TopK"))
 
 
 class _Layered(dict[str, V]):
@@ -290,8 +290,8 @@ def _handed_on(body: onnx.GraphProto, states: Iterable[_State]) -> list[_State]:
 
 
 def _starts_a_site(node: onnx.NodeProto) -> bool:
-    """Whether a node may be the softmax of a site."""
-    return node.op_type in _ANCHORS
+    """Whether a node may be the softmax of a site, or belong to what is listed beside sites."""
+    return node.op_type in _TELLING
 
 
 def body_views(

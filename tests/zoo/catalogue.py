@@ -21,6 +21,7 @@ FAMILIES = (
     "extra",
     "edited",
     "scorepath",
+    "scoped",
     "scoremiss",
     "heads",
     "finite",

@@ -1,4 +1,4 @@
-"""Any model, moved into bodies of If, Loop and Scan: the same mathematics in another scope."""
+"""Edits that move any model into bodies of If, Loop and Scan, or into local functions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "merged",
     "nested",
     "renamed",
+    "with_inputs",
 ]
 
 COND = "use_cache_branch"
@@ -51,7 +52,8 @@ def _body(graph: onnx.GraphProto, first: int = 0, *, hoist: bool = False) -> onn
     if not hoist:
         body.initializer.extend(graph.initializer)
     body.value_info.extend(graph.value_info)
-    body.output.extend(graph.output)
+    made = {o for n in body.node for o in n.output}
+    body.output.extend(o for o in graph.output if o.name in made)
     return body
 
 
@@ -76,7 +78,7 @@ def in_if(
     then = renamed(_body(graph, first, hoist=hoist), "/then" if suffix else "", set())
     second = (other or model).graph
     otherwise = renamed(_body(second, first, hoist=hoist), suffix, set())
-    outs = [o.name for o in graph.output]
+    outs = [o.name.removesuffix("/then") for o in then.output]
     node = helper.make_node(
         "If", [COND], outs, "decoder_if", then_branch=then, else_branch=otherwise
     )
@@ -224,3 +226,15 @@ def calls(
     made.opset_import.append(helper.make_opsetid("local", 1))
     made.functions.append(function)
     return made
+
+
+def with_inputs(model: onnx.ModelProto, prefix: str) -> onnx.ModelProto:
+    """A copy whose inputs have other names."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    names = {v.name: prefix + v.name for v in out.graph.input}
+    for node in out.graph.node:
+        node.input[:] = [names.get(i, i) for i in node.input]
+    for info in (*out.graph.input, *out.graph.value_info):
+        info.name = names.get(info.name, info.name)
+    return out
