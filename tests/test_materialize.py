@@ -16,100 +16,24 @@ from sfa_onnx.cli import main
 from sfa_onnx.errors import UsageError, VerificationError, WeightsError
 from sfa_onnx.external import iter_tensors
 from sfa_onnx.passes.certificate import check_certificate
-from tests.scope_models import in_if
-
-B, S1, S, K, R = 2, 3, 16, 5, 8
-N, C, D, V = 4, 32, 16, 12  # heads, latent, nope columns, value columns
-TYPES = {"float": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-_SITE = """
- kvb{i} = MatMul(kv, {w})
- kv4{i} = Reshape(kvb{i}, to4)
- kvt{i} = Transpose<perm=[0,2,1,3]>(kv4{i})
- kn{i}, v{i} = Split<axis=3>(kvt{i}, parts)
- k{i} = Concat<axis=3>(kn{i}, kre)
- kT{i} = Transpose<perm=[0,1,3,2]>(k{i})
- s0{i} = MatMul(q, kT{i})
- s1{i} = Mul(s0{i}, scale)
- s{i} = Add(s1{i}, mask4)
- p{i} = Softmax<axis=-1>(s{i})
- y{i} = MatMul(p{i}, v{i})
-"""
-
-
-def _text(kind, before, sites, extra, outputs):
-    """Attention with a scattered mask over keys and values that {w} expands per head."""
-    code = helper.np_dtype_to_tensor_dtype(np.dtype(TYPES[kind]))
-    body = "".join(_SITE.format(i=i, w="W") for i in range(sites))
-    shape = f"[{B},{N},{S1},{V}]"
-    results = ", ".join([*(f"{kind}{shape} y{i}" for i in range(sites)), *outputs])
-    return f"""<ir_version: 9, opset_import: ["" : 18]>
-m ({kind}[{B},{N},{S1},{D + R}] q, {kind}[{B},{S},{C}] kv, {kind}[{B},{S},{R}] kr,
-   int64[{B},{S1},{K}] idx) => ({results})
-<int64[4] to4 = {{{B},{S},{N},{D + V}}}, int64[2] parts = {{{D},{V}}}, int64[1] ax1 = {{1}},
- int64[4] wide = {{{B},{N},{S},{R}}}, int64[3] dims = {{{B},{S1},{S}}},
- int64[2] flat = {{{C},{N * (D + V)}}}>
-{{
- {before}
- one = Constant<value_float=1.0>()
- low = Constant<value_float=-inf>()
- half = Constant<value_float=0.25>()
- scale = Cast<to={code}>(half)
- kr1 = Unsqueeze(kr, ax1)
- kre = Expand(kr1, wide)
- full0 = Expand(low, dims)
- full = Cast<to={code}>(full0)
- zero0 = Sub(one, one)
- ishape = Shape(idx)
- zero1 = Expand(zero0, ishape)
- zeros = Cast<to={code}>(zero1)
- mask = ScatterElements<axis=-1>(full, idx, zeros)
- mask4 = Unsqueeze(mask, ax1)
- {body}
- {extra}
-}}"""
-
-
-def _weight(dtype="float", seed=0, shape=(C, N * (D + V))):
-    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return values.astype(TYPES[dtype])
-
-
-def _model(kind="float", before="", weight=None, sites=1, extra="", outputs=(), name="W"):
-    model = onnx.parser.parse_model(_text(kind, before, sites, extra, outputs))
-    array = _weight(kind) if weight is None else weight
-    model.graph.initializer.append(numpy_helper.from_array(array, name))
-    return model
-
-
-def _saved(model, folder, name="W", gap=100):
-    """The model with its weight in w.bin, behind `gap` bytes of something else."""
-    tensor = next(t for t in model.graph.initializer if t.name == name)
-    data = tensor.raw_data
-    (folder / "w.bin").write_bytes(b"\xff" * gap + data)
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", "w.bin"), ("offset", gap), ("length", len(data))):
-        tensor.external_data.add(key=key, value=str(value))
-    path = folder / "m.onnx"
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def _expected(weight):
-    """[N, nope, C] and [N, C, v]: what the two MatMuls read."""
-    heads = weight.reshape(C, N, D + V)
-    return heads[:, :, :D].transpose(1, 2, 0), heads[:, :, D:].transpose(1, 0, 2)
-
-
-def _feeds(dtype=np.float32):
-    rng = np.random.default_rng(1)
-    return {
-        "q": rng.standard_normal((B, N, S1, D + R)).astype(dtype),
-        "kv": rng.standard_normal((B, S, C)).astype(dtype),
-        "kr": rng.standard_normal((B, S, R)).astype(dtype),
-        "idx": np.stack([rng.permutation(S)[:K] for _ in range(B * S1)]).reshape(B, S1, K),
-    }
+from tests.absorbed_models import (
+    TYPES,
+    B,
+    C,
+    D,
+    N,
+    R,
+    S,
+    V,
+    expanding,
+    feeds,
+    model_text,
+    parts_of,
+    saved,
+    stored_weight,
+)
+from tests.hand_sites import gather_site
+from tests.zoo.bodies import in_if
 
 
 def _made(model, folder=""):
@@ -124,21 +48,21 @@ def _views_of_weights(model):
 
 @pytest.mark.parametrize("kind", ["float", "float16"])
 def test_the_same_numbers_without_slices(kind):
-    model = _model(kind)
+    model = expanding(kind)
     plain = sfa_onnx.fuse(model, expect_sites=1)
     assert plain.weights_bytes_read == 0
     assert plain.materialized == []
     report = sfa_onnx.fuse(model, expect_sites=1, materialize_absorbed=True)
     assert report.sites[0].record.probes
-    weight = _weight(kind)
-    for made, expected in zip(_made(report.model), _expected(weight), strict=True):
+    weight = stored_weight(kind)
+    for made, expected in zip(_made(report.model), parts_of(weight), strict=True):
         np.testing.assert_array_equal(made, expected)
     assert "W" not in {t.name for t in report.model.graph.initializer}
     assert _views_of_weights(report.model) == []
     assert _views_of_weights(plain.model) == ["Reshape"]
     assert abs(report.model.ByteSize() - plain.model.ByteSize()) < 2000
-    feeds = _feeds(TYPES[kind])
-    a, b = (runtime.run(runtime.session(r.model), feeds) for r in (plain, report))
+    given = feeds(TYPES[kind])
+    a, b = (runtime.run(runtime.session(r.model), given) for r in (plain, report))
     assert a["y0"].tobytes() == b["y0"].tobytes()
     (found,) = report.materialized
     assert (found.bytes_read, found.bytes_written) == (weight.nbytes, weight.nbytes)
@@ -158,12 +82,12 @@ VIEWED = {
 @pytest.mark.parametrize("name", VIEWED)
 def test_views_in_the_graph_are_looked_through(name):
     before, kind, stored = VIEWED[name]
-    array = np.ascontiguousarray(stored(_weight(kind)))
-    model = _model(kind, before, array, name="Ws")
+    array = np.ascontiguousarray(stored(stored_weight(kind)))
+    model = expanding(kind, before, array, name="Ws")
     report = sfa_onnx.fuse(model, expect_sites=1, materialize_absorbed=True)
     tensors = {t.name: numpy_helper.to_array(t) for t in report.model.graph.initializer}
-    weight = array.astype(np.float16) if name == "cast" else _weight(kind)
-    for part, expected in zip(("w_uk", "w_uv"), _expected(weight), strict=True):
+    weight = array.astype(np.float16) if name == "cast" else stored_weight(kind)
+    for part, expected in zip(("w_uk", "w_uv"), parts_of(weight), strict=True):
         np.testing.assert_array_equal(tensors[f"Ws.{part}"], expected)
         assert tensors[f"Ws.{part}"].dtype == TYPES[kind]
     assert "Ws" not in tensors
@@ -172,29 +96,31 @@ def test_views_in_the_graph_are_looked_through(name):
 
 def test_bfloat16_weights():
     """onnxruntime's CPU provider has no bfloat16 MatMul, so only the stored bytes are compared."""
-    report = sfa_onnx.fuse(_model("bfloat16"), expect_sites=1, materialize_absorbed=True)
-    for made, expected in zip(_made(report.model), _expected(_weight("bfloat16")), strict=True):
+    report = sfa_onnx.fuse(expanding("bfloat16"), expect_sites=1, materialize_absorbed=True)
+    for made, expected in zip(
+        _made(report.model), parts_of(stored_weight("bfloat16")), strict=True
+    ):
         assert made.dtype == ml_dtypes.bfloat16
         assert made.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
 def test_external_weights_go_beside_the_output(tmp_path):
-    path = _saved(_model(), tmp_path)
+    path = saved(expanding(), tmp_path)
     plain = sfa_onnx.fuse(path, tmp_path / "plain.onnx")
     report = sfa_onnx.fuse(path, tmp_path / "o.onnx", materialize_absorbed=True)
-    weight = _weight()
+    weight = stored_weight()
     made = tmp_path / "o.absorbed.bin"
     assert made.stat().st_size < weight.nbytes + 4096
     assert (tmp_path / "o.onnx").stat().st_size < plain.path.stat().st_size + 500
     model = onnx.load(tmp_path / "o.onnx", load_external_data=False)
     onnx.checker.check_model(str(tmp_path / "o.onnx"))
-    for found, expected in zip(_made(model, tmp_path), _expected(weight), strict=True):
+    for found, expected in zip(_made(model, tmp_path), parts_of(weight), strict=True):
         np.testing.assert_array_equal(found, expected)
     for tensor in model.graph.initializer:
         entries = {e.key: e.value for e in tensor.external_data}
         assert int(entries.get("offset", 0)) % 4096 == 0
     assert report.weights_bytes_read == weight.nbytes
-    a, b = (runtime.run(runtime.session(r.path), _feeds())["y0"] for r in (plain, report))
+    a, b = (runtime.run(runtime.session(r.path), feeds())["y0"] for r in (plain, report))
     assert a.tobytes() == b.tobytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("m.onnx", "o.absorbed.bin", "o.onnx", "plain.onnx", "w.bin")
@@ -202,7 +128,7 @@ def test_external_weights_go_beside_the_output(tmp_path):
 
 
 def test_external_weights_need_a_place(tmp_path):
-    path = _saved(_model(), tmp_path)
+    path = saved(expanding(), tmp_path)
     with pytest.raises(UsageError, match=r"lies in an external file.*pass an output path"):
         sfa_onnx.fuse(path, materialize_absorbed=True)
     (tmp_path / "o.absorbed.bin").write_bytes(b"mine")
@@ -216,7 +142,7 @@ def test_external_weights_need_a_place(tmp_path):
 def test_failures_leave_nothing(tmp_path):
     (tmp_path / "in").mkdir()
     extra, outputs = " z = MatMul(kv, W)", [f"float[{B},{S},{N * (D + V)}] z"]
-    path = _saved(_model(extra=extra, outputs=outputs), tmp_path / "in")
+    path = saved(expanding(extra=extra, outputs=outputs), tmp_path / "in")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(VerificationError, match="2 were expected"):
         sfa_onnx.fuse(path, tmp_path / "o.onnx", expect_sites=2, materialize_absorbed=True)
@@ -232,7 +158,7 @@ def test_copied_weights_and_models_in_memory(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     extra, outputs = " z = MatMul(kv, W)", [f"float[{B},{S},{N * (D + V)}] z"]
-    path = _saved(_model(extra=extra, outputs=outputs), tmp_path / "in")
+    path = saved(expanding(extra=extra, outputs=outputs), tmp_path / "in")
     report = sfa_onnx.fuse(
         path, tmp_path / "out" / "o.onnx", materialize_absorbed=True, weights="copy"
     )
@@ -246,36 +172,36 @@ def test_copied_weights_and_models_in_memory(tmp_path):
         "o.onnx",
         "w.bin",
     ]
-    a, b = (runtime.run(runtime.session(r.path), _feeds()) for r in (report, again))
+    a, b = (runtime.run(runtime.session(r.path), feeds()) for r in (report, again))
     assert all(a[k].tobytes() == b[k].tobytes() for k in ("y0", "z"))
 
 
 def test_a_weight_with_another_reader_stays():
     extra, outputs = " z = MatMul(kv, W)", [f"float[{B},{S},{N * (D + V)}] z"]
-    report = sfa_onnx.fuse(_model(extra=extra, outputs=outputs), materialize_absorbed=True)
+    report = sfa_onnx.fuse(expanding(extra=extra, outputs=outputs), materialize_absorbed=True)
     assert {"W", "W.w_uk", "W.w_uv"} <= {t.name for t in report.model.graph.initializer}
     assert report.materialized[0].kept == "z"
     assert "W stays: z reads it too" in report.notes
 
 
 def test_sites_that_share_a_weight_share_what_is_made(tmp_path):
-    path = _saved(_model(sites=2), tmp_path)
+    path = saved(expanding(sites=2), tmp_path)
     report = sfa_onnx.fuse(path, tmp_path / "o.onnx", expect_sites=2, materialize_absorbed=True)
     (found,) = report.materialized
     assert len(found.sites) == 2
     assert sorted(found.made) == ["W.w_uk", "W.w_uv"]
-    assert found.bytes_read == _weight().nbytes
-    assert (tmp_path / "o.absorbed.bin").stat().st_size < _weight().nbytes + 4096
+    assert found.bytes_read == stored_weight().nbytes
+    assert (tmp_path / "o.absorbed.bin").stat().st_size < stored_weight().nbytes + 4096
 
 
 @pytest.mark.parametrize("hoist", [True, False])
 def test_bodies_read_what_lies_where_their_weight_does(tmp_path, hoist):
-    model = _model()
+    model = expanding()
     for node in model.graph.node:
         node.name = node.output[0]
     model = in_if(model, hoist=hoist, suffix="/else")
     if hoist:
-        path = _saved(model, tmp_path)
+        path = saved(model, tmp_path)
     else:
         path = tmp_path / "m.onnx"
         path.write_bytes(model.SerializeToString())
@@ -293,9 +219,16 @@ def test_bodies_read_what_lies_where_their_weight_does(tmp_path, hoist):
     assert {t.name for t in iter_tensors(report.model)}.isdisjoint({"W", "W/then", "W/else"})
     assert check_certificate(proof, path, output).problems == ()
     for branch in (True, False):
-        feeds = _feeds() | {"use_cache_branch": np.array(branch)}
-        a, b = (runtime.run(runtime.session(p), feeds)["y0"] for p in (path, output))
+        given = feeds() | {"use_cache_branch": np.array(branch)}
+        a, b = (runtime.run(runtime.session(p), given)["y0"] for p in (path, output))
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_sites_in_latent_space_have_nothing_to_write():
+    model, _ = gather_site()
+    report = sfa_onnx.fuse(model, materialize_absorbed=True)
+    assert report.materialized == []
+    assert "no fused site expands its keys and values" in report.notes[-1]
 
 
 REFUSED = {
@@ -309,8 +242,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_stored_is_left_as_it_is(name):
     before, reason = REFUSED[name]
-    array = _weight().astype(np.float64) if name == "float64" else _weight()
-    model = _model(before=before, weight=array, name="Ws" if before else "W")
+    array = stored_weight().astype(np.float64) if name == "float64" else stored_weight()
+    model = expanding(before=before, weight=array, name="Ws" if before else "W")
     if not before:
         model.graph.input.append(helper.make_tensor_value_info("W", 1, array.shape))
     if name == "an input":
@@ -325,11 +258,11 @@ def test_what_is_not_stored_is_left_as_it_is(name):
 
 
 def test_the_certificate_covers_the_new_weights(tmp_path):
-    path = _saved(_model(), tmp_path)
+    path = saved(expanding(), tmp_path)
     proof = tmp_path / "proof.json"
     sfa_onnx.fuse(path, tmp_path / "o.onnx", certificate=proof, materialize_absorbed=True)
     stated = json.loads(proof.read_text())
-    assert stated["weights_bytes_read"] == _weight().nbytes
+    assert stated["weights_bytes_read"] == stored_weight().nbytes
     assert sorted(stated["materialized"][0]["made"]) == ["W.w_uk", "W.w_uv"]
     assert check_certificate(proof, path, tmp_path / "o.onnx").problems == ()
     file = tmp_path / "o.absorbed.bin"
@@ -345,7 +278,7 @@ def test_the_certificate_covers_the_new_weights(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    path = _saved(_model(), tmp_path)
+    path = saved(expanding(), tmp_path)
     assert main(["fuse", str(path), "--materialize-absorbed", "--dry-run"]) == 0
     assert main(["fuse", str(path), "--materialize-absorbed", "--expect-sites", "1"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -358,7 +291,7 @@ def test_memory_is_bounded_by_one_weight(tmp_path):
     layers, heads, nope, latent = 8, 32, 64, 512
     shape = (latent, heads * 2 * nope)
     size = 4 * latent * heads * 2 * nope
-    text = _text("float", "", layers, "", ())
+    text = model_text("float", "", layers, "", ())
     for old, new in (
         (f",{C}]", f",{latent}]"),
         (f",{N},", f",{heads},"),

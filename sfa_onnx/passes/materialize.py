@@ -308,6 +308,8 @@ def materialized_notes(
     reports: Sequence[MaterializedWeight], file: WeightsFile | None
 ) -> list[str]:
     """What a report says of materialised weights, in lines."""
+    if not reports:
+        return ["materialized: nothing, no fused site expands its keys and values by a weight"]
     done = [r for r in reports if r.made]
     read, written = sum(r.bytes_read for r in done), sum(r.bytes_written for r in done)
     where = f" to {file.path.name}" if file is not None and file.bytes_written else ""
