@@ -107,12 +107,7 @@ def fuse(
         with paused_gc():
             report = run.fuse(model, None if plan is None else plans.read_plan(plan))
         _expect(report, expect_sites, plan)
-        if kv_cache != "keep":
-            with run.stage("kv-cache"):
-                _convert_cache(report, kv_cache)
-        if portable:
-            with run.stage("portable"):
-                _ship_bodies(report)
+        _change_form(run, report, kv_cache, portable)
         if certificate is not None:
             with run.stage("certificate"):
                 proof = certificates.make_certificate(report, run.before)
@@ -161,6 +156,18 @@ def _expect(report: FuseReport, count: int | None, plan: Any) -> None:
         raise VerificationError(f"{plan}: {len(planned)} sites of the plan do not fuse. {reasons}")
 
 
+def _change_form(run: _Run, report: FuseReport, kv_cache: str, portable: bool) -> None:
+    """Int8 caches, or bodies of standard operators, where they are asked for."""
+    if kv_cache != "keep":
+        with run.stage("kv-cache"):
+            _convert_cache(report, kv_cache)
+    if portable:
+        from sfa_onnx.runtime.portable import make_portable
+
+        with run.stage("portable"):
+            report.model = make_portable(report.model)
+
+
 def _convert_cache(report: FuseReport, form: str) -> None:
     """Rewrite float caches to int8 with the converter of `sfa_onnx.kv_convert`."""
     from sfa_onnx.kv_convert import convert
@@ -171,13 +178,6 @@ def _convert_cache(report: FuseReport, form: str) -> None:
     report.notes += converted.notes
     report.changed_inputs += [*converted.removed_inputs, *converted.added_inputs]
     report.changed_outputs += [*converted.removed_outputs, *converted.added_outputs]
-
-
-def _ship_bodies(report: FuseReport) -> None:
-    """Add the operators' bodies of standard operators."""
-    from sfa_onnx.runtime.portable import make_portable
-
-    report.model = make_portable(report.model)
 
 
 @dataclass
