@@ -84,7 +84,7 @@ def test_refuses_a_near_miss_with_a_reason(name: str) -> None:
 def test_leaves_other_attention_alone(name: str) -> None:
     case = _all()[f"mask-decoy-{name}"]
     report = sfa_onnx.fuse(case.build())
-    assert not report.fused
+    assert not report.sites
     assert report.model.graph.node == case.build().graph.node
 
 

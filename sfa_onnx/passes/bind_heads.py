@@ -160,7 +160,8 @@ def _own_selection(
     site: Site, owners: list[Label], choosers: list[Label], views: list[tuple[Ref, Label]]
 ) -> bool:
     """Whether one of the labels that tell selections apart is a head."""
-    if _of_width(views, choosers):
+    flat = [v for v in views if not _holds_tokens(site, v[0], choosers)]
+    if _of_width(flat, choosers):
         return True
     if len(choosers) < 2:
         return False
@@ -173,6 +174,13 @@ def _own_selection(
     if site.heads:
         return False
     return bool(owners) or len(choosers) > 2 or _behind_unit(views[-1][0], choosers[0])
+
+
+def _holds_tokens(site: Site, ref: Ref, choosers: list[Label]) -> bool:
+    """Whether an axis runs over all tokens and heads: [batch, all the rest]."""
+    return any(
+        set(choosers) <= c.labels and c.labels & set(site.heads) and not c.reads for c in ref.coords
+    )
 
 
 def _selection(site: Site) -> str:

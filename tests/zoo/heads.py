@@ -70,7 +70,9 @@ class Layout:
         value = g.cut(self.rows if self.gathered else kv, 0, SIZE["v"])
         out = letters[:-1] + "v"
         o = g.op("Einsum", p, value, equation=f"{letters[:-1]}{last},{rows[:-1]}v->{out}")
-        shape = [*self.shape(" ".join(self.query.split()[:-1])), SIZE["v"]]
+        shape = [*self.shape(" ".join(self.plain[:-1])), SIZE["v"]]
+        if self.query[-2] == " ":
+            shape = [*self.shape(" ".join(self.query.split()[:-1])), SIZE["v"]]
         o = g.reshape(o, *shape)
         inputs = {
             "query": ("f32", given),
@@ -148,6 +150,7 @@ FUSE = {
     "tokens-and-heads": Layout("b sn d", "b t d", "b s k", attend="b s n d"),
     "all-rows": Layout("bsn d", "b t d", "b s k", attend="b s n d"),
     "projected": replace(BASE, project=True),
+    "tokens-and-width": Layout("b snd", "b t d", "b s k", attend="b s n d"),
     "tokens-in-two": Layout("b s c n d", "b t d", "b s c k"),
 }
 KEYS = {
@@ -174,7 +177,7 @@ def cases() -> Iterator[Case]:
     for gathered in (False, True):
         for one in ("", "b", "s", "bs", "n"):
             for name, layout in FUSE.items():
-                if "c" in "".join(layout.query) and one:
+                if ("c" in layout.query and one) or ("snd" in layout.query and one == "n"):
                     continue
                 known = {"expect": "either"} if "batches" in name else {}  # not drawn yet
                 yield _case(name, layout, gathered, one, op=FLOAT_KV, **known)
