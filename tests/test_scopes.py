@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import sfa_onnx
 from sfa_onnx import runtime
-from sfa_onnx.errors import VerificationError
+from sfa_onnx.errors import ModelError, VerificationError
+from sfa_onnx.kv_convert import convert
 from sfa_onnx.passes import certificate
 from sfa_onnx.passes.index import captured
 from sfa_onnx.passes.plan import write_plan
+from sfa_onnx.runtime.compare import compare
 from tests.zoo import bodies as scopes
 from tests.zoo.catalogue import cases
 
@@ -280,3 +283,29 @@ def test_branches_of_other_sizes():
     report = fused(model, 2)
     for branch in (True, False):
         alike(model, report.model, case(GATHERED).feeds(0) | {scopes.COND: np.array(branch)})
+
+
+# -- the other verbs ------------------------------------------------------------------------------
+
+
+def test_comparing_and_converting_say_that_sites_lie_in_bodies():
+    name = "hf-eager-decode-dynamo"
+    model = scopes.in_if(case(name).build(), suffix="/else")
+    after = fused(model, 2).model
+    compared = compare(model, after)
+    assert compared.passed
+    assert any(n.startswith("2 fused operators lie in bodies") for n in compared.notes)
+    assert not any("no fused site" in n for n in compared.notes)
+    with pytest.raises(ModelError, match=r"lie in bodies of If.*decoder_if\.\w+_branch/"):
+        convert(after, to="packed-int8")
+
+
+def test_portable_operators_run_in_bodies():
+    model = scopes.nested(case(GATHERED).build())
+    portable = sfa_onnx.fuse(model, portable=True).model
+    assert [f.domain for f in portable.functions] == ["npu"]
+    feeds = case(GATHERED).feeds(0) | {scopes.COND: np.array(True)}
+    plain = ort.InferenceSession(portable.SerializeToString(), providers=["CPUExecutionProvider"])
+    want = runtime.run(model, feeds)
+    for info, got in zip(plain.get_outputs(), plain.run(None, feeds), strict=True):
+        np.testing.assert_allclose(got, want[info.name], rtol=2e-5, atol=2e-5)

@@ -18,6 +18,9 @@ import onnx
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
+from sfa_onnx.op import SPARSE_FLASH_ATTENTION
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.scope_index import body_views
 
 __all__ = ["FORMS", "KvReport", "convert", "float_sites"]
 
@@ -78,6 +81,10 @@ def convert(
     conversion = Conversion(copy, to, block_size, tile_size)
     report = conversion.run()
     write_interface(copy, Interface(to, block_size, tuple(conversion.entries)))
+    if inner := _in_bodies(copy):
+        report["notes"].append(
+            f"{len(inner)} sites in bodies of If, Loop or Scan keep their float caches: {inner[0]}"
+        )
     result = KvReport(copy, to, len(conversion.sites), **report)
     if output is not None:
         folder = None if isinstance(model, onnx.ModelProto) else Path(model).parent
@@ -88,8 +95,27 @@ def convert(
 def _check(model: onnx.ModelProto) -> None:
     if read_interface(model) is not None:
         raise ModelError("this model's caches were converted already (see its metadata)")
-    if not float_sites(model.graph):
+    if float_sites(model.graph):
+        return
+    if inner := _in_bodies(model):
         raise ModelError(
-            "no NPUSparseFlashAttention (float cache) in this model, so there is nothing to"
-            " convert; fuse it first: sfa_onnx.fuse(model, kv_cache=...) does both"
+            f"the sites of this model lie in bodies of If, Loop or Scan ({inner[0]}), and only"
+            " caches of the main graph are rewritten. Convert the branch as a model of its own:"
+            " export prefill and decode apart instead of merged"
         )
+    raise ModelError(
+        "no NPUSparseFlashAttention (float cache) in this model, so there is nothing to"
+        " convert; fuse it first: sfa_onnx.fuse(model, kv_cache=...) does both"
+    )
+
+
+def _in_bodies(model: onnx.ModelProto) -> list[str]:
+    """The sites that lie in bodies."""
+    main = GraphIndex.of(model)
+    views = body_views(main, lambda node: node.op_type == SPARSE_FLASH_ATTENTION.name)
+    return [
+        view.place(i)
+        for view in views
+        for i in view.own
+        if view.nodes[i].op_type == SPARSE_FLASH_ATTENTION.name
+    ]

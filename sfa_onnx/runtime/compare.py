@@ -35,6 +35,7 @@ from sfa_onnx.runtime.extract import (
     joined_model,
     region_above,
     region_model,
+    sites_in_bodies,
 )
 from sfa_onnx.runtime.feeds import describe, random_feeds
 from sfa_onnx.runtime.ort import Model
@@ -119,7 +120,12 @@ class _Comparison:
 
     def run(self) -> CompareReport:
         sites = find_sites(self.first, self.second)
-        if not sites:
+        if inner := sites_in_bodies(self.second.graph):
+            self._note(
+                f"{inner} fused operators lie in bodies of If, Loop or Scan: they are compared by"
+                " the model's outputs only"
+            )
+        elif not sites:
             self._note("no fused site: the second model holds no operator that the first lacks")
         failure: SfaError | None = None
         for wide in (False, True):  # the second choice of sizes, when the first is not accepted

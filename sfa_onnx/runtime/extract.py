@@ -17,9 +17,18 @@ import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
 from sfa_onnx.op import ALL_OPS, find_op
+from sfa_onnx.passes.index import bodies
 from sfa_onnx.passes.order import reads
 
-__all__ = ["AFTER", "Site", "find_sites", "joined_model", "region_above", "region_model"]
+__all__ = [
+    "AFTER",
+    "Site",
+    "find_sites",
+    "joined_model",
+    "region_above",
+    "region_model",
+    "sites_in_bodies",
+]
 
 AFTER: Final = "__after"  # suffix of the second model's values in a joined model
 _STRUCTURAL: Final = 1 << 16  # bytes; a larger initializer is a weight, and so is an external one
@@ -74,6 +83,13 @@ def find_sites(before: ModelProto, after: ModelProto) -> list[Site]:
                  region_a, position)
         )  # fmt: skip
     return sites
+
+
+def sites_in_bodies(graph: GraphProto) -> int:
+    """How many operators of ours lie in bodies of If, Loop and Scan."""
+    inner = [body for node in graph.node for body in bodies(node).values()]
+    own = (n for body in inner for n in body.node if n.domain and find_op(n.domain, n.op_type))
+    return sum(1 for _ in own) + sum(sites_in_bodies(body) for body in inner)
 
 
 class _Sameness:
