@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx
 
 from sfa_onnx.kv_convert.emit import Emitter
@@ -50,11 +53,12 @@ class Arrangement:
         _keep(graph.value_info, lambda v: v.name in known)
 
 
-def _keep(items: object, wanted: object) -> None:
-    kept = [item for item in items if wanted(item)]  # type: ignore[attr-defined, operator]
-    if len(kept) != len(items):  # type: ignore[arg-type]
-        del items[:]  # type: ignore[attr-defined]
-        items.extend(kept)  # type: ignore[attr-defined]
+def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
+    """Drop from a repeated field what is not wanted."""
+    kept = [item for item in items if wanted(item)]
+    if len(kept) != len(items):
+        del items[:]
+        items.extend(kept)
 
 
 def declare_domain(model: onnx.ModelProto, domain: str, version: int) -> None:
