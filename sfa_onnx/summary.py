@@ -10,7 +10,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from sfa_onnx.model import load_model
 from sfa_onnx.op import find_op
+from sfa_onnx.passes.index import bodies
 
 __all__ = ["Summary", "summarise", "value_text"]
 
@@ -40,24 +42,25 @@ def summarise(path: Path) -> Summary:
     Raises:
         ModelError: the file is missing or not an ONNX model.
     """
-    from sfa_onnx.model import load_model
-
     model = load_model(path)
     graph = model.graph
-    counts = Counter(_op_name(node) for node in _nodes(graph))
-    own = Counter(n.op_type for n in _nodes(graph) if find_op(n.domain, n.op_type))
+    graphs = list(_graphs(graph))
+    nodes = [node for inner in graphs for node in inner.node]
+    tensors = [tensor for inner in graphs for tensor in inner.initializer]
+    counts = Counter(_op_name(node) for node in nodes)
+    own = Counter(n.op_type for n in nodes if find_op(n.domain, n.op_type))
     return Summary(
         ir_version=model.ir_version,
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         opsets={entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
-        nodes=sum(counts.values()),
+        nodes=len(nodes),
         op_counts=dict(counts.most_common()),
         functions=tuple(f"{f.domain}::{f.name}" for f in model.functions),
         inputs=tuple(value_text(value) for value in graph.input),
         outputs=tuple(value_text(value) for value in graph.output),
-        initializers=len(graph.initializer),
-        weight_bytes=sum(_declared_bytes(tensor) for tensor in graph.initializer),
-        external_files=tuple(sorted(_external_files(graph))),
+        initializers=len(tensors),
+        weight_bytes=sum(_declared_bytes(tensor) for tensor in tensors),
+        external_files=tuple(sorted(_external_files(tensors))),
         own_ops=dict(own),
         file_bytes=Path(path).stat().st_size,
     )
@@ -81,13 +84,12 @@ def _op_name(node: onnx.NodeProto) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and every graph below it."""
+    yield graph
     for node in graph.node:
-        yield node
-        if node.op_type in ("If", "Loop", "Scan"):
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    yield from _nodes(attribute.g)
+        for inner in bodies(node).values():
+            yield from _graphs(inner)
 
 
 def _declared_bytes(tensor: TensorProto) -> int:
@@ -100,10 +102,10 @@ def _declared_bytes(tensor: TensorProto) -> int:
         return count
 
 
-def _external_files(graph: onnx.GraphProto) -> set[str]:
+def _external_files(tensors: list[TensorProto]) -> set[str]:
     return {
         entry.value
-        for tensor in graph.initializer
+        for tensor in tensors
         if tensor.data_location == TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"

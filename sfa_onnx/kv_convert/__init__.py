@@ -18,6 +18,7 @@ import onnx
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
+from sfa_onnx.model import load_model, save_model
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.scope_index import body_views
@@ -68,8 +69,6 @@ def convert(
         UsageError: unknown form or an existing output.
         ModelError: no float-cache site, or a cache has a reader that cannot take packed rows.
     """
-    from sfa_onnx.model import load_model, save_model
-
     if to not in FORMS:
         raise UsageError(f"kv-cache form {to!r}: expected one of {', '.join(FORMS)}")
     if block_size <= 0:
