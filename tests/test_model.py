@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sfa_onnx.errors import ModelError, UsageError, WeightsError
 from sfa_onnx.external import StorageReader
 from sfa_onnx.model import atomic_write, hash_tensors_and_nodes, load_model, save_model
+from sfa_onnx.summary import summarise
 from sfa_onnx.weights import external_files, place_weights, weights_findings
 
 
@@ -275,3 +276,27 @@ def test_hashes_cover_every_node_and_pointer(saved):
     assert tensors_after["w"] != tensors["w"]
     assert tensors_after["table"] == tensors["table"]
     assert [a == b for a, b in zip(nodes, nodes_after, strict=True)] == [False, True]
+
+
+def test_summary_counts_what_lies_in_bodies(tmp_path):
+    value = helper.make_tensor_value_info("v", 1, [3])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["v"])],
+        "body",
+        [],
+        [value],
+        [_external("w", np.zeros(3, np.float32), "inner.bin", 0)],
+    )
+    node = helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("c", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("y", 1, [3])],
+    )
+    path = tmp_path / "m.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    found = summarise(path)
+    assert (found.nodes, found.initializers, found.weight_bytes) == (3, 2, 24)
+    assert found.op_counts == {"Identity": 2, "If": 1}
+    assert found.external_files == ("inner.bin",)
