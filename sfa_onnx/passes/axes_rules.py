@@ -273,8 +273,9 @@ def _factor(tracer: Tracer, value: str, coords: tuple[Expr, ...], outside: bool)
 
 
 def _gemm(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    plain = len(node.input) < 3 or not node.input[2]
-    return _matmul(tracer, node, ref) if plain else None
+    flags = attributes(node)
+    plain = len(node.input) < 3 or not node.input[2] or flags.get("beta", 1.0) == 0
+    return _matmul(tracer, node, ref) if plain or tracer.fill(node.input[2]) == 0 else None
 
 
 def _einsum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:

@@ -50,8 +50,8 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
         )
     if anchor.form.startswith("com.microsoft"):
         raise Stop(
-            f"{anchor.form} {tracer.index.label(anchor.node)} is an attention operator of"
-            " onnxruntime, which is not taken apart",
+            f"{anchor.form} {tracer.index.label(anchor.node)} is an operator of"
+            " onnxruntime with a softmax inside, which is not taken apart",
             anchor.weights,
             "fuse first, then optimise with onnxruntime (or optimise without attention fusion)",
         )

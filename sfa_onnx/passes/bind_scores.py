@@ -123,6 +123,7 @@ _KNOWN = {
     "Clip": "a clip",
     "Min": "a clip",
     "Max": "a clip",
+    "Gemm": "a product with a bias (its third input)",
     "Dropout": "active in this graph (training mode)",
     "MatMulInteger": "a product of rounded integers",
     "QLinearMatMul": "a product of rounded integers",

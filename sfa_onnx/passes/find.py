@@ -63,7 +63,7 @@ def find_candidates(
         if not fed:
             continue
         site = _one(tracer, anchor, options, surely=fed == "surely")
-        if site is not None:
+        if site is not None and (fed != "maybe" or isinstance(site, Candidate)):
             found.append(site)
     tracer = Tracer(index, sizes, other, options.max_steps)
     found += other_attention(tracer, {a.node for a in everyone})

@@ -28,6 +28,7 @@ _VIEWS = frozenset(
     ("Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "Reshape", "Squeeze")
 ) | frozenset(("Transpose", "Unsqueeze"))
 _ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK"))
+_ROWS = ("TopK", "input")
 _SEEN, _DATA, _BEHIND = 20_000, 64, 24
 
 Root = tuple[str, int]  # a value, and how many products lie between it and the weights
@@ -37,7 +38,8 @@ def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
     """Whether selected indices reach the attention through a gather or a scattered mask.
 
     Returns "surely", "perhaps" (only a comparison of indices was seen, as masks of packed
-    sequences have it too) or "".
+    sequences have it too), "maybe" (rows are gathered by one row of indices from outside, as caches
+    are reordered for a beam search) or "".
     """
     index = tracer.index
     if anchor.form == "Softmax" or anchor.form.startswith("exp"):
@@ -81,6 +83,8 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
         node = index.node_of(value)
         if node is None:
             continue
+        if depth and node.op_type == "Gather" and _selection(index, node.input[1]) == "row":
+            perhaps = perhaps or ("" if _is_table(index, node.input[0]) else "maybe")
         if not depth and node.op_type in PRODUCTS:
             met.add(any(is_weight(index, n) for n in node.input[:2]))
         if _selects(index, node, depth):
@@ -102,8 +106,8 @@ def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
         return kind == "TopK" or (kind == "input" and not _is_table(index, node.input[0]))
     if op in _SCATTERS:
         inputs = node.input[:2] if op == "OneHot" else node.input[:3]
-        return any(_selection(index, n) for n in inputs)
-    return op == "Equal" and any(_selection(index, n) for n in node.input)
+        return any(_selection(index, n) in _ROWS for n in inputs)
+    return op == "Equal" and any(_selection(index, n) in _ROWS for n in node.input)
 
 
 def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[Root]:
@@ -116,7 +120,7 @@ def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[Root]:
 
 
 def _selection(index: GraphIndex, value: str) -> str:
-    """Where a row of indices comes from: "TopK", "input", or "" when it is none."""
+    """Where indices come from: "TopK", "input", "row" (an input of rank 1) or nowhere, ""."""
     stack, seen, found = [value], set[str](), ""
     while stack and len(seen) < 400:
         name = stack.pop()
@@ -127,7 +131,8 @@ def _selection(index: GraphIndex, value: str) -> str:
         if node is None:
             if index.is_graph_input(name) and index.elem_type(name) in _INT_TYPES:
                 shape = index.shape(name)
-                found = "input" if shape is None or len(shape) >= 2 else found
+                rows = shape is None or len(shape) >= 2
+                found = "input" if rows else found or ("row" if shape else "")
             continue
         if node.op_type in ("ArgMax", "TopK") or node.domain in ("npu", "custom", "sfa_onnx"):
             return "TopK"

@@ -22,6 +22,7 @@ from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes_fold import FOLD, fold
 from sfa_onnx.passes.shapes_rules import RULES, Shape
+from sfa_onnx.passes.shapes_types import type_step
 
 __all__ = ["Concrete", "Shape", "SizesMeetError"]
 
@@ -29,10 +30,6 @@ __all__ = ["Concrete", "Shape", "SizesMeetError"]
 _PRIMES = (10007, 10039, 10061, 10067, 10079, 10093, 10103, 10133, 10141, 10159, 10169, 10181)
 _PRIMES_2 = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # below any top-k: Min(2048, S2) is S2
 _FOLD_LIMIT = 1 << 20  # elements of one evaluated value
-_BOOL_OPS = frozenset(
-    ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
-)
-_INT64_OPS = frozenset(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"))
 
 
 class SizesMeetError(ValueError):
@@ -273,31 +270,10 @@ class Concrete:
             found = self.index.elem_type(value)
             if found or (node := self.index.node_of(value)) is None:
                 break
-            found, value = _type_step(self.index, node, value)
+            found, value = type_step(self.index, node, value)
         for name in chain:
             self._types[name] = found
         return found
-
-
-def _type_step(index: GraphIndex, node: onnx.NodeProto, value: str) -> tuple[int, str]:
-    """(the type if this node decides it, else 0; the input that has the same type)."""
-    op = node.op_type
-    if op in ("Cast", "BitCast"):
-        return int(attributes(node)["to"]), ""
-    if op in _BOOL_OPS or op in ("Or", "Xor"):
-        return onnx.TensorProto.BOOL, ""
-    if op in _INT64_OPS or (op == "TopK" and value == node.output[1]):
-        return onnx.TensorProto.INT64, ""
-    if op == "ConstantOfShape":
-        tensor = attributes(node).get("value")
-        return int(tensor.data_type) if tensor is not None else onnx.TensorProto.FLOAT, ""
-    if op == "Constant":
-        array = index.constant(value)
-        return (0 if array is None else onnx.helper.np_dtype_to_tensor_dtype(array.dtype)), ""
-    if op in ("If", "Loop", "Scan"):
-        return 0, ""
-    same = {"Where": 1, "OneHot": 2, "CastLike": 1, "DequantizeLinear": 1}.get(op, 0)
-    return 0, node.input[same] if len(node.input) > same else ""
 
 
 _OPERATORS: dict[type, Callable[[int, int], int]] = {

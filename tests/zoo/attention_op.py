@@ -166,7 +166,7 @@ REFUSE = {
     "lengths": (replace(DENSE, opset=24, lengths=True), "nonpad_kv_seqlen"),
     "ort-multi-head": (
         replace(_with(GATHERED, scale=0.2), contrib="MultiHeadAttention", opset=18),
-        "operator of onnxruntime",
+        "operator of onnxruntime with a softmax inside",
     ),
 }  # fmt: skip
 
