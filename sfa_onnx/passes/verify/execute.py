@@ -41,6 +41,7 @@ class Executable:
             RuntimeError: a runtime rejected the model or the inputs.
             ContractError: our operator rejected its inputs.
         """
+        self.judge.forget()
         values: dict[str, Array] = {**self._constants, **feeds}
         for step in self._steps:
             if isinstance(step, onnx.NodeProto):

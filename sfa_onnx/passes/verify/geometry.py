@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfa_onnx.passes.candidate import Operand, Role
-from sfa_onnx.passes.verify.sizes import KEYS
+from sfa_onnx.passes.verify.size_roles import KEYS
 
 if TYPE_CHECKING:
     from sfa_onnx.passes.verify.problem import Draw, Problem
@@ -144,7 +144,7 @@ class _Layout:
 def _rows(problem: Problem) -> tuple[Array, Array]:
     """(batch, position) of each query row, in row-major order of the indices."""
     dims = problem.dims
-    grid = np.indices(dims.rows).reshape(len(dims.rows), -1)
+    grid = np.indices(dims.rows).reshape(len(dims.rows), dims.count)
     if dims.batch_axis is None:
         each = max(dims.count // dims.batches, 1)
         batch, position = np.divmod(np.arange(dims.count), each)

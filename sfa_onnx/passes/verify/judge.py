@@ -51,6 +51,10 @@ class Judge:
     rope_itemsize: int = 2
     _parts: list[tuple[Array, Array]] = field(default_factory=list)
 
+    def forget(self) -> None:
+        """Drop the rows that were packed so far: another run begins."""
+        self._parts.clear()
+
     def run(self, node: onnx.NodeProto, inputs: list[Array | None]) -> Array:
         """The single output of `node`.
 

@@ -6,7 +6,6 @@ the graph's own shape rules, so that inner values ("past + 1") fit what feeds th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,30 +16,24 @@ from onnx import helper, numpy_helper
 from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.verify.effort import Effort
 from sfa_onnx.passes.verify.extract import UnverifiableError
+from sfa_onnx.passes.verify.size_choices import (
+    BASES,
+    DEFAULTS,
+    OPENED,
+    OPENED_EFFORT,
+    OPENED_OTHERS,
+    OTHERS,
+)
+from sfa_onnx.passes.verify.size_forms import Family
+from sfa_onnx.passes.verify.size_roles import KEYS, find_roles, ragged
 
-__all__ = ["KEYS", "Dims", "Sizer", "canonical_shapes", "integer_constants", "operand_shapes"]
+__all__ = ["Dims", "Sizer", "canonical_shapes", "integer_constants", "operand_shapes"]
 
-KEYS = (Role.LATENT, Role.LATENT_INT8, Role.PACKED, Role.SCALE, Role.KEY_ROPE)
 Shapes = dict[str, tuple[int, ...]]
 _Key = tuple[tuple[str, int], ...]  # sizes of the symbols
 
-# Wanted sizes, tried in this order until the original graph runs.
-_BASES: tuple[dict[str, int], ...] = (
-    {"B": 3, "S1": 3, "S2": 17, "K": 6},
-    {"B": 1, "S1": 3, "S2": 17, "K": 6},
-    {"B": 3, "S1": 1, "S2": 17, "K": 6},
-    {"B": 1, "S1": 1, "S2": 17, "K": 6},
-    {"B": 2, "S1": 2, "S2": 64, "K": 16},
-    {"B": 1, "S1": 1, "S2": 640, "K": 16},
-)
-_OTHERS: tuple[dict[str, int], ...] = (
-    {"B": 1, "S1": 1, "S2": 8, "K": 8},
-    {"B": 2, "S1": 5, "S2": 9, "K": 6},
-    {"B": 4, "S1": 2, "S2": 7, "K": 12},
-    {"B": 2, "S1": 4, "S2": 64, "K": 33},
-)
-_DEFAULTS = {"N1": 3, "T": 7, "T2": 23, "M": 3, "pages": 14, "slots": 4, "width": 16}
 MEMORY_LIMIT = 2_000_000_000  # bytes of one run in float64
 _WORK_MAX = 250_000  # query rows * keys of another size
 _CONSTANT_MAX = 600  # integer constants up to this size are straddled by S2
@@ -87,19 +80,26 @@ class Dims:
 class Sizer:
     """Shapes of a candidate's operands under any choice of the graph's symbols."""
 
-    def __init__(self, index: GraphIndex, candidate: Candidate, layout_kv: str) -> None:
+    def __init__(
+        self,
+        index: GraphIndex,
+        candidate: Candidate,
+        layout_kv: str,
+        family: Family | None = None,
+    ) -> None:
         self._index = index
         self._candidate = candidate
         self._layout_kv = layout_kv
-        self._ragged = any(  # sequences of queries follow each other along one axis
-            o.domain.cumulative for o in candidate.operands if o.role is Role.LENGTHS_QUERY
-        )
+        self._family = family
+        self._ragged = ragged(candidate)
         base = Concrete(index)
         self._primes = dict(base.symbols)
-        self._too_big: list[int] = []
+        self._efforts: list[Effort] = []  # per choice
         self._evaluated: dict[_Key, Shapes] = {}
-        self._peaks: dict[_Key, int] = {}
-        self._roles = self._find_roles(self._evaluate(self._primes))
+        self._known: dict[_Key, Effort] = {}
+        self._unlimited = False
+        self._roles = find_roles(self._evaluate, self._primes, candidate, layout_kv)
+        self._decided = {s for s, r in self._roles.items() if r & {"S1", "S2", "K", "T", "T2"}}
 
     def bases(self) -> list[tuple[Shapes, Dims]]:
         """Sizes to start from, most telling first.
@@ -107,8 +107,11 @@ class Sizer:
         Raises:
             UnverifiableError: no choice gives shapes that fit the operator.
         """
-        found = [s for wanted in _BASES if (s := self.choose(wanted)) is not None]
-        if not found:  # a fixed top-k that is larger than all of these lengths
+        lines = BASES if self._family is None else OPENED
+        found = [s for wanted in lines if (s := self.choose(wanted)) is not None]
+        if (
+            not found and self._family is None
+        ):  # a fixed top-k that is larger than all of these lengths
             slots = self.dims(self._evaluate(self._primes)).slots
             roomy = ({"B": b, "S1": 1, "S2": slots + 9, "K": slots} for b in (2, 1))
             found = [s for wanted in roomy if (s := self.choose(wanted)) is not None]
@@ -119,10 +122,11 @@ class Sizer:
     def _no_sizes(self) -> Refusal:
         """Why there is nothing to start from."""
         where = self._candidate.outputs[0]
-        if self._too_big:
+        least = min((e.bytes for e in self._efforts), default=0)
+        if least > MEMORY_LIMIT:
             return Refusal(
                 "not verifiable within budget: one run in float64 needs"
-                f" {min(self._too_big) / 1e9:.1f} GB at the sizes that the file fixes",
+                f" {least / 1e9:.1f} GB at the sizes that the file fixes",
                 where,
                 "export with dynamic shapes: the site is then verified at small sizes",
             )
@@ -131,14 +135,83 @@ class Sizer:
 
     def others(self, constants: Iterable[int]) -> list[tuple[Shapes, Dims]]:
         """Sizes around K and around every integer constant of the region."""
+        if self._family is not None:
+            return self._opened_others(self._family)
         straddled = [n for c in sorted(set(constants)) for n in (c, 2 * c + 1)]
-        wanted = [*_OTHERS, *({**_BASES[0], "S2": n, "K": n} for n in straddled)]
+        wanted = [*OTHERS, *({**BASES[0], "S2": n, "K": n} for n in straddled)]
         found = (s for w in wanted if (s := self.choose(w)) is not None)
         return _distinct(s for s in found if s[1].count * s[1].capacity <= _WORK_MAX)
 
+    def _opened_others(self, family: Family) -> list[tuple[Shapes, Dims]]:
+        """Sizes on either side of what was opened, and of every number that is no size.
+
+        Raises:
+            UnverifiableError: both sides of a number cannot be reached.
+        """
+        found = []
+        for wanted in OPENED_OTHERS:
+            choice = self.choose(wanted)
+            if choice is not None and self._efforts[-1].seconds <= OPENED_EFFORT:
+                found.append(choice)
+        for rule in sorted(family.rules):
+            for symbol, size in family.sizes.items():
+                roles = self._roles.get(symbol, set()) & {"S1", "S2", "K", "T", "T2", "M"}
+                if size > rule and roles:
+                    found += self._sides(rule, roles)
+        return _distinct(found)
+
+    def _sides(self, rule: int, roles: set[str]) -> list[tuple[Shapes, Dims]]:
+        """Sizes of one axis up to `rule` and beyond it, the other axes as short as they may be.
+
+        Raises:
+            UnverifiableError: no choice beyond it fits.
+        """
+        found = []
+        for size in (rule, rule + 1, 2 * rule + 1):
+            longer = {k: size + n for n, k in enumerate(("S2", "T2"), 1)}
+            wanted = {**OPENED[0], "B": 1, **(longer if roles & {"S1", "K", "T"} else {})}
+            lines = ({**wanted, **dict.fromkeys(roles, size)}, {**OPENED[1], "B": 1, "S2": size})
+            for line in lines if "S2" in roles else lines[:1]:
+                if (choice := self.choose(line)) is not None:
+                    found.append((size, choice))
+                    break
+        if not any(size > rule for size, _ in found):
+            raise UnverifiableError(self._no_side(rule))
+        return [choice for _, choice in found]
+
+    def _no_side(self, rule: int) -> Refusal:
+        return Refusal(
+            f"not verifiable within budget: the constant {rule} is no size of the site, and sizes"
+            " beyond it take too much memory",
+            self._candidate.outputs[0],
+            "export with dynamic shapes, and without fixed positions",
+        )
+
+    def smallest(self) -> tuple[Shapes, Dims]:
+        """The first sizes, whatever a run at them takes.
+
+        Raises:
+            UnverifiableError: no choice gives shapes that fit the operator.
+        """
+        self._unlimited = True
+        try:
+            return self.bases()[0]
+        finally:
+            self._unlimited = False
+
+    def least(self) -> Effort:
+        """What one run at the least of the first sizes takes.
+
+        Raises:
+            UnverifiableError: no choice gives shapes that fit the operator.
+        """
+        self._efforts.clear()
+        self.smallest()
+        return min(self._efforts, key=lambda e: e.seconds)
+
     def choose(self, wanted: Mapping[str, int]) -> tuple[Shapes, Dims] | None:
         """Shapes for wanted sizes of axes; None where the operator's domain forbids them."""
-        sizes = {**_DEFAULTS, **wanted}
+        sizes = {**DEFAULTS, **wanted}
         sizes["S1"] = min(sizes["S1"], sizes["S2"])
         symbols = dict(self._primes)
         for symbol, roles in self._roles.items():
@@ -146,6 +219,8 @@ class Sizer:
             if "S1" in roles and "S2" in roles:  # prefill: queries and keys grow together
                 role = "S1" if self._offset("S2") else "S2"
             symbols[symbol] = sizes.get(role or "", 5)
+        if self._family is not None and not self._family.admits(symbols, self._decided):
+            return None
         shapes = self._evaluate(symbols)
         dims = self.dims(shapes)
         domain = _operand(self._candidate, Role.INDICES).domain
@@ -159,30 +234,13 @@ class Sizer:
             dims = self.dims(shapes)
         if self._ragged and dims.count < dims.batches:  # every sequence has a query
             return None
-        if (needed := self._bytes(symbols)) > MEMORY_LIMIT:
-            self._too_big.append(needed)
+        key = tuple(sorted(symbols.items()))
+        if key not in self._known:
+            self._known[key] = Effort.of(self._index, self._candidate, symbols)
+        self._efforts.append(self._known[key])
+        if not self._unlimited and self._efforts[-1].bytes > MEMORY_LIMIT:
             return None
         return shapes, dims
-
-    def _bytes(self, symbols: Mapping[str, int]) -> int:
-        """Peak memory of one run in float64: a value lives until its last reader in the site."""
-        key = tuple(sorted(symbols.items()))
-        if key in self._peaks:
-            return self._peaks[key]
-        concrete = Concrete(self._index, symbols)
-        order = sorted({*self._candidate.nodes, *self._candidate.support})
-        last = {v: i for i in order for v in self._index.nodes[i].input if v}
-        live: dict[str, int] = {}
-        peak = 0
-        for i in order:
-            for name in self._index.nodes[i].output:
-                shape = concrete.shape(name) if name else None
-                live[name] = 8 * math.prod(shape) if shape is not None else 0
-            peak = max(peak, sum(live.values()))
-            for name in [n for n in live if last.get(n, i) <= i]:
-                del live[name]
-        self._peaks[key] = peak
-        return peak
 
     def _offset(self, role: str) -> bool:
         """Whether another symbol alone also grows `role` (a cache in front of the new tokens)."""
@@ -256,64 +314,6 @@ class Sizer:
             found = operand_shapes(Concrete(self._index, symbols), self._candidate)
             self._evaluated[key] = found
         return self._evaluated[key]
-
-    def _find_roles(self, base: Shapes) -> dict[str, set[str]]:
-        """Symbol -> what it sizes, found by changing one symbol at a time."""
-        found: dict[str, set[str]] = {}
-        used: dict[tuple[str, int], int] = {}  # (operand, merged axis) -> symbols seen so far
-        for symbol, size in self._primes.items():
-            changed = self._evaluate({**self._primes, symbol: size + 4})
-            roles: set[str] = set()
-            for operand in self._candidate.operands:
-                before, after = base[operand.value], changed[operand.value]
-                for axis, (a, b) in enumerate(zip(before, after, strict=True)):
-                    if a != b:
-                        place = (operand.value, axis)
-                        roles.add(self._role(operand, axis, used.get(place, 0)))
-                        used[place] = used.get(place, 0) + 1
-            if roles:
-                found[symbol] = roles - {""} or {"other"}
-        return found
-
-    def _role(self, operand: Operand, axis: int, nth: int = 0) -> str:
-        """What an axis of an operand sizes, by the operand's role and the axis' place.
-
-        `nth` counts the symbols that size a merged axis ("B*S1"), in the order of the inputs.
-        """
-        rank = len(operand.axes)
-        if operand.role is Role.INDICES:
-            if axis == rank - 1:
-                return "K"
-            first = 0 if operand.axes[0] != "1" else 1
-            several = sum(a != "1" for a in operand.axes[:-1]) > 1
-            if (
-                self._layout_kv == "TND"
-                or self._ragged
-                or (not several and operand.axes[axis] == "T")
-            ):
-                return "T"
-            return "B" if axis == first and several else "S1"
-        if operand.role in KEYS:
-            return self._key_role(operand, axis, rank)
-        if operand.role is Role.BLOCK_TABLE:
-            return "M" if axis == rank - 1 else "B"
-        if operand.role in (Role.LENGTHS_KV, Role.LENGTHS_QUERY):
-            return "B"
-        parts = operand.axes[axis].split("*")
-        label = parts[min(nth, len(parts) - 1)]
-        return label if label in ("B", "S1", "S2", "K", "N1", "T", "M") else ""
-
-    def _key_role(self, operand: Operand, axis: int, rank: int) -> str:
-        if axis == rank - 1:
-            return "width"
-        if _first(self._candidate, Role.BLOCK_TABLE) is not None:
-            return "pages" if axis == 0 else "slots"
-        if self._layout_kv == "TND":
-            return "T2"
-        axes = [i for i in range(rank - 1) if operand.axes[i] != "1"]
-        if [operand.axes[i].partition("_of_")[0] for i in axes[:2]] == ["S2", "B"]:
-            return "S2" if axis == axes[0] else "B"
-        return "S2" if axis == axes[min(1, len(axes) - 1)] else "B"
 
 
 def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:

@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from sfa_onnx.errors import ContractError
-from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.passes.candidate import Candidate, Refusal, Role
+from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.shapes import Concrete
 from sfa_onnx.passes.verify.classes import fingerprint
-from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import (
     UnverifiableError,
     extract_region,
     extract_replacement,
 )
-from sfa_onnx.passes.verify.judge import Judge
 from sfa_onnx.passes.verify.natural import hidden_by_mask, mask_models
-from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
-from sfa_onnx.passes.verify.problem import Draw, Problem
-from sfa_onnx.passes.verify.promote import promote
-from sfa_onnx.passes.verify.sizes import Sizer, canonical_shapes, integer_constants
-from sfa_onnx.report import ProbeResult, VerifyRecord
+from sfa_onnx.passes.verify.open_sizes import Opened, open_sizes
+from sfa_onnx.passes.verify.probes import PROBES, Probe
+from sfa_onnx.passes.verify.site import Site, inputs_as
+from sfa_onnx.passes.verify.sizes import Sizer, canonical_shapes
+from sfa_onnx.report import VerifyRecord
 
 __all__ = ["Verifier"]
 
-Array = NDArray[Any]
-_LONELY_MAX = 0.5  # share of empty rows beyond which a draw shows nothing
-_SLOW = 0.5  # seconds of one run from which on each probe asks one question only
-# Rounding of the product of a graph's scale factors, in the type of its query.
-_SCALE_SLACK: dict[int, float] = {onnx.TensorProto.FLOAT16: 1e-3, onnx.TensorProto.BFLOAT16: 8e-3}
+_Verdict = VerifyRecord | Refusal
+_QUICK = 5.0  # seconds of all probes at the sizes that the file fixes; beyond, they are opened
+_ROOM = 1_000_000_000  # bytes of one run there
+_QUESTIONS = 32  # about as many are asked
+_FEW = 4  # as many must fit, for one of them to be asked at the sizes of the file
 
 
 class Verifier:
@@ -49,44 +40,108 @@ class Verifier:
         index: the graph.
         probes: the questions to ask; tests leave some out to see that each is needed.
         budget: seconds that one class of sites may take.
+        quick: seconds that probing at the sizes of the file may take before they are opened.
     """
 
     def __init__(
-        self, index: GraphIndex, probes: Sequence[Probe] = PROBES, budget: float = 120.0
+        self,
+        index: GraphIndex,
+        probes: Sequence[Probe] = PROBES,
+        budget: float = 120.0,
+        quick: float = _QUICK,
     ) -> None:
         self._index = index
         self._probes = probes
         self._budget = budget
+        self._quick = quick
         self._concrete = Concrete(index)
-        self._known: dict[str, tuple[str, VerifyRecord | Refusal]] = {}
+        self._known: dict[str, tuple[str, _Verdict]] = {}
 
-    def verify(self, candidate: Candidate) -> VerifyRecord | Refusal:
+    def verify(self, candidate: Candidate) -> _Verdict:
         """The record of what was verified, or why the site is not the operator."""
         try:
             region = extract_region(self._index, candidate)
             replacement = extract_replacement(self._index, candidate)
             masks = mask_models(self._index, candidate)
             shapes = canonical_shapes(self._concrete, candidate)
-            key = fingerprint(candidate, region, replacement, masks.values(), shapes)
-            label = self._index.label(candidate.anchor)
-            if key in self._known:
-                return self._shared(key, candidate)
-            sizer = Sizer(self._index, candidate, _inputs_as(candidate).get("layout_kv", ""))
-            result = hidden_by_mask(candidate, masks, *sizer.bases()[0]) or _Site(
-                self._index, candidate, region, replacement, sizer
-            ).verify(self._probes, self._budget)
-            self._known[key] = (label, result)
         except UnverifiableError as error:
             return error.refusal
-        return result
-
-    def _shared(self, key: str, candidate: Candidate) -> VerifyRecord | Refusal:
-        """The verdict of an equal site, with this site's own assumptions."""
-        label, known = self._known[key]
+        key = fingerprint(candidate, region, replacement, masks.values(), shapes)
+        label = self._index.label(candidate.anchor)
+        shared = key in self._known
+        if not shared:
+            begin = time.monotonic()
+            try:
+                result = self._judge(candidate, region, replacement, masks)
+            except UnverifiableError as error:
+                result = error.refusal
+            if isinstance(result, VerifyRecord):
+                result = dataclasses.replace(result, seconds=time.monotonic() - begin)
+            self._known[key] = (label, result)
+        first, known = self._known[key]
         if isinstance(known, Refusal):
             return known
-        assumptions = _assumptions(candidate)
-        return dataclasses.replace(known, shared_with=label, assumptions=assumptions, seconds=0.0)
+        assumptions = (*_assumptions(candidate), *known.assumptions)
+        if not shared:
+            return dataclasses.replace(known, assumptions=assumptions)
+        return dataclasses.replace(known, assumptions=assumptions, shared_with=first, seconds=0.0)
+
+    def _judge(
+        self,
+        candidate: Candidate,
+        region: onnx.ModelProto,
+        replacement: onnx.ModelProto,
+        masks: dict[str, onnx.ModelProto],
+    ) -> _Verdict:
+        """Run the site at the sizes of the file if that is quick, else with its sizes opened.
+
+        Raises:
+            UnverifiableError: it can be run at no size.
+        """
+        layout = inputs_as(candidate).get("layout_kv", "")
+        sizer = Sizer(self._index, candidate, layout)
+        if masks and (hidden := hidden_by_mask(candidate, masks, *sizer.smallest())):
+            return hidden
+        site: Site | None = None
+        effort = sizer.least()
+        if effort.bytes <= _ROOM and effort.seconds <= self._quick / _FEW:
+            site = Site(self._index, candidate, region, replacement, sizer)
+            if site.seconds() * _QUESTIONS <= self._quick:
+                return site.verify(self._probes, self._budget)
+        verdict: Refusal | None = None
+        for opened in open_sizes(self._index, candidate, region, replacement):
+            found = self._small(opened, sizer, site)
+            if isinstance(found, VerifyRecord):
+                return found
+            verdict = verdict or found
+        doubtful = verdict is None or (site is not None and site.doubts(verdict))
+        if verdict is not None and not doubtful:
+            return verdict
+        site = site or Site(self._index, candidate, region, replacement, sizer)
+        return site.verify(self._probes, self._budget)
+
+    def _small(self, opened: Opened, sizer: Sizer, true: Site | None) -> _Verdict:
+        """The verdict at small sizes, and where it fits one question at those of the file."""
+        try:
+            layout = inputs_as(opened.candidate).get("layout_kv", "")
+            small = Sizer(opened.index, opened.candidate, layout, opened.family)
+            region = extract_region(opened.index, opened.candidate)
+            replacement = extract_replacement(opened.index, opened.candidate)
+            site = Site(opened.index, opened.candidate, region, replacement, small)
+            record = site.verify(self._probes, self._budget)
+        except UnverifiableError as error:
+            return error.refusal
+        if isinstance(record, Refusal):
+            return record
+        whole = sizer.smallest()[1].named()
+        shrunk = [f"{k}={n} instead of {whole[k]}" for k, n in record.sizes.items() if n < whole[k]]
+        record = dataclasses.replace(record, shrunk=tuple(shrunk))
+        if true is None:
+            return record
+        asked = true.confirm(site.scale)
+        if isinstance(asked, Refusal):
+            return asked
+        return dataclasses.replace(record, probes=(*record.probes, asked))
 
 
 def _assumptions(candidate: Candidate) -> tuple[str, ...]:
@@ -98,278 +153,3 @@ def _assumptions(candidate: Candidate) -> tuple[str, ...]:
             by = domain.discharged_by or "nobody: the caller of the model"
             found.append(f"{domain.assumption}: discharged by {by}")
     return tuple(found)
-
-
-class _OriginalFailsError(Exception):
-    """The original graph rejects a draw."""
-
-
-class _Site:
-    """One class of sites under verification."""
-
-    def __init__(
-        self,
-        index: GraphIndex,
-        candidate: Candidate,
-        region: onnx.ModelProto,
-        replacement: onnx.ModelProto,
-        sizer: Sizer,
-    ) -> None:
-        self._candidate = candidate
-        self._sizer = sizer
-        self._region_model = region
-        self._attributes = _inputs_as(candidate)
-        self._constants = {
-            o.value: array
-            for o in candidate.operands
-            if o.role is Role.CONSTANT and (array := index.constant(o.value)) is not None
-        }
-        self._lonely: set[str] = set()
-        self._slow = False
-        self._read = len(index.constants_read)
-        self._index = index
-        self._judge = Judge(rope_dtype=_rope_dtype(candidate))
-        try:
-            self._region = Executable(promote(region))
-            self._fused = Executable(promote(replacement), self._judge)
-        except RuntimeError as error:
-            raise UnverifiableError(
-                Refusal(
-                    f"the site cannot be run in float64: {_first_line(error)}",
-                    candidate.outputs[0],
-                )
-            ) from error
-
-    def verify(self, probes: Sequence[Probe], budget: float) -> VerifyRecord | Refusal:
-        """Calibrate the scale, then ask every probe; at most `budget` seconds."""
-        begin = time.monotonic()
-        deadline = begin + budget
-        problem = self._start()
-        if refusal := self._calibrate(problem):
-            return refusal
-        results = []
-        for probe in probes:
-            result = self._ask(probe, problem, deadline)
-            if isinstance(result, Refusal):
-                return result
-            if result.draws:
-                results.append(result)
-        return VerifyRecord(
-            probes=tuple(results),
-            sizes=problem.dims.named(),
-            shrunk=(),
-            assumptions=(*_assumptions(self._candidate), *sorted(self._lonely)),
-            constants_read=tuple(dict.fromkeys(self._index.constants_read[: self._read])),
-            own_rounding=self._own_rounding(problem),
-            seconds=time.monotonic() - begin,
-        )
-
-    def _ask(self, probe: Probe, problem: Problem, deadline: float) -> ProbeResult | Refusal:
-        """Put all questions of one probe."""
-        error, draws, failed = 0.0, 0, ""
-        where = self._candidate.outputs[0]
-        for case, draw in itertools.islice(probe.ask(problem), 1 if self._slow else None):
-            if time.monotonic() > deadline:
-                return Refusal(
-                    "not verifiable within budget: the probes at the sizes that the file fixes take"
-                    " too long",
-                    where,
-                    "export with dynamic shapes: the site is then verified at small sizes",
-                )
-            try:
-                outcome = self._compare(case, draw)
-            except _OriginalFailsError as fault:
-                failed = str(fault) if case.shapes == problem.shapes else failed
-                continue  # at other sizes: the original does not accept them either
-            if isinstance(outcome, str):
-                return Refusal(outcome, where)
-            draws += 1
-            error = max(error, outcome)
-        if failed and not draws:
-            return Refusal(
-                f"the original itself fails on the probe {probe.name!r}: {failed}", where
-            )
-        if probe.gating and not error <= BOUND:
-            return self._refusal(probe, error)
-        return ProbeResult(probe.name, error, BOUND, draws)
-
-    def _start(self) -> Problem:
-        """The first sizes at which the original graph runs."""
-        errors = []
-        for shapes, dims in self._sizer.bases():
-            problem = Problem(self._candidate, shapes, dims, self._attributes, self._constants)
-            try:
-                begin = time.monotonic()
-                self._region.run(problem.feeds(Draw()))
-                self._slow = time.monotonic() - begin > _SLOW
-            except RuntimeError as error:
-                errors.append(_first_line(error))
-                continue
-            marks = integer_constants(self._region_model)
-            others = [o for o in self._sizer.others(marks) if o[0] != shapes]
-            return dataclasses.replace(problem, others=tuple(others))
-        raise UnverifiableError(
-            Refusal(
-                f"the site could not be run at any probe size: {errors[0]}",
-                self._candidate.outputs[0],
-            )
-        )
-
-    def _calibrate(self, problem: Problem) -> Refusal | None:
-        """Find the exact scale of the graph; it may differ from the attribute by rounding only.
-
-        One Gauss-Newton step per round on the residual of a random draw: the output depends
-        smoothly on the scale, and only the scale may differ before the probes judge the rest.
-        """
-        feeds = problem.feeds(Draw(seed=1, lengths="full"))
-        try:
-            want = self._flat(self._region.run(feeds))
-        except RuntimeError as error:
-            return Refusal(
-                f"the original itself fails on ordinary inputs: {_first_line(error)}",
-                self._candidate.outputs[0],
-            )
-        factor, step = 1.0, 1e-6
-        for _ in range(2 if self._slow else 3):
-            self._judge.scale = factor
-            try:
-                got = self._flat(self._fused.run(feeds))
-                self._judge.scale = factor * (1 + step)
-                slope = (self._flat(self._fused.run(feeds)) - got) / step
-            except (ContractError, RuntimeError) as error:
-                return self._rejected(error)
-            finally:
-                self._judge.scale = 1.0
-            norm = float(slope @ slope) if slope.shape == want.shape else 0.0
-            if norm == 0.0 or not np.isfinite(want).all() or not math.isfinite(norm):
-                return None  # the probes will tell
-            factor *= 1 + float(slope @ (want - got)) / norm
-        if not abs(factor - 1) <= 0.5:
-            return None
-        self._judge.scale = factor
-        residual = _error(want, self._flat(self._fused.run(feeds)))
-        types = [o.elem_type for o in self._candidate.operands if o.role is Role.QUERY]
-        if abs(factor - 1) <= min((_SCALE_SLACK.get(t, 2e-7) for t in types), default=2e-7):
-            return None
-        self._judge.scale = 1.0
-        if residual > BOUND:
-            return None
-        scale = self._attributes["scale_value"]
-        return Refusal(
-            f"the graph scales its scores by {scale * factor:.8g}, the fused operator would by"
-            f" {scale:.8g}",
-            self._candidate.outputs[0],
-        )
-
-    def _compare(self, problem: Problem, draw: Draw) -> float | str:
-        """Relative error of one draw, or a reason when the operator rejects it.
-
-        Raises:
-            _OriginalFailsError: the original rejects the draw.
-        """
-        feeds = problem.feeds(draw)
-        try:
-            want = self._region.run(feeds)
-        except RuntimeError as error:
-            raise _OriginalFailsError(_first_line(error)) from error
-        try:
-            got = self._fused.run(feeds)
-        except (ContractError, RuntimeError) as error:
-            return self._rejected(error).reason
-        if any(w.shape != g.shape for w, g in zip(want, got, strict=True)):
-            shapes = f"{[w.shape for w in want]} but the fused one {[g.shape for g in got]}"
-            return f"the original output has shape {shapes} (sizes {problem.dims.named()})"
-        return _error(self._flat(want), self._flat(got), self._lonely)
-
-    def _rejected(self, error: Exception) -> Refusal:
-        """The fused form does not run on inputs that the original accepts."""
-        return Refusal(
-            f"the original accepts inputs that the fused operator rejects: {_first_line(error)}",
-            self._candidate.outputs[0],
-        )
-
-    def _refusal(self, probe: Probe, error: float) -> Refusal:
-        shown = "different infinities or NaN" if math.isinf(error) else f"error {error:.1e}"
-        return Refusal(
-            f"{probe.reason} (probe {probe.name!r}: {shown}, bound {BOUND:.0e})",
-            self._candidate.outputs[0],
-        )
-
-    def _flat(self, outputs: Sequence[Array]) -> Array:
-        return np.concatenate([np.asarray(o, np.float64).reshape(-1) for o in outputs])
-
-    def _own_rounding(self, problem: Problem) -> float | None:
-        """Error of the site in the model's own types against float64; None where it cannot run."""
-        kinds = {o.value: o.elem_type for o in self._candidate.operands}
-        feeds = problem.feeds(Draw(seed=2, lengths="full"))
-        narrow = {
-            name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
-            for name, array in feeds.items()
-        }
-        wide = {
-            name: array.astype(np.float64) if feeds[name].dtype == np.float64 else array
-            for name, array in narrow.items()
-        }
-        try:
-            own = Executable(self._region_model)
-            if own.engine != "onnxruntime":
-                return None
-            return _error(self._flat(self._region.run(wide)), self._flat(own.run(narrow)))
-        except (RuntimeError, ValueError, TypeError):
-            return None
-
-
-def _error(want: Array, got: Array, lonely: set[str] | None = None) -> float:
-    """Largest difference relative to the largest expected value; inf where infinities differ.
-
-    NaN where the operator gives exact zeros is a row without any key: an edge of the domain on
-    which originals differ by design. It is noted in `lonely`, not judged.
-    """
-    if want.shape != got.shape:
-        return math.inf
-    if lonely is not None and (empty := np.isnan(want) & (got == 0.0)).any():
-        if empty.mean() > _LONELY_MAX:
-            return math.inf
-        lonely.add("a row without any visible key: the original gives NaN, the operator zeros")
-        want, got = want[~empty], got[~empty]
-    finite = np.isfinite(want)
-    if (finite != np.isfinite(got)).any() or not np.array_equal(
-        want[~finite], got[~finite], equal_nan=True
-    ):
-        return math.inf
-    if not finite.any():
-        return 0.0
-    scale = float(np.abs(want[finite]).max()) or 1.0
-    return float(np.abs(want[finite] - got[finite]).max()) / scale
-
-
-def _rope_dtype(candidate: Candidate) -> Any:
-    """Type of the rope bytes in packed rows: the query's own type."""
-    kinds = [o.elem_type for o in candidate.operands if o.role is Role.QUERY]
-    return onnx.helper.tensor_dtype_to_np_dtype(kinds[0]) if kinds else np.float32
-
-
-def _attributes(candidate: Candidate) -> dict[str, Any]:
-    """Attributes of the fused node in the replacement."""
-    node = next(n for n in candidate.replacement if n.op_type == candidate.op.name)
-    return attributes(node)
-
-
-def _inputs_as(candidate: Candidate) -> dict[str, Any]:
-    """The attributes, with the layout in which the *graph* takes its inputs.
-
-    A graph that tells sequences apart by prefix sums takes packed ones, whatever the fused node
-    is given: rows of no sequence would be drawn else.
-    """
-    found = _attributes(candidate)
-    packed = {o.role for o in candidate.operands if o.domain.cumulative}
-    paged = any(o.role is Role.BLOCK_TABLE for o in candidate.operands)
-    if Role.LENGTHS_QUERY in packed:
-        found["layout_query"] = "TND"
-    if Role.LENGTHS_KV in packed and not paged:
-        found["layout_kv"] = "TND"
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]

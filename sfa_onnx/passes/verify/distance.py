@@ -1,0 +1,38 @@
+"""How far two results are apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["relative_error"]
+
+Array = NDArray[Any]
+_LONELY_MAX = 0.5  # share of empty rows beyond which a draw shows nothing
+
+
+def relative_error(want: Array, got: Array, lonely: set[str] | None = None) -> float:
+    """Largest difference relative to the largest expected value; inf where infinities differ.
+
+    NaN where the operator gives exact zeros is a row without any key: an edge of the domain on
+    which originals differ by design. It is noted in `lonely`, not judged.
+    """
+    if want.shape != got.shape:
+        return math.inf
+    if lonely is not None and (empty := np.isnan(want) & (got == 0.0)).any():
+        if empty.mean() > _LONELY_MAX:
+            return math.inf
+        lonely.add("a row without any visible key: the original gives NaN, the operator zeros")
+        want, got = want[~empty], got[~empty]
+    finite = np.isfinite(want)
+    if (finite != np.isfinite(got)).any() or not np.array_equal(
+        want[~finite], got[~finite], equal_nan=True
+    ):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(want[finite]).max()) or 1.0
+    return float(np.abs(want[finite] - got[finite]).max()) / scale

@@ -1,0 +1,345 @@
+"""One class of sites under verification: run both graphs on every question."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from sfa_onnx.errors import ContractError
+from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.candidate import Candidate, Refusal, Role
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.verify.distance import relative_error
+from sfa_onnx.passes.verify.execute import Executable
+from sfa_onnx.passes.verify.extract import UnverifiableError
+from sfa_onnx.passes.verify.judge import Judge
+from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
+from sfa_onnx.passes.verify.problem import Draw, Problem
+from sfa_onnx.passes.verify.promote import promote
+from sfa_onnx.passes.verify.sizes import Sizer, integer_constants
+from sfa_onnx.report import ProbeResult, VerifyRecord
+
+__all__ = ["Site", "inputs_as"]
+
+Array = NDArray[Any]
+_SLOW = 0.5  # seconds of one run from which on each probe asks one question only
+# Rounding of the product of a graph's scale factors, in the type of its query.
+_SCALE_SLACK: dict[int, float] = {onnx.TensorProto.FLOAT16: 1e-3, onnx.TensorProto.BFLOAT16: 8e-3}
+
+
+def _once(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    yield problem, Draw(seed=11)
+
+
+class _OriginalFailsError(Exception):
+    """The original graph rejects a draw."""
+
+
+class Site:
+    """One class of sites under verification."""
+
+    def __init__(
+        self,
+        index: GraphIndex,
+        candidate: Candidate,
+        region: onnx.ModelProto,
+        replacement: onnx.ModelProto,
+        sizer: Sizer,
+    ) -> None:
+        self._candidate = candidate
+        self._sizer = sizer
+        self._region_model = region
+        self._attributes = inputs_as(candidate)
+        self._constants = {
+            o.value: array
+            for o in candidate.operands
+            if o.role is Role.CONSTANT and (array := index.constant(o.value)) is not None
+        }
+        self._lonely: set[str] = set()
+        self._slow = False
+        self._problem: Problem | None = None
+        self._read = len(index.constants_read)
+        self._index = index
+        self._judge = Judge(rope_dtype=_rope_dtype(candidate))
+        try:
+            self._region = Executable(promote(region))
+            self._fused = Executable(promote(replacement), self._judge)
+        except RuntimeError as error:
+            raise UnverifiableError(
+                Refusal(
+                    f"the site cannot be run in float64: {_first_line(error)}",
+                    candidate.outputs[0],
+                )
+            ) from error
+
+    def verify(self, probes: Sequence[Probe], budget: float) -> VerifyRecord | Refusal:
+        """Calibrate the scale, then ask every probe; at most `budget` seconds.
+
+        Raises:
+            UnverifiableError: the original runs at no size.
+        """
+        begin = time.monotonic()
+        deadline = begin + budget
+        problem = self.start()
+        if refusal := self._calibrate(problem):
+            return refusal
+        results = []
+        for probe in probes:
+            result = self._ask(probe, problem, deadline)
+            if isinstance(result, Refusal):
+                return result
+            if result.draws:
+                results.append(result)
+        return VerifyRecord(
+            probes=tuple(results),
+            sizes=problem.dims.named(),
+            shrunk=(),
+            assumptions=tuple(sorted(self._lonely)),
+            constants_read=tuple(dict.fromkeys(self._index.constants_read[: self._read])),
+            own_rounding=self._own_rounding(problem),
+            seconds=time.monotonic() - begin,
+        )
+
+    def seconds(self) -> float:
+        """How long one question takes at the first sizes: inputs, original and fused form.
+
+        Raises:
+            UnverifiableError: the original runs at no size.
+        """
+        problem = self.start()
+        begin = time.thread_time()
+        feeds = problem.feeds(Draw())
+        with contextlib.suppress(RuntimeError, ContractError):
+            self._region.run(feeds)
+            self._fused.run(feeds)
+        return time.thread_time() - begin
+
+    @property
+    def scale(self) -> float:
+        """What the operator's scale is multiplied with to be the graph's own, unrounded."""
+        return self._judge.scale
+
+    def confirm(self, scale: float) -> ProbeResult | Refusal:
+        """One random question at the first sizes, asked of a site that was verified at others.
+
+        Args:
+            scale: found at the other sizes.
+        """
+        self._judge.scale = scale
+        probe = Probe(
+            "true size", "the result differs from the fused operator's at its true sizes", _once
+        )
+        return self._ask(probe, self.start(), math.inf)
+
+    def doubts(self, refusal: Refusal) -> bool:
+        """Whether this site, at the first sizes, does not show what `refusal` says of others."""
+        probe = next((p for p in PROBES if f"probe {p.name!r}" in refusal.reason), None)
+        if probe is None:
+            return True
+        self._slow = True
+        problem = self.start()
+        verdict = self._calibrate(problem) or self._ask(probe, problem, math.inf)
+        return not isinstance(verdict, Refusal)
+
+    def _ask(self, probe: Probe, problem: Problem, deadline: float) -> ProbeResult | Refusal:
+        """Put all questions of one probe."""
+        error, draws, failed = 0.0, 0, ""
+        where = self._candidate.outputs[0]
+        for case, draw in itertools.islice(probe.ask(problem), 1 if self._slow else None):
+            if time.monotonic() > deadline:
+                return Refusal(
+                    "not verifiable within budget: the probes at the sizes that the file fixes take"
+                    " too long",
+                    where,
+                    "export with dynamic shapes: the site is then verified at small sizes",
+                )
+            try:
+                outcome = self._compare(case, draw)
+            except _OriginalFailsError as fault:
+                failed = str(fault) if case.shapes == problem.shapes else failed
+                continue  # at other sizes: the original does not accept them either
+            if isinstance(outcome, str):
+                return Refusal(outcome, where)
+            draws += 1
+            error = max(error, outcome)
+        if failed and not draws:
+            return Refusal(
+                f"the original itself fails on the probe {probe.name!r}: {failed}", where
+            )
+        if probe.gating and not error <= BOUND:
+            return self._refusal(probe, error)
+        return ProbeResult(probe.name, error, BOUND, draws)
+
+    def start(self) -> Problem:
+        """The first sizes at which the original graph runs.
+
+        Raises:
+            UnverifiableError: it runs at none.
+        """
+        if self._problem is not None:
+            return self._problem
+        errors = []
+        for shapes, dims in self._sizer.bases():
+            problem = Problem(self._candidate, shapes, dims, self._attributes, self._constants)
+            try:
+                feeds = problem.feeds(Draw())
+                begin = time.thread_time()  # whatever else the machine does
+                self._region.run(feeds)
+                self._slow = time.thread_time() - begin > _SLOW
+            except RuntimeError as error:
+                errors.append(_first_line(error))
+                continue
+            marks = integer_constants(self._region_model)
+            others = [o for o in self._sizer.others(marks) if o[0] != shapes]
+            self._problem = dataclasses.replace(problem, others=tuple(others))
+            return self._problem
+        raise UnverifiableError(
+            Refusal(
+                f"the site could not be run at any probe size: {errors[0]}",
+                self._candidate.outputs[0],
+            )
+        )
+
+    def _calibrate(self, problem: Problem) -> Refusal | None:
+        """Find the exact scale of the graph; it may differ from the attribute by rounding only.
+
+        One Gauss-Newton step per round on the residual of a random draw: the output depends
+        smoothly on the scale, and only the scale may differ before the probes judge the rest.
+        """
+        feeds = problem.feeds(Draw(seed=1, lengths="full"))
+        try:
+            want = self._flat(self._region.run(feeds))
+        except RuntimeError as error:
+            return Refusal(
+                f"the original itself fails on ordinary inputs: {_first_line(error)}",
+                self._candidate.outputs[0],
+            )
+        factor, step = 1.0, 1e-6
+        for _ in range(2 if self._slow else 3):
+            self._judge.scale = factor
+            try:
+                got = self._flat(self._fused.run(feeds))
+                self._judge.scale = factor * (1 + step)
+                slope = (self._flat(self._fused.run(feeds)) - got) / step
+            except (ContractError, RuntimeError) as error:
+                return self._rejected(error)
+            finally:
+                self._judge.scale = 1.0
+            norm = float(slope @ slope) if slope.shape == want.shape else 0.0
+            if norm == 0.0 or not np.isfinite(want).all() or not math.isfinite(norm):
+                return None  # the probes will tell
+            factor *= 1 + float(slope @ (want - got)) / norm
+        if not abs(factor - 1) <= 0.5:
+            return None
+        self._judge.scale = factor
+        residual = relative_error(want, self._flat(self._fused.run(feeds)))
+        types = [o.elem_type for o in self._candidate.operands if o.role is Role.QUERY]
+        if abs(factor - 1) <= min((_SCALE_SLACK.get(t, 2e-7) for t in types), default=2e-7):
+            return None
+        self._judge.scale = 1.0
+        if residual > BOUND:
+            return None
+        scale = self._attributes["scale_value"]
+        return Refusal(
+            f"the graph scales its scores by {scale * factor:.8g}, the fused operator would by"
+            f" {scale:.8g}",
+            self._candidate.outputs[0],
+        )
+
+    def _compare(self, problem: Problem, draw: Draw) -> float | str:
+        """Relative error of one draw, or a reason when the operator rejects it.
+
+        Raises:
+            _OriginalFailsError: the original rejects the draw.
+        """
+        feeds = problem.feeds(draw)
+        try:
+            want = self._region.run(feeds)
+        except RuntimeError as error:
+            raise _OriginalFailsError(_first_line(error)) from error
+        try:
+            got = self._fused.run(feeds)
+        except (ContractError, RuntimeError) as error:
+            return self._rejected(error).reason
+        if any(w.shape != g.shape for w, g in zip(want, got, strict=True)):
+            shapes = f"{[w.shape for w in want]} but the fused one {[g.shape for g in got]}"
+            return f"the original output has shape {shapes} (sizes {problem.dims.named()})"
+        return relative_error(self._flat(want), self._flat(got), self._lonely)
+
+    def _rejected(self, error: Exception) -> Refusal:
+        """The fused form does not run on inputs that the original accepts."""
+        return Refusal(
+            f"the original accepts inputs that the fused operator rejects: {_first_line(error)}",
+            self._candidate.outputs[0],
+        )
+
+    def _refusal(self, probe: Probe, error: float) -> Refusal:
+        shown = "different infinities or NaN" if math.isinf(error) else f"error {error:.1e}"
+        return Refusal(
+            f"{probe.reason} (probe {probe.name!r}: {shown}, bound {BOUND:.0e})",
+            self._candidate.outputs[0],
+        )
+
+    def _flat(self, outputs: Sequence[Array]) -> Array:
+        return np.concatenate([np.asarray(o, np.float64).reshape(-1) for o in outputs])
+
+    def _own_rounding(self, problem: Problem) -> float | None:
+        """Error of the site in the model's own types against float64; None where it cannot run."""
+        kinds = {o.value: o.elem_type for o in self._candidate.operands}
+        feeds = problem.feeds(Draw(seed=2, lengths="full"))
+        narrow = {
+            name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
+            for name, array in feeds.items()
+        }
+        wide = {
+            name: array.astype(np.float64) if feeds[name].dtype == np.float64 else array
+            for name, array in narrow.items()
+        }
+        try:
+            own = Executable(self._region_model)
+            if own.engine != "onnxruntime":
+                return None
+            return relative_error(self._flat(self._region.run(wide)), self._flat(own.run(narrow)))
+        except (RuntimeError, ValueError, TypeError):
+            return None
+
+
+def _rope_dtype(candidate: Candidate) -> Any:
+    """Type of the rope bytes in packed rows: the query's own type."""
+    kinds = [o.elem_type for o in candidate.operands if o.role is Role.QUERY]
+    return onnx.helper.tensor_dtype_to_np_dtype(kinds[0]) if kinds else np.float32
+
+
+def _attributes(candidate: Candidate) -> dict[str, Any]:
+    """Attributes of the fused node in the replacement."""
+    node = next(n for n in candidate.replacement if n.op_type == candidate.op.name)
+    return attributes(node)
+
+
+def inputs_as(candidate: Candidate) -> dict[str, Any]:
+    """The attributes, with the layout in which the *graph* takes its inputs.
+
+    A graph that tells sequences apart by prefix sums takes packed ones, whatever the fused node
+    is given: rows of no sequence would be drawn else.
+    """
+    found = _attributes(candidate)
+    packed = {o.role for o in candidate.operands if o.domain.cumulative}
+    paged = any(o.role is Role.BLOCK_TABLE for o in candidate.operands)
+    if Role.LENGTHS_QUERY in packed:
+        found["layout_query"] = "TND"
+    if Role.LENGTHS_KV in packed and not paged:
+        found["layout_kv"] = "TND"
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]

@@ -1,0 +1,153 @@
+"""Numbers as expressions of sizes: what 4095 may stand for where S2 is 4096."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+__all__ = ["SMALL", "Family", "Form", "Forms"]
+
+SMALL = 24  # sizes and constants up to here stay as they are
+_SENTINEL = 1 << 31  # "to the end", not a size
+_FACTORS_MAX = 3
+_NEAR = 8  # a number this near a size may be the size and a bit
+
+
+@dataclass(frozen=True)
+class Form:
+    """The sum of products of symbols: terms ((coefficient, (symbol, ...)), ...) and a constant."""
+
+    terms: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    const: int = 0
+
+    def __call__(self, sizes: Mapping[str, int]) -> int:
+        """The number at these sizes."""
+        products = (c * math.prod(sizes[s] for s in symbols) for c, symbols in self.terms)
+        return sum(products) + self.const
+
+    def __str__(self) -> str:
+        """Such as "2*size_4096 - 1": what `Concrete` reads as a dim."""
+        parts = ["*".join([str(c), *symbols]) for c, symbols in self.terms]
+        return " + ".join([*parts, *([str(self.const)] if self.const or not parts else [])])
+
+    @property
+    def plain(self) -> str | None:
+        """The symbol, where the form is nothing else."""
+        if self.const or len(self.terms) != 1 or self.terms[0][0] != 1:
+            return None
+        symbols = self.terms[0][1]
+        return symbols[0] if len(symbols) == 1 else None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no size enters."""
+        return not self.terms
+
+    def plus(self, other: Form, sign: int = 1) -> Form:
+        """The sum, or the difference for `sign` -1."""
+        terms = self.terms + tuple((sign * c, s) for c, s in other.terms)
+        return Form(terms, self.const + sign * other.const)
+
+    def times(self, other: Form) -> Form | None:
+        """The product of two forms without constants and sums; None for others."""
+        if len(self.terms) > 1 or len(other.terms) > 1 or (self.terms and self.const):
+            return None
+        if other.terms and other.const:
+            return None
+        (a, left), (b, right) = (f.terms[0] if f.terms else (f.const, ()) for f in (self, other))
+        symbols = (*left, *right)
+        return Form(((a * b, symbols),)) if symbols else Form(const=a * b)
+
+
+class Forms:
+    """The symbols of a site and what numbers may mean in terms of them.
+
+    Attributes:
+        sizes: symbol -> the size that the file fixes.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def symbol(self, size: int) -> Form:
+        """The symbol of a size; sizes that are equal in the file share one."""
+        name = f"size_{size}"
+        self.sizes[name] = size
+        return Form(((1, (name,)),))
+
+    def known(self, size: int) -> Form | None:
+        """The symbol of a size, where there is one."""
+        name = f"size_{size}"
+        return Form(((1, (name,)),)) if name in self.sizes else None
+
+    def of(self, number: int) -> list[Form]:
+        """What a constant may stand for, simplest first; itself where nothing else fits.
+
+        Small numbers, negative ones and "to the end" are themselves.
+        """
+        if abs(number) <= SMALL or abs(number) >= _SENTINEL:
+            return [Form(const=number)]
+        if number < 0:
+            return [Form().plus(form, -1) for form in self.of(-number)]
+        found = [*self._single(number), *self._sums(number), *self._products(number)]
+        distinct = list(dict.fromkeys(found))
+        return distinct[:8] or [Form(const=number)]
+
+    def _single(self, number: int) -> Iterator[Form]:
+        near = sorted(range(-_NEAR, _NEAR + 1), key=abs)
+        for offset in near:
+            if (form := self.known(number - offset)) is not None:
+                yield Form(form.terms, offset)
+
+    def _sums(self, number: int) -> Iterator[Form]:
+        """N - m, n + m, and these with one more or less."""
+        for (a, n), (b, m) in itertools.permutations(self.sizes.items(), 2):
+            if abs(n - m - number) <= 1:
+                yield Form(((1, (a,)), (-1, (b,))), number - n + m)
+            if a < b and n + m == number:
+                yield Form(((1, (a,)), (1, (b,))))
+
+    def _products(self, number: int) -> Iterator[Form]:
+        """Coefficient * sizes, the fewest left over first; and one more or less."""
+        for offset in (0, -1, 1):
+            target = number - offset
+            found = []
+            for count in range(1, _FACTORS_MAX + 1):
+                for symbols in itertools.combinations_with_replacement(self.sizes, count):
+                    product = math.prod(self.sizes[s] for s in symbols)
+                    if target % product == 0 and (target // product > 1 or count > 1):
+                        found.append((target // product, symbols))
+            yield from (Form((term,), offset) for term in sorted(found))
+
+
+@dataclass(frozen=True)
+class Family:
+    """The sizes at which a site with opened sizes stands for the one in the file.
+
+    Attributes:
+        sizes: symbol -> size in the file, for the symbols that were opened.
+        values: forms of sizes that stand where positions are computed.
+        rules: numbers there that are no sizes.
+    """
+
+    sizes: dict[str, int]
+    values: frozenset[Form]
+    rules: frozenset[int]
+
+    def admits(self, symbols: Mapping[str, int], decided: set[str]) -> bool:
+        """Whether chosen sizes lie to each other and to the constants as those of the file do.
+
+        Args:
+            symbols: the choice.
+            decided: symbols that size queries, keys or the selection.
+        """
+        forms = [Form(((1, (s,)),)) for s in self.sizes if s in decided]
+        forms += [f for f in self.values if f not in forms]
+        known = {**symbols, **self.sizes}
+        pairs = sorted((abs(f(known)), abs(f(symbols))) for f in forms)
+        for (true, chosen), (more, larger) in itertools.pairwise(pairs):
+            if (true < more and chosen >= larger) or (true == more and chosen != larger):
+                return False
+        return True
