@@ -104,6 +104,9 @@ class Tracer:
                 tensor = attributes(node).get("value")
                 number = 0 if tensor is None else onnx.numpy_helper.to_array(tensor).reshape(-1)[0]
                 return float(number)
+            if node.op_type == "Mul":  # ones * -inf
+                a, b = (self.fill(n) for n in node.input)
+                return None if a is None or b is None else a * b
             if node.op_type not in _FILLED:
                 return self._folded_fill(value)
             value = node.input[0]
@@ -202,9 +205,8 @@ class Tracer:
             return self._representatives[value]
         key: object = value
         node = self.index.node_of(value)
-        constant = self.index.constant(value)
-        if constant is not None and constant.size <= _TINY:
-            key = (constant.dtype.str, constant.shape, constant.tobytes())
+        if (known := self._number(value)) is not None:
+            key = known
         elif node is not None and depth and node.op_type not in _SOURCES:
             self.spend(value)
             inputs = tuple(self.representative(n, depth - 1) for n in node.input)
@@ -214,6 +216,22 @@ class Tracer:
         found = self._equal.setdefault(key, value)
         self._representatives[value] = found
         return found
+
+    def equals(self, value: str) -> list[str]:
+        """`value` and the values met so far that are computed exactly like it."""
+        own = self.representative(value)
+        return [value, *(v for v, r in self._representatives.items() if r == own and v != value)]
+
+    def _number(self, value: str) -> object:
+        """What a small constant holds, or a number that sizes alone decide, for comparison."""
+        array = self.index.constant(value)
+        if array is not None:
+            small = array.size <= _TINY
+            return (array.dtype.str, array.shape, array.tobytes()) if small else None
+        array, other = self.sizes.value(value), self.other.value(value)
+        if array is None or other is None or array.dtype.kind not in "iu" or array.size > _TINY:
+            return None
+        return (array.dtype.str, array.shape, array.tobytes(), other.tobytes())
 
     def _known_index(self, ref: Ref) -> Expr | None:
         """A constant table that is linear in its coordinates: arange, batch offsets, a number."""

@@ -57,7 +57,7 @@ def _cut(columns: Columns) -> Columns | None:
         return None
     scale = columns.scale
     if scale:
-        plain = [i for i, s in enumerate(scale) if _plain(s.ref)]
+        plain = [i for i, s in enumerate(scale) if _plain(s.ref, tiles=True)]
         if not plain:
             return None
         scale = scale[: plain[-1] + 1]
@@ -66,11 +66,15 @@ def _cut(columns: Columns) -> Columns | None:
     return replace(columns, path=path[: at[-1] + 1], scale=scale)
 
 
-def _plain(ref: Ref) -> bool:
-    """Whether some axes are read at an index each and all others run over labels."""
+def _plain(ref: Ref, *, tiles: bool = False) -> bool:
+    """Whether some axes are read at an index each and all others run over labels.
+
+    `tiles`: the last axis runs over the tiles of columns.
+    """
     read = [c for c in ref.coords if c.reads]
     alone = all(c == Expr.of(c.reads[0]) and not _nested(c.reads[0]) for c in read)
-    return bool(read) and alone and all(c.reads or axis_labels(c) is not None for c in ref.coords)
+    others = ref.coords[:-1] if tiles else ref.coords
+    return bool(read) and alone and all(c.reads or axis_labels(c) is not None for c in others)
 
 
 def _nested(read: Read) -> bool:
