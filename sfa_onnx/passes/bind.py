@@ -143,7 +143,7 @@ def _masked_scores(
     scores = read_scores(tracer, ref, anchor.factor)
     if anchor.mask:
         mask = tracer.operand(anchor.mask, ref.coords)
-        scores.masks.extend(boolean(tracer, mask, positive=True))
+        scores.masks.extend(boolean(tracer, mask, positive=anchor.keeps))
     for condition, positive in zeroed:
         if not all(m in scores.masks for m in boolean(tracer, condition, positive=positive)):
             raise Stop(

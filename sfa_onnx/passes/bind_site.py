@@ -26,6 +26,8 @@ class Anchor:
 
     `mask`: what the exponentials are multiplied by before they are summed, 0 or 1 per key.
     `padded`: the divisor where it is more than the sum of the exponentials.
+    `keeps`: whether that mask is true (1) where a key stays.
+    `inner`: the softmax that is normalised once more; -1: there is none.
     `divided`: the node that divides the weighted sum by the sum of the weights, where the graph
     normalises afterwards; `weights` are exponentials then.
     """
@@ -39,6 +41,8 @@ class Anchor:
     divided: int | None = None
     mask: str = ""
     padded: str = ""
+    keeps: bool = True
+    inner: int = -1
 
 
 @dataclass(frozen=True)

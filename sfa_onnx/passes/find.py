@@ -53,7 +53,7 @@ def find_candidates(
     sizes = Concrete(index)
     other = Concrete(index, second=True) if sizes.dynamic else sizes
     found: list[Candidate | RefusedSite] = []
-    everyone = list(anchors(index))
+    everyone = anchors(index)
     named = Counter(index.label(a.node) for a in everyone)
     for anchor in everyone:
         tracer = Tracer(index, sizes, other, options.max_steps)

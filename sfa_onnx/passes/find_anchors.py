@@ -28,8 +28,14 @@ _LOOSE = frozenset(
 )
 
 
-def anchors(index: GraphIndex) -> Iterator[Anchor]:
+def anchors(index: GraphIndex) -> list[Anchor]:
     """Every softmax of the graph, in any spelling, in graph order."""
+    found = list(_all(index))
+    inner = {a.inner for a in found}
+    return [a for a in found if a.node not in inner]
+
+
+def _all(index: GraphIndex) -> Iterator[Anchor]:
     for i in index.own:
         node = index.nodes[i]
         op = node.op_type
@@ -41,7 +47,7 @@ def anchors(index: GraphIndex) -> Iterator[Anchor]:
         elif op in CONTRIB and node.domain == "com.microsoft":
             yield Anchor(i, node.input[0], -1, node.output[0], form=f"com.microsoft {op}")
         elif op in ("Div", "Mul"):
-            found = _divided(index, i) or _divided_afterwards(index, i)
+            found = _divided(index, i) or _divided_afterwards(index, i) or _renormalised(index, i)
             if found is not None:
                 yield found
         elif op == "LpNormalization" and attributes(node).get("p", 2) == 1:
@@ -112,15 +118,8 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     exponential = _exponential(index, above)
     if exponential is None and (masked := _masked(index, above)) is not None:
         exponential, mask = masked
-    total = index.node_of(quotient[1])
-    while total is not None and total.op_type in ("Cast", "Identity", "Unsqueeze", "Expand"):
-        total = index.node_of(total.input[0])
-    added = ""
-    if total is not None and total.op_type in ("Add", "Clip", "Max"):  # sum + eps: to be refused
-        added = total.output[0]
-        sums = (index.origin(n) for n in total.input if n)
-        total = next((n for n in sums if n is not None and n.op_type in _SUMS), None)
-    if exponential is None or total is None or total.op_type not in _SUMS:
+    total, added = _divisor(index, quotient[1])
+    if exponential is None or total is None:
         return None
     summed = _exponential(index, total.input[0])
     same = index.source(total.input[0]) == above
@@ -133,6 +132,67 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     scores = _unshifted(index, exponent)
     weights = node.output[0]
     return Anchor(i, scores, axis, weights, base, "exp / sum", mask=mask, padded=added)
+
+
+def _divisor(index: GraphIndex, value: str) -> tuple[onnx.NodeProto | None, str]:
+    """(the sum that a divisor is, the value that is more than it, if any)."""
+    total = index.node_of(value)
+    while total is not None and total.op_type in ("Cast", "Identity", "Unsqueeze", "Expand"):
+        total = index.node_of(total.input[0])
+    added = ""
+    if total is not None and total.op_type in ("Add", "Clip", "Max"):  # sum + eps: to be refused
+        added = total.output[0]
+        sums = (index.origin(n) for n in total.input if n)
+        total = next((n for n in sums if n is not None and n.op_type in _SUMS), None)
+    return (total if total is not None and total.op_type in _SUMS else None), added
+
+
+def _renormalised(index: GraphIndex, i: int) -> Anchor | None:
+    """P * mask / sum(p * mask) of p = softmax(s): the softmax of what the mask leaves."""
+    quotient = _quotient(index, index.nodes[i])
+    above = "" if quotient is None else index.source(quotient[0])
+    kept = _kept(index, above)
+    if quotient is None or kept is None:
+        return None
+    total, added = _divisor(index, quotient[1])
+    softmax, mask, keeps = kept
+    axis = None if total is None else _axis(index, total)
+    if total is None or axis is None or index.source(total.input[0]) != above:
+        return None
+    node = index.nodes[softmax]
+    own = int(attributes(node).get("axis", -1 if index.opsets.get("", 18) >= 13 else 1))
+    shape = index.shape(node.output[0]) or index.shape(node.input[0])
+    if own != axis and (shape is None or own % len(shape) != axis % len(shape)):
+        return None
+    return Anchor(
+        i,
+        node.input[0],
+        axis,
+        index.nodes[i].output[0],
+        form="softmax, divided by its sum",
+        mask=mask,
+        padded=added,
+        keeps=keeps,
+        inner=softmax,
+    )
+
+
+def _kept(index: GraphIndex, value: str) -> tuple[int, str, bool] | None:
+    """(softmax, mask, which of its values keeps) of softmax(s) * mask or Where(mask, p, 0)."""
+    node = index.origin(value)
+    if node is None or node.op_type not in ("Mul", "Where"):
+        return None
+    orders = ((0, 1), (1, 0)) if node.op_type == "Mul" else ((1, 2), (2, 1))
+    for own, other in orders:
+        made = _behind(index, index.origin(node.input[own]), ("Cast",))
+        if made is None or made.op_type != "Softmax":
+            continue
+        softmax = index.producer[made.output[0]]
+        if node.op_type == "Mul":
+            return softmax, node.input[other], True
+        if index.fill_value(node.input[other]) == 0:
+            return softmax, node.input[0], own == 1
+    return None
 
 
 def _lp_normalised(index: GraphIndex, i: int) -> Anchor | None:

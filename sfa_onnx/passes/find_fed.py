@@ -42,7 +42,7 @@ def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
     are reordered for a beam search) or "".
     """
     index = tracer.index
-    if anchor.form == "Softmax" or anchor.form.startswith("exp"):
+    if not anchor.form.startswith(("Attention", "com.microsoft")):
         roots = [(anchor.scores, 0), (anchor.mask, 0), *_after(index, anchor.weights)]
     else:
         names = list(index.nodes[anchor.node].input)

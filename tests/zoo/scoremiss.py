@@ -70,6 +70,22 @@ def _after(renormalise: bool) -> Hook:
     return weigh
 
 
+def _kept(kind: str) -> Hook:
+    """Weights times a scattered mask, divided by their sum."""
+
+    def weigh(g: Graph, s: Steps, p: str) -> str:
+        one = np.full((B, S1, K), 0.5 if kind == "graded" else 1.0)
+        zeros = number(g, np.zeros((B, S1, S2)))
+        mask = g.op("ScatterElements", zeros, s.indices(g), number(g, one), axis=-1)
+        if kind == "graded":
+            mask = g.op("Add", mask, number(g, 0.1))
+        p = g.op("Mul", p, g.unsqueeze(mask, 2))
+        total = g.reduce("ReduceSum", p)
+        return g.op("Div", p, g.op("Add", total, number(g, 1e-6)) if kind == "eps" else total)
+
+    return weigh
+
+
 def _normalised(g: Graph, s: Steps, k: str) -> str:
     mean = g.reduce("ReduceMean", g.op("Mul", k, k))
     return g.op("Div", k, g.op("Sqrt", g.op("Add", mean, number(g, 1e-6))))
@@ -171,7 +187,10 @@ NEAR: dict[str, tuple[Steps, str]] = {
         Steps(keys=lambda g, s, k: g.op("Clip", k, number(g, -3), number(g, 3))), "Clip"
     ),
     "mask-after": (Steps(hide=same, weigh=_after(False)), "zero"),
-    "mask-after-sum": (Steps(hide=same, weigh=_after(True)), "also used by ReduceSum"),
+    "mask-after-sum": (Steps(hide=same, weigh=_after(True)), "FUSES"),
+    "mask-after-sum-dense": (Steps(hide=same, weigh=_kept(""), dense=True), "FUSES"),
+    "mask-after-padded": (Steps(hide=same, weigh=_kept("eps"), dense=True), "not their plain sum"),
+    "mask-after-graded": (Steps(hide=same, weigh=_kept("graded"), dense=True), "not bool"),
     "axis-heads": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=2)), "axis 2"),
     "axis-tokens": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=1)), "axis 1"),
     "head-by-head": (Steps(scores=_per_head), "joins the scores of 4 products"),
