@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 
 from sfa_onnx.ascend.checks import check
 from sfa_onnx.ascend.checks.support import FAMILIES, cell
+from tests.check_models import pack
 from tests.test_estimate import fused
 
 SFA = ("bf16", "int8", "int8", "int32")
@@ -80,6 +81,13 @@ def test_the_fused_node_has_its_row() -> None:
     assert rows[0].ge_types == ("SparseFlashAttentionAntiquant",)
     assert (rows[0].engines, rows[0].evidence) == ({"A2": "AI Core"}, {"A2": "declared"})
     assert "recipes package" in rows[0].note
+
+
+def test_a_pack_has_the_row_of_what_it_expands_to() -> None:
+    (row,) = check(pack(), cann="9.2", soc_version="Ascend910B2").support
+    assert "Bitcast" in row.ge_types
+    assert "no plug-in" not in row.note
+    assert row.evidence == {"A2": "unknown"}
 
 
 def test_the_canonical_node_goes_through_the_atc_flavour() -> None:

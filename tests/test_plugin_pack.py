@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 from sfa_onnx import kv_cache, op
 from sfa_onnx.ascend import flavour
+from sfa_onnx.ascend.checks.plugin import PACK_EXPANSION
 from tests.plugin_double import key, needs_compiler, parser_text, plugin
 from tests.test_flavour import fused
 
@@ -46,6 +47,16 @@ def test_kv_cache_pack_expands_to_rows(plugin, rope, inputs):
     assert data == [f"int:{i}" for i, name in enumerate(inputs) if name]
     assert done["inputs"] == len(data)
     assert ("Maximum" in {n["type"] for n in graph.values()}) == ("clip" in inputs)
+
+
+def test_check_knows_what_a_pack_expands_to(plugin):
+    """`check` reports the engines of exactly these operators."""
+    made = set()
+    for rope in ("bfloat16", "float16"):
+        for inputs in (("n", "r"), ("n", "r", "", "c"), ("n", "r", "s")):
+            graph, _ = expand(plugin, pack_node(rope, inputs))
+            made |= {n["type"] for n in graph.values()}
+    assert made - {"Data", "Const"} == set(PACK_EXPANSION)
 
 
 def evaluate(graph, feeds):

@@ -10,9 +10,14 @@ from sfa_onnx.contract import OpContract
 from sfa_onnx.errors import UsageError
 from sfa_onnx.op import BINDINGS, DOMAIN_OWN, KV_CACHE_PACK
 
-__all__ = ["OWN_PLUGINS", "Plugin", "parse_plugin"]
+__all__ = ["OWN_PLUGINS", "PACK_EXPANSION", "Plugin", "parse_plugin"]
 
 _DEFAULT_OPSETS: Final = range(11, 19)
+# What the plug-in makes of a KvCachePack, all modes together.
+PACK_EXPANSION: Final = (
+    "Abs", "Bitcast", "Cast", "ConcatD", "DivNoNan", "Maximum", "Minimum", "Mul", "Neg",
+    "ReduceMax", "Reshape", "Round", "Shape", "StridedSliceV2",
+)  # fmt: skip
 _KEY = re.compile(r"([\w.]+)::(\d+)(?:\.\.(\d+))?::(\w+)(?:\((\d+)(?:,(\d+))?\))?")
 
 
@@ -31,9 +36,12 @@ class Plugin:
     contract: OpContract | None = None
     ge_type: str = ""
     extra_attributes: frozenset[str] = field(default_factory=frozenset)
+    expands_to: tuple[str, ...] = ()  # GE types, where the node does not stay one operator
 
 
-def _own(op_type: str, domain: str, contract: OpContract, ge_type: str) -> Plugin:
+def _own(
+    op_type: str, domain: str, contract: OpContract, ge_type: str, expands_to: tuple[str, ...] = ()
+) -> Plugin:
     keys = {(domain, 1), *(("ai.onnx", v) for v in _DEFAULT_OPSETS)}
     required = sum(not t.optional for t in contract.inputs)
     attributes = tuple((a.name, a.kind) for a in contract.attributes)
@@ -45,12 +53,13 @@ def _own(op_type: str, domain: str, contract: OpContract, ge_type: str) -> Plugi
         contract,
         ge_type,
         frozenset(("rope_dtype", "scale_value_exact")),
+        expands_to,
     )
 
 
 OWN_PLUGINS: Final = (
     *(_own(b.atc_type, b.contract.domain, b.contract, b.ge_type) for b in BINDINGS),
-    _own(KV_CACHE_PACK.name, DOMAIN_OWN, KV_CACHE_PACK, "PartitionedCall"),
+    _own(KV_CACHE_PACK.name, DOMAIN_OWN, KV_CACHE_PACK, "PartitionedCall", PACK_EXPANSION),
 )
 
 

@@ -21,6 +21,7 @@ from sfa_onnx.ascend.checks.facts import (
     registered_versions,
 )
 from sfa_onnx.ascend.checks.finding import Finding, Severity, SupportRow
+from sfa_onnx.ascend.checks.plugin import PACK_EXPANSION
 from sfa_onnx.ascend.chips import family_of
 
 __all__ = ["FAMILIES", "cell", "families", "support_findings", "support_rows"]
@@ -108,6 +109,8 @@ def _ge_types(ctx: Context, node: Node) -> tuple[str, ...]:
     plugin = ctx.plugin(node)
     if plugin is not None and plugin.ge_type == _RECIPES and not ctx.takes_as_is(node):
         return (_BUILT_IN,)
+    if plugin is not None and plugin.expands_to:
+        return plugin.expands_to
     if plugin is not None:
         return (plugin.ge_type,) if plugin.ge_type not in _NO_KERNEL else ()
     registered = ctx.registration(node)
@@ -136,8 +139,9 @@ def _row(
     ctx: Context, op_type: str, dtypes: tuple[str, ...], ge_types: tuple[str, ...], count: int
 ) -> SupportRow:
     engines, evidence, notes = {}, {}, []
+    inner = () if ge_types == PACK_EXPANSION else dtypes  # those of the inner nodes are not known
     for family in families(ctx.soc_version):
-        cells = [cell(t, dtypes, family, ctx.cann.version) for t in ge_types] or [
+        cells = [cell(t, inner, family, ctx.cann.version) for t in ge_types] or [
             Cell("none", "unknown", "no plug-in parses it")
         ]
         worst = min(cells, key=lambda c: ("unknown", "documented", "declared").index(c.evidence))
