@@ -69,7 +69,6 @@ def test_a_reciprocal_of_more_than_the_sum_is_refused_for_it() -> None:
         "int8-miss-nonlinear-dequant-dynamo",
         "dense-miss-mask-soft-dynamo",
         "dense-miss-mask-bonus-dynamo",
-        "mask-decoy-blocks",
     ],
 )
 def test_a_refusal_names_what_is_in_the_way(name: str) -> None:

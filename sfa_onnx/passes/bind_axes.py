@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Ref, Stop
-from sfa_onnx.passes.bind_mask import Literal, Selected
+from sfa_onnx.passes.bind_mask import Kept, Literal, Selected, Visible
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import NotASite, Site
 from sfa_onnx.passes.bind_sources import all_reads, index_sources
@@ -27,11 +27,9 @@ def take_masks(site: Site, literals: list[Literal]) -> None:
             same = [s for s in site.selected if _same_selection(s, literal)]
             if not same:
                 site.selected.append(literal)
-        elif literal not in site.visible:
+        elif isinstance(literal, Visible) and literal not in site.visible:
             site.visible.append(literal)
-    if len(site.selected) > 1:
-        names = " and ".join(s.indices.value for s in site.selected)
-        raise Stop(f"two selections mask one attention: {names}", site.selected[1].indices.value)
+    _one_selection(site, [x for x in literals if isinstance(x, Kept)])
     gathered = any(_selects(r, site.key) for c in site.nope.deep.ref.coords for r in c.reads)
     if not site.selected and not gathered:
         raise NotASite(_unselected(site))
@@ -40,6 +38,28 @@ def take_masks(site: Site, literals: list[Literal]) -> None:
             "the keys are gathered by indices and masked by a selection as well",
             site.selected[0].indices.value,
         )
+
+
+def _one_selection(site: Site, unions: list[Kept]) -> None:
+    """Keep one selection; the finished masks of all others only narrow it.
+
+    Raises:
+        Stop: there is no such mask.
+    """
+    unions = [u for u in unions if not u.over or site.key in u.over]
+    first = next((s for s in site.selected if s.exact), next(iter(site.selected), None))
+    for other in (s for s in site.selected if s is not first):
+        if other.mask is None:
+            names = " and ".join(s.indices.value for s in site.selected)
+            raise Stop(f"two selections mask one attention: {names}", other.indices.value)
+        site.visible.append(other.mask)
+    if first is not None:
+        site.selected = [first]
+        site.kept = None if first.exact or first.mask is None else Kept(first.mask, (first,))
+    elif unions:
+        site.kept, *unions = unions
+        site.selected = list(site.kept.among)
+    site.visible += [u.mask for u in unions if u.mask not in site.visible]
 
 
 def _unselected(site: Site) -> Stop | None:
@@ -65,6 +85,13 @@ def _unselected(site: Site) -> Stop | None:
             " casts and scales are read through",
             where,
             "expected the gathered rows themselves, or int8 rows times their scales",
+        )
+    inverted = next((v for v in site.visible if v.hides), None)
+    if inverted is not None:
+        return Stop(
+            f"ScatterElements {inverted.hides} hides the selected keys, or marks none",
+            inverted.ref.value,
+            "expected a mask that keeps exactly the selected keys",
         )
     if site.visible:
         names = ", ".join(v.ref.value for v in site.visible)
@@ -102,6 +129,8 @@ def tell_rows(site: Site, others: set[Label]) -> None:
         deciding |= _labels(site.rope, site.key)
     for s in site.selected:
         deciding |= s.indices.labels - {s.slot}
+    if site.kept is not None:
+        deciding |= site.kept.mask.ref.labels - {site.key}
     for v in site.visible:
         deciding |= v.ref.labels
     ordered = [x for c in site.out.coords for x in _in_order(c) if x in others]
@@ -112,7 +141,7 @@ def tell_rows(site: Site, others: set[Label]) -> None:
 def _check_width(site: Site, selected: Selected) -> None:
     """A selection among fewer positions than there are keys names blocks of them."""
     block, rest = divmod(site.key.size, selected.width)
-    if block > 1 and not rest:
+    if block > 1 and not rest and selected.block != block:
         value = selected.indices.value
         raise Stop(
             f"{value} selects among {selected.width} blocks of {block} keys, not single keys",

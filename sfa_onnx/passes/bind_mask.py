@@ -7,19 +7,19 @@ the graph that is read as it is: bool, or float with two values. Nothing is prov
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import replace
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.passes.axes import Expr, Label, fresh, label_of
-from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer, is_float
+from sfa_onnx.passes.axes_trace import Move, Pieces, Ref, Stop, Tracer, is_float
 from sfa_onnx.passes.bind_flags import counts, flags, less_one
-from sfa_onnx.passes.bind_hits import pointed, reduced
-from sfa_onnx.passes.bind_literals import Literal, Selected, Visible, alike
+from sfa_onnx.passes.bind_hits import reduced
+from sfa_onnx.passes.bind_literals import HIDDEN, Kept, Literal, Selected, Visible, alike
+from sfa_onnx.passes.bind_written import patched, put, scattered, union
 
 __all__ = [
     "HIDDEN",
+    "Kept",
     "Literal",
     "Selected",
     "Visible",
@@ -30,9 +30,6 @@ __all__ = [
 ]
 
 _BOTH, _EITHER = frozenset(("And", "Mul", "Min")), frozenset(("Or", "Max"))
-
-# A score this far below the others has weight 0 in every float type in use.
-HIDDEN: Final = -9e3
 
 
 def is_hidden(tracer: Tracer, value: str) -> bool:
@@ -87,9 +84,9 @@ def _additive_node(
     if op == "Log" and not negated and counts(tracer, node.input[0]):  # ln 1, ln 0
         return boolean(tracer, Ref(node.input[0], ref.coords), positive=True)
     if op == "ScatterElements" and not negated:
-        return _scatter(tracer, node, ref, is_bool=False)
+        return scattered(tracer, node, ref, is_bool=False)
     if op == "ScatterND" and not negated:
-        return _scatter_where(tracer, node, ref) or _put(tracer, node, ref, is_bool=False)
+        return _scatter_where(tracer, node, ref) or put(tracer, node, ref, is_bool=False)
     if op == "Trilu" and not negated and is_hidden(tracer, node.input[0]):
         return [Visible(ref, is_bool=False)]  # the other triangle is 0
     return None
@@ -186,9 +183,13 @@ def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
     if found is not None:
         return found
     step = tracer.step(ref) if node.op_type != "Where" else None
-    if isinstance(step, Move) and not node.op_type.startswith("Gather"):
+    if isinstance(step, Move) and not any(c.reads for c in step.ref.coords):
         inner = boolean(tracer, step.ref, positive=positive)
         return _at_view(node, ref, inner, positive, is_bool=True)
+    if isinstance(step, Pieces):
+        found = patched(tracer, Visible(ref, positive), step)
+        if found is not None:
+            return found
     if node.op_type == "Cast":
         return boolean(tracer, Ref(node.input[0], ref.coords), positive=positive)
     return [_leaf(tracer, ref, positive)]
@@ -198,6 +199,8 @@ def _at_view(
     node: onnx.NodeProto, ref: Ref, inner: list[Literal], positive: bool, *, is_bool: bool
 ) -> list[Literal]:
     """Literals found behind a view; where it cuts a tensor, they are read from the cut one."""
+    if len(inner) == 1 and isinstance(inner[0], Selected | Kept):
+        return [replace(inner[0], mask=Visible(ref, positive, is_bool))]
     if node.op_type not in ("Slice", "Split", "Concat", "ScatterND"):
         return inner
     if len(inner) == 1 and isinstance(inner[0], Visible):
@@ -223,6 +226,8 @@ def _boolean_node(
     if op in (_BOTH if positive else _EITHER) and _joins_flags(tracer, node):
         operands = [tracer.operand(n, ref.coords) for n in node.input]
         return [lit for o in operands for lit in boolean(tracer, o, positive=positive)]
+    if op in (_EITHER if positive else _BOTH) and _joins_flags(tracer, node):
+        return union(tracer, node, Visible(ref, positive))
     if op == "Where":
         return _boolean_where(tracer, node, ref, positive)
     if op == "IsInf" and not positive:
@@ -232,9 +237,9 @@ def _boolean_node(
     if op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
         return _compared(tracer, node, ref, positive)
     if op == "ScatterElements":
-        return _scatter(tracer, node, ref, is_bool=True, positive=positive)
+        return scattered(tracer, node, ref, is_bool=True, positive=positive)
     if op == "ScatterND":
-        return _put(tracer, node, ref, is_bool=True, positive=positive)
+        return put(tracer, node, ref, is_bool=True, positive=positive)
     if op in ("ReduceMax", "ReduceSum") and positive:
         return reduced(tracer, node, ref)
     return None
@@ -297,69 +302,6 @@ def _compared(
     return None
 
 
-def _scatter(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, *, is_bool: bool, positive: bool = True
-) -> list[Literal] | None:
-    """Constants written at indices along the key axis: the selection itself."""
-    axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
-    base = tracer.fill(node.input[0])
-    update = tracer.fill(node.input[2])
-    rows = tracer.shape(node.input[1])
-    if 0 in rows:  # nothing is written
-        data = Ref(node.input[0], ref.coords)
-        return boolean(tracer, data, positive=positive) if is_bool else additive(tracer, data)
-    for i, (own, size) in enumerate(zip(rows, tracer.shape(node.input[0]), strict=True)):
-        if i != axis and own != size:
-            tracer.unify(own, size)
-    if label_of(ref.coords[axis]) is None and not ref.coords[axis].labels:
-        return None
-    slot = fresh("slot", rows[axis])
-    at = tuple(Expr.of(slot) if i == axis else c for i, c in enumerate(ref.coords))
-    valid = None
-    if update is None and is_bool and base == 0 and positive:  # scatter(valid)
-        valid, update = Ref(node.input[2], at), 1.0
-    if base is None or update is None:
-        if is_bool or base is not None:
-            return None
-        return _scatter_over(tracer, node, Ref(node.input[1], at), slot, update, axis)
-    if is_bool:
-        keeps = (update != 0) == positive and (base != 0) != positive
-    else:
-        keeps = update == 0 and base < HIDDEN
-    if not keeps:
-        label = tracer.index.label(tracer.index.producer[ref.value])
-        soft = [v for v in (base, update) if v != 0 and not v < HIDDEN and not is_bool]
-        if soft:
-            raise Stop(
-                f"ScatterElements {label} adds {soft[0]:g} to scores, which neither leaves a key as"
-                " it is nor hides it",
-                ref.value,
-                "expected a mask of 0 where a key is selected and -inf elsewhere",
-            )
-        raise Stop(
-            f"ScatterElements {label} hides the selected keys, or marks none",
-            ref.value,
-            "expected a mask that keeps exactly the selected keys",
-        )
-    width = tracer.shape(node.input[0])[axis]
-    return [Selected(Ref(node.input[1], at), slot, width, valid=valid)]
-
-
-def _scatter_over(
-    tracer: Tracer,
-    node: onnx.NodeProto,
-    indices: Ref,
-    slot: Label,
-    update: float | None,
-    axis: int,
-) -> list[Literal] | None:
-    """Zeros written over a float table, which must hide whatever is not selected."""
-    table = tracer.index.mask_table(node.input[0])
-    if update != 0 or table is None or not bool((table < HIDDEN).all()):
-        return None
-    return [Selected(indices, slot, tracer.shape(node.input[0])[axis])]
-
-
 def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
     from sfa_onnx.passes.bind_scores import scatters_where
 
@@ -368,17 +310,3 @@ def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Liter
         return None
     rest = additive(tracer, Ref(node.input[0], ref.coords))
     return [*boolean(tracer, mask, positive=False), *rest]
-
-
-def _put(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, *, is_bool: bool, positive: bool = True
-) -> list[Literal] | None:
-    """mask[batch, row, indices] = constant: the selection, as advanced indexing writes it."""
-    base, update = tracer.fill(node.input[0]), tracer.fill(node.input[2])
-    if base is None or update is None or attributes(node).get("reduction", "none") != "none":
-        return None
-    keeps = (update != 0) == positive and (base != 0) != positive
-    if not is_bool:
-        keeps = update == 0 and base < HIDDEN
-    selected = pointed(tracer, node, ref) if keeps else None
-    return None if selected is None else [selected]

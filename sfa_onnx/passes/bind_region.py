@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -11,7 +11,7 @@ import onnx
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
 from sfa_onnx.passes.bind_domains import chosen_domain, finished_domain, mask_domain
-from sfa_onnx.passes.bind_mask import Visible
+from sfa_onnx.passes.bind_mask import Selected, Visible
 from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
@@ -259,21 +259,22 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
     for weights in (site.nope.weight, site.value.weight):
         if weights:
             add(weights[-1].ref, Role.EXPANSION)
-    for s in site.selected:
-        _add_indices(site, s.indices, known, names)
+    for s in (*site.selected, *(s for v in site.visible for s in v.among)):
+        _add_selected(site, s, known, names)
     for columns in (site.nope, site.rope):
         reads = list(all_reads(columns.deep.ref.coords)) if columns is not None else []
         if site.finished:  # those with an index for every key first
             reads.sort(key=lambda r: site.key not in Ref(r.value, r.coords).labels)
         for read in reads:
             ref = Ref(read.value, read.coords)
-            if site.finished:
-                add(ref, Role.INDICES, finished_domain(site, ref))
+            if site.finished:  # exporters repeat index arithmetic for every gather
+                for same in site.tracer.equals(ref.value):
+                    add(Ref(same, ref.coords), Role.INDICES, finished_domain(site, ref))
             else:
                 _add_indices(site, ref, known, names)
     for literal in site.visible:
         constant = literal.ref.value in site.tracer.index.initializers
-        if constant or (not site.finished and _from_indices(site, literal, known)):
+        if constant or literal.among or (not site.finished and _from_indices(site, literal, known)):
             continue
         add(literal.ref, Role.MASK, mask_domain(literal.is_bool, literal.positive))
     return known
@@ -288,6 +289,19 @@ def _from_indices(site: Site, literal: Visible, known: dict[str, Operand]) -> bo
 def _constant(site: Site, role: Role, value: str) -> bool:
     """Initializers are no operands, except the weight of an expansion."""
     return role is not Role.EXPANSION and value in site.tracer.index.initializers
+
+
+def _add_selected(site: Site, selected: Selected, known: dict[str, Operand], names: _Names) -> None:
+    """The indices of a selection; those besides the first are drawn by themselves."""
+    before = set(known)
+    names.names.setdefault(selected.slot, "K")
+    _add_indices(site, selected.indices, known, names)
+    for value in known.keys() - before:
+        operand = known[value]
+        if operand.role is Role.INDICES:
+            apart = any(known[v].role is Role.INDICES for v in before)
+            domain = replace(operand.domain, block=selected.block, apart=apart)
+            known[value] = replace(operand, domain=domain)
 
 
 def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Ref, Stop, Tracer
-from sfa_onnx.passes.bind_mask import Selected, Visible
+from sfa_onnx.passes.bind_mask import Kept, Selected, Visible
 from sfa_onnx.passes.bind_rows import Columns
 
 __all__ = ["Anchor", "NotASite", "Query", "Site"]
@@ -65,6 +65,7 @@ class Site:
         scale, rope_factor: constant factors of the scores of each part, those of the operands
             (`State.factor`) left out.
         selected: what selects tokens, in dense forms.
+        kept: the mask to read selected tokens off, where `selected` only say how many there are.
         visible: other masks.
         rows: labels that tell one row of keys from another (batch first, then query tokens).
         heads: labels that share them.
@@ -87,6 +88,7 @@ class Site:
     scale: float
     rope_factor: float
     selected: list[Selected] = field(default_factory=list)
+    kept: Kept | None = None
     visible: list[Visible] = field(default_factory=list)
     rows: list[Label] = field(default_factory=list)
     heads: list[Label] = field(default_factory=list)

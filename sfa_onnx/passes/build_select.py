@@ -10,7 +10,7 @@ from onnx import helper
 
 from sfa_onnx.passes.axes import Label
 from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
-from sfa_onnx.passes.bind_mask import HIDDEN, Selected, Visible
+from sfa_onnx.passes.bind_mask import HIDDEN, Kept, Selected, Visible
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.build import Emitter, Group
 
@@ -73,6 +73,8 @@ def selected_entries(e: Emitter, site: Site, rows: Sequence[Group]) -> str:
     Indices straight from TopK are used as they are, other masks evaluated at them; indices from
     elsewhere may repeat or wrap, so they are read off the finished mask instead.
     """
+    if site.kept is not None:
+        return _tokens_of_union(e, site, site.kept, rows)
     selected = site.selected[0]
     if from_topk(e.tracer, selected.indices) and selected.valid is None:
         return _masked_tokens(e, site, selected, rows)
@@ -119,13 +121,28 @@ def _tokens_of_mask(e: Emitter, site: Site, selected: Selected, rows: Sequence[G
     if site.visible:
         others = visible_at_rows(e, site.visible, groups)
         valid = e.emit("And", [valid, others], "valid", _T.BOOL)
-    size = e.size([site.key])
-    slots = e.size([selected.slot])
-    if e.static(site.key) and e.static(selected.slot):
-        slots = e.ints([min(site.key.size, selected.slot.size)])
-    else:
-        slots = e.emit("Min", [size, slots], "slots", _T.INT64)
-    return _first(e, valid, None, site.key, len(groups), slots)
+    return _first(e, valid, None, site.key, len(groups), _slots(e, site.key, [selected], 0))
+
+
+def _tokens_of_union(e: Emitter, site: Site, kept: Kept, rows: Sequence[Group]) -> str:
+    """The tokens that a mask of the graph keeps, in ascending order, as many as it keeps."""
+    groups = [*rows, [site.key]]
+    valid = visible_at_rows(e, [kept.mask, *site.visible], groups)
+    count = _slots(e, site.key, kept.among, kept.extra)
+    return _first(e, valid, None, site.key, len(groups), count)
+
+
+def _slots(e: Emitter, key: Label, among: Sequence[Selected], extra: int) -> str:
+    """How many entries a row needs: those of all selections and `extra`, no more than keys."""
+    if e.static(key) and all(e.static(s.slot) for s in among):
+        return e.ints([min(key.size, sum(s.slot.size * s.block for s in among) + extra)])
+    total = e.ints([extra]) if extra else ""
+    for s in among:
+        own = e.size([s.slot])
+        if s.block > 1:
+            own = e.emit("Mul", [own, e.ints([s.block])], "slots", _T.INT64)
+        total = own if not total else e.emit("Add", [total, own], "slots", _T.INT64)
+    return e.emit("Min", [e.size([key]), total], "slots", _T.INT64)
 
 
 def _scattered(e: Emitter, site: Site, selected: Selected, rows: Sequence[Group]) -> str:

@@ -53,6 +53,8 @@ class Domain:
     valid_first: bool = False  # in a row, entries the attention sees precede those it masks
     values: tuple[float, ...] | None = None  # e.g. (0.0, -inf) for an additive mask
     along: int | None = None  # entries number this axis of the keys, each drawn by itself
+    block: int = 1  # keys that an entry names
+    apart: bool = False  # not the selection itself: one that widens or narrows it
     cumulative: bool = False  # lengths given as prefix sums, whatever the operator's layout
     assumption: str = ""
     discharged_by: str = ""
