@@ -13,8 +13,8 @@ from sfa_onnx import runtime
 from sfa_onnx.errors import ModelError, VerificationError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.passes import certificate
-from sfa_onnx.passes.index import captured
 from sfa_onnx.passes.plan import write_plan
+from sfa_onnx.passes.sub_graphs import captured
 from sfa_onnx.runtime.compare import compare
 from tests.zoo import bodies as scopes
 from tests.zoo.catalogue import cases
@@ -309,3 +309,58 @@ def test_portable_operators_run_in_bodies():
     want = runtime.run(model, feeds)
     for info, got in zip(plain.get_outputs(), plain.run(None, feeds), strict=True):
         np.testing.assert_allclose(got, want[info.name], rtol=2e-5, atol=2e-5)
+
+
+# -- below control flow ---------------------------------------------------------------------------
+
+
+def chosen(model, name, *, declared):
+    """`model` with the input `name` returned by an If: one of two inputs."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    info = next(v for v in out.graph.input if v.name == name)
+    kept = [v for v in out.graph.input if v.name != name]
+    branches = []
+    for k in "ab":
+        given, result = onnx.ValueInfoProto(), onnx.ValueInfoProto()
+        given.CopyFrom(info)
+        result.CopyFrom(info)
+        given.name, result.name = f"{name}.{k}", f"{name}.{k}/out"
+        kept.append(given)
+        copied = helper.make_node("Identity", [given.name], [result.name])
+        branches.append(helper.make_graph([copied], k, [], [result]))
+    node = helper.make_node(
+        "If", [scopes.COND], [name], "choice", then_branch=branches[0], else_branch=branches[1]
+    )
+    if declared:
+        out.graph.value_info.append(info)
+    del out.graph.input[:]
+    kept.append(helper.make_tensor_value_info(scopes.COND, TensorProto.BOOL, []))
+    out.graph.input.extend(kept)
+    out.graph.node.insert(0, node)
+    return out
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("name", ["query", "kv", "indices"])
+def test_what_an_if_returns_is_as_good_as_an_input(name, declared):
+    model = chosen(case(GATHERED).build(), name, declared=declared)
+    report = fused(model, 1)
+    by = "If choice" if name == "indices" else "the caller"
+    assert f"indices are in range: discharged by {by}" in report.fused[0].record.assumptions
+    feeds = case(GATHERED).feeds(0)
+    feeds |= {f"{name}.{k}": feeds[name] for k in "ab"} | {scopes.COND: np.array(True)}
+    del feeds[name]
+    alike(model, report.model, feeds)
+
+
+def test_indices_that_a_loop_carries():
+    model = case(GATHERED).build()
+    report = fused(scopes.in_loop(model, ("indices",)), 1)
+    assert "indices are in range: discharged by the caller" in report.fused[0].record.assumptions
+    looped = scopes.in_loop(model, ("indices",))
+    body = looped.graph.node[-1].attribute[0].g
+    body.node[-1].op_type = "Abs"  # no longer handed on as it is
+    report = fused(looped, 1)
+    by = "discharged by Loop steps"
+    assert f"indices are in range: {by}" in report.fused[0].record.assumptions

@@ -28,7 +28,7 @@ def chosen_domain(site: Site, value: str, topk: str = "") -> Domain:
         high=key_limit(site),
         negative_allowed=not topk and not joined,
         assumption="indices are distinct and in range" if topk else "indices are in range",
-        discharged_by=f"TopK {topk}" if topk else "the caller",
+        discharged_by=f"TopK {topk}" if topk else index.giver(value),
     )
 
 

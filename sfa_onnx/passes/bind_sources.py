@@ -38,7 +38,8 @@ def index_sources(tracer: Tracer, ref: Ref) -> dict[str, Ref]:
             continue
         seen.add(here)
         node = tracer.index.node_of(here.value)
-        if node is None or node.op_type == "TopK" or _joins(node, here):
+        given = tracer.index.is_given(here.value)
+        if node is None or given or node.op_type == "TopK" or _joins(node, here):
             if here.value not in tracer.index.initializers:
                 found.setdefault(here.value, here)
             continue

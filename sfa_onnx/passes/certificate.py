@@ -20,7 +20,7 @@ import onnx
 from sfa_onnx.errors import UsageError, WeightsError
 from sfa_onnx.external import StorageReader, iter_tensors
 from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
-from sfa_onnx.passes.index import bodies
+from sfa_onnx.passes.sub_graphs import bodies
 from sfa_onnx.report import FuseReport, to_json
 from sfa_onnx.weights_file import digest_of
 

@@ -128,8 +128,8 @@ def _selection(index: GraphIndex, value: str) -> str:
             continue
         seen.add(name)
         node = index.node_of(name)
-        if node is None:
-            if index.is_graph_input(name) and index.elem_type(name) in _INT_TYPES:
+        if node is None or index.is_given(name):
+            if index.is_given(name) and index.elem_type(name) in _INT_TYPES:
                 shape = index.shape(name)
                 rows = shape is None or len(shape) >= 2
                 found = "input" if rows else found or ("row" if shape else "")

@@ -16,7 +16,8 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, inliner
 
 from sfa_onnx.op import find_op
 from sfa_onnx.passes.candidate import Candidate, RefusedSite
-from sfa_onnx.passes.index import GraphIndex, bodies
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.sub_graphs import bodies
 
 __all__ = ["FunctionId", "Inlined", "inline_functions", "inline_sites"]
 

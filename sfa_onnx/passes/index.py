@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-__all__ = ["READ_LIMIT", "Dim", "ExternalReader", "GraphIndex", "bodies", "captured"]
+from sfa_onnx.passes.sub_graphs import Dim, bodies, captured, declared_dims, returned_info
 
-Dim = int | str | None
+__all__ = ["READ_LIMIT", "Dim", "ExternalReader", "GraphIndex"]
+
 # (location, offset, length) -> exactly that byte range of the external data file.
 ExternalReader = Callable[[str, int, int], bytes]
 
@@ -27,8 +29,6 @@ _INTEGRAL = frozenset(
     getattr(onnx.TensorProto, name)
     for name in ("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 )
-_CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-_STANDARD = ("", "ai.onnx")
 
 
 class GraphIndex:
@@ -137,6 +137,11 @@ class GraphIndex:
         """What is fed from outside: the graph's inputs, and those of the scopes around it."""
         return list(self._inputs.values())
 
+    @property
+    def returned(self) -> Sequence[str]:
+        """What nodes with bodies make: nobody looks behind it, so it is as good as an input."""
+        return [o for i in self.owners for o in self.nodes[i].output if o]
+
     def place(self, node: int) -> str:
         """`label` behind the path of the graph: unique in the model, as site ids are."""
         label = self.label(node)
@@ -211,6 +216,17 @@ class GraphIndex:
         """Whether `value` is fed from outside (an initializer of the same name is a default)."""
         return value in self._inputs and value not in self.initializers
 
+    def is_given(self, value: str) -> bool:
+        """Whether `value` is fed from outside or returned by a node with bodies."""
+        return self.is_graph_input(value) or self.producer.get(value) in self._captures
+
+    def giver(self, value: str) -> str:
+        """Who answers for a value that nobody computes here, for messages."""
+        owner = self.producer.get(value)
+        if owner is None or owner not in self._captures:
+            return "the caller"
+        return f"{self.nodes[owner].op_type} {self.label(owner)}"
+
     def label(self, node: int) -> str:
         """How messages name a node: its name, else its first output."""
         proto = self.nodes[node]
@@ -220,11 +236,17 @@ class GraphIndex:
 
     def _info(self, value: str) -> onnx.ValueInfoProto | None:
         found: onnx.ValueInfoProto | None = self._inputs.get(value) or self._outputs.get(value)
-        if found is not None:
+        if found is not None and found.type.tensor_type.HasField("shape"):
             return found
         if self._infos is None:
             self._infos = {v.name: v for v in self.graph.value_info}
-        return self._infos.get(value)
+        if (declared := self._infos.get(value)) is not None:
+            return declared
+        owner = self.producer.get(value)
+        if owner is None or owner not in self._captures:
+            return found
+        self._infos[value] = returned_info(self.nodes[owner], value)
+        return self._infos[value]
 
     def elem_type(self, value: str) -> int:
         """The declared `TensorProto.DataType`; 0 when the file does not tell."""
@@ -238,12 +260,13 @@ class GraphIndex:
         if (tensor := self.initializers.get(value)) is not None:
             return tuple(int(d) for d in tensor.dims)
         info = self._info(value)
-        if info is None or not info.type.tensor_type.HasField("shape"):
+        if info is None:
             return None
-        return tuple(
-            int(d.dim_value) if d.HasField("dim_value") else (d.dim_param or None)
-            for d in info.type.tensor_type.shape.dim
-        )
+        dims = declared_dims(info)
+        if dims is not None and None in dims and self.producer.get(value) in self._captures:
+            stem = re.sub(r"\W", "_", f"_{value}")
+            dims = tuple(f"{stem}_{axis}" if d is None else d for axis, d in enumerate(dims))
+        return dims
 
     # -- constants --------------------------------------------------------------------------------
 
@@ -328,36 +351,6 @@ def _module_of_scopes(scopes: str) -> str:
     except (ValueError, SyntaxError):
         return ""
     return str(parts[-2]) if isinstance(parts, list) and len(parts) > 1 else ""
-
-
-def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
-    """The graphs that a node holds, by attribute: "then_branch", "body"; "name[0]" in a list."""
-    found: dict[str, onnx.GraphProto] = {}
-    if node.op_type not in _CONTROL_FLOW and node.domain in _STANDARD:
-        return found
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            found[attribute.name] = attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            found |= {f"{attribute.name}[{i}]": g for i, g in enumerate(attribute.graphs)}
-    return found
-
-
-def captured(node: onnx.NodeProto) -> set[str]:
-    """Names of outer values that the sub-graphs of `node` read."""
-    found: set[str] = set()
-    return found.union(*(_free_names(body) for body in bodies(node).values()))
-
-
-def _free_names(graph: onnx.GraphProto) -> set[str]:
-    bound = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-    for node in graph.node:
-        bound.update(node.output)
-    used = {v.name for v in graph.output}
-    for node in graph.node:
-        used.update(node.input)
-        used.update(captured(node))
-    return {name for name in used - bound if name}
 
 
 def _is_structural(tensor: onnx.TensorProto) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import onnx
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.passes.index import captured
+from sfa_onnx.passes.sub_graphs import captured
 
 __all__ = ["in_order", "live_values", "reads"]
 

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import onnx
 from onnx import helper
 
-from sfa_onnx.passes.index import Dim, GraphIndex, bodies
+from sfa_onnx.passes.index import Dim, GraphIndex
 from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.sub_graphs import bodies
 
 __all__ = ["ScopeIndex", "body_views"]
 
@@ -127,11 +128,29 @@ class ScopeIndex(GraphIndex):
         own = (v for v in self.graph.input if v.name not in self.producer)
         return [*outer, *own]
 
+    @property
+    def returned(self) -> Sequence[str]:
+        """What nodes with bodies make, in the body and around it."""
+        outer = (name for name in self.parent.returned if name not in self._bound)
+        return [*outer, *super().returned]
+
     def is_graph_input(self, value: str) -> bool:
         """Whether `value` is fed to the body by its owner, or to the model."""
         if value in self._bound:
             return super().is_graph_input(value) and value not in self.producer
         return self.parent.is_graph_input(value)
+
+    def is_given(self, value: str) -> bool:
+        """As `is_graph_input`, and what nodes with bodies return."""
+        return super().is_given(value) if value in self._bound else self.parent.is_given(value)
+
+    def giver(self, value: str) -> str:
+        """The node that returns a value, or that runs the body whose input it is."""
+        if value not in self._bound:
+            return self.parent.giver(value)
+        if value in self.producer:
+            return super().giver(value)
+        return f"{self.parent.nodes[self.owner].op_type} {self.parent.label(self.owner)}"
 
     def is_graph_output(self, value: str) -> bool:
         """Whether `value` is returned by the graph that makes it."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import onnx
 
 from sfa_onnx.passes.candidate import Candidate
-from sfa_onnx.passes.index import GraphIndex, bodies
+from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.scope_index import ScopeIndex
 from sfa_onnx.passes.splice import splice, taken_names
+from sfa_onnx.passes.sub_graphs import bodies
 from sfa_onnx.report import SiteReport
 
 __all__ = ["count_nodes", "note_captures", "splice_scopes"]

@@ -61,6 +61,10 @@ class Concrete:
             for dim in index.shape(info.name) or ():
                 if isinstance(dim, str) and dim.isidentifier() and dim not in self.symbols:
                     self.symbols[dim] = next(primes)
+        for name in index.returned:
+            for dim in index.shape(name) or ():
+                if isinstance(dim, str) and _size_of(dim, self.symbols) is None:
+                    self.symbols[dim] = next(primes)
         self._fresh = primes
         self._shapes: dict[str, Shape | None] = {}
         self._values: dict[str, np.ndarray | None] = {}
@@ -68,11 +72,9 @@ class Concrete:
 
     @property
     def dynamic(self) -> bool:
-        """Whether any graph input has a dim without a number."""
-        inputs = self.index.inputs
-        return any(
-            not isinstance(d, int) for i in inputs for d in self.index.shape(i.name) or ("?",)
-        )
+        """Whether any value that enters has a dim without a number."""
+        names = [*(i.name for i in self.index.inputs), *self.index.returned]
+        return any(not isinstance(d, int) for n in names for d in self.index.shape(n) or ("?",))
 
     # -- shapes -----------------------------------------------------------------------------------
 
