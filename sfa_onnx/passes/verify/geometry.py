@@ -251,6 +251,11 @@ def _mask_values(operand: Operand, mask: Array) -> Array:
 
 def _along(problem: Problem, operand: Operand, rng: np.random.Generator, selected: Array) -> Array:
     """What a row selects, or positions on the one axis of the keys that the operand numbers."""
+    if operand.domain.apart:
+        count, slots = len(selected), problem.shapes[operand.value][-1]
+        places = -(-problem.dims.capacity // operand.domain.block)
+        order = np.tile(np.arange(max(places, slots)) % places, (count, 1))
+        return rng.permuted(order, axis=1)[:, :slots]
     if operand.domain.along is None:
         return selected
     keys = problem.first(*KEYS)
