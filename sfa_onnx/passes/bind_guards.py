@@ -1,4 +1,4 @@
-"""Guards that zero the weights of a row without keys, as the operator does by itself."""
+"""Guards that zero the weights or the result of a row without keys, as the operator does itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from sfa_onnx.passes.bind_mask import is_hidden
 from sfa_onnx.passes.bind_site import Anchor
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["zeroes_empty_rows"]
+__all__ = ["guarded", "zeroes_empty_rows", "zeroing"]
 
 _COPIES = frozenset(("Cast", "Identity"))
+_VIEWS = frozenset(("Expand", "Reshape", "Squeeze", "Unsqueeze"))
+_TOTALS = frozenset(("ReduceLogSumExp", "ReduceMax"))  # -inf exactly where all scores are
 
 
 def zeroes_empty_rows(
@@ -49,10 +51,49 @@ def zeroes_empty_rows(
     return bool(scores) and _behind(tracer.index, scores) == _behind(tracer.index, anchor.scores)
 
 
-def _through(index: GraphIndex, value: str, truth: bool) -> tuple[onnx.NodeProto | None, bool]:
+def guarded(tracer: Tracer, anchor: Anchor, node: onnx.NodeProto) -> str:
+    """The result that a guard gives 0 in rows without keys; "" where `node` is none.
+
+    It is Where(log-sum-exp == -inf, 0, result), or what boolean assignment exports to.
+    """
+    guard, index = zeroing(tracer, node), tracer.index
+    if guard is None:
+        return ""
+    kept, condition, empty = guard
+    test, truth = _through(index, condition, empty, _VIEWS)
+    if test is None or test.op_type not in ("Equal", "IsInf", "LessOrEqual"):
+        return ""
+    tested, truth = _hidden_where(tracer, test, truth)
+    total, _ = _through(index, tested, True, _VIEWS) if tested else (None, True)
+    if not truth or total is None or total.op_type not in _TOTALS:
+        return ""
+    own = _behind(index, total.input[0]) == _behind(index, anchor.scores)
+    return kept if own and _along_keys(tracer, anchor, total, kept=False) else ""
+
+
+def zeroing(tracer: Tracer, node: onnx.NodeProto) -> tuple[str, str, bool] | None:
+    """(x, condition, which of its values gives 0) of a node that makes x, or 0."""
+    found = None
+    if node.op_type == "Where":
+        branches = {True: node.input[1], False: node.input[2]}
+        zero = next((t for t, n in branches.items() if tracer.fill(n) == 0), None)
+        found = None if zero is None else (branches[not zero], node.input[0], zero)
+    elif node.op_type == "ScatterND" and tracer.fill(node.input[2]) == 0:
+        chain = tracer.index.origin(node.input[1])
+        nonzero = tracer.index.origin(chain.input[0]) if chain is not None and chain.input else None
+        if nonzero is not None and nonzero.op_type == "NonZero":
+            found = (node.input[0], nonzero.input[0], True)
+    if found is None or tracer.shape(found[0]) != tracer.shape(node.output[0]):
+        return None
+    return found
+
+
+def _through(
+    index: GraphIndex, value: str, truth: bool, views: frozenset[str] = frozenset()
+) -> tuple[onnx.NodeProto | None, bool]:
     """The node behind casts and negations, and what it must say for `value` to be `truth`."""
     node = index.node_of(value)
-    while node is not None and node.op_type in (*_COPIES, "Not"):
+    while node is not None and node.op_type in (*_COPIES, *views, "Not"):
         truth = truth != (node.op_type == "Not")
         node = index.node_of(node.input[0])
     return node, truth
@@ -76,11 +117,11 @@ def _hidden_where(tracer: Tracer, node: onnx.NodeProto, truth: bool) -> tuple[st
     return (node.input[0], truth) if is_hidden(tracer, node.input[1]) else ("", False)
 
 
-def _along_keys(tracer: Tracer, anchor: Anchor, node: onnx.NodeProto) -> bool:
-    """Whether it reduces the axis of the softmax alone, and keeps it."""
+def _along_keys(tracer: Tracer, anchor: Anchor, node: onnx.NodeProto, *, kept: bool = True) -> bool:
+    """Whether it reduces the axis of the softmax alone, and (where `kept`) keeps it."""
     shape, a = tracer.shape(node.input[0]), attributes(node)
     axes = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else a.get("axes")
-    if axes is None or shape != tracer.shape(anchor.scores) or not a.get("keepdims", 1):
+    if axes is None or shape != tracer.shape(anchor.scores) or (kept and not a.get("keepdims", 1)):
         return False
     rank = len(shape)
     return [int(x) % rank for x in axes] == [anchor.axis % rank]

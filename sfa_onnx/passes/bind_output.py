@@ -1,12 +1,14 @@
-"""Where the result leaves the attention: behind views that take their sizes from its inside.
+"""Where the result leaves the attention: behind what reads its inside once more.
 
 Some exporters spell a product as Reshape, MatMul, Reshape and read the target of the last one off
-the shape of the weights. The weights go, so the result is what that Reshape makes.
+the shape of the weights. Kernels' references zero the rows whose log-sum-exp is -inf. Scores and
+weights go, so the result is what comes out of that Reshape or guard.
 """
 
 from __future__ import annotations
 
 from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind_guards import guarded, zeroing
 from sfa_onnx.passes.bind_site import Anchor
 from sfa_onnx.passes.index import GraphIndex
 
@@ -18,18 +20,25 @@ _PRODUCTS = frozenset(("MatMul", "Einsum", "Gemm", "FusedMatMul"))
 
 
 def leaves_at(tracer: Tracer, anchor: Anchor, value: str) -> str:
-    """`value`, the weighted sum, or the last view of it whose sizes are read off scores or weights.
+    """`value`, the weighted sum, or the last view or guard of it that reads scores or weights.
 
     Nobody else may read what lies in between.
     """
     index = tracer.index
     inner: set[str] | None = None
     last = here = value
-    while not index.is_graph_output(here) and len(uses := index.uses(here)) == 1:
-        user, position = uses[0]
+    while not index.is_graph_output(here):
+        uses = index.uses(here)
+        read = [u for u in uses if index.nodes[u[0]].op_type not in ("Shape", "Size")]
+        if len(read) != 1:
+            break
+        user, position = read[0]
         node = index.nodes[user]
         tracer.spend(here)
-        if position or node.op_type not in _VIEWS:
+        if (kept := guarded(tracer, anchor, node)) and node.input[position] == kept:
+            last = here = node.output[0]
+            continue
+        if len(uses) > 1 or position or node.op_type not in _VIEWS:
             break
         here = node.output[0]
         if len(node.input) > 1:
@@ -40,9 +49,13 @@ def leaves_at(tracer: Tracer, anchor: Anchor, value: str) -> str:
 
 
 def at_product(tracer: Tracer, out: Ref, product: str) -> Ref:
-    """The element of `product` that `out`, a view of it, is."""
+    """The element of `product` that `out`, a view of it, is; guards of empty rows are passed."""
     ref = out
     while ref.value != product:
+        node = tracer.index.node_of(ref.value)
+        if node is not None and (guard := zeroing(tracer, node)) is not None:
+            ref = tracer.operand(guard[0], ref.coords)
+            continue
         step = tracer.step(ref)
         if not isinstance(step, Move):
             raise Stop("the result is no view of the weighted sum", out.value)
