@@ -20,6 +20,8 @@ import onnx
 from sfa_onnx.errors import UsageError, WeightsError
 from sfa_onnx.external import StorageReader, iter_tensors
 from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.order import put_in_order
 from sfa_onnx.passes.sub_graphs import bodies
 from sfa_onnx.report import FuseReport, to_json
 from sfa_onnx.weights_file import digest_of
@@ -237,6 +239,9 @@ def check_certificate(
 
     functions = [(domain, name) for domain, name in stated["inlined"]]
     original = inline_functions(load_model(before), functions).model
+    if not GraphIndex.of(original).ordered:
+        original = onnx.ModelProto.FromString(original.SerializeToString())
+        put_in_order(original.graph)
     changed = load_model(after)
     fused = snapshot(changed)
     difference = compare_snapshots(snapshot(original), fused)

@@ -15,6 +15,7 @@ from sfa_onnx.passes.bind_packed import bind_packed
 from sfa_onnx.passes.bind_region import Region, cover
 from sfa_onnx.passes.bind_site import Anchor, NotASite, Site
 from sfa_onnx.passes.build_detach import detach
+from sfa_onnx.passes.build_open import check_open_sizes
 from sfa_onnx.passes.build_plan import Built
 from sfa_onnx.passes.build_site import build_site
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
@@ -190,6 +191,7 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
     e = built.emitter
     detach(e, site)
     e.prune(built.output)
+    check_open_sizes(e.nodes, e.initializers, site.tracer.sizes.symbols, built.output)
     queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
     region = cover(named, built.output, [q.value for q in queries], e.used)
     _check_closed(site, region, built.output)

@@ -23,9 +23,10 @@ CONTRIB = frozenset(
 )
 CONTRIB |= {"PackedMultiHeadAttention", "PagedAttention", "QAttention", "SparseAttention"}
 _SUMS = frozenset(("ReduceSum", "ReduceL1"))  # of exponentials, which are positive
+_SPREADS = ("Cast", "Identity", "Unsqueeze", "Reshape", "Expand")  # a total over its keys
 _LOOSE = frozenset(
     ("Cast", "Mul", "Div", "Where", "ScatterND", "Identity", "Unsqueeze", "Reshape", "Log", "Add")
-)
+) | frozenset(("Expand", "Max"))
 
 
 def anchors(index: GraphIndex) -> list[Anchor]:
@@ -91,7 +92,7 @@ def _quotient(index: GraphIndex, node: onnx.NodeProto) -> tuple[str, str] | None
         return node.input[0], node.input[1]
     for own, other in ((0, 1), (1, 0)):
         inverse = index.origin(node.input[other])
-        inverse = _behind(index, inverse, ("Cast", "Identity", "Unsqueeze", "Expand"))
+        inverse = _behind(index, inverse, _SPREADS)
         if inverse is None:
             continue
         if inverse.op_type == "Reciprocal":
@@ -137,7 +138,7 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
 def _divisor(index: GraphIndex, value: str) -> tuple[onnx.NodeProto | None, str]:
     """(the sum that a divisor is, the value that is more than it, if any)."""
     total = index.node_of(value)
-    while total is not None and total.op_type in ("Cast", "Identity", "Unsqueeze", "Expand"):
+    while total is not None and total.op_type in _SPREADS:
         total = index.node_of(total.input[0])
     added = ""
     if total is not None and total.op_type in ("Add", "Clip", "Max"):  # sum + eps: to be refused
@@ -259,7 +260,8 @@ def _behind(
 
 
 def _same_exponential(index: GraphIndex, value: str, node: int) -> bool:
-    found = _exponential(index, value)
+    maker = _behind(index, index.origin(value), ("Expand",))
+    found = None if maker is None else _exponential(index, maker.output[0])
     return found is not None and found[0] == node
 
 

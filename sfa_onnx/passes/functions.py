@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, inliner
 
+from sfa_onnx.errors import ModelError
 from sfa_onnx.op import find_op
 from sfa_onnx.passes.candidate import Candidate, RefusedSite
 from sfa_onnx.passes.index import GraphIndex
@@ -27,7 +28,7 @@ _BEGIN, _END, _MARKS = "Begin", "End", "sfa_onnx.inlining"
 _NEAR = 64  # nodes above a refused anchor whose functions are inlined too
 _METADATA_IR = 10  # first IR version whose NodeProto has metadata_props
 
-# A function without any of these, or calls of one, holds no part of a site.
+# A model without any of these holds no site.
 _TELLING = frozenset(
     ("Softmax", "Attention", "Exp", "Pow", "ReduceLogSumExp", "TopK", "GatherElements", "GatherND")
 ) | frozenset(("ScatterElements", "ScatterND", "Einsum", "MatMul"))
@@ -67,8 +68,12 @@ def inline_sites(model: ModelProto, find: Callable[[ModelProto], Iterable[Findin
         model: not changed.
         find: every candidate of a model, with the view of the graph it lies in.
     """
-    telling = {_id(f) for f in model.functions if _is_telling(f)}
-    full = inline_functions(model, telling)
+    telling = {_id(f) for f in model.functions if _is_telling(f.node)}
+    if not model.functions or not (telling or _is_telling(model.graph.node)):
+        return Inlined(model)
+    own = {_id(f) for f in model.functions if find_op(f.domain, f.name) is None}
+    full = inline_functions(model, own)
+    full.left = {f: why for f, why in full.left.items() if f in telling}
     if not full.functions:
         return full
     findings = list(find(full.model))
@@ -99,11 +104,11 @@ def inline_functions(model: ModelProto, wanted: Collection[FunctionId]) -> Inlin
     work = ModelProto()
     work.CopyFrom(model)
     del work.functions[:]
-    for function in model.functions:
+    for function in _once(model.functions):
         if _id(function) in chosen:
             work.functions.append(_marked(function, model))
     work = inliner.inline_selected_functions(work, sorted(chosen))
-    work.functions.extend(f for f in model.functions if _id(f) not in chosen)
+    work.functions.extend(f for f in _once(model.functions) if _id(f) not in chosen)
     calls = _Calls({(*_id(f), f.overload): f for f in model.functions}, chosen, model.ir_version)
     calls.tell(model.graph.node, work.graph)
     present = {o.domain for o in work.opset_import}
@@ -119,10 +124,21 @@ def _id(function: FunctionProto) -> FunctionId:
     return function.domain, function.name
 
 
-def _is_telling(function: FunctionProto) -> bool:
-    return find_op(function.domain, function.name) is None and any(
-        node.op_type in _TELLING for node in _all_nodes(function.node)
-    )
+def _is_telling(nodes: Iterable[NodeProto]) -> bool:
+    return any(node.op_type in _TELLING for node in _all_nodes(nodes))
+
+
+def _once(functions: Iterable[FunctionProto]) -> list[FunctionProto]:
+    """The functions without copies of one another, which torch 2.5 writes."""
+    found: dict[tuple[str, str, str], FunctionProto] = {}
+    for function in functions:
+        first = found.setdefault((*_id(function), function.overload), function)
+        if first != function:
+            raise ModelError(
+                f"the model has two functions {'::'.join(_id(function))} that differ; give them"
+                " different names, or different overloads"
+            )
+    return list(found.values())
 
 
 def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:

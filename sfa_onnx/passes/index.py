@@ -83,6 +83,12 @@ class GraphIndex:
         """The index of a model's main graph."""
         return cls(model.graph, {o.domain: o.version for o in model.opset_import}, reader)
 
+    @property
+    def ordered(self) -> bool:
+        """Whether every node comes after those it reads, as the format asks."""
+        uses, none = self.consumers, [(len(self.nodes) + self.first, 0)]
+        return all(uses.get(name, none)[0][0] > i for name, i in self.producer.items())
+
     def _connect(self) -> None:
         producer, consumers = self.producer, self.consumers
         for i, node in enumerate(self.nodes, self.first):

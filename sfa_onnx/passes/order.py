@@ -9,7 +9,7 @@ import onnx
 from sfa_onnx.errors import ModelError
 from sfa_onnx.passes.sub_graphs import captured
 
-__all__ = ["in_order", "live_values", "reads"]
+__all__ = ["in_order", "live_values", "put_in_order", "reads"]
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
@@ -61,3 +61,15 @@ def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
             if not waiting:
                 done[stack.pop()] = None
     return [nodes[i] for i in done]
+
+
+def put_in_order(graph: onnx.GraphProto) -> None:
+    """Sort the nodes of a graph, in place, so that each comes after what it reads.
+
+    Raises:
+        ModelError: a node needs its own result.
+    """
+    nodes = in_order(list(graph.node))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)

@@ -23,6 +23,7 @@ from sfa_onnx.passes.find import find_candidates
 from sfa_onnx.passes.functions import Inlined, inline_sites
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.materialize import Materializer, materialized_notes
+from sfa_onnx.passes.order import put_in_order
 from sfa_onnx.passes.scope_index import body_views
 from sfa_onnx.passes.scopes import count_nodes, note_captures, splice_scopes
 from sfa_onnx.passes.site_report import Costs, describe, unique_ids
@@ -201,6 +202,7 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
     source_dir: Path | None = None
     materialize: bool = False
+    sorted: bool = False  # nodes were not in an order that runs
     file: WeightsFile | None = None  # takes what materialize makes of external weights
     before: certificates.Snapshot = field(default_factory=certificates.Snapshot)
 
@@ -231,6 +233,8 @@ class _Run:
         if not any(scope.ready for scope in scopes):
             inlined = Inlined(given, left=inlined.left)
         model, notes = inlined.model, inlined.notes
+        if self.sorted:
+            notes = ["nodes that read what is made later were sorted", *notes]
         own_weights = self._materialize(scopes)
         with self.stage("hash"):
             self.before = certificates.snapshot(model)
@@ -260,6 +264,9 @@ class _Run:
     def _find(self, model: onnx.ModelProto, reader: StorageReader) -> list[_Scope]:
         """The candidates of the main graph and of every body, each graph before its bodies."""
         main = GraphIndex.of(model, reader)
+        if not main.ordered:  # converters that append casts leave such files, and runtimes sort
+            put_in_order(model.graph)
+            main, self.sorted = GraphIndex.of(model, reader), True
         scopes = []
         for index in (main, *body_views(main)):
             found = find_candidates(index)

@@ -3,7 +3,9 @@
 TensorFlow's converter writes an einsum as Reshape, MatMul, Reshape and reads the last target off
 the shapes of both operands, one of which is the attention weights; it has Where as a sum of two
 products, and inputs whose dims have a name of their own each. torch's safe softmax compares all
-scores with -inf. Modules of JAX count hits in float one-hot tables.
+scores with -inf. Modules of JAX count hits in float one-hot tables and spread a maximum by Reshape
+and Expand. torch 2.5 and before called a local function for every operator. Converters to float16
+append casts behind the nodes that read them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import helper
 
 from tests.zoo.base import FLOAT_KV, Case, Feeds
 from tests.zoo.write import Graph
@@ -37,6 +40,8 @@ class Spec:
     mask: str = "negative"  # or "max", "sum": one_hot over all keys, reduced
     opset: int = 17
     nameless: bool = False
+    softmax: str = ""  # "spread": by hand, with reductions that drop their axis
+    edit: str = ""  # "functions": of single operators; "unsorted": casts come last
     wrong: str = ""
 
 
@@ -73,7 +78,22 @@ def _hidden(g: Graph, s: Spec, bad: str, x: str) -> str:
     return g.op("Add", g.op("Mul", x, kept), g.op("Mul", off, _f32(g, LOW)))
 
 
+def _spread(g: Graph, s: Spec, x: str) -> str:
+    """Exp(x - max) / sum, both brought back to the shape of x by Reshape and Expand."""
+
+    def back(kind: str, y: str) -> str:
+        total = g.reduce(kind, y, -1, 0)
+        if kind == "ReduceMax":
+            total = g.op("Max", _f32(g, -np.inf), total)
+        return g.op("Expand", g.reshape(total, s.B, s.S1, s.N, 1), g.ints(s.B, s.S1, s.N, 1))
+
+    e = g.op("Exp", g.op("Sub", x, g.op("Identity", back("ReduceMax", x))))
+    return g.op("Div", e, back("ReduceSum", e))
+
+
 def _softmax(g: Graph, s: Spec, x: str) -> str:
+    if s.softmax == "spread":
+        return _spread(g, s, x)
     p = g.op("Softmax", x, axis=-1)
     if not s.guard:
         return p
@@ -143,7 +163,34 @@ def build(s: Spec) -> onnx.ModelProto:
         inputs["index_score"] = ("f32", dims("i", s.B, s.S1, s.S2))
     else:
         inputs["indices"] = ("i32", dims("i", s.B, s.S1, s.K))
-    return g.model(inputs, {"out": ("f32", dims("o", s.B, s.S1, s.N, s.C))}, [out])
+    model = g.model(inputs, {"out": ("f32", dims("o", s.B, s.S1, s.N, s.C))}, [out])
+    return _EDITS[s.edit](model)
+
+
+def _functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every operator without attributes becomes a call of a function that holds just it."""
+    opset, made = model.opset_import[0], {}
+    for node in model.graph.node:
+        if node.op_type in _PLAIN:
+            ins, own = [f"x{i}" for i in range(len(node.input))], f"plain_{node.op_type.lower()}"
+            body = [helper.make_node(node.op_type, ins, ["y"])]
+            made[own] = helper.make_function("lib", own, ins, ["y"], body, [opset])
+            node.op_type, node.domain = own, "lib"
+    model.functions.extend(made.values())
+    model.opset_import.append(helper.make_opsetid("lib", 1))
+    return model
+
+
+def _unsorted(model: onnx.ModelProto) -> onnx.ModelProto:
+    nodes = sorted(model.graph.node, key=lambda node: node.op_type == "Cast")
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    return model
+
+
+_PLAIN = ("Less", "Max", "Mul", "Not", "Unsqueeze", "Where")
+_EDITS = {"": lambda model: model, "functions": _functions, "unsorted": _unsorted}
 
 
 def feeds(s: Spec, seed: int) -> Feeds:
@@ -178,6 +225,9 @@ def cases() -> Iterator[Case]:
         yield case("reshaped-arithmetic" + end, both)
     for guard in ("all", "any", "max"):
         yield case(f"safe-{guard}", Spec(guard=guard, opset=18))
+    yield case("spread", Spec(softmax="spread"))
+    yield case("functions", Spec(edit="functions"))
+    yield case("unsorted", Spec(edit="unsorted", select="arithmetic"))
     yield case("hot-max", Spec(mask="max"))
     yield case("hot-sum", Spec(mask="sum"))
     near = (
