@@ -338,6 +338,9 @@ def inputs_as(candidate: Candidate) -> dict[str, Any]:
         found["layout_query"] = "TND"
     if Role.LENGTHS_KV in packed and not paged:
         found["layout_kv"] = "TND"
+    chosen = [o.domain.block for o in candidate.operands if o.role is Role.INDICES]
+    if chosen and chosen[0] > 1:  # the graph selects blocks, the operator may be given tokens
+        found["sparse_block_size"] = chosen[0]
     return found
 
 
