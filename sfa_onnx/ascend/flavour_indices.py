@@ -23,8 +23,15 @@ _PASS_ALL = frozenset({"Add", "Mul", "Concat", "Min", "Sum", "Div"})
 _UNSIGNED = (TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64)
 
 
-def is_non_negative(scope: Scope, name: str, depth: int = 24) -> bool:
+def is_non_negative(scope: Scope, name: str) -> bool:
     """Whether a value provably has no negative element (False: not known)."""
+    try:
+        return _proved(scope, name, 24)
+    except IndexError:  # a node without the inputs its operator asks for
+        return False
+
+
+def _proved(scope: Scope, name: str, depth: int) -> bool:
     if scope.dtype(name) in _UNSIGNED:
         return True
     constant = scope.array(name)
@@ -36,22 +43,22 @@ def is_non_negative(scope: Scope, name: str, depth: int = 24) -> bool:
     if node.op_type in _ALWAYS or (node.op_type == "TopK" and name == node.output[1]):
         return True
     if node.op_type in _PASS_FIRST:
-        return is_non_negative(scope, node.input[0], depth - 1)
+        return _proved(scope, node.input[0], depth - 1)
     if node.op_type == "Mod":  # floor modulo takes the divisor's sign, fmod the dividend's
         fmod = find_attribute(node, "fmod")
         which = node.input[0] if fmod is not None and fmod.i else node.input[1]
-        return is_non_negative(scope, which, depth - 1)
+        return _proved(scope, which, depth - 1)
     if node.op_type in _PASS_ALL:
-        return all(is_non_negative(scope, part, depth - 1) for part in node.input)
+        return all(_proved(scope, part, depth - 1) for part in node.input)
     if node.op_type == "Range":  # start, limit, step: counts up from start
-        return all(is_non_negative(scope, node.input[i], depth - 1) for i in (0, 2))
+        return all(_proved(scope, node.input[i], depth - 1) for i in (0, 2))
     if node.op_type == "Max":
-        return any(is_non_negative(scope, part, depth - 1) for part in node.input)
+        return any(_proved(scope, part, depth - 1) for part in node.input)
     if node.op_type == "Clip":
-        return len(node.input) > 1 and is_non_negative(scope, node.input[1], depth - 1)
+        return len(node.input) > 1 and _proved(scope, node.input[1], depth - 1)
     if node.op_type == "Where":
         return _wrapped(scope, node, depth) or all(
-            is_non_negative(scope, part, depth - 1) for part in node.input[1:]
+            _proved(scope, part, depth - 1) for part in node.input[1:]
         )
     return False
 

@@ -142,7 +142,10 @@ class Scope:
             return None
         if int(np.prod(tensor.dims, dtype=np.int64)) > _SMALL:
             return None
-        return np.asarray(onnx.numpy_helper.to_array(tensor))
+        try:
+            return np.asarray(onnx.numpy_helper.to_array(tensor))
+        except (ValueError, TypeError, KeyError):  # fewer bytes than its dims ask for, a new type
+            return None
 
     def dtype(self, name: str) -> int:
         """The onnx element type of a value, 0 when unknown."""

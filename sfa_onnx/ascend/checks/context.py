@@ -83,10 +83,13 @@ class Context:
         return atc or self.cann.many_domains or len(self.view.imports) == 1
 
     def well_formed(self, node: Node) -> bool:
-        """Whether a standard node has the inputs and outputs its op asks for; others are taken."""
+        """Whether a node has the inputs and outputs its op asks for.
+
+        Where no counts are known (another domain, an opset without the op), one input is enough.
+        """
         counts = _counts(node.op_type, node.version or 0) if node.domain == "ai.onnx" else None
         if counts is None:
-            return True
+            return node.domain != "ai.onnx" or bool(node.proto.input)
         least, most, least_out = counts
         given = len(node.proto.input)
         return least <= given <= most and len(node.proto.output) >= least_out

@@ -14,6 +14,7 @@ __all__ = [
     "Stage",
     "Verdict",
     "misread",
+    "refused",
 ]
 
 Severity = Literal["error", "warning", "unknown", "info"]
@@ -65,6 +66,23 @@ def misread(
 ) -> Finding:
     """Something that the parser accepts and understands otherwise than the file means it."""
     return Finding(rule, severity, "meaning", message, node, "", hint, fixable, evidence)
+
+
+def refused(
+    rule: str,
+    message: str,
+    code: str,
+    node: str = "",
+    *,
+    hint: str = "",
+    fixable: bool = False,
+    evidence: str = "recorded",
+    crash: bool = False,
+) -> Finding:
+    """Something that the parser refuses with `code`."""
+    return Finding(
+        rule, "error", "parse", message, node, code, hint, fixable, evidence, crash=crash
+    )
 
 
 @dataclass

@@ -49,7 +49,7 @@ def provable(view: ModelView, scope: Scope, name: str, depth: int = _DEPTH) -> A
 
 
 def _shape(view: ModelView, scope: Scope, node: onnx.NodeProto) -> Array | None:
-    dims = view.shape(scope, node.input[0])
+    dims = view.shape(scope, node.input[0]) if node.input else None
     if dims is None:
         return None
     start, end = attribute(node, "start", 0), attribute(node, "end")

@@ -216,8 +216,8 @@ def _experts(ctx: Context) -> Iterator[Finding]:
     for node in ctx.nodes():
         if node.op_type not in ("Gather", "GatherND", "GatherElements"):
             continue
-        if not ctx.well_formed(node):
-            continue
+        if not ctx.well_formed(node) or len(node.proto.input) < 2:
+            continue  # an opset without this operator tells no counts
         weight = _weight(ctx, node)
         if weight is None or not _chosen_at_run_time(ctx, node, weight):
             continue

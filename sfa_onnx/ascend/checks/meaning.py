@@ -114,9 +114,9 @@ def _either_rule(node: Node) -> bool:
         return False
     value, divisor = node.proto.input
     added = node.scope.producer(value)
-    if added is not None and added.op_type == "Add" and added.input[1] == divisor:
+    if added is not None and added.op_type == "Add" and list(added.input[1:]) == [divisor]:
         inner = node.scope.producer(added.input[0])
-        return inner is not None and inner.op_type == "Mod" and inner.input[1] == divisor
+        return inner is not None and inner.op_type == "Mod" and list(inner.input[1:]) == [divisor]
     readers = node.scope.readers(node.proto.output[0])
     return bool(readers) and all(
         r.op_type == "Add" and list(r.input) == [node.proto.output[0], divisor] for r in readers

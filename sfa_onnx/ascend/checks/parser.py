@@ -8,46 +8,28 @@ whose outer values are inputs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import onnx
 
 from sfa_onnx.ascend.checks import builtin_plugins
+from sfa_onnx.ascend.checks.constants import constant, input_dtype
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.facts import (
-    DATA_TYPES,
     INTERNAL_OPS,
-    NO_CONSTANT,
     NO_PROTOTYPE,
     arity,
-    dtype_name,
     registered_versions,
 )
-from sfa_onnx.ascend.checks.finding import Finding
-from sfa_onnx.ascend.checks.view import Scope, is_external
+from sfa_onnx.ascend.checks.finding import Finding, refused
+from sfa_onnx.ascend.checks.own_plugin import refusals
+from sfa_onnx.ascend.checks.view import Scope
 from sfa_onnx.onnx_attrs import attribute
 from sfa_onnx.op import find_op
 
 __all__ = ["replay"]
 
-_T = onnx.TensorProto
 _ATC_HINT = "run `sfa-onnx atc`, which writes the ATC flavour"
-_NUMBER = re.compile(r"\s*[+-]?\d+")
-
-
-def _error(rule: str, message: str, code: str, node: str = "", **kwargs: object) -> Finding:
-    evidence = kwargs.pop("evidence", "recorded")
-    return Finding(
-        rule,
-        "error",
-        "parse",
-        message,
-        node,
-        code,
-        evidence=str(evidence),
-        **kwargs,  # type: ignore[arg-type]
-    )
 
 
 def replay(ctx: Context) -> Iterator[Finding]:
@@ -68,7 +50,7 @@ def _if_attributes(ctx: Context) -> Iterator[Finding]:
     for node in ctx.nodes():
         names = sorted(a.name for a in node.proto.attribute)
         if node.op_type == "If" and names != ["else_branch", "then_branch"]:
-            yield _error(
+            yield refused(
                 "if-attributes",
                 f"If carries the attributes {names}: expected exactly then_branch and else_branch",
                 "E19999",
@@ -82,10 +64,10 @@ def _interface(ctx: Context, scope: Scope) -> Iterator[Finding]:
     graph = scope.graph
     if scope is ctx.view.root and not graph.input:
         message = "the graph has no input: an .om needs at least one"
-        yield _error("no-graph-input", message, "E16001", hint="keep one graph input")
+        yield refused("no-graph-input", message, "E16001", hint="keep one graph input")
     if not graph.output:
         message = f"graph {scope.path or graph.name!r} has no output"
-        yield _error("no-graph-output", message, "E16001", hint="name at least one output")
+        yield refused("no-graph-output", message, "E16001", hint="name at least one output")
 
 
 def _precheck(ctx: Context, scope: Scope) -> Iterator[Finding]:
@@ -111,7 +93,7 @@ def _parser_order(scope: Scope) -> list[str]:
 
 def _name(shown: str, name: str, seen: set[str], fixable: bool) -> Iterator[Finding]:
     if name in seen:
-        yield _error(
+        yield refused(
             "duplicate-name",
             f"two nodes of one graph are called {name!r} (graph inputs and the generated"
             " <initializer>_Initializer_<n> count as nodes)",
@@ -126,7 +108,7 @@ def _name(shown: str, name: str, seen: set[str], fixable: bool) -> Iterator[Find
 def _no_opset(ctx: Context, node: Node) -> Finding:
     count = len(ctx.view.imports)
     if not node.proto.domain and not ctx.cann.many_domains:
-        return _error(
+        return refused(
             "opset-imports",
             f"the model has {count} opset imports ({', '.join(map(repr, ctx.view.imports))}); CANN"
             f" {ctx.cann.version} allows exactly one as soon as a node has no domain",
@@ -134,7 +116,7 @@ def _no_opset(ctx: Context, node: Node) -> Finding:
             node.name,
             hint=_ATC_HINT if count > 1 else "import one opset of the default domain",
         )
-    return _error(
+    return refused(
         "opset-missing",
         f"no opset import is spelled {node.domain!r}, the domain of this {node.op_type}",
         "E19999",
@@ -162,7 +144,7 @@ def _key(ctx: Context, node: Node) -> Iterator[Finding]:
     rule, hint = _no_plugin(ctx, node)
     fixable = node.op_type in ("ReduceL1", "ReduceL2") and node.domain == "ai.onnx"
     message = f"no plug-in parses {node.key}"
-    yield _error(rule, message, "E13010", node.name, hint=hint, fixable=fixable)
+    yield refused(rule, message, "E13010", node.name, hint=hint, fixable=fixable)
 
 
 def _no_plugin(ctx: Context, node: Node) -> tuple[str, str]:
@@ -202,7 +184,7 @@ def _parameters(ctx: Context, scope: Scope) -> Iterator[Finding]:
         if node.op_type == "Constant":
             value = attribute(node.proto, "value")
             if isinstance(value, onnx.TensorProto):
-                yield from _constant(ctx, value, node.name)
+                yield from constant(ctx, value, node.name)
         elif node.op_type in NO_PROTOTYPE and ctx.builtin(node):
             yield Finding(
                 "prototype-not-open",
@@ -216,100 +198,14 @@ def _parameters(ctx: Context, scope: Scope) -> Iterator[Finding]:
                 fixable=node.op_type == "Dropout",
             )
         elif ctx.plugin(node) is not None:
-            yield from _own_plugin(ctx, node)
+            yield from refusals(ctx, node)
         elif ctx.builtin(node):
             yield from builtin_plugins.parameters(ctx, node)
     if scope is ctx.view.root:
         for name, value in scope.inputs.items():
-            yield from _input_dtype(ctx, name, value)
+            yield from input_dtype(ctx, name, value)
     for name in _parser_order(scope):
-        yield from _constant(ctx, scope.initializers[name], name)
-
-
-def _dtype_known(ctx: Context, elem_type: int) -> bool:
-    return elem_type in DATA_TYPES or (ctx.cann.int4 and elem_type == _T.INT4)
-
-
-def _input_dtype(ctx: Context, name: str, value: onnx.ValueInfoProto) -> Iterator[Finding]:
-    elem = value.type.tensor_type.elem_type if value.type.HasField("tensor_type") else 0
-    if not _dtype_known(ctx, elem):
-        yield _error(
-            "input-dtype",
-            f"graph input {name!r} has dtype {dtype_name(elem)}, which the parser does not know",
-            "E19999",
-            name,
-            hint="feed it in another dtype and Cast inside the graph",
-        )
-
-
-def _constant(ctx: Context, tensor: onnx.TensorProto, name: str) -> Iterator[Finding]:
-    elem, empty = tensor.data_type, 0 in tensor.dims
-    if not _dtype_known(ctx, elem) or (
-        elem in NO_CONSTANT and not is_external(tensor) and not empty
-    ):
-        yield _error(
-            "constant-dtype",
-            f"constant {name!r} has dtype {dtype_name(elem)}: the parser makes no constant of it",
-            "E19999",
-            name,
-            hint="store it in another dtype and Cast (or Bitcast) in the graph",
-        )
-    elif is_external(tensor):
-        yield from _external(ctx, tensor, name)
-    elif not empty and not _has_data(tensor):
-        message = f"constant {name!r} has dims {list(tensor.dims)} but no data at all"
-        hint = "write the tensor again, with its data"
-        yield _error("constant-no-data", message, "E19999", name, hint=hint, evidence="source")
-
-
-def _has_data(tensor: onnx.TensorProto) -> bool:
-    fields = (tensor.raw_data, tensor.float_data, tensor.int32_data, tensor.int64_data)
-    more = (tensor.string_data, tensor.double_data, tensor.uint64_data)
-    return any(len(f) for f in (*fields, *more))
-
-
-def _external(ctx: Context, tensor: onnx.TensorProto, name: str) -> Iterator[Finding]:
-    entries = {e.key: e.value for e in tensor.external_data}
-    for key, value in entries.items():
-        if key != "location" and not _NUMBER.match(value):
-            yield _error(
-                "external-key",
-                f"external data of {name!r}: {key} = {value!r}; the parser reads every key but"
-                " location as a number",
-                ctx.cann.bad_number_code,
-                name,
-                hint="keep location, offset and length only",
-                fixable=key not in ("offset", "length"),
-            )
-    if not entries.get("location"):
-        message = f"external data of {name!r} names no location"
-        hint = "write the tensor again, with location, offset and length"
-        yield _error("external-location", message, "E19999", name, hint=hint, evidence="source")
-
-
-def _own_plugin(ctx: Context, node: Node) -> Iterator[Finding]:
-    """Attributes a user's plug-in refuses; ours refuses unknown ones too."""
-    plugin = ctx.plugin(node)
-    assert plugin is not None
-    kinds = {"int": onnx.AttributeProto.INT, "float": onnx.AttributeProto.FLOAT}
-    given = {a.name: a.type for a in node.proto.attribute}
-    problems = [
-        f"{name} is missing" if name not in given else f"{name} is not {kind}"
-        for name, kind in plugin.required_attributes
-        if given.get(name) != kinds.get(kind, onnx.AttributeProto.STRING)
-    ]
-    if plugin.contract is not None:
-        legal = {a.name for a in plugin.contract.attributes} | plugin.extra_attributes
-        problems += [f"{name} is unknown" for name in given if name not in legal]
-    if problems:
-        yield _error(
-            "plugin-attributes",
-            f"the plug-in of {node.op_type} refuses the attributes: {', '.join(problems)} (an"
-            " installed CANN may print E11010 instead)",
-            "E19999",
-            node.name,
-            hint="write every attribute of the contract, and no other",
-        )
+        yield from constant(ctx, scope.initializers[name], name)
 
 
 def _wiring(ctx: Context, scope: Scope) -> Iterator[Finding]:
@@ -320,13 +216,18 @@ def _wiring(ctx: Context, scope: Scope) -> Iterator[Finding]:
 
 
 def _surplus(ctx: Context, node: Node) -> Iterator[Finding]:
+    plugin = ctx.plugin(node)
+    if plugin is not None and plugin.contract is not None:
+        return  # ours refuses them itself
     most = input_count(ctx, node)
     given = [i for i, name in enumerate(node.proto.input) if name]
     if most is None or not given or given[-1] < most:
         return
     message = f"{node.op_type} has {given[-1] + 1} inputs, its GE prototype {most}"
     if ctx.cann.checks_arity:
-        yield _error("surplus-inputs", message, "E19999", node.name, hint="drop the surplus inputs")
+        yield refused(
+            "surplus-inputs", message, "E19999", node.name, hint="drop the surplus inputs"
+        )
         return
     schema = onnx_inputs(node)
     yield Finding(
@@ -362,7 +263,7 @@ def _branch_gap(ctx: Context, scope: Scope) -> Iterator[Finding]:
     culprit = next((n for n in ctx.nodes_of(scope) if "" in n.proto.input), None)
     if culprit is None:
         return  # the sibling branch has the gap and reports it
-    yield _error(
+    yield refused(
         "gap-in-branch",
         f'{culprit.op_type} leaves an optional input out ("") inside a branch of an If: the'
         ' parser takes "" for a value of the outer graph and does not find it',
@@ -377,7 +278,7 @@ def _outputs(scope: Scope) -> Iterator[Finding]:
         name = value.name
         if not scope.known(name) and name not in scope.outer_values:
             where = f"branch {scope.path}" if scope.path else "graph"
-            yield _error(
+            yield refused(
                 "output-without-producer",
                 f"output {name!r} of the {where} is written by no node",
                 "E19999",

@@ -8,7 +8,7 @@ from typing import Final
 
 from sfa_onnx.contract import OpContract
 from sfa_onnx.errors import UsageError
-from sfa_onnx.op import BINDINGS, DOMAIN_OWN, KV_CACHE_PACK
+from sfa_onnx.op import BINDINGS, KV_CACHE_PACK, Binding
 
 __all__ = ["OWN_PLUGINS", "PACK_EXPANSION", "Plugin", "parse_plugin"]
 
@@ -18,6 +18,9 @@ PACK_EXPANSION: Final = (
     "Abs", "Bitcast", "Cast", "ConcatD", "DivNoNan", "Maximum", "Minimum", "Mul", "Neg",
     "ReduceMax", "Reshape", "Round", "Shape", "StridedSliceV2",
 )  # fmt: skip
+_PACK: Final = Binding(
+    "pack", KV_CACHE_PACK, KV_CACHE_PACK.name, "PartitionedCall", ("output",), "CANN 8.5.0"
+)
 _KEY = re.compile(r"([\w.]+)::(\d+)(?:\.\.(\d+))?::(\w+)(?:\((\d+)(?:,(\d+))?\))?")
 
 
@@ -37,29 +40,30 @@ class Plugin:
     ge_type: str = ""
     extra_attributes: frozenset[str] = field(default_factory=frozenset)
     expands_to: tuple[str, ...] = ()  # GE types, where the node does not stay one operator
+    outputs: int | None = None  # of the GE prototype
 
 
-def _own(
-    op_type: str, domain: str, contract: OpContract, ge_type: str, expands_to: tuple[str, ...] = ()
-) -> Plugin:
-    keys = {(domain, 1), *(("ai.onnx", v) for v in _DEFAULT_OPSETS)}
+def _own(binding: Binding, expands_to: tuple[str, ...] = ()) -> Plugin:
+    contract = binding.contract
+    keys = {(contract.domain, 1), *(("ai.onnx", v) for v in _DEFAULT_OPSETS)}
     required = sum(not t.optional for t in contract.inputs)
     attributes = tuple((a.name, a.kind) for a in contract.attributes)
     return Plugin(
-        op_type,
+        binding.atc_type,
         frozenset(keys),
         (required, len(contract.inputs)),
         attributes,  # all of them: the plug-in does not let a GE default win in silence
         contract,
-        ge_type,
+        binding.ge_type,
         frozenset(("rope_dtype", "scale_value_exact")),
         expands_to,
+        len(binding.ge_outputs),
     )
 
 
 OWN_PLUGINS: Final = (
-    *(_own(b.atc_type, b.contract.domain, b.contract, b.ge_type) for b in BINDINGS),
-    _own(KV_CACHE_PACK.name, DOMAIN_OWN, KV_CACHE_PACK, "PartitionedCall", PACK_EXPANSION),
+    *(_own(b) for b in BINDINGS),
+    _own(_PACK, PACK_EXPANSION),
 )
 
 

@@ -32,6 +32,7 @@ _PARSE: Final = {
     "opset-missing": "a domain no import spells",
     "output-without-producer": "an output nothing writes",
     "plugin-attributes": "attributes our plug-in refuses",
+    "plugin-interface": "inputs or outputs our plug-in refuses",
     "plugin-not-open": "a plug-in missing from that release's open sources: unknown",
     "prototype-not-open": "a GE prototype missing from the open repositories: unknown",
     "qdq-op": "QuantizeLinear and its relatives",

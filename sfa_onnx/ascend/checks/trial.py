@@ -111,11 +111,13 @@ def _indices(
 ) -> Array | None:
     """Indices inside the data, negative ones among them; no slot twice where that is ambiguous."""
     known = scope.dims(node.input[0])
-    if known is None:
+    if not known or not shape:
         return None
     data = [_OPEN_DIM if d is None else d for d in known]
     if node.op_type in ("ScatterElements", "GatherElements"):
         axis = int(attribute(node, "axis", 0))
+        if len(shape) != len(data) or not -len(data) <= axis < len(data):
+            return None
         size = data[axis]
         if shape[axis] > size:
             return None
