@@ -75,7 +75,7 @@ def _wrapped(scope: Scope, node: NodeProto, depth: int) -> bool:
     zero = scope.array(test.input[1])
     if zero is None or np.any(zero != 0) or test.input[0] != plain or added.input[0] != plain:
         return False
-    return is_non_negative(scope, added.input[1], depth - 1)
+    return _proved(scope, added.input[1], depth - 1)
 
 
 def non_negative(
