@@ -175,6 +175,11 @@ CASES: list[Case] = [
      "error", "E19999", "'z'"),
     ("plugin-attributes", lambda: edit(edit(sfa(scale_value=None), lambda m: m.opset_import.pop()),
      lambda m: m.graph.node[0].ClearField("domain")), "error", "E19999", "scale_value is missing"),
+    ("plugin-interface", lambda: edit(
+        ModelProto.FromString(ATC_FUSED.SerializeToString()),
+        lambda m: m.graph.node[0].output.append("lse"),
+     ),
+     "error", "E19999", "2 outputs, it has 1"),
     ("plugin-not-open", lambda: one("Gemm", "x", "x"), "unknown", "", "not in the open sources"),
     ("prototype-not-open", lambda: one("Dropout"), "unknown", "", "E10501"),
     ("reduce-inputs", lambda: one("ReduceSum", "x", "x", "x"), "error", "EZ9999", "3 inputs"),

@@ -129,6 +129,18 @@ def atc_node(contract: op.OpContract, binding="kv-quant", **values) -> onnx.Node
     return flavour.to_atc(fused(contract, node), binding=binding).graph.node[0]
 
 
+def given(*attributes):
+    """A change to a node: these attributes (name, value) instead of what it has."""
+
+    def change(node):
+        for name, value in attributes:
+            kept = [a for a in node.attribute if a.name != name]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+    return change
+
+
 def typed(attr: onnx.AttributeProto, spec: op.Attribute) -> str:
     if spec.kind == "float":
         return f"float:{float(attr.f).hex()}"

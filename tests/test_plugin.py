@@ -1,31 +1,30 @@
-"""The C++ parser plug-in, driven the way CANN's parser drives it; its Python twin beside it."""
+"""The C++ parser plug-in, driven the way CANN's parser drives it."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
 
 from sfa_onnx import op
-from sfa_onnx.ascend import package_tables
+from sfa_onnx.ascend import flavour, package_tables
+from sfa_onnx.ascend.checks import check
 from tests.plugin_double import (
     ROOT,
     as_hex,
     atc_node,
+    given,
     key,
     needs_compiler,
     parser_text,
     plugin,
     typed,
 )
+from tests.test_flavour import fused, ours
 
 __all__ = ["plugin"]  # the fixture
 DATA = Path(__file__).parent / "data" / "atc"
@@ -119,6 +118,22 @@ def test_without_the_companion_the_six_digits_are_used(plugin):
     assert as_hex(attrs["scale_value"]) == f"float:{float(np.float32('0.135234')).hex()}"
 
 
+@pytest.mark.parametrize("cann", ["8.5", "9.1", "9.2"])
+def test_check_foresees_outputs_switches_and_repetitions(cann):
+    def verdict(contract, change):
+        model = flavour.to_atc(fused(contract, ours(contract)))
+        change(model.graph.node[0])
+        found = check(model, cann=cann)
+        return found.parser, found.code
+
+    for contract in (op.SPARSE_FLASH_ATTENTION_ANTIQUANT, op.QUANT_LIGHTNING_INDEXER):
+        assert verdict(contract, lambda n: n.output.append("more")) == ("rejected", "E19999")
+        assert verdict(contract, lambda n: n.attribute.append(n.attribute[0]))[0] == "rejected"
+    three = verdict(op.SPARSE_FLASH_ATTENTION, lambda n: n.output.extend(["max", "sum"]))
+    assert three == ("accepted", "")
+    assert verdict(op.LIGHTNING_INDEXER, given(("return_values", 2)))[0] == "rejected"
+
+
 def test_outputs_beyond_the_operator_are_refused(plugin, capfd):
     """Up to 9.1 the parser takes them, and drops whoever reads them without a word."""
     node = atc_node(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
@@ -153,16 +168,6 @@ def _without(name):
     return change
 
 
-def _with(*attributes):
-    def change(node):
-        for name, value in attributes:
-            kept = [a for a in node.attribute if a.name != name]
-            del node.attribute[:]
-            node.attribute.extend([*kept, helper.make_attribute(name, value)])
-
-    return change
-
-
 def _inputs(change):
     return lambda node: change(node.input)
 
@@ -172,16 +177,16 @@ def _inputs(change):
     [
         *((_without(a.name), f"attribute {a.name} of NPUKvQuantSparseFlashAttention is missing")
           for a in op.KV_QUANT_SPARSE_FLASH_ATTENTION.attributes),
-        (_with(("foo", 3)), "unknown attribute foo"),
-        (_with(("scale_value", 1)), "attribute scale_value is INT, expected FLOAT"),
-        (_with(("sparse_mode", 3.0)), "attribute sparse_mode is FLOAT, expected INT"),
-        (_with(("layout_kv", 1)), "attribute layout_kv is INT, expected STRING"),
-        (_with(("tile_size", [128])), "attribute tile_size is INTS, expected INT"),
-        (_with(("scale_value_exact", 0.5)), "scale_value_exact is FLOAT of 0 elements"),
-        (_with(("scale_value_exact", [0.5, 0.5])), "FLOATS of 2 elements, expected FLOATS of one"),
-        (_with(("scale_value_exact", [0.5])), "but scale_value_exact says 0.5"),
-        (_with(("scale_value_exact", [np.nan])), "but scale_value_exact says nan"),
-        *((_with(("scale_value", v), ("scale_value_exact", [v])), f"scale_value is {v}, expected a"
+        (given(("foo", 3)), "unknown attribute foo"),
+        (given(("scale_value", 1)), "attribute scale_value is INT, expected FLOAT"),
+        (given(("sparse_mode", 3.0)), "attribute sparse_mode is FLOAT, expected INT"),
+        (given(("layout_kv", 1)), "attribute layout_kv is INT, expected STRING"),
+        (given(("tile_size", [128])), "attribute tile_size is INTS, expected INT"),
+        (given(("scale_value_exact", 0.5)), "scale_value_exact is FLOAT of 0 elements"),
+        (given(("scale_value_exact", [0.5, 0.5])), "FLOATS of 2 elements, expected FLOATS of one"),
+        (given(("scale_value_exact", [0.5])), "but scale_value_exact says 0.5"),
+        (given(("scale_value_exact", [np.nan])), "but scale_value_exact says nan"),
+        *((given(("scale_value", v), ("scale_value_exact", [v])), f"scale_value is {v}, expected a"
            " finite number") for v in (np.nan, np.inf, -np.inf)),
         (_inputs(lambda i: i.append("ten")), "10 inputs, NPUKvQuantSparseFlashAttention has 9"),
         (_inputs(lambda i: i.__setitem__(3, "")), r"required input 3 (sparse_indices)"),
@@ -190,8 +195,13 @@ def _inputs(change):
     ],
 )  # fmt: skip
 def test_bad_nodes_fail_with_one_clear_line(plugin, capfd, change, reason):
-    node = atc_node(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
+    """And `check` knows that they do."""
+    model = flavour.to_atc(fused(op.SPARSE_FLASH_ATTENTION_ANTIQUANT))
+    node = model.graph.node[0]
+    assert check(model, cann="8.5").parser == "accepted"
     change(node)
+    foreseen = check(model, cann="8.5")
+    assert (foreseen.parser, foreseen.code) == ("rejected", "E19999")
     assert plugin.parse(key(node.op_type), parser_text(node), node.input) is None
     err = capfd.readouterr().err
     assert err.startswith("[sfa_onnx plug-in] node sfa_0: ")
@@ -286,93 +296,3 @@ def test_our_printer_writes_what_the_parser_wrote(case, opset, node, graph):
     mine = {e["name"]: e for e in json.loads(parser_text(node))["attribute"]}
     for entry in json.loads(text)["attribute"]:
         assert mine[entry["name"]] == entry
-
-
-# ---- the Python twin ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def twin(monkeypatch):
-    """The twin imported against a stand-in of GE's interface."""
-    registered = {}
-
-    class Registration:
-        def __init__(self, **facts):
-            self.facts = facts
-
-        def parse_node(self, function):
-            for opset in self.facts["opsets"]:
-                name = f"{self.facts['domain']}::{opset}::{self.facts['source']}"
-                assert name not in registered
-                registered[name] = (self.facts["target"], function)
-            return function
-
-    ge, module = types.ModuleType("ge"), types.ModuleType("ge.onnx_plugin")
-    module.onnx_plugin = Registration
-    monkeypatch.setitem(sys.modules, "ge", ge)
-    monkeypatch.setitem(sys.modules, "ge.onnx_plugin", module)
-    monkeypatch.syspath_prepend(str(ROOT / "python"))
-    for name in ("sfa_onnx_ge_plugin", "sfa_onnx_ge_plugin._tables"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    importlib.import_module("sfa_onnx_ge_plugin")
-    return registered
-
-
-def ge_node(node: onnx.NodeProto):
-    attrs = {}
-    for a in node.attribute:
-        value = helper.get_attribute_value(a)
-        attrs[a.name] = value.decode() if isinstance(value, bytes) else value
-    return types.SimpleNamespace(
-        name=node.name, origin_type=key(node.op_type), attrs=attrs,
-        inputs=tuple(node.input), outputs=tuple(node.output),
-    )  # fmt: skip
-
-
-class Target:
-    def __init__(self):
-        self.attrs = {}
-
-    def set_attr(self, name, value):
-        self.attrs[name] = value
-
-
-@pytest.mark.parametrize("contract", [b.contract for b in op.BINDINGS], ids=lambda c: c.name)
-def test_the_twin_sets_what_the_plug_in_sets(plugin, twin, contract):
-    canonical, binding = contract, "recipes"
-    if contract is op.KV_QUANT_SPARSE_FLASH_ATTENTION:
-        canonical, binding = op.SPARSE_FLASH_ATTENTION_ANTIQUANT, "kv-quant"
-    node = atc_node(canonical, binding)
-    ge_type, function = twin[key(node.op_type)]
-    target = Target()
-    assert function(ge_node(node), target) is None
-    done = plugin.parse(key(node.op_type), parser_text(node), node.input)["node"]
-    assert done["type"] == ge_type
-    kinds = {int: "int", float: "float", str: "string", bool: "bool"}
-    mine = {
-        k: f"float:{v.hex()}"
-        if isinstance(v, float)
-        else f"{kinds[type(v)]}:{int(v) if type(v) is bool else v}"
-        for k, v in target.attrs.items()
-    }
-    assert mine == {k: as_hex(v) for k, v in done["attrs"].items()}
-
-
-def test_the_twin_refuses_what_the_plug_in_refuses(twin):
-    node = atc_node(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
-    _with(("foo", 3))(node)
-    _, function = twin[key(node.op_type)]
-    with pytest.raises(ValueError, match="unknown attribute foo"):
-        function(ge_node(node), Target())
-    node = atc_node(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
-    node.output.append("lse")
-    with pytest.raises(ValueError, match="2 outputs, NPUKvQuantSparseFlashAttention has 1"):
-        function(ge_node(node), Target())
-    del node.output[1:]
-    _with(("scale_value", float("inf")))(node)
-    with pytest.raises(ValueError, match="scale_value is inf, expected a finite number"):
-        function(ge_node(node), Target())
-    _, function = twin[key("NPULightningIndexer")]
-    with pytest.raises(ValueError, match="return_values is 2, expected 0 or 1"):
-        function(ge_node(atc_node(op.LIGHTNING_INDEXER, return_values=2)), Target())
-    assert key("KvCachePack") not in twin

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 from sfa_onnx import kv_cache, op
 from sfa_onnx.ascend import flavour
+from sfa_onnx.ascend.checks import check
 from sfa_onnx.ascend.checks.plugin import PACK_EXPANSION
 from tests.plugin_double import key, needs_compiler, parser_text, plugin
 from tests.test_flavour import fused
@@ -136,8 +137,14 @@ def test_the_expansion_means_what_the_reference_does(plugin, rope, clip):
     ],
 )
 def test_kv_cache_pack_refusals(plugin, capfd, node, reason):
+    """And `check` foresees them."""
     assert expand(plugin, node)[1] is None
     assert reason in capfd.readouterr().err
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, [1, 512]) for n in node.input]
+    output = helper.make_tensor_value_info(node.output[0], TensorProto.INT8, None)
+    graph = helper.make_graph([node], "g", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    assert check(model).code == "E19999"
 
 
 def test_a_missing_prototype_is_named(plugin, capfd):
