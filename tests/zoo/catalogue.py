@@ -27,6 +27,7 @@ FAMILIES = (
     "finite",
     "attention_op",
     "elsewhere",
+    "outsiders",
 )
 
 
