@@ -344,7 +344,8 @@ DATA = Path(__file__).parent / "data" / "atc"
 # What no rewrite can give: only these may remain, and `check` says so.
 # (softmax-coercion: of a 2-D tensor along its last axis, where it changes nothing.)
 BEYOND = {"softmax-coercion", "unregistered-op", "qdq-op", "missing-input", "constant-dtype",
-          "input-dtype", "external-missing", "external-length", "cast-dtype"}  # fmt: skip
+          "input-dtype", "external-missing", "external-length", "cast-dtype",
+          "plugin-interface"}  # fmt: skip
 ECHO = ["npu::1::AttrEcho", *(f"ai.onnx::{v}::AttrEcho" for v in range(11, 19))]
 
 
