@@ -152,6 +152,13 @@ def test_log_codes_are_explained_once_and_our_own_lines_come_first():
     assert found[4].advice == "see CANN's error code reference"
 
 
+def test_a_folder_skipped_by_its_version_is_explained():
+    (found,) = atc_log.explain(
+        "[WARNING] 9.1.0 is not in required_opp_abi_version:[630000, 850000]"
+    )
+    assert "skipped because of its version" in found.meaning
+
+
 def test_a_quiet_log_has_no_findings():
     assert atc_log.explain("ATC run success, welcome to the next use.\nW11001: a warning") == []
 

@@ -43,10 +43,11 @@ def fake_cann(no_cann, monkeypatch, tmp_path):
 
 
 def test_layout_without_a_toolkit(no_cann, tmp_path):
-    done = package.write(tmp_path, cann="8.5")
+    done = package.write(tmp_path)
     vendor = tmp_path / "opp" / "vendors" / "sfa_onnx"
     assert (tmp_path / "opp/vendors/config.ini").read_text() == "load_priority=sfa_onnx\n"
-    assert (vendor / "version.info").read_text() == "custom_opp_compiler_version=8.5.0\n"
+    # CANN 8.5 was seen to skip, without a word, a folder whose version.info says 9.1.0.
+    assert not (vendor / "version.info").exists()
     assert (vendor / "framework" / "onnx").is_dir()
     assert not done.built
     assert "run ./build_plugin.sh on the machine that has one" in done.notes[0]
@@ -119,11 +120,6 @@ def test_nothing_is_overwritten_without_force(no_cann, tmp_path):
     with pytest.raises(UsageError, match="exists already"):
         package.write(tmp_path)
     package.write(tmp_path, force=True)
-
-
-def test_unknown_release(tmp_path):
-    with pytest.raises(UsageError, match=r"8\.5, 9\.0, 9\.1, 9\.2"):
-        package.write(tmp_path, cann="7.0")
 
 
 def test_a_folder_without_headers_is_no_toolkit(monkeypatch, tmp_path):

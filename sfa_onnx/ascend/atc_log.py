@@ -73,9 +73,9 @@ _PHRASES: dict[str, tuple[str, str]] = {
         "no kernel for an operator with these types on this chip",
         "compare the types with `sfa-onnx check --soc-version ...`",
     ),
-    "custom_opp_compiler_version": (
+    "required_opp_abi_version": (
         "a vendor package was skipped because of its version",
-        "rebuild the package for this CANN, or edit its version.info",
+        "rebuild the package for this CANN, or edit its version.info (ours has none)",
     ),
 }
 _SUCCESS = "ATC run success"

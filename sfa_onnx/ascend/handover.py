@@ -125,7 +125,7 @@ def _write_files(
 ) -> None:
     """The package, the scripts, the mapping."""
     folder, target = report.folder, report.model
-    parcel = package.write(folder, cann=report.cann, force=force)
+    parcel = package.write(folder, force=force)
     report.plugin_built = parcel.built
     report.notes += parcel.notes
     report.files = list(parcel.files)

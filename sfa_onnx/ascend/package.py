@@ -1,12 +1,14 @@
 """The plug-in as a vendor package, laid out the way CANN loads it.
 
     opp/vendors/config.ini                                   load_priority=sfa_onnx
-    opp/vendors/sfa_onnx/version.info
     opp/vendors/sfa_onnx/framework/onnx/libcust_onnx_parsers.so
     opp/vendors/sfa_onnx/bin/set_env.bash                    puts the vendor folder on
                                                              ASCEND_CUSTOM_OPP_PATH
     plugin/*.cc *.h, build_plugin.sh                         sources and the one-line build
     python/sfa_onnx_ge_plugin/                               the twin for CANN 9.2's Python API
+
+No version.info: a toolkit that names the versions it takes would skip a folder of another one
+without a word (E13010 follows), and this plug-in fits all of them: it is built where it runs.
 
 The library is built when a toolkit is found (ASCEND_HOME_PATH). It runs where atc runs, so it is
 built for that host, not for the device; CXX=aarch64-linux-gnu-g++ builds it for another one.
@@ -22,7 +24,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sfa_onnx.errors import MissingError, UsageError
+from sfa_onnx.errors import MissingError
 from sfa_onnx.model import atomic_write
 
 __all__ = ["VENDOR", "Package", "plugin_root", "toolkit", "write"]
@@ -33,8 +35,6 @@ VENDOR = "sfa_onnx"
 LIBRARY = "libcust_onnx_parsers.so"
 _HEADER = "register/register.h"
 _BUILD_SECONDS = 300
-# Newest point release of each line, for version.info.
-_VERSIONS = {"8.5": "8.5.0", "9.0": "9.0.0", "9.1": "9.1.0", "9.2": "9.2.0"}
 
 _BUILD = """#!/bin/bash
 # Builds the parser plug-in against the installed CANN toolkit (source its set_env.sh first).
@@ -100,20 +100,17 @@ def _include_folders() -> tuple[str, str]:
     return "include", f"{platform.machine()}-linux/include"
 
 
-def write(folder: Path, *, cann: str = "9.1", force: bool = False) -> Package:
+def write(folder: Path, *, force: bool = False) -> Package:
     """Lay the package out below `folder`, and build the plug-in when a toolkit is there.
 
     Args:
         folder: an existing folder.
-        cann: the CANN line the model is converted for, written into version.info.
         force: overwrite existing files.
 
     Raises:
-        UsageError: a file exists and `force` is not set, or `cann` is unknown.
+        UsageError: a file exists and `force` is not set.
         MissingError: the plug-in's sources are not part of this installation.
     """
-    if cann not in _VERSIONS:
-        raise UsageError(f"cann {cann!r}: expected one of {', '.join(_VERSIONS)}")
     vendors = folder / "opp" / "vendors"
     vendor = vendors / VENDOR
     library = (vendor / "framework" / "onnx" / LIBRARY).relative_to(folder)
@@ -122,7 +119,6 @@ def write(folder: Path, *, cann: str = "9.1", force: bool = False) -> Package:
     (vendor / "framework" / "onnx").mkdir(parents=True, exist_ok=True)
     texts = {
         "opp/vendors/config.ini": f"load_priority={VENDOR}\n",
-        f"opp/vendors/{VENDOR}/version.info": f"custom_opp_compiler_version={_VERSIONS[cann]}\n",
         f"opp/vendors/{VENDOR}/bin/set_env.bash": _SET_ENV,
         "build_plugin.sh": _BUILD.format(line=package.build_line, library=library),
     }
