@@ -39,8 +39,6 @@ class GraphIndex:
         nodes: its nodes, in order; an index into this list names a node everywhere.
         producer: value -> index of the node that makes it.
         consumers: value -> (node index, input position); position -1: captured by a sub-graph.
-            Nodes that no output of the graph needs do not count.
-        buried: value -> such nodes that read it, as in `consumers`.
         owners: nodes that hold sub-graphs.
         first: index of the first node of `graph` itself (0 unless outer nodes are seen too).
         path: where the graph lies, "If_3.then_branch/Loop_1.body"; "" for the main graph.
@@ -65,7 +63,7 @@ class GraphIndex:
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in (opsets or {}).items()}
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[tuple[int, int]]] = {}
-        self.buried: dict[str, list[tuple[int, int]]] = {}
+        self._alive: dict[int, bool] = {}
         self.owners: list[int] = []
         self._captures: dict[int, set[str]] = {}
         self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in graph.initializer}
@@ -107,29 +105,6 @@ class GraphIndex:
                 self._captures[i] = captured(node)
                 for name in self._captures[i]:
                     consumers.setdefault(name, []).append((i, -1))
-        self._bury()
-
-    def _bury(self) -> None:
-        """Take readers that lead to no output out of `consumers`, from the last to the first."""
-        read = {i for v, i in self.producer.items() if v in self.consumers or v in self._outputs}
-        waiting = list(set(self.producer.values()) - read)
-        while waiting:
-            i = waiting.pop()
-            names = {*self.nodes[i - self.first].input, *self.captures(i)} - {""}
-            for name in names & self.consumers.keys():
-                lost = [use for use in self.consumers[name] if use[0] == i]
-                kept = [use for use in self.consumers[name] if use[0] != i]
-                self.buried.setdefault(name, []).extend(lost)
-                self.consumers[name] = kept
-                if not kept:
-                    del self.consumers[name]
-                    above = self.producer.get(name, -1)
-                    if above >= 0 and not self._needed(above):
-                        waiting.append(above)
-
-    def _needed(self, node: int) -> bool:
-        outputs = self.nodes[node - self.first].output
-        return any(o in self.consumers or o in self._outputs for o in outputs)
 
     # -- names ------------------------------------------------------------------------------------
 
@@ -163,7 +138,7 @@ class GraphIndex:
         """Note that from now on a sub-graph of node `owner` reads `value`."""
         if value not in self._captures[owner]:
             self._captures[owner].add(value)
-            self.consumers[value] = [*self.uses(value), (owner, -1)]
+            self.consumers[value] = [*self.readers(value), (owner, -1)]
 
     def recapture(self, owner: int) -> set[str]:
         """Look again at what the sub-graphs of node `owner` read, after they were edited.
@@ -175,7 +150,7 @@ class GraphIndex:
         lost = self._captures[owner] - now
         self._captures[owner] -= lost
         for value in lost:
-            self.consumers[value] = [use for use in self.uses(value) if use != (owner, -1)]
+            self.consumers[value] = [u for u in self.readers(value) if u != (owner, -1)]
         for value in now:
             self.capture(value, owner)
         return lost
@@ -196,22 +171,47 @@ class GraphIndex:
         return self.node_of(self.source(value))
 
     def uses(self, value: str) -> list[tuple[int, int]]:
-        """(node, input position) of every reader; position -1 where a sub-graph captures it."""
-        return self.consumers.get(value, [])
+        """(node, input position) of every reader; position -1 where a sub-graph captures it.
+
+        Nodes from which no output of the graph can be reached do not count: see `readers`.
+        """
+        return [use for use in self.readers(value) if self._lives(use[0])]
 
     def readers(self, value: str) -> list[tuple[int, int]]:
         """As `uses`, nodes that no output needs included."""
-        return [*self.uses(value), *self.buried.get(value, ())]
+        return self.consumers.get(value, [])
+
+    def _lives(self, node: int) -> bool:
+        """Whether an output needs what a node makes; each node is looked at once."""
+        stack = [node]
+        while stack:
+            i = stack[-1]
+            if i in self._alive or i < self.first:  # outer nodes are not ours to judge
+                stack.pop()
+                continue
+            made = [o for o in self.nodes[i].output if o]
+            users = {u for o in made for u, _ in self.readers(o)}
+            if any(o in self._outputs for o in made) or any(
+                u < self.first or self._alive.get(u) for u in users
+            ):
+                self._alive[i] = True
+            elif unknown := [u for u in users if u not in self._alive]:
+                if len(stack) > len(self.nodes):  # an invalid graph: a cycle
+                    return True
+                stack.append(unknown[0])
+            else:
+                self._alive[i] = False
+        return node < self.first or self._alive[node]
 
     def buried_below(self, nodes: Iterable[int], outputs: Iterable[str]) -> list[int]:
         """Nodes that no output needs and that read what `nodes` make, `outputs` left out."""
         found: set[int] = set()
-        waiting = {o for i in nodes for o in self.nodes[i].output} - set(outputs)
+        waiting = {o for i in nodes for o in self.nodes[i].output} - {*outputs, ""}
         while waiting:
-            for i, _ in self.buried.get(waiting.pop(), ()):
-                if i not in found:
+            for i, _ in self.readers(waiting.pop()):
+                if i not in found and not self._lives(i):
                     found.add(i)
-                    waiting.update(self.nodes[i].output)
+                    waiting.update(o for o in self.nodes[i].output if o)
         return sorted(found)
 
     def is_graph_output(self, value: str) -> bool:
