@@ -3,8 +3,8 @@
 Importing `sfa_onnx` registers them, so `onnx.checker`, `onnx.shape_inference` and torch's exporter
 know our operators. onnx before 1.19 cannot take an inference function from Python and crashes on a
 schema without one, so there nothing is registered: unknown domains pass its checker unchecked.
-onnx's table outlives the interpreter, and up to 1.22 it hangs or crashes when it lets go of a Python
-function after the end: the operators leave it before.
+onnx's table outlives the interpreter, and up to 1.22 it hangs or crashes when it lets go of a
+Python function after the end: the operators leave it before.
 """
 
 from __future__ import annotations
