@@ -238,6 +238,12 @@ CASES: list[Case] = [
     ("raw-data-short", lambda: model([N("Add", ["x", "w"], ["y"])], init=[
         TensorProto(name="w", data_type=F, dims=[4], raw_data=b"12345678")
     ]), "error", "", "8 bytes, its dims say 16"),
+    ("scale-six-digits", lambda: edit(
+        ModelProto.FromString(ATC_FUSED.SerializeToString()),
+        lambda m: setattr(
+            next(a for a in m.graph.node[0].attribute if a.name == "scale_value"), "f", 576**-0.5
+        ),
+     ), "warning", "", "as 0.0416667"),
     ("scatternd-reduction", lambda: one("ScatterND", "x", "i", "u", reduction="add", ins=(
         X, ("i", I64, (1, 1)), ("u", F, (1, 6))
     )), "error", "", "reduction is ignored"),

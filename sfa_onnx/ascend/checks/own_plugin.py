@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
 from onnx import AttributeProto, NodeProto
 
 from sfa_onnx.ascend.checks.context import Context, Node
-from sfa_onnx.ascend.checks.finding import Finding, refused
+from sfa_onnx.ascend.checks.finding import Finding, misread, refused
 from sfa_onnx.ascend.checks.plugin import Plugin
 from sfa_onnx.contract import OpContract
 from sfa_onnx.onnx_attrs import find_attribute
@@ -20,11 +21,12 @@ __all__ = ["refusals"]
 _CODE = "E19999"
 _KINDS = {"int": AttributeProto.INT, "float": AttributeProto.FLOAT}
 _TEXT_TOLERANCE = 1e-5  # the parser prints FLOAT with 6 digits; its companion is exact
+_SHORT = 9  # characters; longer texts are numbers in full precision
 _NPU_ROPES = ("", "float16", "bfloat16")  # "": not known when the file was written
 
 
 def refusals(ctx: Context, node: Node) -> Iterator[Finding]:
-    """What the plug-in that takes the node refuses of its attributes, inputs and outputs."""
+    """What the plug-in refuses of a node's attributes, inputs and outputs, or cannot read whole."""
     plugin = ctx.plugin(node)
     if plugin is None:
         return
@@ -49,6 +51,25 @@ def refusals(ctx: Context, node: Node) -> Iterator[Finding]:
             node.name,
             hint="run `sfa-onnx atc` on the fused model; it writes what the plug-in takes",
         )
+    if plugin.contract is not None and ctx.takes_as_is(node):
+        yield from _rounded(plugin.contract, node)
+
+
+def _rounded(contract: OpContract, node: Node) -> Iterator[Finding]:
+    for spec in contract.attributes:
+        attr = find_attribute(node.proto, spec.name)
+        if spec.kind != "float" or attr is None:
+            continue
+        text = f"{attr.f:g}"
+        whole = len(text) > _SHORT or np.float32(text) == np.float32(attr.f)
+        if not whole and find_attribute(node.proto, f"{spec.name}_exact") is None:
+            yield misread(
+                "scale-six-digits",
+                "warning",
+                f"{spec.name} reaches the plug-in as {text}: the parser prints 6 digits",
+                node.name,
+                hint=f"run `sfa-onnx atc`, which adds {spec.name}_exact",
+            )
 
 
 def _attributes(plugin: Plugin, node: NodeProto) -> Iterator[str]:

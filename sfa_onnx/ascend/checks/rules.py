@@ -65,6 +65,7 @@ _MEANING: Final = {
     "mod-sign": "Mod on negative operands: fmod makes no difference",
     "nested-branch-value": "a value from two graphs further out: not handed on to a nested If",
     "raw-data-short": "raw_data shorter than the dims say",
+    "scale-six-digits": "a scale without its exact companion: rounded to 6 digits",
     "scatternd-reduction": "ScatterND with a reduction: ignored",
     "shape-slice": "Shape with start or end: ignored",
     "softmax-coercion": "Softmax before opset 13",
