@@ -182,6 +182,8 @@ def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
     found = _boolean_node(tracer, node, ref, positive)
     if found is not None:
         return found
+    if _given_numbers(tracer, node):  # made true and false here
+        return [_leaf(tracer, ref, positive)]
     step = tracer.step(ref) if node.op_type != "Where" else None
     if isinstance(step, Move) and not any(c.reads for c in step.ref.coords):
         inner = boolean(tracer, step.ref, positive=positive)
@@ -195,13 +197,25 @@ def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
     return [_leaf(tracer, ref, positive)]
 
 
+def _given_numbers(tracer: Tracer, node: onnx.NodeProto) -> bool:
+    """Whether numbers from outside become bools here."""
+    if node.op_type != "Cast" or not tracer.index.is_given(node.input[0]):
+        return False
+    return _is_bool(tracer, node.output[0]) and not _is_bool(tracer, node.input[0])
+
+
+def _is_bool(tracer: Tracer, value: str) -> bool:
+    return tracer.sizes.elem_type(value) == onnx.TensorProto.BOOL
+
+
 def _at_view(
     node: onnx.NodeProto, ref: Ref, inner: list[Literal], positive: bool, *, is_bool: bool
 ) -> list[Literal]:
     """Literals found behind a view; where it cuts a tensor, they are read from the cut one."""
     if len(inner) == 1 and isinstance(inner[0], Selected | Kept):
         return [replace(inner[0], mask=Visible(ref, positive, is_bool))]
-    if node.op_type not in ("Slice", "Split", "Concat", "ScatterND"):
+    cuts = ("Slice", "Split", "Concat", "ScatterND", "Gather", "GatherElements", "GatherND")
+    if node.op_type not in cuts:
         return inner
     if len(inner) == 1 and isinstance(inner[0], Visible):
         return [Visible(ref, positive, is_bool)]
@@ -209,8 +223,7 @@ def _at_view(
 
 
 def _leaf(tracer: Tracer, ref: Ref, positive: bool) -> Visible:
-    elem = tracer.sizes.elem_type(ref.value)
-    if elem != onnx.TensorProto.BOOL:
+    if not _is_bool(tracer, ref.value):
         raise Stop(
             f"the mask {ref.value} is not bool and not made from one", ref.value, "use a bool mask"
         )
