@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Ref, Stop, Tracer
 from sfa_onnx.passes.bind_attention import Parts, read_attention, split_heads
@@ -14,7 +12,8 @@ from sfa_onnx.passes.bind_output import at_product, leaves_at
 from sfa_onnx.passes.bind_precision import check_precision
 from sfa_onnx.passes.bind_rows import (
     Columns,
-    State,
+    apart,
+    cut_columns,
     require_one,
     same_addresses,
     same_rows,
@@ -173,7 +172,8 @@ def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: An
     for term in scores.terms:
         q, k = _query_and_key(term, key)
         term = Term(q, k, term.label, term.factor, term.product)
-        pairs += [(term, part) for part in trace_columns(tracer, k, term.label, wanted)]
+        parts = trace_columns(tracer, k, term.label, wanted)
+        pairs += [(term, own) for part in parts for own in apart(part, value)]
     nope, reason = None, ""
     as_wide = [p for p in pairs if p[1].label.size == value.label.size]
     for pair in [*as_wide, *(p for p in pairs if p not in as_wide)]:
@@ -221,7 +221,7 @@ def _paired(
     term, columns = nope
     width = value.label.size
     if columns.kind != "expanded" and columns.label.size > width:  # [nope | rope] in one tensor
-        head, tail = _cut_columns(columns, width)
+        head, tail = cut_columns(columns, (0, width, columns.label.size))
         rest, columns = [(term, tail), *rest], head
     if len(rest) > 1:
         _check_changed(tracer, [c for _, c in rest])
@@ -267,14 +267,3 @@ def _check_changed(tracer: Tracer, parts: list[Columns]) -> None:
 def _query(term: Term, columns: Columns) -> Query:
     swap = {term.label: Expr.of(columns.label) + columns.low}
     return Query(term.q.substitute(swap) if term.label != columns.label else term.q, columns.label)
-
-
-def _cut_columns(columns: Columns, width: int) -> tuple[Columns, Columns]:
-    """The first `width` columns and the rest."""
-    parts = []
-    for start, stop in ((0, width), (width, columns.label.size)):
-        own = Label(f"{columns.label.name}[{start}:{stop}]", stop - start)
-        swap = {columns.label: Expr.of(own) + start}
-        path = tuple(State(s.ref.substitute(swap), s.factor) for s in columns.path)
-        parts.append(replace(columns, label=own, low=columns.low + start, path=path))
-    return parts[0], parts[1]

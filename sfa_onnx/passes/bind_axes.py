@@ -46,7 +46,6 @@ def _one_selection(site: Site, unions: list[Kept]) -> None:
     Raises:
         Stop: there is no such mask.
     """
-    unions = [u for u in unions if not u.over or site.key in u.over]
     first = next((s for s in site.selected if s.exact), next(iter(site.selected), None))
     for other in (s for s in site.selected if s is not first):
         if other.mask is None:
@@ -56,10 +55,17 @@ def _one_selection(site: Site, unions: list[Kept]) -> None:
     if first is not None:
         site.selected = [first]
         site.kept = None if first.exact or first.mask is None else Kept(first.mask, (first,))
-    elif unions:
-        site.kept, *unions = unions
-        site.selected = list(site.kept.among)
-    site.visible += [u.mask for u in unions if u.mask not in site.visible]
+    elif few := [u for u in unions if _is_few(u, site.key)]:
+        site.kept = few[0]
+        site.selected = list(few[0].among)
+    for union in unions:
+        if union is not site.kept and union.mask not in site.visible:
+            site.visible.append(union.mask)
+
+
+def _is_few(union: Kept, key: Label) -> bool:
+    """Whether a union is a selection of keys: what it keeps besides is not all of them."""
+    return (not union.over or key in union.over) and union.extra < key.size
 
 
 def _unselected(site: Site) -> Stop | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import onnx
 
@@ -11,7 +12,16 @@ from sfa_onnx.passes.axes import Expr, Label, Quot, Rem, fresh
 from sfa_onnx.passes.axes_trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind_decode import stored_bytes
 
-__all__ = ["Columns", "State", "require_one", "same_addresses", "same_rows", "trace_columns"]
+__all__ = [
+    "Columns",
+    "State",
+    "apart",
+    "cut_columns",
+    "require_one",
+    "same_addresses",
+    "same_rows",
+    "trace_columns",
+]
 
 _INT8 = onnx.TensorProto.INT8
 _PLACE = "column"
@@ -280,6 +290,34 @@ def same_rows(key: Columns, value: Columns) -> str:
     if value.label.size > key.label.size:
         return f"it has {value.label.size} columns, the key's nope part {key.label.size}"
     return ""
+
+
+def cut_columns(columns: Columns, edges: Sequence[int]) -> list[Columns]:
+    """The columns between each two of `edges`, which follow each other."""
+    parts = []
+    for start, stop in pairwise(edges):
+        own = Label(f"{columns.label.name}[{start}:{stop}]", stop - start)
+        swap = {columns.label: Expr.of(own) + start}
+        path = tuple(State(s.ref.substitute(swap), s.factor) for s in columns.path)
+        parts.append(replace(columns, label=own, low=columns.low + start, path=path))
+    return parts
+
+
+def apart(key: Columns, value: Columns) -> list[Columns]:
+    """The key's columns, cut where the value's begin and end if they lie behind others.
+
+    Rows stored as [rope | nope] are such: the operator takes the parts as two tensors.
+    """
+    a, b = key.deep.ref, value.deep.ref
+    wide, narrow = key.label.size, value.label.size
+    if key.kind != "float" or value.kind != "float" or a.value != b.value or narrow >= wide:
+        return [key]
+    last = len(a.coords) - 1
+    start = (b.coords[last] - Expr.of(value.label) - a.coords[last]) + Expr.of(key.label)
+    if start.terms or not 0 < start.const <= wide - narrow or a.coords[:last] != b.coords[:last]:
+        return [key]
+    edges = sorted({0, start.const, start.const + narrow, wide})
+    return cut_columns(key, edges)
 
 
 def same_addresses(tracer: Tracer, nope: Columns, rope: Columns | None) -> None:

@@ -19,6 +19,7 @@ FAMILIES = (
     "packed",
     "masks",
     "extra",
+    "selections",
     "edited",
     "scorepath",
     "scoped",
