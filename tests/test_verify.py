@@ -164,7 +164,8 @@ def test_record_tells_sizes_assumptions_constants_and_own_error():
     record = _verify(*gather_site())
     assert isinstance(record, VerifyRecord)
     assert record.sizes == {"B": 3, "S1": 3, "S2": 17, "K": 6}
-    assert record.assumptions == ("sparse_indices are distinct: discharged by TopK",)
+    assert record.assumptions[0] == "sparse_indices are distinct: discharged by TopK"
+    assert record.assumptions[1].startswith("keys that no row attends to hold no NaN")
     assert "scale" in record.constants_read
     assert 1e-9 < record.own_rounding < 1e-5  # float32
     assert all(p.error <= 1e-12 for p in record.probes)

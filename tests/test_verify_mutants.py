@@ -6,6 +6,7 @@ passes all the others.
 """
 
 import pytest
+from onnx import helper
 
 from sfa_onnx.passes.candidate import Refusal
 from sfa_onnx.passes.index import GraphIndex
@@ -307,7 +308,29 @@ def test_selection_probe_is_needed():
     assert isinstance(blind, VerifyRecord)
 
 
+def test_nan_probe_is_needed():
+    """A replacement that sums up all keys, times nothing: only NaN among them shows it."""
+    model, candidate = gather_site()
+    candidate.replacement[-1].output[0] = "y0"
+    candidate.replacement += [
+        helper.make_node("ReduceSum", ["lat"], ["all"], keepdims=0),
+        helper.make_node("Sub", ["all", "all"], ["nothing"]),
+        helper.make_node("Add", ["y0", "nothing"], ["y"]),
+    ]
+    verdict = Verifier(GraphIndex.of(model)).verify(candidate)
+    assert "turns the fused result into NaN" in verdict.reason
+    blind = Verifier(GraphIndex.of(model), _without("nan")).verify(candidate)
+    assert isinstance(blind, VerifyRecord)
+
+
+def test_nan_that_the_original_spreads_is_an_edge():
+    """Rows that are gathered and masked weigh nothing, but 0 * NaN is NaN: noted, not judged."""
+    model, candidate = gather_site()
+    record = Verifier(GraphIndex.of(model)).verify(candidate)
+    assert any("hold no NaN" in a for a in record.assumptions)
+
+
 def test_the_lists_are_complete():
     """Probes of packed rows ("... bytes") have mutants of their own: graphs that decode rows."""
     general = {p.name for p in PROBES if p.gating and not p.name.endswith("bytes")}
-    assert general == {*NEEDED, "selection"}
+    assert general == {*NEEDED, "selection", "nan"}

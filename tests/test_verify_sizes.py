@@ -87,6 +87,7 @@ def test_a_prefill_that_cannot_be_run_is_verified_at_small_sizes():
     assert f"K={record.sizes['K']} instead of {K}" in record.shrunk
     assert max(p.error for p in record.probes) < 1e-12
     assert next(p.draws for p in record.probes if p.name == "sizes") >= 2
+    assert "causal" in record.constants_read
     assert record.seconds < 60
 
 

@@ -16,6 +16,11 @@ from sfa_onnx.passes.verify.judge import Judge, is_own
 __all__ = ["Executable", "Feeds"]
 
 Array = NDArray[Any]
+_T = onnx.TensorProto
+_KINDS = {"bool": _T.BOOL, "double": _T.DOUBLE, "int64": _T.INT64, "int32": _T.INT32} | {
+    "int8": _T.INT8,
+    "uint8": _T.UINT8,
+}
 Feeds = Mapping[str, Array]
 
 
@@ -32,6 +37,7 @@ class Executable:
         self.engine = "onnxruntime"
         self._outputs = [o.name for o in model.graph.output]
         self._constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        self._kinds: dict[str, int] = {}  # element types of what the stages so far hand on
         self._steps = [self._step(model, part) for part in _stages(model.graph.node)]
 
     def run(self, feeds: Feeds) -> list[Array]:
@@ -56,7 +62,8 @@ class Executable:
     ) -> onnx.NodeProto | _Stage:
         if len(nodes) == 1 and is_own(nodes[0]):
             return nodes[0]
-        stage = _Stage(model, nodes, self._outputs)
+        stage = _Stage(model, nodes, self._outputs, self._kinds)
+        self._kinds.update(stage.kinds())
         if stage.engine != "onnxruntime":
             self.engine = stage.engine
         return stage
@@ -84,7 +91,11 @@ class _Stage:
     """Standard operators between two of ours, as one session."""
 
     def __init__(
-        self, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], wanted: Sequence[str]
+        self,
+        model: onnx.ModelProto,
+        nodes: Sequence[onnx.NodeProto],
+        wanted: Sequence[str],
+        kinds: Mapping[str, int],
     ) -> None:
         part = onnx.ModelProto()
         part.ir_version = model.ir_version
@@ -101,12 +112,20 @@ class _Stage:
                 part.graph.initializer.append(constants[name])
             elif name in declared:
                 part.graph.input.append(declared[name])
-            else:  # made by one of our operators: attention and packed rows
+            else:  # made by an earlier stage, or by one of ours: attention and packed rows
                 kind = onnx.TensorProto.INT8 if _is_packed(model, name) else 11
+                kind = kinds.get(name, kind)
                 part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
         self._inputs = [i for i in self._inputs if i not in constants]
         part.graph.output.extend(onnx.ValueInfoProto(name=o) for o in self._outputs)
         self._runner, self.engine = _open(part)
+
+    def kinds(self) -> dict[str, int]:
+        """Element types of the values that this stage hands on, where its engine tells."""
+        if self.engine != "onnxruntime":
+            return {}
+        names = ((o.name, o.type.removeprefix("tensor(")[:-1]) for o in self._runner.get_outputs())
+        return {name: _KINDS[kind] for name, kind in names if kind in _KINDS}
 
     def run(self, values: Feeds) -> dict[str, Array]:
         """Values of this stage that later stages or the caller need."""

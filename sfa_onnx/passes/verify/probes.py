@@ -6,6 +6,7 @@ probes ask about the edges of the operator's domain, where originals differ by d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -89,6 +90,12 @@ def _poison(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
         yield problem, Draw(seed, gain=gain, poison=_POISON, selection="shared")
 
 
+def _nan(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
+    """NaN in rows nobody selects, once with every key visible and once as it comes."""
+    yield problem, Draw(27, poison=math.nan, selection="shared", lengths="full")
+    yield problem, Draw(28, poison=math.nan, selection="shared")
+
+
 def _edges(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
     yield from ((problem, Draw(30 + seed, lengths="edge")) for seed in range(3))
     yield problem, Draw(33, lengths="full")
@@ -154,6 +161,7 @@ PROBES: tuple[Probe, ...] = (
         ),
     ),
     Probe("poison", "a token outside the selection is read", _poison),
+    Probe("nan", "a token outside the selection turns the fused result into NaN", _nan),
     Probe(
         "basis",
         "a score is not scale * (query . key) over all components",

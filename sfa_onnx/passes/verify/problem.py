@@ -24,6 +24,7 @@ __all__ = ["Draw", "Problem"]
 
 Array = NDArray[Any]
 Shapes = dict[str, tuple[int, ...]]
+_DISTINCT = 1_000_003  # no width divides it: columns and rows of weights differ
 Selection = Literal["random", "shared", "single", "duplicates", "shuffled"]
 
 
@@ -113,7 +114,7 @@ class Problem:
         """Queries, expansion weights and anything whose values are free."""
         shape = self.shapes[operand.value]
         if operand.role not in (Role.QUERY, Role.QUERY_ROPE):
-            return _typed(rng.standard_normal(shape), operand)
+            return _typed(_many(shape, rng), operand)
         if draw.query == "zero":
             return np.zeros(shape)
         array = rng.standard_normal(shape)
@@ -188,6 +189,12 @@ def _codes(count: int, width: int, values: Array) -> Array:
     rows = np.zeros((count, width))
     rows[np.arange(count), np.arange(count) % width] = values
     return rows
+
+
+def _many(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Normal numbers; of large weights a prime number of them, over and over."""
+    count = math.prod(shape)
+    return np.resize(rng.standard_normal(min(count, _DISTINCT)), shape)
 
 
 def _dtype(operand: Operand) -> np.dtype[Any]:

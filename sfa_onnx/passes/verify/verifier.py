@@ -135,7 +135,8 @@ class Verifier:
             return record
         whole = sizer.smallest()[1].named()
         shrunk = [f"{k}={n} instead of {whole[k]}" for k, n in record.sizes.items() if n < whole[k]]
-        record = dataclasses.replace(record, shrunk=tuple(shrunk))
+        read = tuple(dict.fromkeys(self._index.constants_read))
+        record = dataclasses.replace(record, shrunk=tuple(shrunk), constants_read=read)
         if true is None:
             return record
         asked = true.confirm(site.scale)
