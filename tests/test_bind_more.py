@@ -204,3 +204,71 @@ def test_nodes_that_no_output_needs_do_not_hold_a_site_back(tmp_path):
     assert "removed as well: lost, more, which no output needs" in " ".join(site.bound)
     onnx.checker.check_model(report.model)
     assert check_certificate(tmp_path / "proof.json", model, report.model).holds
+
+
+_FLAT = """<ir_version: 8, opset_import: ["" : 17]>
+flat (float[4,40] q, float[24,40] kv, {given}) => (float[4,32] o)
+<int64[1] kk={{8}}, int64[1] z={{0}}, int64[1] c32={{32}}, int64[1] ax1={{1}}, float none={{0.0}}>
+{{
+ {choose}
+ k = Gather<axis=0>(kv, idx)
+ s = Gemm<transB=1, alpha=0.25{more}>(q, k{third})
+ p = Softmax<axis=-1>(s)
+ v = Slice(k, z, c32, ax1)
+ o = Gemm(p, v)
+}}"""
+_BEST = {"given": "float[24] scores", "choose": "val, idx = TopK(scores, kk)"}
+
+
+def _flat(more="", third="", given="", choose=""):
+    return onnx.parser.parse_model(_FLAT.format(more=more, third=third, given=given, choose=choose))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        _BEST,
+        {**_BEST, "third": ", none"},
+        {**_BEST, "third": ", q0", "more": ", beta=0.0", "given": "float[24] scores, float[8] q0"},
+        {"given": "int64[8] idx", "choose": ""},
+    ],
+    ids=["best", "zero bias", "bias times zero", "one row of indices from outside"],
+)
+def test_one_query_token_without_batch(knobs):
+    """Gemm over two-dimensional tensors."""
+    model = _flat(**knobs)
+    if knobs["given"].startswith("int64"):
+        report = sfa_onnx.fuse(model)
+        assert [s.status for s in report.sites] == ["fused"]
+        return
+    _fused(model)
+
+
+def test_a_bias_of_the_product_is_refused():
+    reason = _reason(_flat(**{**_BEST, "given": "float[24] scores, float[8] b", "third": ", b"}))
+    assert "a product with a bias" in reason
+
+
+def test_quantised_products_are_refused_by_name():
+    scores = (
+        " kt = Transpose<perm=[0,1,3,2]>(k)\n qq, qs, qz = DynamicQuantizeLinear(q)\n"
+        " kq, ks, kz = DynamicQuantizeLinear(kt)\n si = MatMulInteger(qq, kq, qz, kz)\n"
+        " sf = Cast<to=1>(si)\n s = Mul(sf, sc)\n"
+    )
+    reason = _reason(_model(scores=scores))
+    assert "MatMulInteger on the score path is a product of rounded integers" in reason
+
+
+def test_a_gathered_cache_that_is_only_reordered_is_not_listed():
+    """Beam search picks sequences by one row of indices; its keys and values differ."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    beam (float[2,4,1,16] q, float[2,4,24,16] pk, float[2,4,24,16] pv, int64[2] beam)
+     => (float[2,4,1,16] o) {
+     k = Gather<axis=0>(pk, beam)
+     v = Gather<axis=0>(pv, beam)
+     kt = Transpose<perm=[0,1,3,2]>(k)
+     s = MatMul(q, kt)
+     p = Softmax<axis=-1>(s)
+     o = MatMul(p, v)
+    }"""
+    assert not sfa_onnx.fuse(onnx.parser.parse_model(text)).sites

@@ -70,8 +70,7 @@ class Steps:
     domains: tuple = ()
 
     def indices(self, g: Graph) -> str:
-        best = g.op("TopK", "wish", g.ints(K), outputs=2, axis=-1)
-        return best[1]
+        return g.op("TopK", "wish", g.ints(K), outputs=2, axis=-1)[1]
 
     def rows(self, g: Graph) -> str:
         if self.dense:
