@@ -50,8 +50,8 @@ class Cost:
 def nominal_sizes(index: GraphIndex, given: Mapping[str, int] | None = None) -> dict[str, int]:
     """A size for every symbol of the graph's inputs: `given`, else batch 1 and length 4096."""
     sizes = dict(given or {})
-    for name in (*(info.name for info in index.inputs), *index.returned):
-        for position, dim in enumerate(index.shape(name) or ()):
+    for dims in index.entering.values():
+        for position, dim in enumerate(dims or ()):
             if isinstance(dim, str) and dim.isidentifier():
                 is_batch = "batch" in dim.lower() or dim.lower() in ("b", "bs", "n")
                 nominal = NOMINAL_BATCH if is_batch and position == 0 else NOMINAL_LENGTH

@@ -8,6 +8,7 @@ well under a second. Weights are never read: `constant` serves structural consta
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,7 +60,7 @@ class GraphIndex:
         self.graph = graph
         self.first = first
         self.path = ""
-        self.nodes: list[onnx.NodeProto] = list(graph.node)
+        self.nodes: Sequence[onnx.NodeProto] = list(graph.node)
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in (opsets or {}).items()}
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[tuple[int, int]]] = {}
@@ -122,6 +123,14 @@ class GraphIndex:
     def returned(self) -> Sequence[str]:
         """What nodes with bodies make: nobody looks behind it, so it is as good as an input."""
         return [o for i in self.owners for o in self.nodes[i].output if o]
+
+    @functools.cached_property
+    def entering(self) -> dict[str, tuple[Dim, ...] | None]:
+        """The declared shape of all that is fed or returned, in the order that names its symbols.
+
+        Inputs come first: a dim of theirs is a symbol, or an expression of symbols.
+        """
+        return {name: self.shape(name) for name in (*(v.name for v in self.inputs), *self.returned)}
 
     def place(self, node: int) -> str:
         """`label` behind the path of the graph: unique in the model, as site ids are."""

@@ -270,7 +270,7 @@ class _Run:
         scopes = []
         for index in (main, *body_views(main)):
             found = find_candidates(index)
-            costs = Costs(index)
+            costs = Costs(index) if found else None
             sites = [describe(index, item, n, costs) for n, item in enumerate(found)]
             scopes.append(_Scope(index, found, sites))
         return scopes
@@ -302,6 +302,8 @@ class _Run:
 
         total, done = sum(len(s.found) for s in scopes), 0
         for scope in reversed(scopes):
+            if not scope.found:
+                continue
             verifier = Verifier(scope.index)
             for item, site in zip(scope.found, scope.sites, strict=True):
                 done += 1

@@ -7,6 +7,7 @@ other. Nothing is copied: the view lays the body's own names over those of its p
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -18,7 +19,7 @@ from onnx import helper
 
 from sfa_onnx.passes.index import Dim, GraphIndex
 from sfa_onnx.passes.shapes import Concrete
-from sfa_onnx.passes.sub_graphs import bodies
+from sfa_onnx.passes.sub_graphs import bodies, owners
 
 __all__ = ["ScopeIndex", "body_views"]
 
@@ -48,6 +49,19 @@ class _Layered(dict[str, V]):
 
     def __contains__(self, key: object) -> bool:
         return dict.__contains__(self, key) or (key not in self._hidden and key in self._outer)
+
+
+class _Chained(Sequence[onnx.NodeProto]):
+    """Outer nodes, then own ones, without a copy of the outer list for every body."""
+
+    def __init__(self, outer: Sequence[onnx.NodeProto], own: list[onnx.NodeProto]) -> None:
+        self._outer, self._own, self._first = outer, own, len(outer)
+
+    def __len__(self) -> int:
+        return self._first + len(self._own)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._outer[i] if i < self._first else self._own[i - self._first]
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ class ScopeIndex(GraphIndex):
         super().__init__(body, parent.opsets, parent.reader, first=first)
         self.parent, self.owner = parent, owner
         self.path = f"{parent.place(owner)}.{attribute}"
-        self.nodes = [*parent.nodes, *fixed, *self.nodes]
+        self.nodes = _Chained(parent.nodes, [*fixed, *self.nodes])
         self._bound = {*self._inputs, *self.initializers, *self.producer}
         hidden = self._bound | self._confused()
         for i, s in enumerate(same, len(parent.nodes)):
@@ -131,8 +145,16 @@ class ScopeIndex(GraphIndex):
     @property
     def returned(self) -> Sequence[str]:
         """What nodes with bodies make, in the body and around it."""
-        outer = (name for name in self.parent.returned if name not in self._bound)
-        return [*outer, *super().returned]
+        own = {*self._bound, *self.parent.nodes[self.owner].output}  # its results come later
+        return [*(name for name in self.parent.returned if name not in own), *super().returned]
+
+    @functools.cached_property
+    def entering(self) -> dict[str, tuple[Dim, ...] | None]:
+        """As the graph's own, with what enters the scopes around it in front."""
+        hidden = {*self._bound, *self.parent.nodes[self.owner].output}
+        outer = {n: dims for n, dims in self.parent.entering.items() if n not in hidden}
+        own = [v.name for v in self.graph.input if v.name not in self.producer]
+        return outer | {name: self.shape(name) for name in (*own, *super().returned)}
 
     def is_graph_input(self, value: str) -> bool:
         """Whether `value` is fed to the body by its owner, or to the model."""
@@ -210,6 +232,7 @@ class _Entry:
         while self._widen(everything=rounds > _ROUNDS):
             rounds += 1
         self.view.trusts = trusted and not rounds
+        self.view.__dict__.pop("entering", None)
 
     def _dims(self, state: _State) -> tuple[Dim, ...] | None:
         return self.view._entry[state.name][1]
@@ -240,6 +263,7 @@ class _Entry:
         changed = list(dims or ())
         changed[axis] = self._symbol(state, axis)
         self.view._entry[state.name] = (elem, tuple(changed))
+        self.view.__dict__.pop("entering", None)  # it was told before
 
     def _widen(self, *, everything: bool) -> bool:
         """Free the sizes that one run changes, or all of them; whether there were any."""
@@ -327,7 +351,5 @@ def body_views(
 
 def _holds(graph: onnx.GraphProto, telling: Callable[[onnx.NodeProto], bool]) -> bool:
     """Whether a graph or one of its bodies holds a telling node."""
-    return any(
-        telling(node) or any(_holds(body, telling) for body in bodies(node).values())
-        for node in graph.node
-    )
+    inner = (body for node in owners(graph) for body in bodies(node).values())
+    return any(map(telling, graph.node)) or any(_holds(body, telling) for body in inner)

@@ -10,7 +10,7 @@ from sfa_onnx.passes.candidate import Candidate
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.scope_index import ScopeIndex
 from sfa_onnx.passes.splice import splice, taken_names
-from sfa_onnx.passes.sub_graphs import bodies
+from sfa_onnx.passes.sub_graphs import bodies, owners
 from sfa_onnx.report import SiteReport
 
 __all__ = ["count_nodes", "note_captures", "splice_scopes"]
@@ -18,10 +18,8 @@ __all__ = ["count_nodes", "note_captures", "splice_scopes"]
 
 def count_nodes(graph: onnx.GraphProto) -> int:
     """Nodes of a graph and of all bodies in it."""
-    total = len(graph.node)
-    for node in graph.node:
-        total += sum(count_nodes(body) for body in bodies(node).values())
-    return total
+    inner = (body for node in owners(graph) for body in bodies(node).values())
+    return len(graph.node) + sum(count_nodes(body) for body in inner)
 
 
 def note_captures(index: GraphIndex, candidate: Candidate) -> None:
@@ -49,14 +47,14 @@ def splice_scopes(
         work: (view, verified sites) of every graph, the main graph first, each before its bodies.
     """
     taken = taken_names(work[0][0])
-    freed: dict[int, set[str]] = {}
+    edited: dict[int, set[int]] = {}  # view -> its nodes whose bodies were edited
     for index, ready in reversed(work):
-        lost = freed.get(id(index), set())
-        if not ready and not lost:
+        owners_here = edited.get(id(index), set())
+        if not ready and not owners_here:
             continue
+        lost = {value for owner in sorted(owners_here) for value in index.recapture(owner)}
         results = splice(model, index, [item for item, _ in ready], taken, lost)
         for (_, site), result in zip(ready, results, strict=True):
             site.removed, site.added = result.removed, result.added
         if isinstance(index, ScopeIndex):
-            unread = index.parent.recapture(index.owner)
-            freed.setdefault(id(index.parent), set()).update(unread)
+            edited.setdefault(id(index.parent), set()).add(index.owner)

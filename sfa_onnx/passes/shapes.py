@@ -57,12 +57,12 @@ class Concrete:
         self.index = index
         self.symbols: dict[str, int] = dict(symbols or {})
         primes = itertools.chain(_PRIMES_2 if second else _PRIMES, itertools.count(20011, 2))
-        for info in index.inputs:
-            for dim in index.shape(info.name) or ():
+        for dims in index.entering.values():
+            for dim in dims or ():
                 if isinstance(dim, str) and dim.isidentifier() and dim not in self.symbols:
                     self.symbols[dim] = next(primes)
         for name in index.returned:
-            for dim in index.shape(name) or ():
+            for dim in index.entering.get(name) or ():
                 if isinstance(dim, str) and _size_of(dim, self.symbols) is None:
                     self.symbols[dim] = next(primes)
         self._fresh = primes
@@ -73,8 +73,8 @@ class Concrete:
     @property
     def dynamic(self) -> bool:
         """Whether any value that enters has a dim without a number."""
-        names = [*(i.name for i in self.index.inputs), *self.index.returned]
-        return any(not isinstance(d, int) for n in names for d in self.index.shape(n) or ("?",))
+        shapes = self.index.entering.values()
+        return any(not isinstance(d, int) for dims in shapes for d in dims or ("?",))
 
     # -- shapes -----------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class Costs:
 
 
 def describe(
-    index: GraphIndex, item: Candidate | RefusedSite, number: int, costs: Costs
+    index: GraphIndex, item: Candidate | RefusedSite, number: int, costs: Costs | None
 ) -> SiteReport:
     """The report of one candidate, refused until proved otherwise."""
     site = SiteReport(
@@ -56,7 +56,7 @@ def describe(
     site.npu_limits = npu_limits(item)
     site.bound = tuple(item.notes)
     item.site_id = site.site_id
-    site.cost = costs.of(item)
+    site.cost = costs.of(item) if costs is not None else {}
     return site
 
 

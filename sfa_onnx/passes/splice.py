@@ -18,7 +18,7 @@ from sfa_onnx.op import ALL_OPS
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.region import edit_region, free_name, ordered_nodes, rename_region
-from sfa_onnx.passes.sub_graphs import bodies
+from sfa_onnx.passes.sub_graphs import bodies, owners
 
 __all__ = ["Spliced", "check_region", "splice", "taken_names"]
 
@@ -165,10 +165,8 @@ def import_domains(model: onnx.ModelProto, candidates: Iterable[Candidate]) -> N
 
 def _uses(graph: onnx.GraphProto, domain: str) -> bool:
     """Whether a node of a graph or of its bodies is of this domain."""
-    return any(
-        node.domain == domain or any(_uses(body, domain) for body in bodies(node).values())
-        for node in graph.node
-    )
+    inner = (body for node in owners(graph) for body in bodies(node).values())
+    return any(n.domain == domain for n in graph.node) or any(_uses(b, domain) for b in inner)
 
 
 def _dead_nodes(
@@ -216,7 +214,7 @@ def _inner_names(owner: onnx.NodeProto) -> set[str]:
         found.update(v.name for v in (*body.initializer, *body.input, *body.output))
         for node in body.node:
             found.update((node.name, *node.input, *node.output))
-            found |= _inner_names(node)
+        found = found.union(*(_inner_names(node) for node in owners(body)))
     return found
 
 

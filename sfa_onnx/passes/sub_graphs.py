@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-__all__ = ["Dim", "bodies", "captured", "declared_dims", "returned_info"]
+__all__ = ["Dim", "bodies", "captured", "declared_dims", "owners", "returned_info"]
 
 Dim = int | str | None
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -24,6 +24,11 @@ def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
     return found
 
 
+def owners(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes of a graph that may hold graphs, told without a look at their attributes."""
+    return [n for n in graph.node if n.op_type in _CONTROL_FLOW or n.domain not in _STANDARD]
+
+
 def captured(node: onnx.NodeProto) -> set[str]:
     """Names of outer values that the sub-graphs of `node` read."""
     found: set[str] = set()
@@ -32,12 +37,11 @@ def captured(node: onnx.NodeProto) -> set[str]:
 
 def _free_names(graph: onnx.GraphProto) -> set[str]:
     bound = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-    for node in graph.node:
-        bound.update(node.output)
     used = {v.name for v in graph.output}
     for node in graph.node:
+        bound.update(node.output)
         used.update(node.input)
-        used.update(captured(node))
+    used = used.union(*(captured(node) for node in owners(graph)))
     return {name for name in used - bound if name}
 
 
