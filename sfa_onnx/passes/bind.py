@@ -5,7 +5,7 @@ from __future__ import annotations
 from sfa_onnx.passes.axes import Expr, Label
 from sfa_onnx.passes.axes_trace import Dot, Ref, Stop, Tracer
 from sfa_onnx.passes.bind_attention import Parts, read_attention, split_heads
-from sfa_onnx.passes.bind_axes import check_rows, splits, take_masks, tell_rows
+from sfa_onnx.passes.bind_axes import check_rows, rows_changed, splits, take_masks, tell_rows
 from sfa_onnx.passes.bind_heads import check_heads
 from sfa_onnx.passes.bind_mask import boolean
 from sfa_onnx.passes.bind_output import at_product, leaves_at
@@ -21,7 +21,6 @@ from sfa_onnx.passes.bind_rows import (
 )
 from sfa_onnx.passes.bind_scores import Scores, Term, read_scores
 from sfa_onnx.passes.bind_site import Anchor, Query, Site
-from sfa_onnx.passes.bind_usage import reworked
 from sfa_onnx.passes.bind_weights import sides, summed, weighted_sum
 from sfa_onnx.passes.find_fed import is_weight
 
@@ -252,16 +251,8 @@ def _paired(
 def _check_changed(tracer: Tracer, parts: list[Columns]) -> None:
     """Say so where arithmetic behind the gather keeps key columns from being stored rows."""
     for part in parts:
-        where = part.deep.ref.value
-        if changes := reworked(tracer.index, where):
-            names = ", ".join(
-                f"{tracer.index.nodes[i].op_type} {tracer.index.label(i)}" for i in changes
-            )
-            raise Stop(
-                f"the gathered rows are changed by {names} before they are keys ({where})",
-                where,
-                "change the rows before they are stored: the operator reads keys as they are",
-            )
+        if (changed := rows_changed(tracer, part.deep.ref.value)) is not None:
+            raise changed
 
 
 def _query(term: Term, columns: Columns) -> Query:

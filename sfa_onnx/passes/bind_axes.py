@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem
-from sfa_onnx.passes.axes_trace import Ref, Stop
+from sfa_onnx.passes.axes_trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind_mask import Kept, Literal, Selected, Visible
 from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import NotASite, Site
 from sfa_onnx.passes.bind_sources import all_reads, index_sources
 from sfa_onnx.passes.bind_usage import reworked
 
-__all__ = ["check_rows", "splits", "take_masks", "tell_rows"]
+__all__ = ["check_rows", "rows_changed", "splits", "take_masks", "tell_rows"]
 
 
 def take_masks(site: Site, literals: list[Literal]) -> None:
@@ -83,15 +83,8 @@ def _unselected(site: Site) -> Stop | None:
                 )
         return None
     where = site.nope.deep.ref.value
-    if changes := reworked(tracer.index, where):
-        nodes = [(tracer.index.nodes[i].op_type, tracer.index.label(i)) for i in changes]
-        names = ", ".join(f"{kind} {label}" for kind, label in nodes)
-        return Stop(
-            f"the gathered rows are changed by {names} before they are keys ({where}); only views,"
-            " casts and scales are read through",
-            where,
-            "expected the gathered rows themselves, or int8 rows times their scales",
-        )
+    if (changed := rows_changed(tracer, where)) is not None:
+        return changed
     inverted = next((v for v in site.visible if v.hides), None)
     if inverted is not None:
         return Stop(
@@ -110,6 +103,21 @@ def _unselected(site: Site) -> Stop | None:
         f"a selection feeds the attention, but the keys {where} are not gathered by it",
         where,
         "expected keys gathered by one index tensor, or a scattered mask",
+    )
+
+
+def rows_changed(tracer: Tracer, where: str) -> Stop | None:
+    """What arithmetic lies between rows that are gathered and the keys `where`, if any does."""
+    changes = reworked(tracer.index, where)
+    if not changes:
+        return None
+    names = ", ".join(f"{tracer.index.nodes[i].op_type} {tracer.index.label(i)}" for i in changes)
+    return Stop(
+        f"the gathered rows are changed by {names} before they are keys ({where}); only views,"
+        " casts and scales are read through",
+        where,
+        "change rows before they are stored: expected the gathered rows themselves, or int8 rows"
+        " times their scales",
     )
 
 
