@@ -41,7 +41,7 @@ class VerifyRecord:
 
     probes: tuple[ProbeResult, ...]
     sizes: dict[str, int]  # axis label -> size probed ("B", "S1", "N1", "S2", "K" ...)
-    shrunk: tuple[str, ...]  # axes that were probed at less than true size
+    shrunk: tuple[str, ...]  # "S2=23 instead of 131072": sizes of the file that were opened
     assumptions: tuple[str, ...]  # "sparse_indices are distinct: discharged by TopK /layers.0/TopK"
     constants_read: tuple[str, ...]  # structural constants whose bytes were read
     own_rounding: float | None = None  # error of the region in the model's own dtype, informative

@@ -126,6 +126,8 @@ def _explain(console: Console, site: SiteReport) -> None:
         console.say(
             "  {}{} probes, worst {}", f"{'verified':14}", len(site.record.probes), f"{worst:.1e}"
         )
+        if site.record.shrunk:
+            console.say("  {}{}", f"{'at sizes':14}", ", ".join(site.record.shrunk))
         for assumption in site.record.assumptions:
             console.say("  {}{}", f"{'assumes':14}", assumption)
 

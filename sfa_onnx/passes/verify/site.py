@@ -28,7 +28,9 @@ from sfa_onnx.passes.verify.promote import promote
 from sfa_onnx.passes.verify.sizes import Sizer, integer_constants
 from sfa_onnx.report import ProbeResult, VerifyRecord
 
-__all__ = ["Site", "inputs_as"]
+__all__ = ["QUESTIONS", "Site", "inputs_as"]
+
+QUESTIONS = 32  # about as many are asked of a site
 
 Array = NDArray[Any]
 _SPREADS = (
@@ -68,7 +70,7 @@ class Site:
             if o.role is Role.CONSTANT and (array := index.constant(o.value)) is not None
         }
         self._edges: set[str] = set()
-        self._slow = False
+        self._most: int | None = None  # questions per probe
         self._problem: Problem | None = None
         self._read = len(index.constants_read)
         self._index = index
@@ -112,6 +114,15 @@ class Site:
             seconds=time.monotonic() - begin,
         )
 
+    def hurry(self, seconds: float) -> None:
+        """Ask two questions per probe where all of them would take more than `seconds`.
+
+        Raises:
+            UnverifiableError: the original runs at no size.
+        """
+        if self.seconds() * QUESTIONS > seconds:
+            self._most = self._most or 2
+
     def seconds(self) -> float:
         """How long one question takes at the first sizes: inputs, original and fused form.
 
@@ -148,7 +159,7 @@ class Site:
         probe = next((p for p in PROBES if f"probe {p.name!r}" in refusal.reason), None)
         if probe is None:
             return True
-        self._slow = True
+        self._most = 1
         problem = self.start()
         verdict = self._calibrate(problem) or self._ask(probe, problem, math.inf)
         return not isinstance(verdict, Refusal)
@@ -157,8 +168,8 @@ class Site:
         """Put all questions of one probe."""
         error, draws, failed = 0.0, 0, ""
         where = self._candidate.outputs[0]
-        few = self._slow and probe.name != "sizes"  # each size is a question of its own
-        for case, draw in itertools.islice(probe.ask(problem), 1 if few else None):
+        most = None if probe.name == "sizes" else self._most  # each size is a question of its own
+        for case, draw in itertools.islice(probe.ask(problem), most):
             if time.monotonic() > deadline:
                 return Refusal(
                     "not verifiable within budget: the probes at the sizes that the file fixes take"
@@ -198,7 +209,7 @@ class Site:
                 feeds = problem.feeds(Draw())
                 begin = time.thread_time()  # whatever else the machine does
                 self._region.run(feeds)
-                self._slow = time.thread_time() - begin > _SLOW
+                self._most = 1 if time.thread_time() - begin > _SLOW else None
             except RuntimeError as error:
                 errors.append(_first_line(error))
                 continue
@@ -228,7 +239,7 @@ class Site:
                 self._candidate.outputs[0],
             )
         factor, step = 1.0, 1e-6
-        for _ in range(2 if self._slow else 3):
+        for _ in range(2 if self._most == 1 else 3):
             self._judge.scale = factor
             try:
                 got = self._flat(self._fused.run(feeds))

@@ -20,7 +20,7 @@ from sfa_onnx.passes.verify.extract import (
 from sfa_onnx.passes.verify.natural import hidden_by_mask, mask_models
 from sfa_onnx.passes.verify.open_sizes import Opened, open_sizes
 from sfa_onnx.passes.verify.probes import PROBES, Probe
-from sfa_onnx.passes.verify.site import Site, inputs_as
+from sfa_onnx.passes.verify.site import QUESTIONS, Site, inputs_as
 from sfa_onnx.passes.verify.sizes import Sizer, canonical_shapes
 from sfa_onnx.report import VerifyRecord
 
@@ -29,7 +29,6 @@ __all__ = ["Verifier"]
 _Verdict = VerifyRecord | Refusal
 _QUICK = 5.0  # seconds of all probes at the sizes that the file fixes; beyond, they are opened
 _ROOM = 1_000_000_000  # bytes of one run there
-_QUESTIONS = 32  # about as many are asked
 _FEW = 4  # as many must fit, for one of them to be asked at the sizes of the file
 
 
@@ -106,7 +105,7 @@ class Verifier:
         effort = sizer.least()
         if effort.bytes <= _ROOM and effort.seconds <= self._quick / _FEW:
             site = Site(self._index, candidate, region, replacement, sizer)
-            if site.seconds() * _QUESTIONS <= self._quick:
+            if site.seconds() * QUESTIONS <= self._quick:
                 return site.verify(self._probes, self._budget)
         verdict: Refusal | None = None
         for opened in open_sizes(self._index, candidate, region, replacement):
@@ -118,6 +117,7 @@ class Verifier:
         if verdict is not None and not doubtful:
             return verdict
         site = site or Site(self._index, candidate, region, replacement, sizer)
+        site.hurry(self._quick)
         return site.verify(self._probes, self._budget)
 
     def _small(self, opened: Opened, sizer: Sizer, true: Site | None) -> _Verdict:
@@ -128,6 +128,7 @@ class Verifier:
             region = extract_region(opened.index, opened.candidate)
             replacement = extract_replacement(opened.index, opened.candidate)
             site = Site(opened.index, opened.candidate, region, replacement, small)
+            site.hurry(self._quick)
             record = site.verify(self._probes, self._budget)
         except UnverifiableError as error:
             return error.refusal
