@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import onnx
 import pytest
 
 import sfa_onnx
+from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.scope_index import ScopeIndex
 from tests import big_model
+from tests.zoo import bodies
 
 # A child process, so that its peak memory is its own; neither verification nor hashing is part of
 # the budget.
@@ -66,3 +71,39 @@ def test_equal_layers_are_verified_once(tmp_path):
     report = sfa_onnx.fuse(path)
     shared = [s.record.shared_with for s in report.fused]
     assert shared == [None] + [report.sites[0].anchor] * 5
+
+
+def test_a_merged_decoder_shares_what_lies_around_its_branches(tmp_path):
+    """Both branches in one file: every layer fuses in each, and no weight is opened or copied."""
+    path = big_model.write(tmp_path, layers=4, experts=2, filler=5)
+    model = onnx.load(path, load_external_data=False)
+    merged = bodies.in_if(model, hoist=True, suffix="/else")
+    onnx.save(merged, tmp_path / "merged.onnx")
+    (tmp_path / "w.bin").unlink()
+    report = sfa_onnx.fuse(tmp_path / "merged.onnx")
+    assert len(report.fused) == 8
+    assert report.weights_bytes_read == 0
+    assert [t.name for t in report.model.graph.initializer] == [
+        t.name for t in sfa_onnx.fuse(path).model.graph.initializer if "/sfa/" not in t.name
+    ]
+    assert len(report.model.graph.node) == 1
+
+
+def test_bodies_do_not_copy_what_lies_around_them(tmp_path):
+    """Time and memory of looking into bodies grow with the bodies, not with the graph."""
+    main = GraphIndex.of(onnx.load(big_model.write(tmp_path), load_external_data=False))
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Softmax", ["x"], ["y"])],
+        "body",
+        [],
+        [onnx.helper.make_tensor_value_info("y", 1, None)],
+    )
+    owner = onnx.helper.make_node("If", ["c"], ["z"], then_branch=body, else_branch=body)
+    main.graph.node.append(owner)
+    around = GraphIndex(main.graph, main.opsets)
+    tracemalloc.start()
+    views = [ScopeIndex(around, len(main.nodes), "then_branch", body) for _ in range(50)]
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(views[0].nodes) > 125_000
+    assert used < 50 * 100_000

@@ -364,3 +364,26 @@ def test_indices_that_a_loop_carries():
     report = fused(looped, 1)
     by = "discharged by Loop steps"
     assert f"indices are in range: {by}" in report.fused[0].record.assumptions
+
+
+def test_a_state_may_have_the_name_of_its_initial_value():
+    model = scopes.in_loop(case(GATHERED).build(), ("kv", "indices"), trips=2)
+    body = model.graph.node[-1].attribute[0].g
+    for node in body.node:
+        node.input[:] = [i.removesuffix("/it") for i in node.input]
+    for info in body.input:
+        info.name = info.name.removesuffix("/it")
+    alike(model, fused(model, 1).model, case(GATHERED).feeds(0))
+
+
+def test_weights_captured_by_a_loop_are_absorbed_with_a_note():
+    model = case("exp-official-ts").build()
+    loop = scopes.in_loop(model, trips=2)
+    body = loop.graph.node[-1].attribute[0].g
+    loop.graph.initializer.extend(body.initializer)
+    body.ClearField("initializer")
+    report = fused(loop, 1)
+    assert any("run in every iteration" in note for note in report.fused[0].bound)
+    alike(loop, report.model, case("exp-official-ts").feeds(0))
+    once = fused(scopes.in_if(model, suffix="/else"), 2)
+    assert not any("every iteration" in note for s in once.fused for note in s.bound)

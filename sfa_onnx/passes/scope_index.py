@@ -131,6 +131,12 @@ class ScopeIndex(GraphIndex):
         users = {user for name in again for user, _ in self.parent.uses(name)}
         return {o for user in users for o in self.parent.nodes[user].output if o}
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the body may run more than once where the main graph runs once."""
+        looped = self.parent.nodes[self.owner].op_type in ("Loop", "Scan")
+        return looped or (isinstance(self.parent, ScopeIndex) and self.parent.repeats)
+
     def binds(self, value: str) -> bool:
         """Whether the body itself makes or takes `value`, rather than seeing an outer one."""
         return value in self._bound

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.passes.candidate import Candidate, RefusedSite
+from sfa_onnx.passes.candidate import Candidate, RefusedSite, Role
 from sfa_onnx.passes.cost import compare_costs, nominal_sizes, region_cost
 from sfa_onnx.passes.index import GraphIndex
 from sfa_onnx.passes.limits import npu_limits
+from sfa_onnx.passes.scope_index import ScopeIndex
 from sfa_onnx.passes.shapes import Concrete
 from sfa_onnx.report import SiteReport
 
 __all__ = ["Costs", "describe", "unique_ids"]
 
+_IN_A_LOOP = (
+    "views of the expansion weight run in every iteration unless the runtime folds them;"
+    " materialize_absorbed (--materialize-absorbed) avoids that"
+)
 _log = logging.getLogger("sfa_onnx")
 
 
@@ -55,9 +60,15 @@ def describe(
     site.op_type = item.op.name
     site.npu_limits = npu_limits(item)
     site.bound = tuple(item.notes)
+    if isinstance(index, ScopeIndex) and index.repeats and _absorbs(item):
+        site.bound += (_IN_A_LOOP,)
     item.site_id = site.site_id
     site.cost = costs.of(item) if costs is not None else {}
     return site
+
+
+def _absorbs(item: Candidate) -> bool:
+    return any(operand.role is Role.EXPANSION for operand in item.operands)
 
 
 def unique_ids(sites: list[SiteReport]) -> None:
