@@ -6,7 +6,7 @@ import onnx
 
 from sfa_onnx.passes.axes_trace import Ref, Tracer
 
-__all__ = ["counts", "flags", "less_one"]
+__all__ = ["counts", "flags", "less_one", "line"]
 
 
 def flags(tracer: Tracer, value: str) -> bool:
@@ -33,6 +33,7 @@ def counts(tracer: Tracer, value: str) -> bool:
             return True
         if node.op_type not in (
             "Cast",
+            "Identity",
             "Slice",
             "Unsqueeze",
             "Squeeze",
@@ -53,3 +54,32 @@ def less_one(tracer: Tracer, ref: Ref) -> Ref | None:
     one = 1 if node.op_type == "Sub" else -1
     found = tracer.fill(node.input[1]) == one
     return tracer.operand(node.input[0], ref.coords) if found else None
+
+
+def line(tracer: Tracer, ref: Ref) -> tuple[Ref, float, float]:
+    """(x, a, b) of a * x + b, with numbers a and b; (`ref`, 1, 0) where it is nothing of the kind.
+
+    Some exporters spell every scaling as Mul and Add, so 1 - mask is mask * -1 + 1.
+    """
+    a, b = 1.0, 0.0
+    for _ in range(16):
+        node = tracer.index.node_of(ref.value)
+        if node is None or node.op_type not in ("Mul", "Add", "Sub", "Neg", "Identity", "Cast"):
+            break
+        if len(node.input) == 1:
+            if node.op_type == "Cast" and flags(tracer, ref.value):
+                break
+            own, a = 0, -a if node.op_type == "Neg" else a
+        else:
+            numbers = [tracer.fill(name) for name in node.input]
+            own = 0 if numbers[1] is not None else 1
+            number = numbers[1 - own]
+            if number is None:
+                break
+            if node.op_type == "Mul":
+                a *= number
+            else:
+                b += a * number * (-1 if node.op_type == "Sub" and not own else 1)
+                a = -a if node.op_type == "Sub" and own else a
+        ref = tracer.operand(node.input[own], ref.coords)
+    return ref, a, b

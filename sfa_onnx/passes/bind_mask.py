@@ -12,7 +12,7 @@ from dataclasses import replace
 import onnx
 
 from sfa_onnx.passes.axes_trace import Move, Pieces, Ref, Stop, Tracer, is_float
-from sfa_onnx.passes.bind_flags import counts, flags, less_one
+from sfa_onnx.passes.bind_flags import counts, flags, less_one, line
 from sfa_onnx.passes.bind_hits import reduced
 from sfa_onnx.passes.bind_literals import HIDDEN, Kept, Literal, Selected, Visible, alike
 from sfa_onnx.passes.bind_written import patched, put, scattered, union
@@ -46,7 +46,7 @@ def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal
         return _constant_mask(-fill if negated else fill, ref)
     node = tracer.index.node_of(ref.value)
     if node is not None:
-        found = _additive_node(tracer, node, ref, negated)
+        found = _scaled(tracer, ref, negated) or _additive_node(tracer, node, ref, negated)
         if found is not None:
             return found
         step = tracer.step(ref)
@@ -61,6 +61,20 @@ def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal
         ref.value,
         "build the mask from a bool tensor in the graph, or pass a bool mask",
     )
+
+
+def _scaled(tracer: Tracer, ref: Ref, negated: bool) -> list[Literal] | None:
+    """The literals of a * flag + b."""
+    flag, a, b = line(tracer, ref)
+    if flag == ref or not counts(tracer, flag.value):
+        return None
+    sign = -1.0 if negated else 1.0
+    off, on = sign * b, sign * (a + b)
+    if on == 0 and off < HIDDEN:
+        return boolean(tracer, flag, positive=True)
+    if off == 0 and on < HIDDEN:
+        return boolean(tracer, flag, positive=False)
+    return None
 
 
 def _constant_mask(fill: float, ref: Ref) -> list[Literal]:
@@ -194,6 +208,11 @@ def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
             return found
     if node.op_type == "Cast":
         return boolean(tracer, Ref(node.input[0], ref.coords), positive=positive)
+    source, by, more = line(tracer, ref)
+    if source != ref and by != 0 and more == 0:
+        return boolean(tracer, source, positive=positive)
+    if source != ref and by == -more and counts(tracer, source.value):  # 1 - mask
+        return boolean(tracer, source, positive=not positive)
     return [_leaf(tracer, ref, positive)]
 
 

@@ -278,7 +278,8 @@ class GraphIndex:
         if info is None:
             return None
         dims = declared_dims(info)
-        if dims is not None and None in dims and self.producer.get(value) in self._captures:
+        enters = value in self._inputs or self.producer.get(value) in self._captures
+        if dims is not None and None in dims and enters:
             stem = re.sub(r"\W", "_", f"_{value}")
             dims = tuple(f"{stem}_{axis}" if d is None else d for axis, d in enumerate(dims))
         return dims

@@ -12,7 +12,7 @@ import ast
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,17 @@ __all__ = ["Concrete", "Shape", "SizesMeetError"]
 # Far above any top-k, so that Min(2048, S2) is 2048, and no product of two equals a third.
 _PRIMES = (10007, 10039, 10061, 10067, 10079, 10093, 10103, 10133, 10141, 10159, 10169, 10181)
 _PRIMES_2 = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # below any top-k: Min(2048, S2) is S2
+_APART = 8  # sizes that are nearer to each other than this are taken for S2 and S2 - 1
 _FOLD_LIMIT = 1 << 20  # elements of one evaluated value
+
+
+def _more_primes() -> Iterator[int]:
+    """Primes above all others in use, well apart."""
+    last = 20_000
+    for n in itertools.count(20_011, 2):
+        if n - last >= _APART and all(n % d for d in range(3, math.isqrt(n) + 1, 2)):
+            last = n
+            yield n
 
 
 class SizesMeetError(ValueError):
@@ -56,13 +66,13 @@ class Concrete:
         """Assign sizes: those of `symbols`, primes for the rest (`second`: other primes)."""
         self.index = index
         self.symbols: dict[str, int] = dict(symbols or {})
-        primes = itertools.chain(_PRIMES_2 if second else _PRIMES, itertools.count(20011, 2))
+        primes = itertools.chain(_PRIMES_2 if second else _PRIMES, _more_primes())
         for dims in index.entering.values():
             for dim in dims or ():
                 if isinstance(dim, str) and dim.isidentifier() and dim not in self.symbols:
                     self.symbols[dim] = next(primes)
-        for name in index.returned:
-            for dim in index.entering.get(name) or ():
+        for dims in index.entering.values():
+            for dim in dims or ():
                 if isinstance(dim, str) and _size_of(dim, self.symbols) is None:
                     self.symbols[dim] = next(primes)
         self._fresh = primes

@@ -46,11 +46,11 @@ def _free_names(graph: onnx.GraphProto) -> set[str]:
 
 
 def declared_dims(info: onnx.ValueInfoProto) -> tuple[Dim, ...] | None:
-    """The dims of a declared shape; None where there is none."""
+    """The dims of a declared shape; None where there is none. A size of -1 is an open one."""
     if not info.type.tensor_type.HasField("shape"):
         return None
     return tuple(
-        int(d.dim_value) if d.HasField("dim_value") else (d.dim_param or None)
+        int(d.dim_value) if d.HasField("dim_value") and d.dim_value >= 0 else (d.dim_param or None)
         for d in info.type.tensor_type.shape.dim
     )
 

@@ -10,7 +10,7 @@ append casts behind the nodes that read them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +37,12 @@ class Spec:
     product: str = "matmul"  # or "reshaped"
     select: str = "where"  # or "arithmetic"
     guard: str = ""  # "all", "any", "max": how a row without keys is told
-    mask: str = "negative"  # or "max", "sum": one_hot over all keys, reduced
+    mask: str = "negative"  # or "max", "sum", "line": one_hot over all keys
     opset: int = 17
     nameless: bool = False
     softmax: str = ""  # "spread": by hand, with reductions that drop their axis
-    edit: str = ""  # "functions": of single operators; "unsorted": casts come last
+    edit: str = ""  # "functions": of single operators; "unsorted": casts come last; or how open
+    # dims are written: "unset", "minus" (-1), "dotted" (a name that is no identifier)
     wrong: str = ""
 
 
@@ -133,6 +134,11 @@ def _dense(g: Graph, s: Spec) -> str:
             g.op("Mul", g.cast(g.op("Not", bad), "f32"), _f32(g, 0.0)),
             g.op("Mul", _f32(g, -1e9), g.cast(bad, "f32")),
         )
+    elif s.mask == "line":  # Mul and Add for every scaling
+        off = g.reduce("ReduceSum", hot, 2, 0)
+        for by, more in ((-1.0, 1.0), (-4.0 if s.wrong == "soft line" else -1e9, 0.0)):
+            off = g.op("Add", g.op("Mul", g.op("Identity", off), _f32(g, by)), _f32(g, more))
+        add = off
     else:
         off = g.op("Sub", _f32(g, 1.0), g.reduce("ReduceSum", hot, 2, 0))
         add = g.op("Mul", off, _f32(g, -4.0 if s.wrong == "soft" else -1e9))
@@ -189,8 +195,26 @@ def _unsorted(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def _open(style: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
+    def edit(model: onnx.ModelProto) -> onnx.ModelProto:
+        for info in (*model.graph.input, *model.graph.output):
+            for dim in info.type.tensor_type.shape.dim:
+                name = dim.dim_param
+                if name:
+                    dim.Clear()
+                if name and style == "minus":
+                    dim.dim_value = -1
+                elif name and style == "dotted":
+                    dim.dim_param = f"dynamic axis.{name}"
+        return model
+
+    return edit
+
+
 _PLAIN = ("Less", "Max", "Mul", "Not", "Unsqueeze", "Where")
-_EDITS = {"": lambda model: model, "functions": _functions, "unsorted": _unsorted}
+_EDITS = {"": lambda model: model, "functions": _functions, "unsorted": _unsorted} | {
+    style: _open(style) for style in ("unset", "minus", "dotted")
+}
 
 
 def feeds(s: Spec, seed: int) -> Feeds:
@@ -228,15 +252,23 @@ def cases() -> Iterator[Case]:
     yield case("spread", Spec(softmax="spread"))
     yield case("functions", Spec(edit="functions"))
     yield case("unsorted", Spec(edit="unsorted", select="arithmetic"))
+    for style in ("unset", "minus", "dotted"):
+        yield case(f"open-{style}", Spec(edit=style, nameless=True))
+    yield case("hot-line", Spec(mask="line"))
     yield case("hot-max", Spec(mask="max"))
     yield case("hot-sum", Spec(mask="sum"))
     near = (
-        ("shifted value", "value is not the key's nope part", Spec(product="reshaped")),
+        (
+            "shifted value",
+            "value is not the key's nope part|besides the value's columns",
+            Spec(product="reshaped"),
+        ),
         ("kept by another mask", "scaled by", Spec(select="arithmetic")),
         ("another score", "weights are set to zero|not bool", Spec(guard="all")),
         ("one hidden key", "weights are set to zero|not bool", Spec(guard="all")),
         ("complement", "hides the selected|not a selection|mask", Spec(mask="max")),
         ("soft", "bias|-4", Spec(mask="sum")),
+        ("soft line", "bias|-4|added to", Spec(mask="line")),
     )
     for wrong, reason, s in near:
         fields = {**s.__dict__, "wrong": wrong}
