@@ -28,6 +28,9 @@ _LOOSE = frozenset(
     ("Cast", "Mul", "Div", "Where", "ScatterND", "Identity", "Unsqueeze", "Reshape", "Log", "Add")
 ) | frozenset(("Expand", "Max"))
 
+_BOUNDS = frozenset(("Clip", "Max", "Min"))  # of a maximum, which may be any number per row
+_COPIES = ("Cast", "Identity")
+
 
 def anchors(index: GraphIndex) -> list[Anchor]:
     """Every softmax of the graph, in any spelling, in graph order."""
@@ -140,12 +143,41 @@ def _divisor(index: GraphIndex, value: str) -> tuple[onnx.NodeProto | None, str]
     total = index.node_of(value)
     while total is not None and total.op_type in _SPREADS:
         total = index.node_of(total.input[0])
+    if total is not None and total.op_type == "Where":
+        total = _unguarded(index, total)
     added = ""
     if total is not None and total.op_type in ("Add", "Clip", "Max"):  # sum + eps: to be refused
         added = total.output[0]
         sums = (index.origin(n) for n in total.input if n)
         total = next((n for n in sums if n is not None and n.op_type in _SUMS), None)
     return (total if total is not None and total.op_type in _SUMS else None), added
+
+
+def _unguarded(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The sum of Where(sum == 0, number, sum): 0 / number is 0 as well."""
+    test = _behind(index, index.origin(node.input[0]), _COPIES)
+    if test is None or test.op_type not in ("Equal", "Greater", "LessOrEqual"):
+        return None
+    kept, other = node.input[:0:-1] if test.op_type != "Greater" else node.input[1:]
+    if not _filled(index, other) or not _is_number(index, test.input[1], 0):
+        return None
+    total, tested = (_behind(index, index.origin(n), _COPIES) for n in (kept, test.input[0]))
+    if total is None or tested is None or total.op_type not in _SUMS:
+        return None
+    same = tested.op_type == total.op_type and tested.input[0] == total.input[0]
+    return total if same else None
+
+
+def _filled(index: GraphIndex, value: str) -> float | None:
+    """The number that a tensor holds everywhere."""
+    node = index.node_of(value)
+    while node is not None and node.op_type in _SPREADS:
+        value = node.input[0]
+        node = index.node_of(value)
+    if node is not None and node.op_type == "ConstantOfShape":
+        tensor = attributes(node).get("value")
+        return 0.0 if tensor is None else float(onnx.numpy_helper.to_array(tensor).reshape(-1)[0])
+    return index.fill_value(value)
 
 
 def _renormalised(index: GraphIndex, i: int) -> Anchor | None:
@@ -213,7 +245,7 @@ def _unshifted(index: GraphIndex, exponent: str) -> str:
     shifted = index.origin(exponent)
     if shifted is not None and shifted.op_type == "Sub":
         source = index.source(shifted.input[0])
-        if _reaches(index, shifted.input[1], ("ReduceMax",), source):
+        if _reaches(index, shifted.input[1], ("ReduceMax",), source, _LOOSE | _BOUNDS):
             return str(shifted.input[0])
     return exponent
 
@@ -289,7 +321,11 @@ def _less_logsumexp(index: GraphIndex, i: int) -> Anchor | None:
 
 
 def _reaches(
-    index: GraphIndex, value: str, ops: tuple[str, ...], source: str
+    index: GraphIndex,
+    value: str,
+    ops: tuple[str, ...],
+    source: str,
+    through: frozenset[str] = _LOOSE,
 ) -> onnx.NodeProto | None:
     """The reduction that `value` is made from (`source`: what it must reduce, if given)."""
     stack, seen = [value], set[str]()
@@ -301,7 +337,7 @@ def _reaches(
         seen.add(name)
         if node.op_type in ops:
             return node if not source or index.source(node.input[0]) == source else None
-        if node.op_type in _LOOSE:
+        if node.op_type in through:
             stack += node.input
     return None
 

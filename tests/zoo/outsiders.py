@@ -91,6 +91,48 @@ def masked_feeds(seed: int) -> Feeds:
     return {"q": draw(B, S1, N, D), "kv": draw(B, S2, D), "wish": draw(B, S1, S2)}
 
 
+# ---- softmax written out, rows without keys guarded ----------------------------------------------
+def _exponentials(x, most):
+    e = torch.exp(x - most)
+    return e, e.sum(-1, keepdim=True)
+
+
+def _flash(x, floor=0.0):
+    most = x.amax(-1, keepdim=True)
+    e, total = _exponentials(x, torch.where(torch.isinf(most), torch.zeros_like(most), most))
+    empty = total <= floor if floor else total == 0
+    return e / torch.where(empty, torch.ones_like(total), total)
+
+
+def _shifted(x, axis, **bounds):
+    e, total = _exponentials(x, x.amax(axis, keepdim=True).clamp(**bounds))
+    return e / total
+
+
+SOFTS: dict[str, Callable] = {
+    "flash": _flash,
+    "bounded": lambda x: _shifted(x, -1, min=-1e30),
+}
+SOFT_MISSES: dict[str, Callable] = {
+    "flash-floor": lambda x: _flash(x, 1.2),
+    "bounded-heads": lambda x: _shifted(x, 2, min=-1e30),
+}
+
+
+class Soft(nn.Module):
+    """Selected rows, every slot of which is visible or not by a mask."""
+
+    def __init__(self, soft: Callable) -> None:
+        super().__init__()
+        self.soft = soft
+
+    def forward(self, q, kv, wish):
+        best, idx = wish.topk(K, -1)
+        k = kv[_batch(), idx]
+        x = _attend(q, k, (best < 0.3).unsqueeze(2))
+        return torch.matmul(self.soft(x), k[..., :C])
+
+
 # ---- rows by number ------------------------------------------------------------------------------
 T, ROWS = 6, 48
 
@@ -199,6 +241,13 @@ def cases() -> Iterator[Case]:
     yield _case(
         "mask-put", lambda: Masked(KEEPS["put"], False), masked_feeds, "dynamo", op=FLOAT_KV
     )
+    for name, soft in SOFTS.items():
+        module = lambda soft=soft: Soft(soft)  # noqa: E731
+        for exporter in ("ts", "dynamo"):
+            yield _case(f"soft-{name}", module, masked_feeds, exporter, op=FLOAT_KV)
+    for name, soft in SOFT_MISSES.items():
+        module = lambda soft=soft: Soft(soft)  # noqa: E731
+        yield _case(f"miss-soft-{name}", module, masked_feeds, expect="refuse")
     for kind in ("slots", "pages", "guard"):
         feeds = lambda seed, kind=kind: row_feeds(kind, seed)  # noqa: E731
         yield _case(f"rows-{kind}", lambda kind=kind: Rows(kind), feeds, op=FLOAT_KV)
