@@ -96,6 +96,20 @@ def _split(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     return Move(Ref(node.input[0], tuple(coords)))
 
 
+def _sequence_at(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+    """A part of SplitToSequence with given sizes: what Split has as an output."""
+    maker = tracer.index.origin(node.input[0])
+    if maker is None or maker.op_type != "SplitToSequence" or len(maker.input) < 2:
+        return None
+    parts, which = tracer.sizes.value(maker.input[1]), tracer.scalar(node.input[1])
+    if parts is None or parts.ndim != 1 or which is None or which < 0:
+        return None
+    axis = int(attributes(maker).get("axis", 0)) % len(ref.coords)
+    coords = list(ref.coords)
+    coords[axis] = coords[axis] + int(parts[: int(which)].sum())
+    return Move(Ref(maker.input[0], tuple(coords)))
+
+
 def _concat(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     axis = int(attributes(node)["axis"]) % len(ref.coords)
     edges = [0]
@@ -368,6 +382,7 @@ STEPS: Final[dict[str, _Rule]] = {
     "Reshape": _reshape,
     "ScatterND": _scatter_nd,
     "Slice": _slice,
+    "SequenceAt": _sequence_at,
     "Split": _split,
     "Squeeze": _reshape,
     "Tile": _tile,

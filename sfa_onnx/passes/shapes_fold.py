@@ -149,6 +149,7 @@ FOLD: Final[dict[str, _Fold]] = {
     "Add": _binary(np.add),
     "And": _binary(np.logical_and),
     "Cast": _cast,
+    "CastLike": lambda _, x: np.asarray(x[0]).astype(np.asarray(x[1]).dtype),
     "Ceil": _unary(np.ceil),
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,

@@ -211,6 +211,19 @@ def _split(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     return [(*shape[:axis], int(p), *shape[axis + 1 :]) for p in parts]
 
 
+def _sequence_at(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    """One part of a SplitToSequence with given sizes, as exports without optimisation have it."""
+    maker = sizes.index.origin(node.input[0])
+    if maker is None or maker.op_type != "SplitToSequence" or len(maker.input) < 2:
+        return [None]
+    shape, parts = list(_input(sizes, maker, 0)), sizes.value(maker.input[1])
+    which = sizes.value(node.input[1])
+    if parts is None or parts.ndim != 1 or which is None:
+        return [None]
+    shape[int(attributes(maker).get("axis", 0))] = int(parts[int(which.reshape(-1)[0])])
+    return [tuple(shape)]
+
+
 def _reduce(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shape, a = _input(sizes, node, 0), attributes(node)
     axes = _ints(sizes, node, 1) if len(node.input) > 1 else a.get("axes")
@@ -264,8 +277,8 @@ def _attention(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
 
 
 _SAME = (
-    "Abs Cast Ceil Clip CumSum DequantizeLinear Dropout Erf Exp Floor Gelu HardSigmoid Identity"
-    " IsInf IsNaN LayerNormalization Log LogSoftmax Neg Not RMSNormalization Reciprocal Relu"
+    "Abs Cast CastLike Ceil Clip CumSum DequantizeLinear Dropout Erf Exp Floor Gelu HardSigmoid"
+    " Identity IsInf IsNaN LayerNormalization Log LogSoftmax Neg Not RMSNormalization Reciprocal Relu"
     " RotaryEmbedding Round ScatterElements ScatterND Sigmoid Sign SimplifiedLayerNormalization Sin"
     " Cos LeakyRelu SkipSimplifiedLayerNormalization Softmax Softplus Sqrt Swish Tanh Trilu"
     " BitCast BitwiseNot QuickGelu Scatter"
@@ -297,6 +310,7 @@ RULES: Final[dict[str, _Rule]] = {
     "MatMul": _matmul,
     "Range": _shape_op,
     "Reshape": _reshape,
+    "SequenceAt": _sequence_at,
     "Shape": _shape_op,
     "Size": _shape_op,
     "Slice": _slice,

@@ -117,6 +117,10 @@ def _gathered(g: Graph, s: Spec) -> str:
     rows = g.op("GatherND", "kv", g.unsqueeze(g.op("Max", idx, g.ints(0)), -1), batch_dims=1)
     x = _times(g, s, "query", g.op("Transpose", rows, perm=[0, 1, 3, 2]))
     x = _hidden(g, s, bad, g.op("Mul", x, _f32(g, 0.17)))
+    if s.edit == "sequence":  # a split that was not optimised
+        parts = g.op("SplitToSequence", rows, g.ints(s.C, s.R), axis=-1)
+        value = g.op("SequenceAt", parts, g.const(0, np.int64))
+        return _times(g, s, _softmax(g, s, x), value)
     start = 4 if s.wrong == "shifted value" else 0
     return _times(g, s, _softmax(g, s, x), g.cut(rows, start, start + s.C))
 
@@ -170,7 +174,7 @@ def build(s: Spec) -> onnx.ModelProto:
     else:
         inputs["indices"] = ("i32", dims("i", s.B, s.S1, s.K))
     model = g.model(inputs, {"out": ("f32", dims("o", s.B, s.S1, s.N, s.C))}, [out])
-    return _EDITS[s.edit](model)
+    return _EDITS.get(s.edit, lambda same: same)(model)
 
 
 def _functions(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -212,7 +216,7 @@ def _open(style: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
 
 
 _PLAIN = ("Less", "Max", "Mul", "Not", "Unsqueeze", "Where")
-_EDITS = {"": lambda model: model, "functions": _functions, "unsorted": _unsorted} | {
+_EDITS = {"functions": _functions, "unsorted": _unsorted} | {
     style: _open(style) for style in ("unset", "minus", "dotted")
 }
 
@@ -254,6 +258,7 @@ def cases() -> Iterator[Case]:
     yield case("unsorted", Spec(edit="unsorted", select="arithmetic"))
     for style in ("unset", "minus", "dotted"):
         yield case(f"open-{style}", Spec(edit=style, nameless=True))
+    yield case("sequence", Spec(edit="sequence"))
     yield case("hot-line", Spec(mask="line"))
     yield case("hot-max", Spec(mask="max"))
     yield case("hot-sum", Spec(mask="sum"))
