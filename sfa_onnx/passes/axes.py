@@ -133,12 +133,22 @@ class Expr:
         rest = self._rest(by)
         whole = {a: c // by for a, c in self.terms if c % by == 0}
         quotient = _canonical(self.const // by, whole)
-        return quotient if self._stays(rest, by) else quotient + _quotient(rest, by)
+        if self._stays(rest, by):
+            return quotient
+        if (parts := _nested(rest, by)) is not None:
+            high, _, step = parts
+            return quotient + high.floordiv(by // step)
+        return quotient + _quotient(rest, by)
 
     def mod(self, by: int) -> Expr:
         """This % `by`."""
         rest = self._rest(by)
-        return rest if self._stays(rest, by) else _remainder(rest, by)
+        if self._stays(rest, by):
+            return rest
+        if (parts := _nested(rest, by)) is not None:
+            high, low, step = parts
+            return high.mod(by // step) * step + low
+        return _remainder(rest, by)
 
     def _rest(self, by: int) -> Expr:
         return Expr(self.const % by, tuple((a, c) for a, c in self.terms if c % by))
@@ -199,6 +209,17 @@ def _atom_bounds(atom: Atom) -> tuple[int, int] | None:
         case Quot(expr=expr, by=by):
             own = expr.bounds
             return None if own is None else (own[0] // by, own[1] // by)
+    return None
+
+
+def _nested(rest: Expr, by: int) -> tuple[Expr, Expr, int] | None:
+    """(high, low, step) of high * step + low, 0 <= low < step, where `step` divides `by`."""
+    for step in sorted({c for _, c in rest.terms if 1 < c < by and by % c == 0}, reverse=True):
+        low = Expr(rest.const % step, tuple((a, c) for a, c in rest.terms if c % step))
+        bounds = low.bounds
+        if bounds is not None and bounds[0] >= 0 and bounds[1] < step and low != ZERO:
+            high = tuple((a, c // step) for a, c in rest.terms if c % step == 0)
+            return Expr(rest.const // step, high), low, step
     return None
 
 

@@ -30,7 +30,10 @@ def take_masks(site: Site, literals: list[Literal]) -> None:
         elif isinstance(literal, Visible) and literal not in site.visible:
             site.visible.append(literal)
     _one_selection(site, [x for x in literals if isinstance(x, Kept)])
-    gathered = any(_selects(r, site.key) for c in site.nope.deep.ref.coords for r in c.reads)
+    reads = [r for c in site.nope.deep.ref.coords for r in c.reads]
+    gathered = any(_selects(r, site.key) for r in reads)
+    if site.tracer.tables:  # a page table is not followed here: what reads per key selects
+        gathered = any(site.key in c.labels for r in reads for c in r.coords)
     if not site.selected and not gathered:
         raise NotASite(_unselected(site))
     if site.selected and gathered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sfa_onnx.passes.axes import label_of
 from sfa_onnx.passes.axes_trace import Ref
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.bind_sources import all_selected, key_limit
@@ -36,13 +37,15 @@ def finished_domain(site: Site, ref: Ref) -> Domain:
     """Any index in range, as the gather itself takes it; TopK's are distinct."""
     if topk := from_topk(site.tracer, ref):
         return chosen_domain(site, ref.value, topk)
-    axes = [i for i, c in enumerate(site.nope.deep.ref.coords) if c.reads]
-    own = [i for i in axes if site.nope.deep.ref.coords[i].reads[0].value == ref.value]
+    coords = site.nope.deep.ref.coords
+    axes = [i for i, c in enumerate(coords) if c.reads]
+    own = [i for i in axes if coords[i].reads[0].value == ref.value]
+    alone = len(axes) <= 1 and label_of(ref.coords[-1]) is not None
     return Domain(
         low=0,
         high="S2",
-        negative_allowed=len(axes) == 1,
-        along=own[0] if len(axes) > 1 else None,
+        negative_allowed=alone,
+        along=None if alone or not own else own[0],
         assumption="indices are in range",
         discharged_by="the index arithmetic of the graph, which stays as it is",
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sfa_onnx.passes.axes import Expr, Read
+from sfa_onnx.passes.axes import Expr, Label, Read
 from sfa_onnx.passes.axes_trace import Ref
 from sfa_onnx.passes.bind_packed import PackedSite
 from sfa_onnx.passes.bind_rows import Columns
@@ -29,8 +29,9 @@ def by_finished_indices(site: Site) -> Site | None:
         indices for all parts of a row; None when they are not.
     """
     if site.selected:
-        return None
-    nope, rope = _cut(site.nope), _cut(site.rope) if site.rope is not None else None
+        return replace(site, finished=True)
+    nope = _cut(site.nope, site.key)
+    rope = _cut(site.rope, site.key) if site.rope is not None else None
     if nope is None or (rope is None) != (site.rope is None):
         return None
     reads = _reads(nope)
@@ -38,7 +39,7 @@ def by_finished_indices(site: Site) -> Site | None:
         return None
     if not isinstance(site, PackedSite):
         return replace(site, nope=nope, rope=rope, finished=True)
-    packed = _cut(site.packed)
+    packed = _cut(site.packed, site.key)
     if packed is None or _reads(packed) != reads:
         return None
     return replace(site, nope=nope, rope=rope, packed=packed, finished=True)
@@ -49,15 +50,15 @@ def _reads(columns: Columns) -> list[Read]:
     return [r for c in columns.deep.ref.coords for r in c.reads]
 
 
-def _cut(columns: Columns) -> Columns | None:
+def _cut(columns: Columns, key: Label) -> Columns | None:
     """The columns, traced up to the innermost tensor that an index alone addresses."""
-    path = columns.path
-    at = [i for i, s in enumerate(path) if i >= columns.behind and _plain(s.ref)]
+    path, inner = columns.path, {key, columns.label}
+    at = [i for i, s in enumerate(path) if i >= columns.behind and _plain(s.ref, inner)]
     if not at:
         return None
     scale = columns.scale
     if scale:
-        plain = [i for i, s in enumerate(scale) if _plain(s.ref, tiles=True)]
+        plain = [i for i, s in enumerate(scale) if _plain(s.ref, inner)]
         if not plain:
             return None
         scale = scale[: plain[-1] + 1]
@@ -66,15 +67,17 @@ def _cut(columns: Columns) -> Columns | None:
     return replace(columns, path=path[: at[-1] + 1], scale=scale)
 
 
-def _plain(ref: Ref, *, tiles: bool = False) -> bool:
+def _plain(ref: Ref, inner: set[Label]) -> bool:
     """Whether some axes are read at an index each and all others run over labels.
 
-    `tiles`: the last axis runs over the tiles of columns.
+    An axis may run over `inner` labels in any way: tiles of columns, keys of a block.
     """
     read = [c for c in ref.coords if c.reads]
     alone = all(c == Expr.of(c.reads[0]) and not _nested(c.reads[0]) for c in read)
-    others = ref.coords[:-1] if tiles else ref.coords
-    return bool(read) and alone and all(c.reads or axis_labels(c) is not None for c in others)
+    rest = (c for c in ref.coords if not c.reads)
+    return (
+        bool(read) and alone and all(axis_labels(c) is not None or c.labels <= inner for c in rest)
+    )
 
 
 def _nested(read: Read) -> bool:

@@ -13,11 +13,11 @@ from sfa_onnx.passes.axes_trace import Move, Ref, Scaled, Tracer
 from sfa_onnx.passes.bind_domains import chosen_domain, finished_domain, mask_domain
 from sfa_onnx.passes.bind_mask import Selected, Visible
 from sfa_onnx.passes.bind_packed import PackedSite
-from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
-from sfa_onnx.passes.bind_sources import all_reads, index_sources
+from sfa_onnx.passes.bind_sources import all_reads, index_sources, nested, outside_reads
 from sfa_onnx.passes.bind_usage import counts_batches, follows_itself, measured, prefix_sums
 from sfa_onnx.passes.build import axis_labels
+from sfa_onnx.passes.build_plan import is_view
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.index import GraphIndex
 
@@ -137,7 +137,7 @@ class _Names:
         self.site = site
         self.names: dict[Label, str] = {}
         self.sizes: dict[str, int | str] = {}
-        cached = {x for c in (site.nope, site.rope) if c for x in _outside_reads(c)}
+        cached = {x for c in (site.nope, site.rope) if c for x in outside_reads(c)}
         self._name([x for x in site.rows if x in cached], "B")
         self._name([x for x in site.rows if x not in cached], "S1")
         self._name(site.heads, "N1")
@@ -200,7 +200,7 @@ class _Names:
             return "G"  # scales: one per tile
         if len(coordinate.terms) == 1:
             atom = coordinate.terms[0][0]
-            if isinstance(atom, Quot) or (isinstance(atom, Read) and _nested(atom)):
+            if isinstance(atom, Quot) or (isinstance(atom, Read) and nested(atom)):
                 return "P"
             if isinstance(atom, Rem):
                 return "BS"
@@ -217,22 +217,6 @@ class _Names:
         declared = self.site.tracer.index.shape(value)
         symbol = declared[axis] if declared is not None else None
         self.sizes[name] = symbol if isinstance(symbol, str) else name
-
-
-def _nested(read: Read) -> bool:
-    return any(c.reads for c in read.coords)
-
-
-def _outside_reads(columns: Columns) -> set[Label]:
-    found: set[Label] = set()
-    for coordinate in columns.deep.ref.coords:
-        for atom, _ in coordinate.terms:
-            if not isinstance(atom, Read):
-                found |= Expr.of(atom).labels
-        for read in coordinate.reads:  # block_table[batch, page of an index]
-            if _nested(read):
-                found |= {x for c in read.coords if not c.reads for x in c.labels}
-    return found
 
 
 def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, Operand]:
@@ -295,7 +279,13 @@ def _add_selected(site: Site, selected: Selected, known: dict[str, Operand], nam
     """The indices of a selection; those besides the first are drawn by themselves."""
     before = set(known)
     names.names.setdefault(selected.slot, "K")
-    _add_indices(site, selected.indices, known, names)
+    if not site.finished:
+        _add_indices(site, selected.indices, known, names)
+    ref = selected.indices
+    found = any(known[v].role is Role.INDICES for v in known.keys() - before)
+    if not found and ref.value not in before and is_view(ref):  # arithmetic that is not followed
+        elem, domain = site.tracer.sizes.elem_type(ref.value), finished_domain(site, ref)
+        known[ref.value] = Operand(ref.value, Role.INDICES, names.axes(ref), elem, domain)
     for value in known.keys() - before:
         operand = known[value]
         if operand.role is Role.INDICES:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.passes.axes import Expr, Read, label_of
+from sfa_onnx.passes.axes import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes_trace import Move, Ref, Tracer
+from sfa_onnx.passes.bind_rows import Columns
 from sfa_onnx.passes.bind_site import Site
 from sfa_onnx.passes.index import GraphIndex
 
-__all__ = ["all_reads", "all_selected", "index_sources", "key_limit"]
+__all__ = ["all_reads", "all_selected", "index_sources", "key_limit", "nested", "outside_reads"]
 
 _ARITHMETIC = ("Abs", "Add", "Cast", "Clip", "Div", "Floor", "Max", "Min", "Mod", "Mul", "Neg")
 _LOGIC = ("And", "BitShift", "BitwiseAnd", "Equal", "Greater", "GreaterOrEqual", "Less", "Not")
@@ -105,3 +106,21 @@ def _key_axis(site: Site, ref: Ref) -> int | None:
         if coordinate.reads and coordinate == Expr.of(coordinate.reads[0]):
             return axis
     return None
+
+
+def nested(read: Read) -> bool:
+    """Whether an index addresses the read of another."""
+    return any(c.reads for c in read.coords)
+
+
+def outside_reads(columns: Columns) -> set[Label]:
+    """Labels that tell whose rows are read, whatever the indices say."""
+    found: set[Label] = set()
+    for coordinate in columns.deep.ref.coords:
+        for atom, _ in coordinate.terms:
+            if not isinstance(atom, Read):
+                found |= Expr.of(atom).labels
+        for read in coordinate.reads:  # block_table[batch, page of an index]
+            if nested(read):
+                found |= {x for c in read.coords if not c.reads for x in c.labels}
+    return found

@@ -29,6 +29,12 @@ __all__ = ["FindOptions", "find_candidates"]
 
 _log = logging.getLogger("sfa_onnx")
 
+# What a graph that contradicts itself (ranks, shapes) makes recognition raise.
+_INVALID = (
+    *(ArithmeticError, AssertionError, AttributeError),
+    *(LookupError, TypeError, ValueError),
+)
+
 
 @dataclass(frozen=True)
 class FindOptions:
@@ -88,14 +94,7 @@ def _one(
         refusal = Refusal(str(meet), anchor.scores, "export with these sizes fixed, or as one name")
     except RecursionError:
         refusal = Refusal("the graph is nested too deeply to be traced", anchor.scores)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as e:
+    except _INVALID as e:
         # An invalid graph (ranks or shapes that contradict each other) must not stop the others.
         _log.warning("recognition of %s failed", bound[0], exc_info=True)
         text = f"recognition itself failed ({type(e).__name__}: {e})"
@@ -111,7 +110,7 @@ def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str
         tracer.budget = budget
         try:
             return _unified(tracer, anchor, lambda: _finished(tracer, anchor, bound[:1]))
-        except (Stop, NotASite, SizesMeetError):
+        except (Stop, NotASite, SizesMeetError, RecursionError, *_INVALID):
             return None
 
     try:

@@ -118,7 +118,11 @@ SELECTED: dict[str, Callable[..., Any]] = {
     "shared": lambda q, kv, score: attend(q, kv[0][best(score)]),
     "blocks": lambda q, kv, coarse: attend(q, own(kv, tokens_of(best(coarse, 3)))),
     "blocks-short": lambda q, kv, coarse: attend(q, own(kv, tokens_of(best(coarse, 3), 3))),
+    "blocks-view": lambda q, kv, coarse: attend(
+        q, own(kv.unflatten(1, (S2 // BLOCK, BLOCK)), best(coarse, 3)).flatten(2, 3)
+    ),
     "blocks-mask": masked_blocks,
+    "blocks-scatter": lambda q, kv, coarse: dense(q, kv, marked(tokens_of(best(coarse, 3)), S2)),
     "union": lambda q, kv, score, other: dense(
         q, kv, marked(best(score), S2) | marked(best(other, 4), S2)
     ),
