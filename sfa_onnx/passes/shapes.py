@@ -221,6 +221,10 @@ class Concrete:
                 size //= prime
         return "*".join([*([str(size)] if size > 1 or not names else []), *names])
 
+    def maker(self, value: str) -> onnx.NodeProto | None:
+        """The node that makes `value`, for rules."""
+        return self.index.origin(value)
+
     # -- values -----------------------------------------------------------------------------------
 
     def value(self, value: str) -> np.ndarray | None:

@@ -29,6 +29,9 @@ class Sizes(Protocol):
     def broadcast(self, *shapes: Shape) -> Shape:
         """The common shape of operands."""
 
+    def maker(self, value: str) -> onnx.NodeProto | None:
+        """The node that makes a value, Identity nodes skipped."""
+
 
 _Rule = Callable[[Sizes, onnx.NodeProto], Shapes]
 
@@ -213,7 +216,7 @@ def _split(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
 
 def _sequence_at(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     """One part of a SplitToSequence with given sizes, as exports without optimisation have it."""
-    maker = sizes.index.origin(node.input[0])
+    maker = sizes.maker(node.input[0])
     if maker is None or maker.op_type != "SplitToSequence" or len(maker.input) < 2:
         return [None]
     shape, parts = list(_input(sizes, maker, 0)), sizes.value(maker.input[1])
@@ -277,11 +280,11 @@ def _attention(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
 
 
 _SAME = (
-    "Abs Cast CastLike Ceil Clip CumSum DequantizeLinear Dropout Erf Exp Floor Gelu HardSigmoid"
-    " Identity IsInf IsNaN LayerNormalization Log LogSoftmax Neg Not RMSNormalization Reciprocal Relu"
-    " RotaryEmbedding Round ScatterElements ScatterND Sigmoid Sign SimplifiedLayerNormalization Sin"
-    " Cos LeakyRelu SkipSimplifiedLayerNormalization Softmax Softplus Sqrt Swish Tanh Trilu"
-    " BitCast BitwiseNot QuickGelu Scatter"
+    "Abs Cast CastLike Ceil Clip CumSum DequantizeLinear Dropout Erf Exp Floor Gelu"
+    " HardSigmoid Identity IsInf IsNaN LayerNormalization Log LogSoftmax Neg Not"
+    " RMSNormalization Reciprocal Relu RotaryEmbedding Round ScatterElements ScatterND Sigmoid"
+    " Sign SimplifiedLayerNormalization Sin Cos LeakyRelu SkipSimplifiedLayerNormalization"
+    " Softmax Softplus Sqrt Swish Tanh Trilu BitCast BitwiseNot QuickGelu Scatter"
 )
 _BROADCAST = (
     "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less"
