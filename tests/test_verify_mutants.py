@@ -330,6 +330,37 @@ def test_nan_that_the_original_spreads_is_an_edge():
     assert any("hold no NaN" in a for a in record.assumptions)
 
 
+NARROWED = {
+    "the product": {
+        "  kd = Mul(kt, kst)": "  kd0 = Mul(kt, kst)\n"
+        "  kdh = Cast<to=16>(kd0)\n  kd = Cast<to=1>(kdh)"
+    },
+    "codes and scales": {
+        "  kf = Cast<to=1>(kq)": "  kf = Cast<to=10>(kq)",
+        "  kst = Unsqueeze(ks, minus)": "  ksh = Cast<to=10>(ks)\n  kst = Unsqueeze(ksh, minus)",
+        "  kd = Mul(kt, kst)": "  kd0 = Mul(kt, kst)\n  kd = Cast<to=1>(kd0)",
+    },
+    "the value alone": {"  v = Identity(kn)": "  vh = Cast<to=10>(kn)\n  v = Cast<to=1>(vh)"},
+}
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_int8_rows_that_are_rounded_in_a_wider_graph(name):
+    """Float64 hides it; the fused operator would be 4e-3 off in bfloat16."""
+    model, candidate = gather_site(NARROWED[name], int8=True)
+    verdict = Verifier(GraphIndex.of(model)).verify(candidate)
+    assert "rounds the dequantised rows to" in verdict.reason
+    assert "narrower than the query (FLOAT)" in verdict.reason
+
+
+def test_int8_codes_may_be_cast_to_any_float_type():
+    codes = {
+        "  kf = Cast<to=1>(kq)": "  kfh = Cast<to=16>(kq)\n  kf = Cast<to=1>(kfh)",
+    }
+    model, candidate = gather_site(codes, int8=True)
+    assert isinstance(Verifier(GraphIndex.of(model)).verify(candidate), VerifyRecord)
+
+
 def test_the_lists_are_complete():
     """Probes of packed rows ("... bytes") have mutants of their own: graphs that decode rows."""
     general = {p.name for p in PROBES if p.gating and not p.name.endswith("bytes")}

@@ -20,6 +20,7 @@ from sfa_onnx.passes.verify.extract import (
 from sfa_onnx.passes.verify.natural import hidden_by_mask, mask_models
 from sfa_onnx.passes.verify.open_sizes import Opened, open_sizes
 from sfa_onnx.passes.verify.probes import PROBES, Probe
+from sfa_onnx.passes.verify.rounding import rounded_rows
 from sfa_onnx.passes.verify.site import QUESTIONS, Site, inputs_as
 from sfa_onnx.passes.verify.sizes import Sizer, canonical_shapes
 from sfa_onnx.report import VerifyRecord
@@ -65,6 +66,8 @@ class Verifier:
             shapes = canonical_shapes(self._concrete, candidate)
         except UnverifiableError as error:
             return error.refusal
+        if (rounded := rounded_rows(self._index, self._concrete, candidate)) is not None:
+            return rounded
         key = fingerprint(candidate, region, replacement, masks.values(), shapes)
         label = self._index.label(candidate.anchor)
         shared = key in self._known
