@@ -13,7 +13,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -25,6 +25,8 @@ from sfa_onnx.passes.shapes_rules import RULES, Shape
 from sfa_onnx.passes.shapes_types import type_step
 
 __all__ = ["Concrete", "Shape", "SizesMeetError"]
+
+_Found = TypeVar("_Found")
 
 # Far above any top-k, so that Min(2048, S2) is 2048, and no product of two equals a third.
 _PRIMES = (10007, 10039, 10061, 10067, 10079, 10093, 10103, 10133, 10141, 10159, 10169, 10181)
@@ -78,6 +80,7 @@ class Concrete:
         self._fresh = primes
         self._shapes: dict[str, Shape | None] = {}
         self._values: dict[str, np.ndarray | None] = {}
+        self._asking = False
         self._types: dict[str, int] = {}
 
     @property
@@ -90,11 +93,20 @@ class Concrete:
 
     def shape(self, value: str) -> Shape | None:
         """The concrete shape of `value`; None when it cannot be known without running the graph."""
+        return self._settled(lambda: self.look_up(value))
+
+    def _settled(self, ask: Callable[[], _Found | None]) -> _Found | None:
+        """The answer once all sizes that meet on the way to it are made one."""
+        if self._asking:  # a rule asks: the question it serves starts again
+            return ask()
         for _ in range(len(self.symbols) + 1):  # each round makes two of them one
+            self._asking = True
             try:
-                return self.look_up(value)
+                return ask()
             except _Unify as same:
                 self._unify(*same.pair)
+            finally:
+                self._asking = False
         return None
 
     def look_up(self, value: str) -> Shape | None:
@@ -229,8 +241,9 @@ class Concrete:
 
     def value(self, value: str) -> np.ndarray | None:
         """What `value` holds when constants and sizes alone decide it; None otherwise."""
-        if not value:
-            return None
+        return self._settled(lambda: self._value(value)) if value else None
+
+    def _value(self, value: str) -> np.ndarray | None:
         if value in self._values:
             return self._values[value]
         self._values[value] = None  # a cycle cannot be, an unfinished entry may
@@ -253,7 +266,7 @@ class Concrete:
             return None
         inputs: list[np.ndarray | None] = []
         for name in node.input:
-            array = self.value(name) if name else None
+            array = self._value(name) if name else None
             if name and array is None:
                 return None
             inputs.append(array)
