@@ -179,3 +179,13 @@ def test_the_budget_stops_with_a_reason():
     trace = tracer(helper.make_model(graph), budget=20)
     with pytest.raises(Stop, match="more steps"):
         deepest(trace, Ref("v50", (Expr.of(Label("i", 2)),)))
+
+
+def test_blocks_of_columns_behind_blocks_of_keys() -> None:
+    """(48 * key + column) // 192 = key // 4 where columns are fewer than 48."""
+    key, column = Label("key", 12), Label("column", 32)
+    position = Expr.of(key) * 48 + Expr.of(column)
+    assert position.floordiv(192) == Expr.of(key).floordiv(4)
+    assert position.mod(192) == Expr.of(key).mod(4) * 48 + Expr.of(column)
+    wide = Expr.of(key) * 24 + Expr.of(column)  # columns reach into the next key
+    assert wide.floordiv(96) != Expr.of(key).floordiv(4)
