@@ -238,6 +238,11 @@ class Tracer:
         array = self.sizes.value(ref.value)
         if array is None or array.dtype.kind not in "iu" or array.size == 0:
             return None
+        at_number = [
+            c.const if not c.terms and 0 <= c.const < n else None
+            for c, n in zip(ref.coords, array.shape, strict=True)
+        ]
+        array = array[tuple(slice(None) if i is None else slice(i, i + 1) for i in at_number)]
         origin = int(array.reshape(-1)[0])
         run = int((array == origin).sum()) if array.ndim == 1 else 0
         if run > 1 and bool((array == origin + np.arange(array.size) // run).all()):
