@@ -35,5 +35,5 @@ OPENED_OTHERS: tuple[dict[str, int], ...] = (
     {"B": 1, "S1": 41, "S2": 50, "K": 33, "T": 40, "T2": 97},
     {"B": 1, "S1": 9, "S2": 300, "K": 11, "T": 40, "T2": 300},
 )
-OPENED_EFFORT = 1.0  # seconds of a run at another size
+OPENED_EFFORT = 2.0  # seconds of a run at another size; K = 33 straddles what stays small
 DEFAULTS = {"N1": 3, "T": 7, "T2": 23, "M": 3, "pages": 14, "slots": 4, "width": 16}
