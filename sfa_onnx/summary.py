@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from sfa_onnx.model import load_model
 from sfa_onnx.op import find_op
-from sfa_onnx.passes.sub_graphs import bodies
+from sfa_onnx.passes.graph.sub_graphs import bodies
 
 __all__ = ["Summary", "summarise", "value_text"]
 

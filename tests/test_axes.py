@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from sfa_onnx.passes.axes import Expr, Label, Quot, Read, Rem, merge, split
-from sfa_onnx.passes.axes_trace import Move, Ref, Stop, Tracer
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem, merge, split
+from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
 
 
 def evaluate(expr: Expr, at: dict[Label, int]) -> int:

@@ -8,8 +8,8 @@ import pytest
 
 from sfa_onnx import runtime
 from sfa_onnx.passes.candidate import Candidate
-from sfa_onnx.passes.find import find_candidates
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.find.search import find_candidates
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.splice import splice
 from tests.graphs import dense, dense_int8, gathered
 

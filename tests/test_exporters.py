@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 import sfa_onnx
 from sfa_onnx.errors import ModelError
 from sfa_onnx.passes.certificate import check_certificate
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes import Concrete, SizesMeetError
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from tests.zoo.elsewhere import Spec, build
 from tests.zoo.write import Graph
 

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.passes.candidate import Candidate, RefusedSite, Role
-from sfa_onnx.passes.find import FindOptions, find_candidates
-from sfa_onnx.passes.index import READ_LIMIT, GraphIndex
+from sfa_onnx.passes.find.search import FindOptions, find_candidates
+from sfa_onnx.passes.graph.index import READ_LIMIT, GraphIndex
 from tests.graphs import dense, gathered
 
 

@@ -10,8 +10,8 @@ import pytest
 
 import sfa_onnx
 from sfa_onnx.passes.candidate import Candidate, RefusedSite
-from sfa_onnx.passes.find import find_candidates
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.find.search import find_candidates
+from sfa_onnx.passes.graph.index import GraphIndex
 from tests.zoo import attention_op, finite, heads, scoremiss, scorepath
 from tests.zoo.base import Case
 from tests.zoo.judge import judge

@@ -11,7 +11,7 @@ from onnx import helper
 
 import sfa_onnx
 from sfa_onnx.passes import certificate
-from sfa_onnx.passes.functions import inline_functions
+from sfa_onnx.passes.graph.functions import inline_functions
 from tests.test_scopes import GATHERED, alike, case, fused
 from tests.zoo import bodies as scopes
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.passes.order import in_order, live_values, reads
+from sfa_onnx.passes.graph.order import in_order, live_values, reads
 
 
 def node(out, *inputs):

@@ -8,7 +8,7 @@ from sfa_onnx.errors import ModelError
 from sfa_onnx.model import hash_tensors_and_nodes
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.candidate import Candidate
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.splice import check_region, splice
 from tests.hand_sites import gather_site, several_sites
 

@@ -12,11 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from sfa_onnx import kv_cache
 from sfa_onnx.op import PackedRow
 from sfa_onnx.passes.candidate import Domain, Operand, Refusal, Role
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import Verifier
-from sfa_onnx.passes.verify import sizes as sizes_module
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.promote import promote
+from sfa_onnx.passes.verify.sizes import concrete as sizes_module
 from sfa_onnx.report import VerifyRecord
 from tests.hand_sites import FLOAT, INT64, gather_site, several_sites
 

@@ -4,7 +4,7 @@ import pytest
 
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.candidate import Domain, Operand, Refusal, Role
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import Verifier
 from sfa_onnx.report import VerifyRecord
 from tests.hand_sites import FLOAT, INT32, INT64, TOPK, candidate_of, changed, model_of

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper
 
 from sfa_onnx.passes.candidate import Refusal
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import PROBES, Verifier
 from sfa_onnx.report import VerifyRecord
 from tests.hand_sites import ANY_INDEX, gather_site

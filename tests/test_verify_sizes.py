@@ -11,10 +11,10 @@ from onnx import numpy_helper
 
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.candidate import Operand, Refusal, Role
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import Verifier
-from sfa_onnx.passes.verify.size_forms import Family, Form, Forms
-from sfa_onnx.passes.verify.size_tables import Band, Fill, Stairs, rule_of
+from sfa_onnx.passes.verify.sizes.forms import Family, Form, Forms
+from sfa_onnx.passes.verify.sizes.tables import Band, Fill, Stairs, rule_of
 from sfa_onnx.report import VerifyRecord
 from tests.hand_sites import FLOAT, INT64, TOPK, candidate_of, changed, model_of
 

@@ -1,7 +1,7 @@
 """No single check of an operator's name stands alone between a near miss and a wrong fusion.
 
-Recognition compares names of operators in many places. Here each comparison in `find*.py` and
-`bind*.py` is switched off in turn (it always holds, then it never does) and near misses are fused:
+Recognition compares names of operators in many places. Here each comparison in `find/` and `bind/`
+is switched off in turn (it always holds, then it never does) and near misses are fused:
 none may be, because execution decides. A sample runs here; `python -m tests.test_verify_structure`
 runs all comparisons on all near misses.
 """
@@ -18,19 +18,23 @@ from pathlib import Path
 
 import pytest
 
-import sfa_onnx.passes
 from sfa_onnx import fuse
+from sfa_onnx.passes import bind, find
 from tests.zoo.catalogue import cases
 
 FAMILIES = ("scoremiss", "heads", "finite")  # written by hand: no exporter runs
 PER_CHECK = 3
 # Roundings are told by structure alone: float64 does not show them (docs/verification.md).
-ROUNDING = ("bind_precision",)
+ROUNDING = ("bind.precision",)
 
 
 def _modules():
-    names = [m.name for m in pkgutil.iter_modules(sfa_onnx.passes.__path__)]
-    return [n for n in names if n.startswith(("find", "bind")) and n not in ROUNDING]
+    names = [
+        f"{room}.{module.name}"
+        for room, package in (("find", find), ("bind", bind))
+        for module in pkgutil.iter_modules(package.__path__)
+    ]
+    return [name for name in names if name not in ROUNDING]
 
 
 def _comparisons(tree):

@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto
 
 from sfa_onnx.ascend.flavour_scope import Facts, inner_graphs
 from sfa_onnx.errors import ModelError, UsageError
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Scope", "cut", "parse_scope"]
 

@@ -20,8 +20,8 @@ from sfa_onnx.kv_convert.interface import Interface, read_interface, write_inter
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
 from sfa_onnx.model import load_model, save_model
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.scope_index import body_views
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.scope_index import body_views
 
 __all__ = ["FORMS", "KvReport", "convert", "float_sites"]
 

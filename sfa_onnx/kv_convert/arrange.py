@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 
 from sfa_onnx.kv_convert.emit import Emitter
-from sfa_onnx.passes.order import in_order, live_values, reads
+from sfa_onnx.passes.graph.order import in_order, live_values, reads
 
 __all__ = ["Arrangement", "declare_domain"]
 

@@ -13,7 +13,7 @@ from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING,
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translated, Translator
 from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Boundary"]
 

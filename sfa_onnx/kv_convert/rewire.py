@@ -24,7 +24,7 @@ from sfa_onnx.op import (
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Conversion", "float_sites"]
 

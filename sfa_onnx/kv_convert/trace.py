@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.onnx_attrs import attribute
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Stream", "peel", "slice_on"]
 

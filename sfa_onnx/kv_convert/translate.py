@@ -17,7 +17,7 @@ from sfa_onnx.kv_convert.pages import PageWriter
 from sfa_onnx.kv_convert.trace import Stream, peel
 from sfa_onnx.onnx_attrs import attribute
 from sfa_onnx.op import DOMAIN_OWN, KV_CACHE_PACK
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["CacheInput", "Translated", "Translator"]
 

@@ -20,9 +20,9 @@ import onnx
 from sfa_onnx.errors import UsageError, WeightsError
 from sfa_onnx.external import StorageReader, iter_tensors
 from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.order import put_in_order
-from sfa_onnx.passes.sub_graphs import bodies
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.order import put_in_order
+from sfa_onnx.passes.graph.sub_graphs import bodies
 from sfa_onnx.report import FuseReport, to_json
 from sfa_onnx.weights_file import digest_of
 
@@ -235,7 +235,7 @@ def check_certificate(
         UsageError: the file is not a certificate of this version.
     """
     stated = _read(Path(path))
-    from sfa_onnx.passes.functions import inline_functions
+    from sfa_onnx.passes.graph.functions import inline_functions
 
     functions = [(domain, name) for domain, name in stated["inlined"]]
     original = inline_functions(load_model(before), functions).model

@@ -15,8 +15,8 @@ import onnx
 
 from sfa_onnx.onnx_attrs import attribute, attributes
 from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes import Concrete, Shape
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 
 __all__ = ["Cost", "compare_costs", "nominal_sizes", "region_cost"]
 

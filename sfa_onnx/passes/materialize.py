@@ -19,13 +19,13 @@ from onnx import TensorProto
 from sfa_onnx.errors import UsageError
 from sfa_onnx.external import StorageReader, external_range
 from sfa_onnx.onnx_attrs import attributes, find_attribute
-from sfa_onnx.passes.axes_trace import Stop
+from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.candidate import Candidate, Role
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.region import free_name
-from sfa_onnx.passes.scope_index import ScopeIndex
-from sfa_onnx.passes.shapes_fold import FOLD
-from sfa_onnx.passes.sub_graphs import bodies, captured
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.region import free_name
+from sfa_onnx.passes.graph.scope_index import ScopeIndex
+from sfa_onnx.passes.graph.sub_graphs import bodies, captured
+from sfa_onnx.passes.shapes.fold import FOLD
 from sfa_onnx.report import MaterializedWeight
 from sfa_onnx.weights_file import WeightsFile, digest_of, inline_tensor
 

@@ -19,13 +19,13 @@ from sfa_onnx.model import load_model, paused_gc, save_model
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
-from sfa_onnx.passes.find import find_candidates
-from sfa_onnx.passes.functions import Inlined, inline_sites
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.find.search import find_candidates
+from sfa_onnx.passes.graph.functions import Inlined, inline_sites
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.order import put_in_order
+from sfa_onnx.passes.graph.scope_index import body_views
+from sfa_onnx.passes.graph.scopes import count_nodes, note_captures, splice_scopes
 from sfa_onnx.passes.materialize import Materializer, materialized_notes
-from sfa_onnx.passes.order import put_in_order
-from sfa_onnx.passes.scope_index import body_views
-from sfa_onnx.passes.scopes import count_nodes, note_captures, splice_scopes
 from sfa_onnx.passes.site_report import Costs, describe, unique_ids
 from sfa_onnx.passes.splice import check_region
 from sfa_onnx.report import FuseReport, SiteReport, VerifyRecord

@@ -7,10 +7,10 @@ import logging
 from sfa_onnx.errors import ModelError
 from sfa_onnx.passes.candidate import Candidate, RefusedSite, Role
 from sfa_onnx.passes.cost import compare_costs, nominal_sizes, region_cost
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.limits import npu_limits
-from sfa_onnx.passes.scope_index import ScopeIndex
-from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.report import SiteReport
 
 __all__ = ["Costs", "describe", "unique_ids"]

@@ -16,9 +16,9 @@ import onnx
 from sfa_onnx.errors import ModelError
 from sfa_onnx.op import ALL_OPS
 from sfa_onnx.passes.candidate import Candidate, Refusal
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.region import edit_region, free_name, ordered_nodes, rename_region
-from sfa_onnx.passes.sub_graphs import bodies, owners
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.region import edit_region, free_name, ordered_nodes, rename_region
+from sfa_onnx.passes.graph.sub_graphs import bodies, owners
 
 __all__ = ["Spliced", "check_region", "splice", "taken_names"]
 

@@ -10,9 +10,9 @@ import onnx
 from sfa_onnx.errors import UsageError
 from sfa_onnx.model import load_model, save_model
 from sfa_onnx.op import find_op
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.scope_index import body_views
-from sfa_onnx.passes.scopes import count_nodes
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.scope_index import body_views
+from sfa_onnx.passes.graph.scopes import count_nodes
 from sfa_onnx.report import FuseReport, SiteReport
 
 __all__ = ["unfuse"]

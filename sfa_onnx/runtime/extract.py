@@ -17,8 +17,8 @@ import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
 from sfa_onnx.op import ALL_OPS, find_op
-from sfa_onnx.passes.order import reads
-from sfa_onnx.passes.sub_graphs import bodies
+from sfa_onnx.passes.graph.order import reads
+from sfa_onnx.passes.graph.sub_graphs import bodies
 
 __all__ = [
     "AFTER",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from sfa_onnx.passes.candidate import Candidate
 from sfa_onnx.passes.cost import region_cost
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
 
 __all__ = ["Effort"]
 

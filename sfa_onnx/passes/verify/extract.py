@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.op import ALL_OPS
 from sfa_onnx.passes.candidate import Candidate, Refusal
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["UnverifiableError", "embedded_constant", "extract_region", "extract_replacement"]
 

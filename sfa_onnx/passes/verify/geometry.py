@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfa_onnx.passes.candidate import Operand, Role
-from sfa_onnx.passes.verify.size_roles import KEYS
+from sfa_onnx.passes.verify.sizes.roles import KEYS
 
 if TYPE_CHECKING:
     from sfa_onnx.passes.verify.problem import Draw, Problem

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 from sfa_onnx.passes.verify.geometry import Geometry
 from sfa_onnx.passes.verify.packed_rows import draw_rows, row_layout
-from sfa_onnx.passes.verify.size_roles import KEYS
-from sfa_onnx.passes.verify.sizes import Dims
+from sfa_onnx.passes.verify.sizes.concrete import Dims
+from sfa_onnx.passes.verify.sizes.roles import KEYS
 
 __all__ = ["Draw", "Problem"]
 

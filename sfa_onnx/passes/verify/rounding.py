@@ -9,8 +9,8 @@ from __future__ import annotations
 import onnx
 
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
 
 __all__ = ["rounded_rows"]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sfa_onnx.errors import ContractError
 from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
-from sfa_onnx.passes.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify.distance import relative_error
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError
@@ -25,7 +25,7 @@ from sfa_onnx.passes.verify.judge import Judge
 from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.promote import promote
-from sfa_onnx.passes.verify.sizes import Sizer, integer_constants
+from sfa_onnx.passes.verify.sizes.concrete import Sizer, integer_constants
 from sfa_onnx.report import ProbeResult, VerifyRecord
 
 __all__ = ["QUESTIONS", "Site", "inputs_as"]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import onnx
 
 from sfa_onnx.passes.candidate import Candidate, Refusal
-from sfa_onnx.passes.index import GraphIndex
-from sfa_onnx.passes.shapes import Concrete
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.verify.classes import fingerprint
 from sfa_onnx.passes.verify.extract import (
     UnverifiableError,
@@ -18,11 +18,11 @@ from sfa_onnx.passes.verify.extract import (
     extract_replacement,
 )
 from sfa_onnx.passes.verify.natural import hidden_by_mask, mask_models
-from sfa_onnx.passes.verify.open_sizes import Opened, open_sizes
+from sfa_onnx.passes.verify.open.sizes import Opened, open_sizes
 from sfa_onnx.passes.verify.probes import PROBES, Probe
 from sfa_onnx.passes.verify.rounding import rounded_rows
 from sfa_onnx.passes.verify.site import QUESTIONS, Site, inputs_as
-from sfa_onnx.passes.verify.sizes import Sizer, canonical_shapes
+from sfa_onnx.passes.verify.sizes.concrete import Sizer, canonical_shapes
 from sfa_onnx.report import VerifyRecord
 
 __all__ = ["Verifier"]

@@ -1,0 +1,1 @@
+"""Index expressions: which element of a stored tensor an element of a view is."""

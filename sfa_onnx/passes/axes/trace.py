@@ -1,0 +1,278 @@
+"""Trace elements of one site back through the graph, within a budget of steps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+
+from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Read
+from sfa_onnx.passes.axes.rules import STEPS
+from sfa_onnx.passes.axes.steps import (
+    Dot,
+    Leaf,
+    Move,
+    Pieces,
+    Product,
+    Ref,
+    Scaled,
+    Step,
+    Stop,
+    is_float,
+)
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete, Shape
+
+__all__ = [
+    "Dot",
+    "Leaf",
+    "Move",
+    "Pieces",
+    "Product",
+    "Ref",
+    "Scaled",
+    "Step",
+    "Stop",
+    "Tracer",
+    "UnifyError",
+    "is_float",
+]
+
+_FILLED = frozenset(("Expand", "Cast", "CastLike", "Reshape", "Unsqueeze", "Identity", "Tile"))
+
+
+_SOURCES = frozenset(("TopK", "MatMul", "If", "Loop", "Scan", "RandomUniform", "RandomNormal"))
+_TINY = 64  # elements of a constant that is compared by content
+
+
+class UnifyError(Exception):
+    """Two symbols must be one size for the attention to make sense; bind again with them equal."""
+
+    def __init__(self, a: str, b: str) -> None:
+        super().__init__(f"{a} = {b}")
+        self.pair = (a, b)
+
+
+class Tracer:
+    """Traces elements of one site back through the graph, within a budget of steps."""
+
+    def __init__(self, index: GraphIndex, sizes: Concrete, other: Concrete, budget: int) -> None:
+        """`other` assigns other sizes to the symbols: what agrees in both is static."""
+        self.index, self.sizes, self.other = index, sizes, other
+        self.budget = budget
+        self.stem = ""  # how new names begin
+        self._representatives: dict[str, str] = {}
+        self._equal: dict[object, str] = {}
+        self.opaque = False  # True: index tensors are read as they are, without arithmetic
+        self.tables = False  # True: but for constant tables of positions
+
+    # -- sizes and constants ----------------------------------------------------------------------
+
+    def shape(self, value: str) -> Shape:
+        """The concrete shape; stops recognition when it cannot be known."""
+        shape = self.sizes.shape(value)
+        if shape is None:
+            raise Stop(
+                f"the shape of {value} is not known",
+                value,
+                "run onnx.shape_inference on the model first",
+            )
+        return shape
+
+    def static(self, value: str, axis: int) -> bool:
+        """Whether this dim has the same size whatever the symbols are."""
+        other = self.other.shape(value)
+        return other is not None and other[axis] == self.shape(value)[axis]
+
+    def scalar(self, value: str) -> float | None:
+        """The number in a one-element constant that does not depend on any dynamic size."""
+        number = self.sizes.scalar(value)
+        return number if number is not None and number == self.other.scalar(value) else None
+
+    def fill(self, value: str) -> float | None:
+        """The number a constant tensor holds everywhere: scalars, expanded ones, filled tables."""
+        for _ in range(16):
+            fill = self.index.fill_value(value)
+            if fill is not None:
+                return fill
+            node = self.index.node_of(value)
+            if node is None:
+                return None
+            if node.op_type == "ConstantOfShape":
+                tensor = attributes(node).get("value")
+                number = 0 if tensor is None else onnx.numpy_helper.to_array(tensor).reshape(-1)[0]
+                return float(number)
+            if node.op_type == "Mul":  # ones * -inf
+                a, b = (self.fill(n) for n in node.input)
+                return None if a is None or b is None else a * b
+            if node.op_type not in _FILLED:
+                return self._folded_fill(value)
+            value = node.input[0]
+        return None
+
+    def _folded_fill(self, value: str) -> float | None:
+        known = self.sizes.value(value)
+        if known is None or known.size == 0:
+            return None
+        flat = known.reshape(-1)
+        return float(flat[0]) if bool((flat == flat[0]).all()) else None
+
+    def unify(self, a: int, b: int) -> None:
+        """Sizes `a` and `b` meet on one axis: if both are symbols, start again with them equal.
+
+        Raises:
+            UnifyError: they are.
+        """
+        names = {size: symbol for symbol, size in self.sizes.symbols.items()}
+        if a in names and b in names:
+            raise UnifyError(names[a], names[b])
+
+    def same_count(self, source: Shape, target: Shape) -> None:
+        """A view keeps the number of elements; where it does not, symbols are too many.
+
+        Exporters give each input its own symbols: a view from [b2, s2, k] to [b * s, k'] with
+        k' = b2 * s2 * k // (b * s) only makes sense when b2 = b and s2 = s.
+
+        Raises:
+            UnifyError: the first pair of symbols that must be equal.
+        """
+        if math.prod(source) == math.prod(target):
+            return
+        here, there = self._symbols_in(source), self._symbols_in(target)
+        here, there = [s for s in here if s not in there], [s for s in there if s not in here]
+        if here and there:
+            raise UnifyError(there[0], here[0])
+
+    def _symbols_in(self, shape: Shape) -> list[str]:
+        symbols = self.sizes.symbols.items()
+        return [name for dim in shape for name, size in symbols if dim % size == 0]
+
+    def spend(self, value: str) -> None:
+        """Count one step; stops recognition when the budget is used up."""
+        self.budget -= 1
+        if self.budget < 0:
+            raise Stop(
+                "recognition took more steps than its budget allows",
+                value,
+                "raise max_steps if this graph is meant",
+            )
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def step(self, ref: Ref) -> Step:
+        """One step back from `ref`."""
+        self.spend(ref.value)
+        node = self.index.node_of(ref.value)
+        if node is None or (rule := STEPS.get(node.op_type)) is None:
+            return Leaf(ref)
+        return rule(self, node, ref) or Leaf(ref)
+
+    def operand(self, value: str, coords: tuple[Expr, ...]) -> Ref:
+        """`value` as it is broadcast to the shape that `coords` address."""
+        shape = self.shape(value)
+        own = coords[len(coords) - len(shape) :]
+        return Ref(value, tuple(ZERO if d == 1 else c for c, d in zip(own, shape, strict=True)))
+
+    def index_value(self, ref: Ref, size: int = 0) -> Expr:
+        """What an integer tensor holds at `ref`, as far as arithmetic shows.
+
+        `size` is that of the axis it indexes: an index modulo that size is the index, wrapped.
+        """
+        self.spend(ref.value)
+        known = self._known_index(ref)  # also where index tensors are opaque, a number is a number
+        if known is not None and (not self.opaque or self.tables or not known.terms):
+            return known
+        if not self.opaque:
+            node = self.index.node_of(ref.value)
+            arithmetic = None if node is None else self._index_arithmetic(node, ref, size)
+            if arithmetic is not None:
+                return arithmetic
+        step = self.step(ref)
+        if isinstance(step, Move) and not is_float(self.sizes.elem_type(step.ref.value)):
+            made = any(not isinstance(a, Label) for c in step.ref.coords for a, _ in c.terms)
+            if not (self.tables and made):  # a table of rows stays one, however it was made
+                return self.index_value(step.ref, size)
+        return Expr.of(Read(self.representative(ref.value), ref.coords))
+
+    def representative(self, value: str, depth: int = 24) -> str:
+        """The first value of the graph that is computed exactly like `value`.
+
+        Exporters repeat index arithmetic for every gather; equal arithmetic is one tensor.
+        """
+        if value in self._representatives:
+            return self._representatives[value]
+        key: object = value
+        node = self.index.node_of(value)
+        if (known := self._number(value)) is not None:
+            key = known
+        elif node is not None and depth and node.op_type not in _SOURCES:
+            self.spend(value)
+            inputs = tuple(self.representative(n, depth - 1) for n in node.input)
+            named = sorted((a.name, a.SerializeToString()) for a in node.attribute)
+            which = list(node.output).index(value)
+            key = (node.domain, node.op_type, which, inputs, tuple(named))
+        found = self._equal.setdefault(key, value)
+        self._representatives[value] = found
+        return found
+
+    def equals(self, value: str) -> list[str]:
+        """`value` and the values met so far that are computed exactly like it."""
+        own = self.representative(value)
+        return [value, *(v for v, r in self._representatives.items() if r == own and v != value)]
+
+    def _number(self, value: str) -> object:
+        """What a small constant holds, or a number that sizes alone decide, for comparison."""
+        array = self.index.constant(value)
+        if array is not None:
+            small = array.size <= _TINY
+            return (array.dtype.str, array.shape, array.tobytes()) if small else None
+        array, other = self.sizes.value(value), self.other.value(value)
+        if array is None or other is None or array.dtype.kind not in "iu" or array.size > _TINY:
+            return None
+        return (array.dtype.str, array.shape, array.tobytes(), other.tobytes())
+
+    def _known_index(self, ref: Ref) -> Expr | None:
+        """A constant table that is linear in its coordinates: arange, batch offsets, a number."""
+        array = self.sizes.value(ref.value)
+        if array is None or array.dtype.kind not in "iu" or array.size == 0:
+            return None
+        at_number = [
+            c.const if not c.terms and 0 <= c.const < n else None
+            for c, n in zip(ref.coords, array.shape, strict=True)
+        ]
+        array = array[tuple(slice(None) if i is None else slice(i, i + 1) for i in at_number)]
+        origin = int(array.reshape(-1)[0])
+        run = int((array == origin).sum()) if array.ndim == 1 else 0
+        if run > 1 and bool((array == origin + np.arange(array.size) // run).all()):
+            return ref.coords[0].floordiv(run) + origin  # 0 0 0 1 1 1 2 ..
+        steps = []
+        for axis, size in enumerate(array.shape):
+            at = tuple(1 if i == axis else 0 for i in range(array.ndim))
+            steps.append(int(array[at]) - origin if size > 1 else 0)
+        grid = np.full(array.shape, origin, np.int64)
+        for axis, by in enumerate(steps):
+            shape = [-1 if i == axis else 1 for i in range(array.ndim)]
+            grid = grid + (np.arange(array.shape[axis]) * by).reshape(shape)
+        if not bool((grid == array).all()):
+            return None
+        total = Expr(origin)
+        for coordinate, by in zip(ref.coords, steps, strict=True):
+            total = total + coordinate * by
+        return total
+
+    def _index_arithmetic(self, node: onnx.NodeProto, ref: Ref, size: int) -> Expr | None:
+        op = node.op_type
+        if op == "Mod" and size and self.sizes.scalar(node.input[1]) == size:
+            return self.index_value(self.operand(node.input[0], ref.coords))
+        if op in ("Add", "Sub"):
+            a, b = (self.index_value(self.operand(n, ref.coords)) for n in node.input)
+            return a + b if op == "Add" else a - b
+        if op == "Mul":
+            for value, other in (node.input, reversed(node.input)):
+                by = self.sizes.scalar(other)
+                by = self.fill(other) if by is None else by
+                if by is not None and by == int(by):
+                    return self.index_value(self.operand(value, ref.coords)) * int(by)
+        return None

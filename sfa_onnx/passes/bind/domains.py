@@ -1,0 +1,58 @@
+"""What may come in at an operand: indices that were chosen, finished ones, masks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sfa_onnx.passes.axes.expr import label_of
+from sfa_onnx.passes.axes.trace import Ref
+from sfa_onnx.passes.bind.site import Site
+from sfa_onnx.passes.bind.sources import all_selected, key_limit
+from sfa_onnx.passes.candidate import Domain
+from sfa_onnx.passes.emit.select import from_topk
+
+__all__ = ["chosen_domain", "finished_domain", "mask_domain"]
+
+_MASKED = float(np.finfo(np.float32).min)
+
+
+def chosen_domain(site: Site, value: str, topk: str = "") -> Domain:
+    """Of indices that a selection made, or that enter the graph."""
+    index = site.tracer.index
+    node = index.node_of(value)
+    if node is not None and node.op_type == "TopK":
+        topk = index.label(index.producer[value])
+    joined = node is not None and not topk and all_selected(index, node)
+    return Domain(
+        distinct=bool(topk),
+        low=0,
+        high=key_limit(site),
+        negative_allowed=not topk and not joined,
+        assumption="indices are distinct and in range" if topk else "indices are in range",
+        discharged_by=f"TopK {topk}" if topk else index.giver(value),
+    )
+
+
+def finished_domain(site: Site, ref: Ref) -> Domain:
+    """Any index in range, as the gather itself takes it; TopK's are distinct."""
+    if topk := from_topk(site.tracer, ref):
+        return chosen_domain(site, ref.value, topk)
+    coords = site.nope.deep.ref.coords
+    axes = [i for i, c in enumerate(coords) if c.reads]
+    own = [i for i in axes if coords[i].reads[0].value == ref.value]
+    alone = len(axes) <= 1 and label_of(ref.coords[-1]) is not None
+    return Domain(
+        low=0,
+        high="S2",
+        negative_allowed=alone,
+        along=None if alone or not own else own[0],
+        assumption="indices are in range",
+        discharged_by="the index arithmetic of the graph, which stays as it is",
+    )
+
+
+def mask_domain(is_bool: bool, positive: bool) -> Domain:
+    """Of a mask: True (or 1, or 0.0) is visible; `positive` False: what is True is hidden."""
+    if is_bool:
+        return Domain() if positive else Domain(values=(0.0, 1.0))
+    return Domain(values=(0.0, _MASKED))

@@ -1,0 +1,77 @@
+"""What a mask is made of: a selection of keys, or a tensor that shows and hides them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.steps import Ref
+
+__all__ = ["HIDDEN", "Kept", "Literal", "Selected", "Visible", "alike"]
+
+# A score this far below the others has weight 0 in every float type in use.
+HIDDEN: Final = -9e3
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Visible where the tensor says so: `ref` is bool (== positive) or float (> HIDDEN).
+
+    `among`: it is part of a selection and made from these as well, so it cannot be any mask;
+    `hides`: the scatter that makes it hides the keys it names.
+    """
+
+    ref: Ref
+    positive: bool = True
+    is_bool: bool = True
+    among: tuple[Selected, ...] = field(default=(), compare=False)
+    hides: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Visible where the key's position is among `indices` (over all values of `slot`).
+
+    `valid` is a tensor over the same slots that switches entries off, if the graph has one;
+    `width` the positions that indices may name (more than there are keys: the rest is thrown away);
+    `wraps`: negative indices count from the end (scatter) or name nothing (comparison).
+    `block`: an index names so many keys that follow each other; `exact`: and nothing else, so that
+    no other tensor than the indices need be looked at; `mask`: the finished selection.
+    """
+
+    indices: Ref
+    slot: Label
+    width: int
+    wraps: bool = True
+    valid: Ref | None = None
+    block: int = 1
+    exact: bool = True
+    mask: Visible | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Visible where `mask` says so: as many keys as `among` have entries, and `extra`, at most.
+
+    `over`: labels one of which must run over the keys for `extra` to hold (none: any).
+    """
+
+    mask: Visible
+    among: tuple[Selected, ...]
+    extra: int = 0
+    over: frozenset[Label] = frozenset()
+
+
+Literal = Visible | Selected | Kept
+
+
+def alike(one: Literal, other: Literal) -> bool:
+    """Whether two literals say the same; what the slots of a selection are called is no matter."""
+    if not isinstance(one, Selected) or not isinstance(other, Selected):
+        return one == other
+    if one.slot.size != other.slot.size:
+        return False
+    swap = {other.slot: Expr.of(one.slot)}
+    valid = other.valid.substitute(swap) if other.valid is not None else None
+    return one == replace(other, slot=one.slot, indices=other.indices.substitute(swap), valid=valid)

@@ -1,0 +1,89 @@
+"""Roundings between the products: scores and weights must be as precise as query or keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import onnx
+
+from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.trace import Move, Scaled, Stop, Tracer, is_float
+from sfa_onnx.passes.bind.rows import Columns
+from sfa_onnx.passes.bind.site import Query, Site
+
+__all__ = ["check_precision", "narrower"]
+
+_T = onnx.TensorProto
+_MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
+_NODES: Final = 400  # of one attention; the rest of the graph is not looked at
+
+
+def check_precision(site: Site) -> None:
+    """Check that nothing between scores and weighted sum is rounded more than its operands.
+
+    The operator works in float32 inside: a cast of scores or weights to a type that is narrower
+    than both the query's and the keys' is part of the numbers, and float64 cannot show it.
+
+    Raises:
+        Stop: there is such a cast.
+    """
+    own = _least(site)
+    index = site.tracer.index
+    for i in _between(site):
+        node = index.nodes[i]
+        if node.op_type != "Cast":
+            continue
+        target = int(attributes(node)["to"])
+        if is_float(target) and _MANTISSA[target] < own:
+            name = index.label(i)
+            raise Stop(
+                f"{name} rounds the scores or weights to {_T.DataType.Name(target)}, which is"
+                " narrower than the query and the keys",
+                node.output[0],
+                "drop the cast: the operator keeps scores and weights in float32",
+            )
+
+
+def narrower(elem_type: int, than: Iterable[int]) -> bool:
+    """Whether a float type keeps fewer bits of a number than each of the others."""
+    return all(_MANTISSA.get(elem_type, 0) < _MANTISSA.get(t, 0) for t in than)
+
+
+def _least(site: Site) -> int:
+    """Bits of the narrowest type that query or keys go through."""
+    sizes = site.tracer.sizes
+    types = [sizes.elem_type(v) for c in (site.nope, site.rope, site.value) for v in _values(c)]
+    for query in (site.nope_query, site.rope_query):
+        types += [sizes.elem_type(v) for v in _query_values(site.tracer, query)]
+    return min((_MANTISSA[t] for t in types if t in _MANTISSA), default=0)
+
+
+def _values(columns: Columns | None) -> list[str]:
+    if columns is None:
+        return []
+    return [s.ref.value for s in (*columns.path, *columns.weight)]
+
+
+def _query_values(tracer: Tracer, query: Query | None) -> list[str]:
+    found = []
+    ref = query.ref if query is not None else None
+    while ref is not None:
+        found.append(ref.value)
+        step = tracer.step(ref)
+        ref = step.ref if isinstance(step, Move | Scaled) else None
+    return found
+
+
+def _between(site: Site) -> list[int]:
+    """Nodes on the way from the products of queries and keys to the weighted sum."""
+    index = site.tracer.index
+    last = index.producer[site.out.value]
+    found: set[int] = set()
+    stack = list(site.products)
+    while stack and len(found) < _NODES:
+        for i, _ in index.uses(stack.pop()):
+            if i != last and i not in found and index.nodes[i].op_type not in ("Shape", "Size"):
+                found.add(i)
+                stack += [o for o in index.nodes[i].output if o]
+    return sorted(found)

@@ -1,0 +1,98 @@
+"""What a bound attention is: the vocabulary between binding and building."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.bind.mask import Kept, Selected, Visible
+from sfa_onnx.passes.bind.rows import Columns
+
+__all__ = ["Anchor", "NotASite", "Query", "Site"]
+
+
+class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
+    """The anchor attends to all keys, as far as binding sees; `refusal` if a selection feeds it."""
+
+    def __init__(self, refusal: Stop | None = None) -> None:
+        super().__init__()
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A normalisation: weights = softmax(factor * scores) along `axis`.
+
+    `mask`: what the exponentials are multiplied by before they are summed, 0 or 1 per key.
+    `padded`: the divisor where it is more than the sum of the exponentials.
+    `keeps`: whether that mask is true (1) where a key stays.
+    `inner`: the softmax that is normalised once more; -1: there is none.
+    `divided`: the node that divides the weighted sum by the sum of the weights, where the graph
+    normalises afterwards; `weights` are exponentials then.
+    """
+
+    node: int
+    scores: str
+    axis: int
+    weights: str
+    factor: float = 1.0
+    form: str = "Softmax"
+    divided: int | None = None
+    mask: str = ""
+    padded: str = ""
+    keeps: bool = True
+    inner: int = -1
+
+
+@dataclass(frozen=True)
+class Query:
+    """The query columns that meet some key columns: `ref` over `label`."""
+
+    ref: Ref
+    label: Label
+
+
+@dataclass
+class Site:
+    """An attention in normal form.
+
+    Attributes:
+        out: the value the weighted sum makes, by labels.
+        key: label that runs over the keys (tokens, or slots of a gathered row).
+        column: label of the value columns.
+        nope, rope: key columns and the query columns that meet them; the value is nope.
+        scale, rope_factor: constant factors of the scores of each part, those of the operands
+            (`State.factor`) left out.
+        selected: what selects tokens, in dense forms.
+        kept: the mask to read selected tokens off, where `selected` only say how many there are.
+        visible: other masks.
+        rows: labels that tell one row of keys from another (batch first, then query tokens).
+        heads: labels that share them.
+        products: values that hold query times key, where the inside of the attention begins.
+        score_axes: every score tensor, with what its axes run over.
+        finished: indices and masks are taken as the graph has computed them (`bind/finished.py`).
+    """
+
+    tracer: Tracer
+    anchor: Anchor
+    out: Ref
+    out_node: int
+    key: Label
+    column: Label
+    nope: Columns
+    nope_query: Query
+    rope: Columns | None
+    rope_query: Query | None
+    value: Columns
+    scale: float
+    rope_factor: float
+    selected: list[Selected] = field(default_factory=list)
+    kept: Kept | None = None
+    visible: list[Visible] = field(default_factory=list)
+    rows: list[Label] = field(default_factory=list)
+    heads: list[Label] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)
+    score_axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
+    bound: list[str] = field(default_factory=list)
+    finished: bool = False

@@ -1,0 +1,126 @@
+"""Where index arithmetic starts: the given or selected indices, block tables and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import onnx
+
+from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
+from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
+from sfa_onnx.passes.bind.rows import Columns
+from sfa_onnx.passes.bind.site import Site
+from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["all_reads", "all_selected", "index_sources", "key_limit", "nested", "outside_reads"]
+
+_ARITHMETIC = ("Abs", "Add", "Cast", "Clip", "Div", "Floor", "Max", "Min", "Mod", "Mul", "Neg")
+_LOGIC = ("And", "BitShift", "BitwiseAnd", "Equal", "Greater", "GreaterOrEqual", "Less", "Not")
+_STEPS = 8
+_ELEMENTWISE = frozenset((*_ARITHMETIC, *_LOGIC, "LessOrEqual", "Or", "Sub", "Where"))
+
+
+def all_reads(coords: Iterable[Expr]) -> Iterator[Read]:
+    """Every index read of an element, those that address other reads included."""
+    for coordinate in coords:
+        for read in coordinate.reads:
+            yield read
+            yield from all_reads(read.coords)
+
+
+def index_sources(tracer: Tracer, ref: Ref) -> dict[str, Ref]:
+    """Value -> element, for what an index is computed from: graph inputs and TopK results."""
+    found: dict[str, Ref] = {}
+    stack, seen = [ref], set[Ref]()
+    while stack and len(seen) < 256:
+        here = stack.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        node = tracer.index.node_of(here.value)
+        given = tracer.index.is_given(here.value)
+        if node is None or given or node.op_type == "TopK" or _joins(node, here):
+            if here.value not in tracer.index.initializers:
+                found.setdefault(here.value, here)
+            continue
+        stack += _behind(tracer, node, here)
+    return found
+
+
+def _joins(node: onnx.NodeProto, ref: Ref) -> bool:
+    """Whether rows of entries are joined here, such as selected keys and a window."""
+    rank = len(ref.coords)
+    if node.op_type != "Concat" or not rank or not ref.coords[-1].labels:
+        return False
+    return int(attributes(node)["axis"]) % rank == rank - 1
+
+
+def _behind(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Ref]:
+    if node.op_type in _ELEMENTWISE:
+        rank = len(ref.coords)
+        names = [n for n in node.input if n and len(tracer.shape(n)) <= rank]
+        return [tracer.operand(n, ref.coords) for n in names]
+    step = tracer.step(ref)
+    if not isinstance(step, Move):
+        return []
+    inner = [Ref(r.value, r.coords) for r in all_reads(step.ref.coords)]
+    return [step.ref, *inner]
+
+
+def all_selected(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether joined indices are results of TopK and constants: none is negative."""
+    for name in node.input:
+        for _ in range(_STEPS):
+            maker = index.node_of(name)
+            if maker is None or maker.op_type not in ("Cast", "Expand", "Identity", "Slice"):
+                break
+            name = maker.input[0]
+        constant = index.constant(name)
+        if maker is not None and maker.op_type == "TopK":
+            continue
+        if constant is None or bool((constant < 0).any()):
+            return False
+    return True
+
+
+def key_limit(site: Site) -> str | int:
+    """All keys there are, or their number where the graph reads the front of a longer buffer."""
+    tracer, deep = site.tracer, site.nope.deep.ref
+    stored = _key_axis(site, deep)
+    for ref in (s.ref for s in site.nope.path):
+        axis = _key_axis(site, ref)
+        if axis is None:
+            continue
+        size = tracer.shape(ref.value)[axis]
+        longer = stored is not None and size < tracer.shape(deep.value)[stored]
+        return size if longer and tracer.static(ref.value, axis) else "S2"
+    return "S2"
+
+
+def _key_axis(site: Site, ref: Ref) -> int | None:
+    """The axis that runs over keys, or that the selection addresses, from its start."""
+    for axis, coordinate in enumerate(ref.coords):
+        if site.selected and label_of(coordinate) == site.key:
+            return axis
+        if coordinate.reads and coordinate == Expr.of(coordinate.reads[0]):
+            return axis
+    return None
+
+
+def nested(read: Read) -> bool:
+    """Whether an index addresses the read of another."""
+    return any(c.reads for c in read.coords)
+
+
+def outside_reads(columns: Columns) -> set[Label]:
+    """Labels that tell whose rows are read, whatever the indices say."""
+    found: set[Label] = set()
+    for coordinate in columns.deep.ref.coords:
+        for atom, _ in coordinate.terms:
+            if not isinstance(atom, Read):
+                found |= Expr.of(atom).labels
+        for read in coordinate.reads:  # block_table[batch, page of an index]
+            if nested(read):
+                found |= {x for c in read.coords if not c.reads for x in c.labels}
+    return found

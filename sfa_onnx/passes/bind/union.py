@@ -1,0 +1,139 @@
+"""Masks that keep few keys without being one selection: unions, windows, selections changed later.
+
+Such a mask stays in the graph. What has to be shown is only how many keys it keeps in a row at
+most: as many as the selections that it is made from have entries, and some positions besides. The
+operator's indices are then read off the finished mask, so what the mask means is no matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sfa_onnx.passes.axes.expr import Expr, Label, Quot
+from sfa_onnx.passes.axes.trace import Pieces, Ref, Tracer
+from sfa_onnx.passes.bind.literals import Kept, Literal, Selected, Visible
+
+__all__ = ["bounded", "either", "place", "put_on"]
+
+_ABOVE, _BELOW = ("Greater", "GreaterOrEqual"), ("Less", "LessOrEqual")
+
+
+def place(coordinate: Expr) -> tuple[int, bool]:
+    """(keys per position, whether positions are the keys themselves) of a scattered axis."""
+    if len(coordinate.terms) != 1 or coordinate.terms[0][1] != 1:
+        return 1, True
+    atom = coordinate.terms[0][0]
+    if isinstance(atom, Quot) and not coordinate.const:
+        return atom.by, False
+    return 1, coordinate.const == 0
+
+
+def bounded(tracer: Tracer, here: Visible, literals: Sequence[Literal]) -> Kept | None:
+    """`here`, the conjunction of `literals`, as a mask that keeps few keys; None: no bound."""
+    for literal in literals:
+        if isinstance(literal, Selected):
+            return Kept(here, (literal,))
+        if isinstance(literal, Kept):
+            return Kept(here, literal.among, literal.extra, literal.over)
+    counted = [v for v in literals if isinstance(v, Visible)]
+    found = _table(tracer, counted) or _interval(tracer, counted)
+    return None if found is None else Kept(here, (), *found)
+
+
+def either(here: Visible, parts: Iterable[Kept | None]) -> Kept | None:
+    """`here`, the union of `parts`; None where one of them has no bound."""
+    among: list[Selected] = []
+    extra, over = 0, frozenset[Label]()
+    for part in parts:
+        if part is None:
+            return None
+        among += part.among
+        extra += part.extra
+        if part.over:
+            over = over & part.over if over else part.over
+            if not over:
+                return None
+    return Kept(here, tuple(among), extra, over)
+
+
+def put_on(
+    tracer: Tracer, here: Visible, step: Pieces, shown: Sequence[Kept | None]
+) -> Kept | None:
+    """`here`, a mask some range of which was overwritten: `shown` are the parts of `step`.
+
+    A part that is visible everywhere counts with its length.
+    """
+    parts = []
+    for (low, high, ref), kept in zip(step.parts, shown, strict=True):
+        fill = tracer.fill(ref.value)
+        if fill is None:
+            parts.append(kept)
+        elif (fill != 0) == here.positive:
+            parts.append(Kept(here, (), high - low, frozenset((step.label,))))
+        else:
+            parts.append(Kept(here, ()))
+    return either(here, parts)
+
+
+def _table(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
+    """Keys that a constant mask keeps in a row."""
+    for mask in masks:
+        table = tracer.index.constant(mask.ref.value) if mask.is_bool else None
+        if table is None or table.dtype != np.bool_ or table.ndim < 1:
+            continue
+        terms = mask.ref.coords[-1].terms
+        if len(terms) == 1 and isinstance(terms[0][0], Label):
+            shown = table if mask.positive else ~table
+            return int(shown.sum(-1).max()), frozenset((terms[0][0],))
+    return None
+
+
+def _interval(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
+    """Keys between two ends that move together: row - 4 < key, key <= row; or 0 <= key < 4."""
+    lows: dict[Expr, int] = {}
+    highs: dict[Expr, int] = {}
+    for mask in masks:
+        found = _end(tracer, mask)
+        if found is None:
+            continue
+        at, limit, upper = found
+        if upper:
+            highs[at] = min(limit, highs.get(at, limit))
+        else:
+            lows[at] = max(limit, lows.get(at, limit))
+    for at, high in highs.items():
+        low = lows.get(at)
+        if low is None and at.bounds is not None and len(at.terms) == 1 and at.terms[0][1] > 0:
+            low = 0
+        if low is not None:
+            labels = {a for a, _ in at.terms if isinstance(a, Label)}
+            return max(high - low + 1, 0), frozenset(labels)
+    return None
+
+
+def _end(tracer: Tracer, mask: Visible) -> tuple[Expr, int, bool] | None:
+    """(x, limit, True) of x <= limit, (x, limit, False) of x >= limit, x without a constant."""
+    node = tracer.index.node_of(mask.ref.value)
+    while node is not None and node.op_type in ("Unsqueeze", "Expand", "Cast", "Identity"):
+        step = tracer.step(mask.ref)
+        ref = getattr(step, "ref", None)
+        if not isinstance(ref, Ref) or ref.value == mask.ref.value:
+            return None
+        mask = Visible(ref, mask.positive)
+        node = tracer.index.node_of(ref.value)
+    if node is None or node.op_type not in (*_ABOVE, *_BELOW):
+        return None
+    a, b = (tracer.index_value(tracer.operand(n, mask.ref.coords)) for n in node.input)
+    upper = (node.op_type in _BELOW) == mask.positive
+    strict = (node.op_type in ("Greater", "Less")) == mask.positive
+    difference = a - b  # compared with 0
+    if any(not isinstance(x, Label) or abs(c) != 1 for x, c in difference.terms):
+        return None
+    limit = -difference.const
+    difference = difference + limit
+    limit += (-1 if upper else 1) if strict else 0
+    if difference.terms and difference.terms[0][1] < 0:  # one sign for both ends
+        return difference * -1, -limit, not upper
+    return difference, limit, upper

@@ -1,0 +1,1 @@
+"""Emit: the nodes that replace a bound site."""

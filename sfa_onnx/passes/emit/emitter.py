@@ -1,0 +1,386 @@
+"""Emit replacement nodes: bring any traced tensor into the axis order an operator wants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.graph.order import in_order
+
+__all__ = ["Emitter", "axis_labels"]
+
+_T = onnx.TensorProto
+Group = Sequence[Label]
+
+
+class Emitter:
+    """Collects the nodes of one replacement; every value it makes starts with `stem`.
+
+    Attributes:
+        nodes: in order, each after what it reads.
+        initializers: the constants they need.
+        used: values of the original graph that they read.
+    """
+
+    def __init__(self, tracer: Tracer, stem: str) -> None:
+        self.tracer = tracer
+        self.stem = stem
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.used: dict[str, None] = {}
+        self._constants: dict[bytes, str] = {}
+        self._made: dict[str, int] = {}  # value -> elem_type
+        self._sources: dict[Label, tuple[str, int]] = {}
+        self._memo: dict[tuple[Any, ...], str] = {}
+
+    # -- nodes ------------------------------------------------------------------------------------
+
+    def emit(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        hint: str,
+        elem_type: int,
+        *,
+        out: str = "",
+        **attrs: Any,
+    ) -> str:
+        """Append a node with one output and return the output's name; equal nodes are made once."""
+        domain = attrs.pop("domain", "")
+        key = (op, domain, tuple(inputs), repr(sorted(attrs.items())), out)
+        if key in self._memo:
+            return self._memo[key]
+        name = out or f"{self.stem}/{hint}_{len(self.nodes)}"
+        node = helper.make_node(
+            op, list(inputs), [name], name=f"{self.stem}/{op}_{len(self.nodes)}"
+        )
+        node.domain = domain
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attrs.items())
+        self.nodes.append(node)
+        self.used.update((i, None) for i in inputs if i and i not in self._made)
+        self._made[name] = elem_type
+        self._memo[key] = name
+        return name
+
+    def two(
+        self, op: str, inputs: Sequence[str], hint: str, types: tuple[int, int], **attrs: Any
+    ) -> tuple[str, str]:
+        """Append a node with two outputs (TopK)."""
+        names = tuple(f"{self.stem}/{hint}{k}_{len(self.nodes)}" for k in "ab")
+        node = helper.make_node(
+            op, list(inputs), list(names), name=f"{self.stem}/{op}_{len(self.nodes)}"
+        )
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attrs.items())
+        self.nodes.append(node)
+        self.used.update((i, None) for i in inputs if i and i not in self._made)
+        self._made.update(zip(names, types, strict=True))
+        return names[0], names[1]
+
+    def finish(self, value: str, name: str) -> None:
+        """Call the last value `name`, which the graph knows; add an Identity if it was not made."""
+        if value not in self._made or value in self.initializer_names:
+            self.emit("Identity", [value], "out", self.elem_type(value), out=name)
+            return
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for i, old in enumerate(names):
+                    if old == value:
+                        names[i] = name
+
+    def sort(self) -> None:
+        """Order the nodes so that each comes after what it reads."""
+        self.nodes = in_order(self.nodes)
+
+    def prune(self, output: str) -> None:
+        """Drop nodes and constants that `output` does not need."""
+        needed, kept = {output}, []
+        for node in reversed(self.nodes):
+            if any(o in needed for o in node.output):
+                kept.append(node)
+                needed.update(node.input)
+        self.nodes = kept[::-1]
+        self.initializers = [t for t in self.initializers if t.name in needed]
+        self.used = {v: None for v in self.used if v in needed}
+
+    @property
+    def initializer_names(self) -> set[str]:
+        """Names of the constants made here."""
+        return {t.name for t in self.initializers}
+
+    def constant(self, array: np.ndarray) -> str:
+        """The name of an initializer holding `array`; equal ones are shared."""
+        key = array.dtype.str.encode() + str(array.shape).encode() + array.tobytes()
+        if key not in self._constants:
+            name = f"{self.stem}/const_{len(self.initializers)}"
+            self.initializers.append(numpy_helper.from_array(array, name))
+            self._constants[key] = name
+            self._made[name] = helper.np_dtype_to_tensor_dtype(array.dtype)
+        return self._constants[key]
+
+    def ints(self, values: Iterable[int]) -> str:
+        """An int64 vector."""
+        return self.constant(np.asarray(list(values), np.int64))
+
+    def elem_type(self, value: str) -> int:
+        """The type of a value, made here or not."""
+        return self._made.get(value) or self.tracer.sizes.elem_type(value)
+
+    def cast(self, value: str, elem_type: int) -> str:
+        """`value` in another type, or itself."""
+        if self.elem_type(value) == elem_type:
+            return value
+        return self.emit("Cast", [value], "cast", elem_type, to=elem_type)
+
+    # -- sizes ------------------------------------------------------------------------------------
+
+    def learn(self, ref: Ref) -> None:
+        """Remember where the size of a label can be read off in the graph."""
+        shape = self.tracer.shape(ref.value)
+        for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
+            labels = _single(coordinate)
+            if labels is not None and labels.size == size and labels not in self._sources:
+                self._sources[labels] = (ref.value, axis)
+
+    def static(self, label: Label) -> bool:
+        """Whether the label's size is a number in every run."""
+        if label.size == 1 or label not in self._sources:
+            return True
+        return self.tracer.static(*self._sources[label])
+
+    def size(self, labels: Group) -> str:
+        """An int64 [1] tensor with the product of the labels' sizes."""
+        fixed = math.prod(x.size for x in labels if self.static(x))
+        parts = [self._dim(x) for x in labels if not self.static(x)]
+        if fixed != 1 or not parts:
+            parts.append(self.ints([fixed]))
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.emit("Mul", [total, part], "size", _T.INT64)
+        return total
+
+    def _dim(self, label: Label) -> str:
+        value, axis = self._sources[label]
+        shape = self.emit("Shape", [value], "shape", _T.INT64)
+        return self.emit("Gather", [shape, self.ints([axis])], "dim", _T.INT64, axis=0)
+
+    def dims(self, groups: Sequence[Group]) -> str:
+        """An int64 vector of sizes, one per group (a constant when all are static)."""
+        if all(self.static(x) for g in groups for x in g):
+            return self.ints(math.prod(x.size for x in g) for g in groups)
+        parts = [self.size(g) for g in groups]
+        return self.emit("Concat", parts, "dims", _T.INT64, axis=0)
+
+    # -- views ------------------------------------------------------------------------------------
+
+    def reshape(self, value: str, groups: Sequence[Group], hint: str = "view") -> str:
+        """`value` with one axis per group; at most one dynamic size costs nothing."""
+        moving = [i for i, g in enumerate(groups) if not all(self.static(x) for x in g)]
+        if len(moving) > 1:
+            target = self.dims(groups)
+        else:
+            target = self.ints(
+                -1 if i in moving else math.prod(x.size for x in g) for i, g in enumerate(groups)
+            )
+        return self.emit("Reshape", [value, target], hint, self.elem_type(value))
+
+    def arrange(self, ref: Ref, groups: Sequence[Group], hint: str = "view") -> str:
+        """The tensor of `ref` with one axis per group of labels, in that order.
+
+        Labels that the tensor lacks become an axis of size 1 (it is broadcast along them).
+
+        Raises:
+            Stop: its elements are not a view of this form.
+        """
+        self.learn(ref)
+        value, axes = self._cut(ref)
+        return self.permute(value, axes, groups, hint)
+
+    def permute(
+        self, value: str, axes: Sequence[Group], groups: Sequence[Group], hint: str = "view"
+    ) -> str:
+        """`value`, whose axes run over `axes`, with one axis per group instead.
+
+        Raises:
+            Stop: a label of the tensor is in no group.
+        """
+        present = [label for axis in axes for label in axis]
+        order = [label for g in groups for label in g if label in present]
+        if sorted(map(str, present)) != sorted(map(str, order)):
+            raise Stop(f"the axes of {value} cannot be brought into order", value)
+        target = [[x for x in g if x in present] for g in groups]
+        if present != order:
+            if any(len(axis) != 1 for axis in axes):
+                value = self.reshape(value, [[x] for x in present], hint)
+            perm = [present.index(x) for x in order]
+            value = self.emit("Transpose", [value], hint, self.elem_type(value), perm=perm)
+            axes = [[x] for x in order]
+        if [list(a) for a in axes] == target:
+            return value
+        return self._regroup(value, axes, target, hint)
+
+    def _regroup(
+        self, value: str, axes: Sequence[Group], target: Sequence[Group], hint: str
+    ) -> str:
+        """Same labels in the same order, other axes: Squeeze or Unsqueeze where that is enough."""
+        wide = [list(a) for a in axes if a]
+        if wide == [list(t) for t in target if t]:
+            empty = [i for i, a in enumerate(axes) if not a]
+            if empty:
+                value = self.emit("Squeeze", [value, self.ints(empty)], hint, self.elem_type(value))
+            missing = [i for i, t in enumerate(target) if not t]
+            if missing:
+                value = self.emit(
+                    "Unsqueeze", [value, self.ints(missing)], hint, self.elem_type(value)
+                )
+            return value
+        return self.reshape(value, target, hint)
+
+    def _cut(self, ref: Ref) -> tuple[str, list[list[Label]]]:
+        """Slice axes that are only partly covered; the labels of every axis that remains."""
+        shape = self.tracer.shape(ref.value)
+        value, axes = ref.value, []
+        for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
+            labels = axis_labels(coordinate)
+            if labels is None:
+                return self._cut_strided(ref, shape)
+            covered = math.prod(x.size for x in labels)
+            if (coordinate.const, covered) != (0, size):
+                if not all(self.static(x) for x in labels):
+                    self.tracer.unify(covered, size)
+                    raise Stop(f"axis {axis} of {ref.value} is cut at a dynamic size", ref.value)
+                value = self.slice(value, axis, coordinate.const, coordinate.const + covered)
+            axes.append(labels)
+        return value, axes
+
+    def _cut_strided(self, ref: Ref, shape: tuple[int, ...]) -> tuple[str, list[list[Label]]]:
+        """As `_cut` where an axis holds a part of every block: split it into blocks first.
+
+        An expansion weight [C, N * (nope + v)] read at n * (nope + v) + d is one.
+        """
+        dims: list[int] = []
+        axes: list[list[Label]] = []
+        cuts: list[tuple[int, int, int]] = []
+        for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
+            blocks = _blocks(coordinate, size)
+            if blocks is None or not self.tracer.static(ref.value, axis):
+                raise Stop(
+                    f"axis {axis} of {ref.value} is read at {coordinate}, which is no view",
+                    ref.value,
+                )
+            for label, length, start in blocks:
+                if label.size != length:
+                    cuts.append((len(dims), start, start + label.size))
+                dims.append(length)
+                axes.append([label])
+        value = self.emit(
+            "Reshape", [ref.value, self.ints(dims)], "blocks", self.elem_type(ref.value)
+        )
+        for axis, start, stop in cuts:
+            value = self.slice(value, axis, start, stop)
+        return value, axes
+
+    def slice(self, value: str, axis: int, start: int, stop: int) -> str:
+        """value[..., start:stop, ...] along `axis`."""
+        bounds = [self.ints([start]), self.ints([stop]), self.ints([axis])]
+        return self.emit("Slice", [value, *bounds], "slice", self.elem_type(value))
+
+    def broadcast(self, value: str, groups: Sequence[Group], have: Iterable[Label]) -> str:
+        """Expand axes of size 1 for labels it does not have."""
+        known = set(have)
+        if all(x in known or x.size == 1 for g in groups for x in g):
+            return value
+        if any(0 < len(known & set(g)) < len(g) for g in groups):  # one of the merged labels
+            alone: list[Group] = [[x] for g in groups for x in g]
+            value = self.reshape(value, [[x for x in g if x in known] for g in alone])
+            return self.reshape(self.broadcast(value, alone, have), groups)
+        return self.emit("Expand", [value, self.dims(groups)], "wide", self.elem_type(value))
+
+    # -- index arithmetic -------------------------------------------------------------------------
+
+    def index(self, expr: Expr, groups: Sequence[Group]) -> str:
+        """An int64 tensor that holds `expr` at every element of `groups` (broadcastable)."""
+        parts = []
+        for atom, coefficient in expr.terms:
+            part = self._atom(atom, groups)
+            if coefficient != 1:
+                factor = self.constant(np.asarray(coefficient, np.int64))
+                part = self.emit("Mul", [part, factor], "index", _T.INT64)
+            parts.append(part)
+        if expr.const or not parts:
+            parts.append(self.constant(np.asarray(expr.const, np.int64)))
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.emit("Add", [total, part], "index", _T.INT64)
+        return total
+
+    def _atom(self, atom: Label | Read | Quot | Rem, groups: Sequence[Group]) -> str:
+        if isinstance(atom, Read):
+            value = self.arrange(Ref(atom.value, atom.coords), groups, "index")
+            return self.cast(value, _T.INT64)
+        if isinstance(atom, Label):
+            return self.iota(atom, groups)
+        inner = self.index(atom.expr, groups)
+        by = self.constant(np.asarray(atom.by, np.int64))
+        op = "Div" if isinstance(atom, Quot) else "Mod"
+        return self.emit(op, [inner, by], "index", _T.INT64)
+
+    def iota_of(self, labels: Group, rank: int) -> str:
+        """0, 1, 2 ... over merged labels on the first of `rank` axes."""
+        if all(self.static(x) for x in labels):
+            line = np.arange(math.prod(x.size for x in labels), dtype=np.int64)
+            return self.constant(line.reshape([-1] + [1] * (rank - 1)))
+        zero, one = (self.constant(np.asarray(v, np.int64)) for v in (0, 1))
+        stop = self.emit("Squeeze", [self.size(labels)], "stop", _T.INT64)
+        line_ = self.emit("Range", [zero, stop, one], "iota", _T.INT64)
+        return self.emit("Reshape", [line_, self.ints([-1] + [1] * (rank - 1))], "iota", _T.INT64)
+
+    def iota(self, label: Label, groups: Sequence[Group]) -> str:
+        """0, 1, 2 ... along the axis of `label`, size 1 elsewhere."""
+        shape = [[label] if label in g else [] for g in groups]
+        if self.static(label):
+            dims = [label.size if s else 1 for s in shape]
+            return self.constant(np.arange(label.size, dtype=np.int64).reshape(dims))
+        zero, one = (self.constant(np.asarray(v, np.int64)) for v in (0, 1))
+        stop = self.emit("Squeeze", [self.size([label])], "stop", _T.INT64)
+        line = self.emit("Range", [zero, stop, one], "iota", _T.INT64)
+        return self.reshape(line, shape, "iota")
+
+
+def _single(coordinate: Expr) -> Label | None:
+    labels = axis_labels(coordinate)
+    return labels[0] if labels is not None and len(labels) == 1 and not coordinate.const else None
+
+
+def _blocks(coordinate: Expr, size: int) -> list[tuple[Label, int, int]] | None:
+    """(label, length, first) of nested blocks: coordinate = ((n * b1) + m) * b2 + ... + first."""
+    rest, const, out = size, coordinate.const, []
+    for atom, coefficient in sorted(coordinate.terms, key=lambda t: -t[1]):
+        if not isinstance(atom, Label) or rest % coefficient:
+            return None
+        length = rest // coefficient
+        start, const = divmod(const, coefficient)
+        if start + atom.size > length:
+            return None
+        out.append((atom, length, start))
+        rest = coefficient
+    return out if rest == 1 and const == 0 else None
+
+
+def axis_labels(coordinate: Expr) -> list[Label] | None:
+    """The labels that run row-major along an axis read at `coordinate`; None if it is no view."""
+    terms = sorted(coordinate.terms, key=lambda t: -t[1])
+    stride = 1
+    labels: list[Label] = []
+    for atom, coefficient in reversed(terms):
+        if not isinstance(atom, Label) or coefficient != stride:
+            return None
+        labels.insert(0, atom)
+        stride *= atom.size
+    return labels

@@ -1,0 +1,247 @@
+"""Decisions that every replacement shares: types, scale, query and output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import onnx
+
+from sfa_onnx.contract import OpContract
+from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop, is_float
+from sfa_onnx.passes.bind.rows import Columns, State
+from sfa_onnx.passes.bind.site import Query, Site
+from sfa_onnx.passes.emit.absorb import Absorbed
+from sfa_onnx.passes.emit.emitter import Emitter, Group, axis_labels
+
+__all__ = [
+    "Built",
+    "Plan",
+    "deliver",
+    "is_view",
+    "queries",
+    "query_rows",
+    "rounded_alike",
+    "split_rows",
+    "unrounded",
+    "working_type",
+]
+
+_T = onnx.TensorProto
+_MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
+
+
+@dataclass
+class Built:
+    """A replacement and what it says about the site."""
+
+    emitter: Emitter
+    op: OpContract
+    family: str
+    output: str
+    query: Ref
+    query_rope: Ref | None
+    scale: float
+    notes: list[str]
+
+
+@dataclass
+class Plan:
+    """Decisions shared by the steps: axes of the operator's query, types, scale."""
+
+    e: Emitter
+    site: Site
+    batch: list[Label]
+    tokens: list[Label]
+    elem_type: int
+    output: str
+    scale: float = 1.0
+    absorb: Absorbed | None = None
+
+
+def working_type(site: Site) -> tuple[int, str]:
+    """The operator's float type, and the value its output replaces.
+
+    The weighted sum's own type, or the one it is cast to when query and keys come from that type
+    (a graph that computes in float32 over 16-bit tensors: so does the operator).
+    """
+    index, sizes = site.tracer.index, site.tracer.sizes
+    own = sizes.elem_type(site.out.value)
+    uses = index.uses(site.out.value)
+    if len(uses) == 1 and uses[0][1] == 0 and not index.is_graph_output(site.out.value):
+        node = index.nodes[uses[0][0]]
+        if node.op_type == "Cast":
+            target = sizes.elem_type(node.output[0])
+            if target == own or (is_float(target) and _all_have(site, target)):
+                return target, node.output[0]
+    if own not in (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16):
+        raise Stop(
+            f"the attention is computed in {_T.DataType.Name(own)}",
+            site.out.value,
+            "the operator takes float32, float16 and bfloat16",
+        )
+    return own, site.out.value
+
+
+def _all_have(site: Site, elem_type: int) -> bool:
+    """Whether query and key exist in this type in the graph."""
+
+    def has(states: Sequence[State]) -> bool:
+        return any(site.tracer.sizes.elem_type(s.ref.value) == elem_type for s in states)
+
+    queries = [q for q in (site.nope_query, site.rope_query) if q is not None]
+    if not all(has(_query_path(site, q)) for q in queries):
+        return False
+    keys = [c.path for c in (site.nope, site.rope) if c is not None and c.kind == "float"]
+    return all(has(path) for path in keys)
+
+
+def _query_path(site: Site, query: Query) -> list[State]:
+    path = [State(query.ref)]
+    while True:
+        step = site.tracer.step(path[-1].ref)
+        if isinstance(step, Move):
+            path.append(State(step.ref, path[-1].factor))
+        elif isinstance(step, Scaled):
+            path.append(State(step.ref, path[-1].factor * step.factor))
+        else:
+            return path
+
+
+def queries(plan: Plan) -> tuple[State, State | None]:
+    """Where to take the query from, behind constant factors and casts from the operator's type."""
+    site = plan.site
+    nope = _pick_query(plan, site.nope_query)
+    rope = _pick_query(plan, site.rope_query) if site.rope_query is not None else None
+    scale = site.scale * nope.factor * _row_factor(site.nope)
+    plan.scale = scale
+    if scale <= 0:
+        raise Stop(
+            f"scores are multiplied by {scale:g}, which is not positive",
+            nope.ref.value,
+            "negate the query (or the keys) instead",
+        )
+    _learn(plan, [nope, *([rope] if rope is not None else [])])
+    if rope is not None and site.rope is not None:
+        other = site.rope_factor * rope.factor * _row_factor(site.rope)
+        if abs(other - scale) > 1e-6 * abs(scale):
+            raise Stop(
+                f"rope scores are scaled by {other:.8g}, nope scores by {scale:.8g}",
+                rope.ref.value,
+                "the operator has one scale_value",
+            )
+    if _row_factor(site.value) != 1:
+        raise Stop(
+            f"the value is {_row_factor(site.value):g} times the stored rows",
+            site.value.path[0].ref.value,
+            "expected the key's nope part unscaled",
+        )
+    return nope, rope
+
+
+def _learn(plan: Plan, queries: Sequence[State]) -> None:
+    """Sizes are read off tensors that stay in the graph: queries, stored rows, selections."""
+    site = plan.site
+    refs = [q.ref for q in queries]
+    refs += [c.deep.ref for c in (site.nope, site.rope) if c is not None]
+    refs += [s.indices for s in site.selected] + [v.ref for v in site.visible]
+    refs += [Ref(r.value, r.coords) for c in site.nope.deep.ref.coords for r in c.reads]
+    for ref in refs:
+        plan.e.learn(ref)
+
+
+def _row_factor(columns: Columns) -> float:
+    factor = columns.deep.factor
+    if columns.scale:
+        factor *= columns.scale[-1].factor
+    return factor
+
+
+def _pick_query(plan: Plan, query: Query) -> State:
+    path = unrounded(plan.site, _query_path(plan.site, query), plan.elem_type)
+    first = max(
+        (i for i, s in enumerate(path) if s.factor != path[max(i - 1, 0)].factor), default=0
+    )
+    sizes = plan.site.tracer.sizes
+    for state in path[first:]:
+        if sizes.elem_type(state.ref.value) == plan.elem_type and is_view(state.ref):
+            return state
+    return next(s for s in reversed(path[: first + 1]) if is_view(s.ref))
+
+
+def unrounded(site: Site, path: Sequence[State], elem_type: int) -> list[State]:
+    """The path up to a cast to a narrower type than the operator's: behind it, numbers differ.
+
+    The check in float64 cannot see this. Rows for an int8 operator are rounded by the operator.
+    """
+    if elem_type not in _MANTISSA:
+        return list(path)
+    kept: list[State] = []
+    fewest = max(_MANTISSA.values())
+    for state in path:
+        bits = _MANTISSA.get(site.tracer.sizes.elem_type(state.ref.value), 0)
+        if fewest < min(bits, _MANTISSA[elem_type]):
+            break
+        fewest = min(fewest, bits)
+        kept.append(state)
+    return kept
+
+
+def rounded_alike(site: Site, elem_type: int) -> None:
+    """Check that keys and values are rounded to the same type: the operator reads one of them.
+
+    Raises:
+        Stop: one of the two is rounded more than the operator rounds, and more than the other.
+    """
+    own = _MANTISSA.get(elem_type, 0)
+    coarsest = []
+    for columns in (site.nope, site.value):
+        types = [site.tracer.sizes.elem_type(s.ref.value) for s in columns.path]
+        coarsest.append(min((t for t in types if t in _MANTISSA), key=_MANTISSA.__getitem__))
+    key, value = coarsest
+    if min(_MANTISSA[key], own) != min(_MANTISSA[value], own):
+        name = _T.DataType.Name
+        raise Stop(
+            f"keys are rounded to {name(key)}, values to {name(value)}",
+            site.value.path[0].ref.value,
+            "cast both or none: the operator reads keys and values from the same rows",
+        )
+
+
+def is_view(ref: Ref) -> bool:
+    """Whether every axis runs over labels, without an index read."""
+    return all(axis_labels(c) is not None for c in ref.coords)
+
+
+def query_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
+    """The query in the order of `groups`, in the operator's type (absorbed where needed)."""
+    e = plan.e
+    if plan.absorb is not None and plan.absorb.column in state.ref.labels:
+        return plan.absorb.query(e, state.ref, groups, plan.elem_type)
+    value = e.broadcast(e.arrange(state.ref, groups, "query"), groups, state.ref.labels)
+    return e.cast(value, plan.elem_type)
+
+
+def split_rows(plan: Plan) -> None:
+    """Rows with a cache of their own are the batch, the others query tokens (dense forms)."""
+    site = plan.site
+    own: set[Label] = set()
+    for c in (site.nope, site.rope):
+        if c is not None:
+            own |= set(c.deep.ref.labels) - {site.key, c.label}
+    plan.batch = [x for x in site.rows if x in own]
+    plan.tokens = [x for x in site.rows if x not in own]
+
+
+def deliver(plan: Plan, out: str, groups: Sequence[Group]) -> None:
+    """Bring the operator's output to the axes of the value it replaces."""
+    e, site = plan.e, plan.site
+    target = [axis_labels(c) for c in site.out.coords]
+    if any(t is None for t in target):
+        raise Stop("the output's axes are no view of the operator's", site.out.value)
+    if plan.absorb is not None:
+        out, groups = plan.absorb.output(e, out, groups, plan.elem_type)
+    value = e.permute(out, [list(g) for g in groups], [t or [] for t in target], "out")
+    e.finish(value, plan.output)

@@ -1,0 +1,45 @@
+"""The replacement of one bound site: the operator and what it needs before and after."""
+
+from __future__ import annotations
+
+from sfa_onnx.passes.axes.trace import Stop, is_float
+from sfa_onnx.passes.bind.packed import PackedSite
+from sfa_onnx.passes.bind.site import Site
+from sfa_onnx.passes.emit.absorb import Absorbed
+from sfa_onnx.passes.emit.emitter import Emitter
+from sfa_onnx.passes.emit.float import build_float
+from sfa_onnx.passes.emit.int8 import build_int8
+from sfa_onnx.passes.emit.packed import build_packed
+from sfa_onnx.passes.emit.plan import Built, Plan, rounded_alike, working_type
+
+__all__ = ["build_site"]
+
+
+def build_site(site: Site, stem: str) -> Built | None:
+    """Emit the replacement of `site`; every new name starts with `stem`.
+
+    None: the rows have to be gathered by the graph's own index tensors; bind the anchor again with
+    `Tracer.opaque` set.
+
+    Raises:
+        Stop: the form is understood but has no replacement.
+    """
+    e = Emitter(site.tracer, stem)
+    if isinstance(site, PackedSite):
+        return build_packed(site, e)
+    elem_type, output = working_type(site)
+    plan = Plan(e, site, [], list(site.rows), elem_type, output)
+    if site.nope.kind == "expanded":
+        plan.absorb = Absorbed.of(site)
+        plan.site = site = plan.absorb.latent_site(site)
+    if site.nope.kind == "int8":
+        return build_int8(plan) if site.tracer.opaque or site.selected else None
+    stored = site.nope.deep.ref.value
+    if not is_float(site.tracer.sizes.elem_type(stored)):
+        raise Stop(
+            f"the keys {stored} are integers that are cast to float without a scale",
+            stored,
+            "expected float keys, or int8 keys times a scale per tile",
+        )
+    rounded_alike(site, elem_type)
+    return build_float(plan)

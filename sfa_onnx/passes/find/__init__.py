@@ -1,0 +1,1 @@
+"""Find: every normalisation over selected keys."""

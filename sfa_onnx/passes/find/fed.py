@@ -1,0 +1,177 @@
+"""Whether a selection of keys feeds an attention: a quick look upstream; binding decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+
+from sfa_onnx.passes.axes.trace import Tracer
+from sfa_onnx.passes.bind.scores import sums_products
+from sfa_onnx.passes.bind.site import Anchor
+from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["GATHERS", "PRODUCTS", "fed_by_selection", "is_weight", "reaches_selection"]
+
+PRODUCTS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "QLinearMatMul"))
+GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
+# Behind the keys' own projection only views, casts, dequantisation and work on bytes are followed.
+_STRUCTURAL = (
+    frozenset(("BitCast", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Mod"))
+    | frozenset(("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity"))
+    | frozenset(("GatherElements", "GatherND", "IsNaN", "Mul", "Reshape", "ScatterND", "Slice"))
+    | frozenset(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"))
+)
+_SCATTERS = frozenset(("ScatterElements", "ScatterND", "OneHot"))
+_INT_TYPES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+_VIEWS = frozenset(
+    ("Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "Reshape", "Squeeze")
+) | frozenset(("Transpose", "Unsqueeze"))
+_ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK"))
+_ROWS = ("TopK", "input")
+_SEEN, _DATA, _BEHIND = 20_000, 64, 24
+
+Root = tuple[str, int]  # a value, and how many products lie between it and the weights
+
+
+def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
+    """Whether selected indices reach the attention through a gather or a scattered mask.
+
+    Returns "surely", "perhaps" (only a comparison of indices was seen, as masks of packed
+    sequences have it too), "maybe" (rows are gathered by one row of indices from outside, as caches
+    are reordered for a beam search) or "".
+    """
+    index = tracer.index
+    if not anchor.form.startswith(("Attention", "com.microsoft")):
+        roots = [(anchor.scores, 0), (anchor.mask, 0), *_after(index, anchor.weights)]
+    else:
+        names = list(index.nodes[anchor.node].input)
+        roots = [(n, 1) for n in names[:3]] + [(n, 0) for n in names[3:]]
+    return reaches_selection(tracer, roots)
+
+
+def _after(index: GraphIndex, weights: str) -> list[Root]:
+    """What the weights meet before and in the weighted sum: masks and values."""
+    found: list[Root] = []
+    stack, seen = [weights], {weights}
+    while stack and len(seen) < _BEHIND:
+        for i, position in index.uses(stack.pop()):
+            node = index.nodes[i]
+            if position < 0 or node.op_type in _ENDS:
+                continue
+            depth = 1 if node.op_type in PRODUCTS else 0
+            found += [(n, depth) for n in node.input if n and n not in seen]
+            if not depth:
+                new = [o for o in node.output if o and o not in seen]
+                seen.update(new)
+                stack += new
+    return found
+
+
+def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
+    """As `fed_by_selection`, upstream of `roots`."""
+    index = tracer.index
+    stack = list(roots)
+    seen: set[Root] = set()
+    perhaps, met = "", set[bool]()  # whether the products that make the scores have a weight
+    surely = False
+    while stack:
+        value, depth = stack.pop()
+        if not value or (value, depth) in seen or len(seen) > _SEEN:
+            continue
+        seen.add((value, depth))
+        node = index.node_of(value)
+        if node is None:
+            continue
+        if depth and node.op_type == "Gather" and _selection(index, node.input[1]) == "row":
+            perhaps = perhaps or ("" if _is_table(index, node.input[0]) else "maybe")
+        if not depth and node.op_type in PRODUCTS:
+            met.add(any(is_weight(index, n) for n in node.input[:2]))
+        if _selects(index, node, depth):
+            surely = surely or node.op_type != "Equal"
+            perhaps = "perhaps"
+        if not surely or not depth:
+            stack += _follow(index, node, depth)
+    if met == {True}:
+        return ""  # a projection and a mask of its best, as in a router
+    return "surely" if surely else perhaps
+
+
+def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
+    op = node.op_type
+    if depth:
+        if op not in GATHERS:
+            return False
+        kind = _selection(index, node.input[1])
+        return kind == "TopK" or (kind == "input" and not _is_table(index, node.input[0]))
+    if op in _SCATTERS:
+        inputs = node.input[:2] if op == "OneHot" else node.input[:3]
+        return any(_selection(index, n) in _ROWS for n in inputs)
+    return op == "Equal" and any(_selection(index, n) in _ROWS for n in node.input)
+
+
+def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[Root]:
+    op = node.op_type
+    if op in PRODUCTS or sums_products(index, node):
+        return [(n, depth + 1) for n in node.input if n] if depth < 2 else []
+    if op in _ENDS or (depth > 1 and op not in _STRUCTURAL):
+        return []
+    return [(n, depth) for n in node.input if n]
+
+
+def _selection(index: GraphIndex, value: str) -> str:
+    """Where indices come from: "TopK", "input", "row" (an input of rank 1) or nowhere, ""."""
+    stack, seen, found = [value], set[str](), ""
+    while stack and len(seen) < 400:
+        name = stack.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        node = index.node_of(name)
+        if node is None or index.is_given(name):
+            if index.is_given(name) and index.elem_type(name) in _INT_TYPES:
+                shape = index.shape(name)
+                rows = shape is None or len(shape) >= 2
+                found = "input" if rows else found or ("row" if shape else "")
+            continue
+        if node.op_type in ("ArgMax", "TopK") or node.domain in ("npu", "custom", "sfa_onnx"):
+            return "TopK"
+        if node.op_type in ("Shape", "Size", "Constant", "NonZero", "MatMul", "Softmax"):
+            continue
+        stack += [n for n in node.input if n]
+    return found
+
+
+def is_weight(index: GraphIndex, value: str) -> bool:
+    """Whether `value` is a constant, a view of one, or made of constants and sizes alone.
+
+    Rows that are gathered from such a table are weights as well: those of chosen experts.
+    """
+    if value in index.initializers:
+        return True
+    first = value
+    for _ in range(_BEHIND):
+        if value in index.initializers:
+            return True
+        node = index.node_of(value)
+        if node is None or node.op_type in PRODUCTS:
+            return False
+        if node.op_type not in _VIEWS:
+            return node.op_type == "Constant" or _is_table(index, first)
+        value = node.input[0]
+    return False
+
+
+def _is_table(index: GraphIndex, value: str) -> bool:
+    stack, seen = [value], set[str]()
+    while stack:
+        name = stack.pop()
+        if name in seen or name in index.initializers or not name:
+            continue
+        seen.add(name)
+        node = index.node_of(name)
+        if node is None or node.op_type in PRODUCTS or len(seen) > _DATA:
+            return False
+        if node.op_type not in ("Shape", "Size"):
+            stack += node.input[:1] if node.op_type in GATHERS else node.input
+    return True

@@ -1,0 +1,197 @@
+"""Attention to selected keys that has no softmax: listed with a reason, never bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+
+from sfa_onnx.passes.axes.trace import Tracer
+from sfa_onnx.passes.bind.scores import sums_products
+from sfa_onnx.passes.candidate import Refusal, RefusedSite
+from sfa_onnx.passes.find.fed import GATHERS, PRODUCTS, is_weight, reaches_selection
+from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["other_attention"]
+
+_NEAR, _FAR = 48, 256  # nodes between two products; nodes behind a selection
+_ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK", "Attention")) | GATHERS
+# What changes no weight's kind: the operator that does is named in the reason.
+_QUIET = frozenset(
+    ("Add", "Cast", "Concat", "Div", "Dropout", "Equal", "Expand", "Flatten", "Greater", "Identity")
+) | frozenset(
+    ("IsNaN", "Less", "Max", "Mul", "Neg", "Not", "Reciprocal", "ReduceMax", "ReduceSum", "Reshape")
+)
+_QUIET |= {"Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
+_READERS = GATHERS | frozenset(("ScatterElements", "ScatterND", "OneHot", "Equal"))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two products, and the nodes between them."""
+
+    scores: int
+    weighted: int
+    other: str  # the second product's other operand
+    between: tuple[int, ...]
+    sides: tuple[str, ...]  # values that meet the scores on their way
+
+
+def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
+    """Weighted sums over selected keys without a softmax, and selections that nobody reads.
+
+    Args:
+        tracer: of the graph; nothing is charged to its budget.
+        taken: nodes that are anchors already.
+    """
+    index = tracer.index
+    kinds = {i: index.nodes[i].op_type for i in index.own}
+    products = [
+        i
+        for i, kind in kinds.items()
+        if (kind in PRODUCTS or kind == "ReduceSum") and _is_product(index, index.nodes[i])
+    ]
+    for i in products:
+        pair = _pair(index, i, taken)
+        if pair is not None and _is_fed(tracer, pair):
+            yield _refused(index, pair)
+    if not products:
+        return
+    for i in [i for i, kind in kinds.items() if kind == "TopK"]:
+        node = index.nodes[i]
+        if _is_indexer(index, node) and not _is_read(index, node):
+            label = index.label(i)
+            yield RefusedSite(
+                i,
+                index.layer(i),
+                Refusal(
+                    f"TopK {label} selects keys by index scores, but no attention of this graph"
+                    " reads the selection",
+                    node.output[1],
+                    "export the attention together with its indexer: only attention is fused",
+                ),
+                (f"selection {label}",),
+            )
+
+
+def _is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """A product of two tensors neither of which is a weight."""
+    if any(n in index.initializers for n in node.input[:2]) and node.op_type in PRODUCTS:
+        return False
+    operands = _operands(index, node)
+    return bool(operands) and not any(is_weight(index, n) for n in operands)
+
+
+def _operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
+    """The two factors of a product, also of one that is written as Mul and ReduceSum."""
+    if node.op_type in PRODUCTS:
+        return list(node.input[:2])
+    made = index.origin(node.input[0]) if sums_products(index, node) else None
+    return list(made.input) if made is not None else []
+
+
+def _pair(index: GraphIndex, weighted: int, taken: set[int]) -> _Pair | None:
+    """The product of which the operand of another one is made, without softmax between them."""
+    operands = _operands(index, index.nodes[weighted])
+    for own, other in zip(operands, operands[::-1], strict=True):
+        found = _upstream(index, own, taken)
+        if found is None:
+            return None
+        products, nodes = found
+        if products:
+            return _between(index, min(products), weighted, other, nodes)
+    return None
+
+
+def _upstream(index: GraphIndex, value: str, taken: set[int]) -> tuple[set[int], set[int]] | None:
+    """(products, nodes passed) upstream of a value; None where an anchor is among them."""
+    products: set[int] = set()
+    nodes: set[int] = set()
+    stack = [value]
+    while stack and len(nodes) < _NEAR:
+        i = index.producer.get(stack.pop())
+        if i is None or i in nodes:
+            continue
+        node = index.nodes[i]
+        if i in taken or node.op_type == "Softmax":
+            return None
+        if node.op_type in PRODUCTS or node.op_type == "ReduceSum":
+            if _is_product(index, node):
+                products.add(i)
+                continue
+            if node.op_type in PRODUCTS:
+                continue
+        if node.op_type in _ENDS or node.domain not in ("", "ai.onnx", "com.microsoft"):
+            continue
+        nodes.add(i)
+        stack += [n for n in node.input if n]
+    return products, nodes
+
+
+def _between(index: GraphIndex, scores: int, weighted: int, other: str, nodes: set[int]) -> _Pair:
+    way: set[int] = set()
+    stack = list(index.nodes[scores].output)
+    while stack:
+        for i, _ in index.uses(stack.pop()):
+            if i in nodes and i not in way:
+                way.add(i)
+                stack += index.nodes[i].output
+    made = {o for i in (*way, scores) for o in index.nodes[i].output}
+    sides = [n for i in sorted(way) for n in index.nodes[i].input if n and n not in made]
+    return _Pair(scores, weighted, other, tuple(sorted(way)), tuple(sides))
+
+
+def _is_fed(tracer: Tracer, pair: _Pair) -> bool:
+    names = _operands(tracer.index, tracer.index.nodes[pair.scores])
+    roots = [(n, 1) for n in (*names, pair.other) if n]
+    return reaches_selection(tracer, [*roots, *((n, 0) for n in pair.sides)]) == "surely"
+
+
+def _refused(index: GraphIndex, pair: _Pair) -> RefusedSite:
+    telling = [i for i in pair.between if index.nodes[i].op_type not in _QUIET]
+    first, last = index.label(pair.scores), index.label(pair.weighted)
+    if telling:
+        anchor = telling[0]
+        kind = index.nodes[anchor].op_type
+        reason = (
+            f"{kind} {index.label(anchor)} makes the weights of {last} from the scores {first}, not"
+            " a softmax"
+        )
+        if kind == "Exp":
+            reason += ": the exponentials are not divided by their sum"
+    else:
+        anchor = pair.weighted
+        reason = f"no softmax lies between the products {first} and {last} (linear attention?)"
+    hint = "the operator computes softmax(scale * q.k + mask) v over the selected keys only"
+    at = next(o for o in index.nodes[anchor].output if o)
+    steps = (f"scores {first}", f"weighted sum {last}")
+    return RefusedSite(anchor, index.layer(anchor), Refusal(reason, at, hint), steps)
+
+
+def _is_indexer(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether the best of relu(q.k), or of a sum of q.k over heads, are taken."""
+    products, nodes = _upstream(index, node.input[0], set()) or (set(), set())
+    telling = {index.nodes[i].op_type for i in nodes}
+    summed = "ReduceSum" in telling or any(_upstream_of(index, i) for i in products)
+    return bool(products) and ("Relu" in telling or summed)
+
+
+def _upstream_of(index: GraphIndex, product: int) -> bool:
+    return any((_upstream(index, n, set()) or (set(),))[0] for n in index.nodes[product].input if n)
+
+
+def _is_read(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether the indices end in a gather, a mask or an operator that is not standard."""
+    if len(node.output) < 2 or not node.output[1]:
+        return True
+    stack, seen = [node.output[1]], set[int]()
+    while stack and len(seen) < _FAR:
+        for i, position in index.uses(stack.pop()):
+            user = index.nodes[i]
+            if position < 0 or user.op_type in _READERS or user.domain not in ("", "ai.onnx"):
+                return True
+            if i not in seen:
+                seen.add(i)
+                stack += [o for o in user.output if o]
+    return len(seen) >= _FAR

@@ -1,0 +1,264 @@
+"""Find every attention over selected keys in a graph, and bind it or say why not."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sfa_onnx.passes.axes.trace import Stop, Tracer, UnifyError
+from sfa_onnx.passes.bind.finished import by_finished_indices
+from sfa_onnx.passes.bind.heads import check_heads
+from sfa_onnx.passes.bind.packed import bind_packed
+from sfa_onnx.passes.bind.region import Region, cover
+from sfa_onnx.passes.bind.roles import bind
+from sfa_onnx.passes.bind.site import Anchor, NotASite, Site
+from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
+from sfa_onnx.passes.emit.detach import detach
+from sfa_onnx.passes.emit.open import check_open_sizes
+from sfa_onnx.passes.emit.plan import Built
+from sfa_onnx.passes.emit.site import build_site
+from sfa_onnx.passes.find.anchors import anchors
+from sfa_onnx.passes.find.fed import fed_by_selection
+from sfa_onnx.passes.find.others import other_attention
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+
+__all__ = ["FindOptions", "find_candidates"]
+
+_log = logging.getLogger("sfa_onnx")
+
+# What a graph that contradicts itself (ranks, shapes) makes recognition raise.
+_INVALID = (
+    *(ArithmeticError, AssertionError, AttributeError),
+    *(LookupError, TypeError, ValueError),
+)
+
+
+@dataclass(frozen=True)
+class FindOptions:
+    """What a caller may decide about recognition.
+
+    Attributes:
+        max_steps: how many tracing steps one site may take before it is refused.
+        absorb: whether per-head expanded (MHA) forms may be fused by absorption.
+    """
+
+    max_steps: int = 200_000
+    absorb: bool = True
+
+
+def find_candidates(
+    index: GraphIndex, options: FindOptions | None = None
+) -> list[Candidate | RefusedSite]:
+    """All sites of `index.graph`, in graph order; none that is fed by a selection vanishes.
+
+    Dense attention without a selection and routers (TopK after the softmax) are no candidates.
+    """
+    options = options or FindOptions()
+    sizes = Concrete(index)
+    other = Concrete(index, second=True) if sizes.dynamic else sizes
+    found: list[Candidate | RefusedSite] = []
+    everyone = anchors(index)
+    named = Counter(index.label(a.node) for a in everyone)
+    for anchor in everyone:
+        tracer = Tracer(index, sizes, other, options.max_steps)
+        label = index.label(anchor.node)
+        tracer.stem = label if named[label] == 1 else anchor.weights
+        fed = fed_by_selection(tracer, anchor)
+        if not fed:
+            continue
+        site = _one(tracer, anchor, options, surely=fed == "surely")
+        if site is not None and (fed != "maybe" or isinstance(site, Candidate)):
+            found.append(site)
+    tracer = Tracer(index, sizes, other, options.max_steps)
+    found += other_attention(tracer, {a.node for a in everyone})
+    return sorted(found, key=lambda site: site.anchor)
+
+
+def _one(
+    tracer: Tracer, anchor: Anchor, options: FindOptions, *, surely: bool
+) -> Candidate | RefusedSite | None:
+    index, bound = tracer.index, [f"{anchor.form} {tracer.index.label(anchor.node)}"]
+    layer = index.layer(anchor.node)
+    try:
+        return _bound(tracer, anchor, options, bound)
+    except NotASite as none:
+        if none.refusal is None or not surely:
+            return None
+        refusal = Refusal(none.refusal.reason, none.refusal.at, none.refusal.hint)
+    except Stop as stop:
+        refusal = Refusal(stop.reason, stop.at, stop.hint)
+    except SizesMeetError as meet:
+        refusal = Refusal(str(meet), anchor.scores, "export with these sizes fixed, or as one name")
+    except RecursionError:
+        refusal = Refusal("the graph is nested too deeply to be traced", anchor.scores)
+    except _INVALID as e:
+        # An invalid graph (ranks or shapes that contradict each other) must not stop the others.
+        _log.warning("recognition of %s failed", bound[0], exc_info=True)
+        text = f"recognition itself failed ({type(e).__name__}: {e})"
+        refusal = Refusal(text, anchor.scores, "check the model with onnx.checker, then report it")
+    return RefusedSite(anchor.node, layer, refusal, tuple(bound))
+
+
+def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]) -> Candidate:
+    """Bind and build, by what indices mean or, where that is not understood, as they are."""
+    budget = tracer.budget
+
+    def otherwise() -> Candidate | None:
+        tracer.budget = budget
+        try:
+            return _unified(tracer, anchor, lambda: _finished(tracer, anchor, bound[:1]))
+        except (Stop, NotASite, SizesMeetError, RecursionError, *_INVALID):
+            return None
+
+    try:
+        candidate = _unified(
+            tracer, anchor, lambda: _candidate(*_bind_and_build(tracer, anchor, options, bound))
+        )
+        candidate.otherwise = otherwise
+        return candidate
+    except NotASite as none:
+        again = otherwise() if none.refusal is not None and none.refusal.addressing else None
+        if again is None:
+            raise
+        return again
+    except Stop as stop:
+        again = otherwise() if stop.addressing else None
+        if again is None:
+            raise
+        return again
+
+
+def _unified(tracer: Tracer, anchor: Anchor, make: Callable[[], Candidate]) -> Candidate:
+    """What `make` makes; symbols that turn out to be one size are made so, and it starts again."""
+    for _ in range(len(tracer.sizes.symbols) + 1):
+        try:
+            return make()
+        except UnifyError as same:
+            tracer.sizes.unify(*same.pair)
+            tracer.other.unify(*same.pair)
+    raise Stop("the dynamic sizes of the attention contradict each other", anchor.scores)
+
+
+def _finished(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Candidate:
+    """The candidate whose rows are read by a finished index tensor.
+
+    Raises:
+        Stop: there is no such view of it.
+    """
+    tracer.opaque = tracer.tables = True
+    try:
+        site = by_finished_indices(bind_packed(bind(tracer, anchor, bound)))
+        if site is None:
+            raise Stop("the rows are not read by finished index tensors", anchor.scores)
+        tracer.opaque = False  # nothing is followed any more: what the reads are is known
+        check_heads(site)
+        tracer.opaque = True
+        built = build_site(site, f"{tracer.stem}/sfa")
+        if built is None:
+            raise Stop("the keys' gather is not understood", site.nope.deep.ref.value)
+        return _candidate(site, site, built)
+    finally:
+        tracer.opaque = tracer.tables = False
+
+
+def _bind_and_build(
+    tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]
+) -> tuple[Site, Site, Built]:
+    """(the site with indices followed to their source, the site as built, its replacement)."""
+    stem = f"{tracer.stem}/sfa"
+    named: Site | None = None
+    for tracer.opaque in (False, True):
+        del bound[1:]
+        site = bind_packed(bind(tracer, anchor, bound))
+        named = named or site
+        if site.nope.kind == "expanded" and not options.absorb:
+            raise Stop(
+                "keys and values are expanded per head, and absorption is switched off",
+                site.nope.path[0].ref.value,
+                "allow absorption",
+            )
+        built = build_site(site, stem)
+        if built is not None:
+            return named, site, built
+    raise Stop("the keys' gather is not understood", site.nope.deep.ref.value)
+
+
+def _candidate(named: Site, site: Site, built: Built) -> Candidate:
+    e = built.emitter
+    detach(e, site)
+    e.prune(built.output)
+    check_open_sizes(e.nodes, e.initializers, site.tracer.sizes.symbols, built.output)
+    queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
+    region = cover(named, built.output, [q.value for q in queries], e.used)
+    _check_closed(site, region, built.output)
+    index = site.tracer.index
+    if buried := index.buried_below(region.nodes, [built.output]):
+        names = ", ".join(index.label(i) for i in buried)
+        built.notes.append(f"removed as well: {names}, which no output needs")
+    return Candidate(
+        graph=index.graph,
+        anchor=site.anchor.node,
+        op=built.op,
+        family=built.family,
+        nodes=region.nodes,
+        support=region.support,
+        operands=region.operands,
+        outputs=(built.output,),
+        replacement=e.nodes,
+        replacement_initializers=e.initializers,
+        sizes=region.sizes,
+        layer=index.layer(site.anchor.node),
+        site_id="",
+        notes=built.notes,
+    )
+
+
+def _check_closed(site: Site, region: Region, output: str) -> None:
+    """What lies between the products and the output must go; if it stays, somebody reads it.
+
+    Raises:
+        Stop: an inner value is used outside.
+    """
+    index = site.tracer.index
+    inner = {*region.nodes, *region.support}
+    removed = set(region.nodes)
+    todo, seen = [*site.products, site.anchor.weights], set[str]()
+    kept: list[str] = []
+    while todo:
+        value = todo.pop()
+        if value == output or value in seen:
+            continue
+        seen.add(value)
+        producer = index.producer[value]
+        if producer in inner and producer not in removed:
+            kept.append(value)
+        for i, _ in index.uses(value):
+            if i in inner and index.nodes[i].op_type not in ("Shape", "Size"):
+                todo += [o for o in index.nodes[i].output if o]
+    if kept:
+        direct = [v for v in kept if index.is_graph_output(v) or _users(index, v, inner)]
+        raise _used_outside(index, (direct or kept)[0], removed)
+
+
+def _users(index: GraphIndex, value: str, inner: set[int]) -> list[int]:
+    return [i for i, _ in index.uses(value) if i not in inner]
+
+
+def _used_outside(index: GraphIndex, value: str, removed: set[int]) -> Stop:
+    made = index.producer[value]
+    node = index.nodes[made]
+    what = "the log-sum-exp" if "LogSum" in node.op_type else "the inner value"
+    users = [index.label(i) for i, _ in index.uses(value) if i not in removed]
+    by = f"used outside the attention by {users[0]}" if users else "kept by the graph"
+    if index.is_graph_output(value):
+        by = "a graph output"
+    if made < index.first:
+        by = f"computed outside of {index.path}, the body that holds the softmax"
+    return Stop(
+        f"{what} {value} is {by}",
+        value,
+        "only the result may leave the attention: the operator returns nothing else",
+    )

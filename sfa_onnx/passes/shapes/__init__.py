@@ -1,0 +1,1 @@
+"""Concrete sizes of every value of a graph."""

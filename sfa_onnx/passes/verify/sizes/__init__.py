@@ -1,0 +1,1 @@
+"""The sizes at which a site is verified."""
