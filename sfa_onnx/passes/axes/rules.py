@@ -10,6 +10,7 @@ import onnx
 
 from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
+from sfa_onnx.passes.axes.joined import join_parts
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
 from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds
 
@@ -112,6 +113,8 @@ def _sequence_at(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 def _concat(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     axis = int(attributes(node)["axis"]) % len(ref.coords)
+    if (joined := join_parts(tracer, ref, node.input, axis)) is not None:
+        return joined
     edges = [0]
     for name in node.input:
         edges.append(edges[-1] + tracer.shape(name)[axis])
