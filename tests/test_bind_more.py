@@ -181,6 +181,9 @@ def test_two_key_heads_under_one_selection_are_refused():
 def test_integer_keys_without_a_scale():
     rows = " whole = Cast<to=3>(kv)\n codes = Cast<to=1>(whole)\n" + _ROWS.replace("(kv", "(codes")
     assert "integers that are cast to float without a scale" in _reason(_model(rows))
+    one = rows.replace("Cast<to=1>(whole)", "Cast<to=1>(whole)\n steps = Mul(codes, sc)")
+    scaled = _reason(_model(one.replace("(codes, ix)", "(steps, ix)")))
+    assert "cast to float and scaled by one number, 0.25, for all" in scaled
 
 
 @pytest.mark.parametrize("more", ["Add(all, one)", "Max(all, one)"])

@@ -9,6 +9,7 @@ import onnx
 
 from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Read
+from sfa_onnx.passes.axes.one_hot import picked
 from sfa_onnx.passes.axes.rules import STEPS
 from sfa_onnx.passes.axes.steps import (
     Dot,
@@ -167,7 +168,8 @@ class Tracer:
         node = self.index.node_of(ref.value)
         if node is None or (rule := STEPS.get(node.op_type)) is None:
             return Leaf(ref)
-        return rule(self, node, ref) or Leaf(ref)
+        step = rule(self, node, ref) or Leaf(ref)
+        return (picked(self, step) or step) if isinstance(step, Dot) else step
 
     def operand(self, value: str, coords: tuple[Expr, ...]) -> Ref:
         """`value` as it is broadcast to the shape that `coords` address."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 import onnx
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Rem, fresh
+from sfa_onnx.passes.axes.one_hot import picks
 from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.decode import stored_bytes
 
@@ -176,6 +177,15 @@ def _of_bytes(tracer: Tracer, path: list[State]) -> bool:
 def _expanded(tracer: Tracer, step: Dot, label: Label, low: int, path: list[State]) -> Columns:
     """The latent times a weight, when the columns and only they come from the weight."""
     factor = path[-1].factor * step.factor
+    if (one_hot := picks(tracer, step)) is not None:
+        raise Stop(
+            f"{path[-1].ref.value} gathers rows as one-hot({one_hot.indices}) times"
+            f" {one_hot.rows.value}: an index that is no row gives a row of zeros there, and"
+            " nothing shows that there is none",
+            path[-1].ref.value,
+            "gather the rows by the indices, or take these from a TopK over as many keys (one name"
+            " for both sizes)",
+        )
     for rows, weight in ((step.a, step.b), (step.b, step.a)):
         if label in weight.labels and label not in rows.labels:
             inner = _deepen(tracer, rows, factor)

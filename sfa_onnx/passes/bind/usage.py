@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["counts_batches", "follows_itself", "measured", "prefix_sums", "reworked"]
@@ -14,6 +15,7 @@ _VIEWS = frozenset(  # operators whose first input alone is data
 ) | frozenset(("Transpose", "Unsqueeze", "DequantizeLinear"))
 _JOINS = frozenset(("Concat", "Mul", "Where"))
 _GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
+_PICKS = frozenset(("MatMul", "Einsum", "FusedMatMul"))
 _CARRIERS = frozenset(("Cast", "Identity", "Not", "Reshape", "Squeeze", "Unsqueeze"))
 
 
@@ -96,6 +98,8 @@ def reworked(index: GraphIndex, value: str) -> list[int]:
         node = index.nodes[i]
         if node.op_type in _GATHERS and index.constant(node.input[1]) is None:
             known[name] = True
+        elif node.op_type in _PICKS and any(one_hot_node(index, n) for n in node.input[:2]):
+            known[name] = True  # one-hot rows times stored ones
         elif node.op_type not in _ENDS:
             data = node.input[:1] if node.op_type in _VIEWS | _GATHERS else node.input
             known[name] = True in [gathers(n) for n in data if n]  # all of them are looked at

@@ -36,10 +36,14 @@ def build_site(site: Site, stem: str) -> Built | None:
         return build_int8(plan) if site.tracer.opaque or site.selected else None
     stored = site.nope.deep.ref.value
     if not is_float(site.tracer.sizes.elem_type(stored)):
+        factor = site.nope.deep.factor
+        how = (
+            "without a scale" if factor == 1 else f"and scaled by one number, {factor:.6g}, for all"
+        )
         raise Stop(
-            f"the keys {stored} are integers that are cast to float without a scale",
+            f"the keys {stored} are integers that are cast to float {how}",
             stored,
-            "expected float keys, or int8 keys times a scale per tile",
+            "expected float keys, or int8 keys times a tensor of scales, gathered beside them",
         )
     rounded_alike(site, elem_type)
     return build_float(plan)

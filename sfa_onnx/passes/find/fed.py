@@ -6,12 +6,20 @@ from collections.abc import Iterable
 
 import onnx
 
+from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.axes.trace import Tracer
 from sfa_onnx.passes.bind.scores import sums_products
 from sfa_onnx.passes.bind.site import Anchor
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["GATHERS", "PRODUCTS", "fed_by_selection", "is_weight", "reaches_selection"]
+__all__ = [
+    "GATHERS",
+    "PRODUCTS",
+    "fed_by_selection",
+    "is_weight",
+    "picks_rows",
+    "reaches_selection",
+]
 
 PRODUCTS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "QLinearMatMul"))
 GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
@@ -100,6 +108,8 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
 def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
     op = node.op_type
     if depth:
+        if op in PRODUCTS:
+            return picks_rows(index, node)
         if op not in GATHERS:
             return False
         kind = _selection(index, node.input[1])
@@ -108,6 +118,16 @@ def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
         inputs = node.input[:2] if op == "OneHot" else node.input[:3]
         return any(_selection(index, n) in _ROWS for n in inputs)
     return op == "Equal" and any(_selection(index, n) in _ROWS for n in node.input)
+
+
+def picks_rows(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether a product picks stored rows: one-hot rows of a selection times no weight."""
+    for own, other in (node.input[:2], node.input[1::-1]):
+        made = one_hot_node(index, own) if node.op_type in PRODUCTS and other else None
+        if made is not None and not is_weight(index, other):
+            names = made.input[:1] if made.op_type == "OneHot" else made.input
+            return any(_selection(index, n) in _ROWS for n in names)
+    return False
 
 
 def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[Root]:

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 import onnx
 
+from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Tracer
 from sfa_onnx.passes.bind.scores import sums_products
 from sfa_onnx.passes.candidate import Refusal, RefusedSite
-from sfa_onnx.passes.find.fed import GATHERS, PRODUCTS, is_weight, reaches_selection
+from sfa_onnx.passes.find.fed import (
+    GATHERS,
+    PRODUCTS,
+    is_weight,
+    picks_rows,
+    reaches_selection,
+)
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["other_attention"]
@@ -76,11 +83,19 @@ def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
 
 
 def _is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """A product of two tensors neither of which is a weight."""
+    """A contraction of two tensors neither of which is a weight."""
+    if node.op_type == "Einsum" and not _contracts(node):
+        return False
     if any(n in index.initializers for n in node.input[:2]) and node.op_type in PRODUCTS:
         return False
     operands = _operands(index, node)
     return bool(operands) and not any(is_weight(index, n) for n in operands)
+
+
+def _contracts(node: onnx.NodeProto) -> bool:
+    """Whether an Einsum sums over a label; rows times scales are written without."""
+    terms, _, out = str(attributes(node)["equation"]).partition("->")
+    return not out or any(c.isalpha() and c not in out for c in terms)
 
 
 def _operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
@@ -117,7 +132,7 @@ def _upstream(index: GraphIndex, value: str, taken: set[int]) -> tuple[set[int],
         if i in taken or node.op_type == "Softmax":
             return None
         if node.op_type in PRODUCTS or node.op_type == "ReduceSum":
-            if _is_product(index, node):
+            if _is_product(index, node) and not picks_rows(index, node):
                 products.add(i)
                 continue
             if node.op_type in PRODUCTS:

@@ -1,0 +1,154 @@
+"""Rows picked by a product: the sum over t of [index == t] * rows[t] is rows[index].
+
+Graphs write a gather as one-hot(indices) times rows. It is a gather exactly where every index is
+one of a row: an index outside makes a row of zeros, which attention sees as a key of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import onnx
+
+from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.steps import Dot, Move, Ref
+
+if TYPE_CHECKING:
+    from sfa_onnx.passes.axes.trace import Tracer
+    from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["Picked", "one_hot_node", "picked", "picks"]
+
+_VIEWS: Final = frozenset(
+    ("Cast", "Concat", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+)
+_SAME_VALUES: Final = (_VIEWS - {"Concat"}) | {"Flatten", "Slice", "Split", "Tile"}
+_FAR: Final = 16
+_INTS: Final = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A product with one-hot rows, summed over their only axis.
+
+    Attributes:
+        rows: the element of the other operand, at the index.
+        indices: the tensor the index is read from.
+        inside: whether every index is one of a row, whatever the inputs are.
+    """
+
+    rows: Ref
+    indices: str
+    inside: bool
+
+
+def one_hot_node(index: GraphIndex, value: str) -> onnx.NodeProto | None:
+    """The node that makes one-hot rows of integers, looked for behind views and casts."""
+    for _ in range(_FAR):
+        node = index.node_of(value)
+        if node is None:
+            return None
+        if node.op_type == "OneHot":
+            return node
+        if node.op_type == "Equal":
+            return node if index.elem_type(node.input[0]) in (*_INTS, 0) else None
+        if node.op_type not in _VIEWS:
+            return None
+        value = node.input[0]
+    return None
+
+
+def picked(tracer: Tracer, dot: Dot) -> Move | None:
+    """The gather that a product with one-hot rows is, where every index is one of a row."""
+    if dot.factor != 1:
+        return None
+    found = picks(tracer, dot)
+    return Move(found.rows) if found is not None and found.inside else None
+
+
+def picks(tracer: Tracer, dot: Dot) -> Picked | None:
+    """What a product picks when one of its operands holds one-hot rows along the summed axis."""
+    for own, other in ((dot.a, dot.b), (dot.b, dot.a)):
+        if one_hot_node(tracer.index, own.value) is None or dot.label not in other.labels:
+            continue
+        index = _index(tracer, own, dot.label)
+        if index is not None:
+            at, indices, size = index
+            inside = size == dot.label.size and _inside(tracer, indices, size)
+            return Picked(other.substitute({dot.label: at}), indices, inside)
+    return None
+
+
+def _index(tracer: Tracer, ref: Ref, label: Label) -> tuple[Expr, str, int] | None:
+    """(the position along `label` where `ref` is 1, who holds it, number of positions)."""
+    for _ in range(_FAR):
+        node = tracer.index.node_of(ref.value)
+        if node is None:
+            return None
+        if node.op_type == "OneHot":
+            return _of_one_hot(tracer, node, ref, label)
+        if node.op_type == "Equal":
+            return _of_equal(tracer, node, ref, label)
+        if node.op_type == "Cast":  # of 0 and 1, to whatever type
+            ref = Ref(node.input[0], ref.coords)
+            continue
+        step = tracer.step(ref)
+        if not isinstance(step, Move):
+            return None
+        ref = step.ref
+    return None
+
+
+def _of_one_hot(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, label: Label
+) -> tuple[Expr, str, int] | None:
+    values = tracer.index.mask_table(node.input[2])  # 0 and 1, of whatever type
+    if values is None or values.reshape(-1).tolist() != [0, 1]:
+        return None
+    axis = int(attributes(node).get("axis", -1)) % len(ref.coords)
+    if ref.coords[axis] != Expr.of(label):
+        return None
+    own = Ref(node.input[0], (*ref.coords[:axis], *ref.coords[axis + 1 :]))
+    if label in own.labels:
+        return None
+    return tracer.index_value(own), node.input[0], tracer.shape(ref.value)[axis]
+
+
+def _of_equal(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, label: Label
+) -> tuple[Expr, str, int] | None:
+    for indices, positions in (node.input, node.input[::-1]):
+        own = tracer.operand(indices, ref.coords)
+        table = tracer.operand(positions, ref.coords)
+        if label in own.labels or tracer.sizes.value(positions) is None:
+            continue
+        was, tracer.opaque = tracer.opaque, False  # constants are always read
+        try:
+            place = tracer.index_value(table)
+        finally:
+            tracer.opaque = was
+        if place == Expr.of(label):
+            return tracer.index_value(own), indices, label.size
+    return None
+
+
+def _inside(tracer: Tracer, value: str, size: int) -> bool:
+    """Whether an integer tensor holds positions on an axis of this size: those of TopK, ArgMax."""
+    index = tracer.index
+    for _ in range(_FAR):
+        node = index.node_of(value)
+        if node is None:
+            return False
+        if node.op_type in ("TopK", "ArgMax", "ArgMin"):
+            source = tracer.shape(node.input[0])
+            default = -1 if node.op_type == "TopK" else 0
+            axis = int(attributes(node).get("axis", default)) % len(source)
+            return source[axis] == size and (node.op_type != "TopK" or value == node.output[1])
+        if node.op_type not in _SAME_VALUES:
+            return False
+        if node.op_type == "Cast" and int(attributes(node)["to"]) not in _INTS:
+            return False
+        value = node.input[0]
+    return False
