@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Quot, Read, Rem, fresh
+from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem, fresh
 from sfa_onnx.passes.axes.steps import Move, Pieces, Product, Ref, Scaled, Step
 
 if TYPE_CHECKING:
@@ -38,15 +38,16 @@ def join_parts(tracer: Tracer, ref: Ref, names: Sequence[str], axis: int) -> Ste
     own = fresh("part", size)
     coords = (*ref.coords[:axis], Expr.of(own), *ref.coords[axis + 1 :])
     position = ref.coords[axis]
-    join = _Join(tracer, position.floordiv(size), own, position.mod(size) if size > 1 else ZERO)
+    join = _Join(tracer, ref, position.floordiv(size), own, position.mod(size))
     return join.step([Ref(name, coords) for name in names], _DEEP)
 
 
 class _Join:
     """Puts parts together: part `number`, element `inside` of it (`own` while parts are traced)."""
 
-    def __init__(self, tracer: Tracer, number: Expr, own: Label, inside: Expr) -> None:
-        self.tracer, self.number, self.own, self.inside = tracer, number, own, inside
+    def __init__(self, tracer: Tracer, whole: Ref, number: Expr, own: Label, inside: Expr) -> None:
+        self.tracer, self.whole = tracer, whole
+        self.number, self.own, self.inside = number, own, inside
 
     def step(self, refs: list[Ref], depth: int) -> Step | None:
         """One step that holds for every part."""
@@ -100,9 +101,12 @@ class _Join:
         parts = []
         for i, (low, high) in enumerate(ranges[0]):
             inner = self._down([p.parts[i][2] for p in pieces], depth)
-            if not isinstance(inner, Move):
+            if isinstance(inner, Product):  # seen again from the whole, within this range alone
+                parts.append((low, high, self.whole))
+            elif isinstance(inner, Move):
+                parts.append((low, high, inner.ref))
+            else:
                 return None
-            parts.append((low, high, inner.ref))
         return Pieces(first.label, tuple(parts))
 
     def _down(self, refs: list[Ref], depth: int) -> Step | None:
@@ -123,12 +127,10 @@ class _Join:
     def _expr(self, exprs: list[Expr]) -> Expr | None:
         if all(e == exprs[0] for e in exprs):
             return exprs[0]
-        by = exprs[1].const - exprs[0].const
-        even = all(e.const == exprs[0].const + i * by for i, e in enumerate(exprs))
-        total = Expr(exprs[0].const) + self.number * by
-        if not even or by < 0 or len({len(e.terms) for e in exprs}) != 1:
+        total = self._grown([e.const for e in exprs])
+        if total is None or len({len(e.terms) for e in exprs}) != 1:
             return None
-        if by and any(atom == self.own for atom, _ in exprs[0].terms):
+        if total.terms and any(atom == self.own for atom, _ in exprs[0].terms):
             return None  # pieces of one axis put together again, not one tensor per part
         for terms in zip(*(e.terms for e in exprs), strict=True):
             atom = self._atom([a for a, _ in terms])
@@ -137,10 +139,27 @@ class _Join:
             total = total + atom * terms[0][1]
         return total
 
+    def _grown(self, numbers: list[int]) -> Expr | None:
+        """Numbers that grow by equal steps, each `run` times in a row, and begin again."""
+        first, count = numbers[0], len(numbers)
+        run = next((i for i, n in enumerate(numbers) if n != first), 0)
+        if not run:
+            return Expr(first)
+        by = numbers[run] - first
+        period = next((i for i in range(2, count // run) if numbers[i * run] == first), count)
+        if by < 0 or any(n != first + i // run % period * by for i, n in enumerate(numbers)):
+            return None
+        return self.number.floordiv(run).mod(period) * by + first
+
     def _atom(self, atoms: list[object]) -> Expr | None:
         first = atoms[0]
         if all(a == first for a in atoms) and isinstance(first, Label | Read | Quot | Rem):
             return Expr.of(first)
+        for kind, apply in ((Quot, Expr.floordiv), (Rem, Expr.mod)):
+            cut = [a for a in atoms if isinstance(a, kind)]
+            if len(cut) == len(atoms) and len({a.by for a in cut}) == 1:
+                whole = self._expr([a.expr for a in cut])
+                return None if whole is None else apply(whole, cut[0].by)
         reads = [a for a in atoms if isinstance(a, Read)]
         if len(reads) != len(atoms):
             return None
