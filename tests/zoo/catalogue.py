@@ -29,6 +29,7 @@ FAMILIES = (
     "attention_op",
     "elsewhere",
     "outsiders",
+    "guarded",
 )
 
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.passes.axes.trace import Tracer
+from sfa_onnx.passes.axes.expr import Expr
+from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
+from sfa_onnx.passes.bind.flags import binary
 from sfa_onnx.passes.bind.mask import is_hidden
 from sfa_onnx.passes.bind.site import Anchor
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["guarded", "zeroes_empty_rows", "zeroing"]
+__all__ = ["guarded", "reduced_mask", "zeroes_empty_rows", "zeroing"]
 
 _COPIES = frozenset(("Cast", "Identity"))
 _VIEWS = frozenset(("Expand", "Reshape", "Squeeze", "Unsqueeze"))
+_ANY = {
+    ("Greater", 0.0): True,
+    ("GreaterOrEqual", 1.0): True,
+} | {
+    ("Equal", 0.0): False,
+    ("Less", 1.0): False,
+    ("LessOrEqual", 0.0): False,
+}  # what a comparison of a count says when it holds: whether there is any
 _TOTALS = frozenset(("ReduceLogSumExp", "ReduceMax"))  # -inf exactly where all scores are
 
 
@@ -49,6 +59,54 @@ def zeroes_empty_rows(
     if not empty or top is None or not _along_keys(tracer, anchor, top):
         return False
     return bool(scores) and _behind(tracer.index, scores) == _behind(tracer.index, anchor.scores)
+
+
+def reduced_mask(
+    tracer: Tracer, condition: Ref, positive: bool, key: Expr
+) -> tuple[Ref, bool] | None:
+    """(mask at `key`, which of its values shows) of weights that are kept where any key is shown.
+
+    The condition is any(shown), not all(hidden), or a count of either; None: nothing of the kind.
+    """
+    ref, keeps = condition, positive
+    for _ in range(16):
+        node = tracer.index.node_of(ref.value)
+        if node is None:
+            return None
+        if node.op_type in ("ReduceMin", "ReduceMax", "ReduceSum"):
+            if keeps == (node.op_type == "ReduceMin"):
+                return None
+            inner = _before(tracer, node, ref, key)
+            return None if inner is None else (inner, keeps)
+        if node.op_type in ("Not", *_COPIES):
+            keeps = keeps != (node.op_type == "Not")
+            ref = Ref(node.input[0], ref.coords)
+        elif len(node.input) == 2 and (limit := tracer.fill(node.input[1])) is not None:
+            some = _ANY.get((node.op_type, limit))
+            if some is not None:
+                keeps = keeps == some
+                ref = tracer.operand(node.input[0], ref.coords)
+                continue
+            if not isinstance(step := tracer.step(ref), Move):
+                return None
+            ref = step.ref
+        elif isinstance(step := tracer.step(ref), Move):
+            ref = step.ref
+        else:
+            return None
+    return None
+
+
+def _before(tracer: Tracer, node: onnx.NodeProto, ref: Ref, key: Expr) -> Ref | None:
+    """The element of the flags that were reduced, at `key` on their reduced axis."""
+    source, a = node.input[0], attributes(node)
+    axes = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else a.get("axes")
+    is_bool = tracer.sizes.elem_type(source) == onnx.TensorProto.BOOL
+    if axes is None or len(list(axes)) != 1 or not (is_bool or binary(tracer, source)):
+        return None
+    axis = int(next(iter(axes))) % len(tracer.shape(source))
+    rest = ref.coords[:axis] + ref.coords[axis + (1 if a.get("keepdims", 1) else 0) :]
+    return Ref(source, (*rest[:axis], key, *rest[axis:]))
 
 
 def guarded(tracer: Tracer, anchor: Anchor, node: onnx.NodeProto) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import onnx
 
 from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Stop, Tracer, is_float
-from sfa_onnx.passes.bind.flags import counts, flags, less_one, line
+from sfa_onnx.passes.bind.flags import counts, flags, is_table, less_one, line, summands
 from sfa_onnx.passes.bind.hits import reduced
 from sfa_onnx.passes.bind.literals import HIDDEN, Kept, Literal, Selected, Visible, alike
 from sfa_onnx.passes.bind.written import patched, put, scattered, union
@@ -242,7 +242,15 @@ def _at_view(
 
 
 def _leaf(tracer: Tracer, ref: Ref, positive: bool) -> Visible:
-    if not _is_bool(tracer, ref.value):
+    if not _is_bool(tracer, ref.value) and not is_table(tracer, ref.value):
+        maker = tracer.index.origin(ref.value)
+        if maker is not None and maker.op_type.startswith("Reduce"):
+            raise Stop(
+                f"the mask {ref.value} joins several flags by {maker.op_type}, and no selection is"
+                " made that way",
+                ref.value,
+                "hide keys by a bool mask that has an entry for each of them",
+            )
         raise Stop(
             f"the mask {ref.value} is not bool and not made from one", ref.value, "use a bool mask"
         )
@@ -311,7 +319,6 @@ def _compared(
     source = tracer.operand(node.input[0], ref.coords)
     if limit is None:
         return None
-    above = node.op_type in ("Greater", "GreaterOrEqual")
     if is_float(tracer.sizes.elem_type(source.value)) and limit <= 0:
         hides = {"Greater": limit < 0, "GreaterOrEqual": True, "Equal": limit == 0}
         low = {"Less": True, "LessOrEqual": limit < 0, "Equal": limit < HIDDEN}
@@ -319,19 +326,44 @@ def _compared(
             low.get(node.op_type, False) and not positive
         ):
             return _hides(tracer, source)
+    if parts := summands(tracer, source):
+        return _all_of(tracer, node.op_type, limit, parts, positive)
+    source, limit, op = _shifted(tracer, source, limit, node.op_type)
     if not counts(tracer, source.value):
         return None
-    if (node.op_type == "Equal" and limit == 0) or (node.op_type == "Less" and 0 < limit <= 1):
+    if (op == "Equal" and limit == 0) or (op == "Less" and 0 < limit <= 1):
         return boolean(tracer, source, positive=not positive)
-    if node.op_type == "Equal" and limit == 1:  # where entries repeat, the check tells
+    if op == "Equal" and limit == 1:  # where entries repeat, the check tells
         return boolean(tracer, source, positive=positive)
-    if above and 0 <= limit <= 1 and not (node.op_type == "GreaterOrEqual" and limit == 0):
-        return (
-            None
-            if node.op_type == "Greater" and limit >= 1
-            else boolean(tracer, source, positive=positive)
-        )
+    if (op == "Greater" and 0 <= limit < 1) or (op == "GreaterOrEqual" and 0 < limit <= 1):
+        return boolean(tracer, source, positive=positive)
     return None
+
+
+def _shifted(tracer: Tracer, source: Ref, limit: float, op: str) -> tuple[Ref, float, str]:
+    """The comparison of x that a * x + b, compared with `limit`, is."""
+    x, a, b = line(tracer, source)
+    if x == source or a == 0:
+        return source, limit, op
+    if a < 0:
+        op = op.replace("Less", "-").replace("Greater", "Less").replace("-", "Greater")
+    return x, (limit - b) / a, op
+
+
+def _all_of(
+    tracer: Tracer, op: str, limit: float, parts: list[Ref], positive: bool
+) -> list[Literal] | None:
+    """Of flag + flag == 2, > 1, or not < 2: all of them."""
+    few, many = len(parts) - 1, len(parts)
+    reaches = {
+        "Equal": limit == many,
+        "Greater": few <= limit < many,
+        "GreaterOrEqual": few < limit <= many,
+    }
+    misses = {"Less": few < limit <= many, "LessOrEqual": few <= limit < many}
+    if not (reaches if positive else misses).get(op, False):
+        return None
+    return [lit for part in parts for lit in boolean(tracer, part, positive=True)]
 
 
 def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:

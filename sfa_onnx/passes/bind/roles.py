@@ -8,6 +8,7 @@ from sfa_onnx.passes.bind.attention import Parts, read_attention, split_heads
 from sfa_onnx.passes.bind.axes import check_rows, rows_changed, splits, take_masks, tell_rows
 from sfa_onnx.passes.bind.heads import check_heads
 from sfa_onnx.passes.bind.mask import boolean
+from sfa_onnx.passes.bind.nans import check_nan
 from sfa_onnx.passes.bind.output import at_product, leaves_at
 from sfa_onnx.passes.bind.precision import check_precision
 from sfa_onnx.passes.bind.rows import (
@@ -70,6 +71,7 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
             check_rows(site)
             check_heads(site)
             check_precision(site)
+            check_nan(site)
             return site
         coords = tuple(c.substitute(swap) for c in coords)
     raise Stop(

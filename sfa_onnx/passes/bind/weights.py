@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfa_onnx.passes.axes.trace import Dot, Move, Ref, Stop, Tracer
-from sfa_onnx.passes.bind.guards import zeroes_empty_rows
+from sfa_onnx.passes.bind.guards import reduced_mask, zeroes_empty_rows
 from sfa_onnx.passes.bind.scores import sums_products
 from sfa_onnx.passes.bind.site import Anchor
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -40,8 +40,10 @@ def weighted_sum(tracer: Tracer, anchor: Anchor) -> tuple[int, str]:
                 value,
                 "export the model without returning attention weights",
             )
-        for i, _ in index.uses(value):
+        for i, position in index.uses(value):
             node = index.nodes[i]
+            if node.op_type == "CastLike" and position == 1:  # reads the type alone
+                continue
             sums = node.op_type == "ReduceSum" and anchor.divided is not None
             if sums or node.op_type in ("Shape", "Size"):
                 continue
@@ -151,6 +153,7 @@ def _to_weights(
     tracer: Tracer, anchor: Anchor, ref: Ref, zeroed: list[tuple[Ref, bool]] | None = None
 ) -> Ref | None:
     """The element of the weights that `ref` is; None when it is something else."""
+    guards: list[tuple[Ref, bool]] = []
     while ref.value != anchor.weights:
         back = _behind_infinity(tracer, anchor, ref) or tracer.step(ref)
         if isinstance(back, Move):
@@ -164,8 +167,11 @@ def _to_weights(
         if not positive and tracer.fill(first.value) != 0:
             return None
         if not zeroes_empty_rows(tracer, anchor, node, positive=positive):
-            zeroed.append((condition, positive))
+            guards.append((condition, positive))
         ref = first if positive else second
+    if zeroed is not None:
+        key = ref.coords[anchor.axis % len(ref.coords)]
+        zeroed += [reduced_mask(tracer, *guard, key) or guard for guard in guards]
     return ref
 
 
