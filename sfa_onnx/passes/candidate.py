@@ -108,7 +108,7 @@ class Candidate:
     splice deletes what nobody reads any more among the nodes and support of all sites.
     The replacement may read any operand and any value that `support` makes.
     `otherwise` binds the same attention with fewer assumptions, for when this view of it cannot be
-    verified.
+    verified. `equal` pairs symbols that were taken for one size.
     """
 
     graph: onnx.GraphProto
@@ -126,3 +126,4 @@ class Candidate:
     site_id: str = ""
     notes: list[str] = field(default_factory=list)
     otherwise: Callable[[], Candidate | None] | None = None
+    equal: tuple[tuple[str, str], ...] = ()

@@ -213,6 +213,7 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
         layer=index.layer(site.anchor.node),
         site_id="",
         notes=built.notes,
+        equal=site.tracer.sizes.equal,
     )
 
 

@@ -8,10 +8,8 @@ of what is asked for are visited.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +18,7 @@ import onnx
 
 from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold
 from sfa_onnx.passes.shapes.rules import RULES, Shape
 from sfa_onnx.passes.shapes.types import type_step
@@ -75,7 +74,7 @@ class Concrete:
                     self.symbols[dim] = next(primes)
         for dims in index.entering.values():
             for dim in dims or ():
-                if isinstance(dim, str) and _size_of(dim, self.symbols) is None:
+                if isinstance(dim, str) and size_of(dim, self.symbols) is None:
                     self.symbols[dim] = next(primes)
         self._fresh = primes
         self._shapes: dict[str, Shape | None] = {}
@@ -88,6 +87,13 @@ class Concrete:
         """Whether any value that enters has a dim without a number."""
         shapes = self.index.entering.values()
         return any(not isinstance(d, int) for dims in shapes for d in dims or ("?",))
+
+    @property
+    def equal(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of symbols that turned out to be one size."""
+        first: dict[int, str] = {}
+        pairs = ((first.setdefault(size, symbol), symbol) for symbol, size in self.symbols.items())
+        return tuple((a, b) for a, b in pairs if a != b)
 
     # -- shapes -----------------------------------------------------------------------------------
 
@@ -140,7 +146,7 @@ class Concrete:
         dims = self.index.shape(value)
         if dims is None:
             return None
-        sizes = [d if isinstance(d, int) else _size_of(d, self.symbols) for d in dims]
+        sizes = [d if isinstance(d, int) else size_of(d, self.symbols) for d in dims]
         return None if any(s is None for s in sizes) else tuple(int(s or 0) for s in sizes)
 
     def _guess(self, value: str) -> Shape | None:
@@ -150,7 +156,7 @@ class Concrete:
             return None
         sizes: list[int] = []
         for d in dims:
-            known = d if isinstance(d, int) else _size_of(d, self.symbols)
+            known = d if isinstance(d, int) else size_of(d, self.symbols)
             sizes.append(next(self._fresh) if known is None else known)
         return tuple(sizes)
 
@@ -213,6 +219,10 @@ class Concrete:
         common = math.gcd(a, b)
         sizes = list(dict.fromkeys(self.symbols.values()))
         left, right = ([n for n in sizes if rest % n == 0] for rest in (a // common, b // common))
+        if not left and right == [b // common]:
+            return [(a // common, b // common)]
+        if not right and left == [a // common]:
+            return [(b // common, a // common)]
         if math.prod(left) != a // common or math.prod(right) != b // common:
             return []
         pairs = list(zip(left, right, strict=False))
@@ -303,60 +313,6 @@ class Concrete:
         for name in chain:
             self._types[name] = found
         return found
-
-
-_OPERATORS: dict[type, Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_FUNCTIONS: dict[str, Callable[..., int]] = {
-    "Min": min,
-    "Max": max,
-    "min": min,
-    "max": max,
-    "floor": lambda x: x,
-}
-
-
-def _size_of(text: str | None, symbols: Mapping[str, int]) -> int | None:
-    """The size a dim_param such as "seq", "s27 + 1" or "Min(8, seq)" stands for."""
-    if not text:
-        return None
-    if text in symbols:
-        return symbols[text]
-    if len(text) > 200:
-        return None
-    try:
-        return _evaluate(ast.parse(text, mode="eval").body, symbols)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, TypeError):
-        return None
-
-
-def _evaluate(tree: ast.expr, symbols: Mapping[str, int]) -> int:
-    match tree:
-        case ast.Constant(value=int(number)):
-            return number
-        case ast.Name(id=name):
-            return symbols[name]
-        case ast.BinOp(left=left, op=op, right=right):
-            if isinstance(op, ast.Pow):
-                raise ValueError(text_of(tree))
-            return _OPERATORS[type(op)](_evaluate(left, symbols), _evaluate(right, symbols))
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_evaluate(operand, symbols)
-        case ast.Call(func=ast.Name(id=name), args=args):
-            return _FUNCTIONS[name](*(_evaluate(a, symbols) for a in args))
-    raise ValueError(text_of(tree))
-
-
-def text_of(tree: ast.expr) -> str:
-    """The source of an expression, for messages."""
-    return ast.unparse(tree)
 
 
 def _infer_by_schema(sizes: Concrete, node: onnx.NodeProto) -> list[Shape | None]:

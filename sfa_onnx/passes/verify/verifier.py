@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx
 
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.passes.verify.classes import fingerprint
 from sfa_onnx.passes.verify.extract import (
     UnverifiableError,
@@ -22,7 +22,8 @@ from sfa_onnx.passes.verify.open.sizes import Opened, open_sizes
 from sfa_onnx.passes.verify.probes import PROBES, Probe
 from sfa_onnx.passes.verify.rounding import rounded_rows
 from sfa_onnx.passes.verify.site import QUESTIONS, Site, inputs_as
-from sfa_onnx.passes.verify.sizes.concrete import Sizer, canonical_shapes
+from sfa_onnx.passes.verify.sizes.concrete import Sizer
+from sfa_onnx.passes.verify.sizes.equal import assumed_equal, canonical_shapes, unified
 from sfa_onnx.report import VerifyRecord
 
 __all__ = ["Verifier"]
@@ -54,7 +55,7 @@ class Verifier:
         self._probes = probes
         self._budget = budget
         self._quick = quick
-        self._concrete = Concrete(index)
+        self._sizes: dict[tuple[tuple[str, str], ...], Concrete] = {}
         self._known: dict[str, tuple[str, _Verdict]] = {}
 
     def verify(self, candidate: Candidate) -> _Verdict:
@@ -63,10 +64,11 @@ class Verifier:
             region = extract_region(self._index, candidate)
             replacement = extract_replacement(self._index, candidate)
             masks = mask_models(self._index, candidate)
-            shapes = canonical_shapes(self._concrete, candidate)
+            sizes = self._sizes.setdefault(candidate.equal, unified(self._index, candidate))
+            shapes = canonical_shapes(sizes, candidate)
         except UnverifiableError as error:
             return error.refusal
-        if (rounded := rounded_rows(self._index, self._concrete, candidate)) is not None:
+        if (rounded := rounded_rows(self._index, sizes, candidate)) is not None:
             return rounded
         key = fingerprint(candidate, region, replacement, masks.values(), shapes)
         label = self._index.label(candidate.anchor)
@@ -77,13 +79,17 @@ class Verifier:
                 result = self._judge(candidate, region, replacement, masks)
             except UnverifiableError as error:
                 result = error.refusal
+            except SizesMeetError as meet:
+                hint = "export with these sizes fixed, or as one name"
+                result = Refusal(str(meet), candidate.outputs[0], hint)
             if isinstance(result, VerifyRecord):
                 result = dataclasses.replace(result, seconds=time.monotonic() - begin)
             self._known[key] = (label, result)
         first, known = self._known[key]
         if isinstance(known, Refusal):
             return known
-        assumptions = (*_assumptions(candidate), *known.assumptions)
+        equal = assumed_equal(self._index, candidate) if candidate.equal else []
+        assumptions = (*_assumptions(candidate, equal), *known.assumptions)
         if not shared:
             return dataclasses.replace(known, assumptions=assumptions)
         return dataclasses.replace(known, assumptions=assumptions, shared_with=first, seconds=0.0)
@@ -149,9 +155,12 @@ class Verifier:
         return dataclasses.replace(record, probes=(*record.probes, asked))
 
 
-def _assumptions(candidate: Candidate) -> tuple[str, ...]:
+def _assumptions(candidate: Candidate, equal: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """What the verdict rests on beyond the probes, and who guarantees it."""
-    found = []
+    found = [
+        f"the sizes {a} and {b} are equal: discharged by nobody: the caller of the model"
+        for a, b in equal
+    ]
     for operand in candidate.operands:
         domain = operand.domain
         if domain.assumption:

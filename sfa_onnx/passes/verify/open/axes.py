@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
-from sfa_onnx.passes.verify.sizes.concrete import operand_shapes
+from sfa_onnx.passes.verify.sizes.equal import operand_shapes
 from sfa_onnx.passes.verify.sizes.forms import SMALL, Form, Forms
 from sfa_onnx.passes.verify.sizes.roles import KEYS
 

@@ -26,12 +26,12 @@ from sfa_onnx.passes.verify.sizes.choices import (
     OPENED_OTHERS,
     OTHERS,
 )
+from sfa_onnx.passes.verify.sizes.equal import Shapes, operand_shapes, settled
 from sfa_onnx.passes.verify.sizes.forms import Family
 from sfa_onnx.passes.verify.sizes.roles import KEYS, find_roles, ragged
 
-__all__ = ["Dims", "Sizer", "canonical_shapes", "integer_constants", "operand_shapes"]
+__all__ = ["Dims", "Sizer", "integer_constants"]
 
-Shapes = dict[str, tuple[int, ...]]
 _Key = tuple[tuple[str, int], ...]  # sizes of the symbols
 
 MEMORY_LIMIT = 2_000_000_000  # bytes of one run in float64
@@ -92,13 +92,13 @@ class Sizer:
         self._layout_kv = layout_kv
         self._family = family
         self._ragged = ragged(candidate)
-        base = Concrete(index)
-        self._primes = dict(base.symbols)
+        sizes, groups = settled(index, candidate)
+        self._primes = dict(sizes.symbols)
         self._efforts: list[Effort] = []  # per choice
         self._evaluated: dict[_Key, Shapes] = {}
         self._known: dict[_Key, Effort] = {}
         self._unlimited = False
-        self._roles = find_roles(self._evaluate, self._primes, candidate, layout_kv)
+        self._roles = find_roles(self._evaluate, self._primes, groups, candidate, layout_kv)
         self._decided = {s for s, r in self._roles.items() if r & {"S1", "S2", "K", "T", "T2"}}
 
     def bases(self) -> list[tuple[Shapes, Dims]]:
@@ -314,37 +314,6 @@ class Sizer:
             found = operand_shapes(Concrete(self._index, symbols), self._candidate)
             self._evaluated[key] = found
         return self._evaluated[key]
-
-
-def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:
-    """Shape of every operand at the sizes of `concrete`.
-
-    Raises:
-        UnverifiableError: a shape cannot be told.
-    """
-    shapes: Shapes = {}
-    for operand in candidate.operands:
-        shape = concrete.shape(operand.value)
-        if shape is None or len(shape) != len(operand.axes):
-            raise UnverifiableError(
-                Refusal(
-                    f"the shape of {operand.value!r} cannot be told without running the model",
-                    operand.value,
-                    "export with shapes, or run onnx.shape_inference on the file first",
-                )
-            )
-        shapes[operand.value] = shape
-    return shapes
-
-
-def canonical_shapes(concrete: Concrete, candidate: Candidate) -> list[tuple[int, ...]]:
-    """Operand shapes with symbols numbered by appearance: equal for equal sites."""
-    symbols = set(concrete.symbols.values())
-    seen: dict[int, int] = {}
-    return [
-        tuple(seen.setdefault(n, -1 - len(seen)) if n in symbols else n for n in shape)
-        for shape in operand_shapes(concrete, candidate).values()
-    ]
 
 
 def integer_constants(region: onnx.ModelProto) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 
@@ -15,22 +15,24 @@ Shapes = dict[str, tuple[int, ...]]
 def find_roles(
     evaluate: Callable[[Mapping[str, int]], Shapes],
     symbols: Mapping[str, int],
+    groups: Iterable[Sequence[str]],
     candidate: Candidate,
     layout_kv: str,
 ) -> dict[str, set[str]]:
-    """Symbol -> what it sizes, found by changing one symbol at a time.
+    """Symbol -> what it sizes, found by changing one size at a time.
 
     Args:
         evaluate: shapes of the operands for sizes of the symbols.
         symbols: sizes to start from.
+        groups: symbols that are one size; those left out have a size that cannot change.
         candidate: the site.
         layout_kv: how the graph takes its keys.
     """
     base = evaluate(symbols)
     found: dict[str, set[str]] = {}
     used: dict[tuple[str, int], int] = {}  # (operand, merged axis) -> symbols seen so far
-    for symbol, size in symbols.items():
-        changed = evaluate({**symbols, symbol: size + 4})
+    for group in groups:
+        changed = evaluate({**symbols, **{s: symbols[s] + 4 for s in group}})
         roles: set[str] = set()
         for operand in candidate.operands:
             before, after = base[operand.value], changed[operand.value]
@@ -40,7 +42,7 @@ def find_roles(
                     roles.add(_role(candidate, layout_kv, operand, axis, used.get(place, 0)))
                     used[place] = used.get(place, 0) + 1
         if roles:
-            found[symbol] = roles - {""} or {"other"}
+            found |= {symbol: roles - {""} or {"other"} for symbol in group}
     return found
 
 

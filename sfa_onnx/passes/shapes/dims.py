@@ -1,0 +1,62 @@
+"""Numbers for dims that a file spells as expressions of symbols."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+
+__all__ = ["size_of", "text_of"]
+
+_OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "Min": min,
+    "Max": max,
+    "min": min,
+    "max": max,
+    "floor": lambda x: x,
+}
+
+
+def size_of(text: str | None, symbols: Mapping[str, int]) -> int | None:
+    """The size a dim_param such as "seq", "s27 + 1" or "Min(8, seq)" stands for."""
+    if not text:
+        return None
+    if text in symbols:
+        return symbols[text]
+    if len(text) > 200:
+        return None
+    try:
+        return _evaluate(ast.parse(text, mode="eval").body, symbols)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, TypeError):
+        return None
+
+
+def _evaluate(tree: ast.expr, symbols: Mapping[str, int]) -> int:
+    match tree:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return symbols[name]
+        case ast.BinOp(left=left, op=op, right=right):
+            if isinstance(op, ast.Pow):
+                raise ValueError(text_of(tree))
+            return _OPERATORS[type(op)](_evaluate(left, symbols), _evaluate(right, symbols))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, symbols)
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return _FUNCTIONS[name](*(_evaluate(a, symbols) for a in args))
+    raise ValueError(text_of(tree))
+
+
+def text_of(tree: ast.expr) -> str:
+    """The source of an expression, for messages."""
+    return ast.unparse(tree)
