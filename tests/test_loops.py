@@ -153,5 +153,7 @@ def test_a_softmax_per_sequence(other):
 def test_other_rows_fuse_into_equal_numbers_or_not_at_all(name):
     count, reasons = fused_sites(Rows(MISSES[name]), ("q", "kv", "wish"))
     assert count + len(reasons) == 1
+    if name in ("indices_crossed", "caches_crossed", "order", "scales"):
+        assert "are put together from gathers that are not one" in reasons[0]
     if name in ("scales", "rope_crossed", "rope_indices"):
         assert count == 0

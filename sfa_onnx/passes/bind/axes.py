@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
-from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.mask import Kept, Literal, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import NotASite, Site
 from sfa_onnx.passes.bind.sources import all_reads, index_sources
-from sfa_onnx.passes.bind.usage import reworked
+from sfa_onnx.passes.bind.usage import reworked, threshold
 
 __all__ = ["check_rows", "rows_changed", "splits", "take_masks", "tell_rows"]
 
@@ -88,6 +88,13 @@ def _unselected(site: Site) -> Stop | None:
     where = site.nope.deep.ref.value
     if (changed := rows_changed(tracer, where)) is not None:
         return changed
+    if _gathered_apart(tracer, site.nope.deep.ref, site.key):
+        return Stop(
+            f"the rows {where} are put together from gathers that are not one: sequences in another"
+            " order or of other lengths, other factors, or indices computed one by one",
+            where,
+            "stack the indices instead of the rows and gather once, or attend sequence by sequence",
+        )
     inverted = next((v for v in site.visible if v.hides), None)
     if inverted is not None:
         return Stop(
@@ -95,6 +102,8 @@ def _unselected(site: Site) -> Stop | None:
             inverted.ref.value,
             "expected a mask that keeps exactly the selected keys",
         )
+    if (bound := _bounded_only(site)) is not None:
+        return bound
     if site.visible:
         names = ", ".join(v.ref.value for v in site.visible)
         return Stop(
@@ -102,11 +111,34 @@ def _unselected(site: Site) -> Stop | None:
             site.visible[0].ref.value,
             "expected: visible = selected and (any other masks)",
         )
+    maker = tracer.index.node_of(where)
+    if maker is not None and maker.op_type in ("Loop", "Scan"):
+        label = tracer.index.label(tracer.index.producer[where])
+        return Stop(
+            f"the keys {where} are gathered by the body of {maker.op_type} {label}, which is not"
+            " followed",
+            where,
+            "gather the rows of all sequences at once (batch_dims=1 instead of map_fn)",
+        )
     return Stop(
         f"a selection feeds the attention, but the keys {where} are not gathered by it",
         where,
         "expected keys gathered by one index tensor, or a scattered mask",
     )
+
+
+def _bounded_only(site: Site) -> Stop | None:
+    """Masks that a threshold bounds: they keep any number of keys where scores tie."""
+    for mask in site.visible:
+        found = threshold(site.tracer.index, mask.ref.value)
+        if found is not None:
+            return Stop(
+                f"keys are selected by a threshold ({found[0]} with values of TopK {found[1]}):"
+                " scores that tie make the number of keys unbounded",
+                mask.ref.value,
+                "scatter the indices of the TopK into the mask; do not compare with its values",
+            )
+    return None
 
 
 def rows_changed(tracer: Tracer, where: str) -> Stop | None:
@@ -137,6 +169,21 @@ def _selects(read: Read, key: Label) -> bool:
         if any(_selects(inner, key) for inner in coordinate.reads):
             return True
     return False
+
+
+def _gathered_apart(tracer: Tracer, ref: Ref, key: Label, deep: int = 4) -> bool:
+    """Whether rows are put together from parts, every one of them gathered by an index per key."""
+    step = tracer.step(ref)
+    if not deep or not isinstance(step, Pieces) or step.label == key:
+        return False
+    for _, _, part in step.parts:
+        inner = tracer.step(part)
+        while isinstance(inner, Move | Scaled):
+            part, inner = inner.ref, tracer.step(inner.ref)
+        alone = any(_selects(r, key) for c in part.coords for r in c.reads)
+        if not alone and not _gathered_apart(tracer, part, key, deep - 1):
+            return False
+    return True
 
 
 def tell_rows(site: Site, others: set[Label]) -> None:
