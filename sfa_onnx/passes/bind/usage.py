@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import onnx
+
 from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["counts_batches", "follows_itself", "measured", "prefix_sums", "reworked"]
+__all__ = ["counts_batches", "follows_itself", "kth_best", "measured", "prefix_sums", "reworked"]
+__all__ += ["threshold"]
 
 _MEASURE_STEPS, _REWORK_STEPS = 8, 64
 _ENDS = frozenset(("Constant", "MatMul", "Shape", "Size", "Softmax", "TopK"))
@@ -15,8 +18,10 @@ _VIEWS = frozenset(  # operators whose first input alone is data
 ) | frozenset(("Transpose", "Unsqueeze", "DequantizeLinear"))
 _JOINS = frozenset(("Concat", "Mul", "Where"))
 _GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
-_PICKS = frozenset(("MatMul", "Einsum", "FusedMatMul"))
 _CARRIERS = frozenset(("Cast", "Identity", "Not", "Reshape", "Squeeze", "Unsqueeze"))
+_PARTS = (_VIEWS - {"Tile"}) | {"Gather", "ReduceMin"}
+_LOGIC = _CARRIERS | {"And", "Expand", "Or", "Where", "Transpose"}
+_PICKS = frozenset(("MatMul", "Einsum", "FusedMatMul"))
 
 
 def measured(index: GraphIndex, inner: set[int], kept: set[str]) -> set[int]:
@@ -109,6 +114,40 @@ def reworked(index: GraphIndex, value: str) -> list[int]:
 
     gathers(value)
     return sorted(found)
+
+
+def kth_best(index: GraphIndex, node: onnx.NodeProto) -> str:
+    """The TopK whose values (not indices), or their views, a comparison meets; else ""."""
+    if node.op_type not in _COMPARISONS:
+        return ""
+    for value in node.input:
+        made = value
+        for _ in range(_MEASURE_STEPS):
+            maker = index.node_of(made)
+            if maker is None:
+                break
+            if maker.op_type == "TopK" and made == maker.output[0]:
+                return index.label(index.producer[made])
+            if maker.op_type not in _PARTS:
+                break
+            made = maker.input[0]
+    return ""
+
+
+def threshold(index: GraphIndex, mask: str) -> tuple[str, str] | None:
+    """(comparison, TopK) where a mask keeps what is at least the k-th best score."""
+    stack, seen = [mask], set[str]()
+    while stack and len(seen) < _REWORK_STEPS:
+        value = stack.pop()
+        node = index.node_of(value)
+        if node is None or value in seen:
+            continue
+        seen.add(value)
+        if best := kth_best(index, node):
+            return f"{node.op_type} {index.label(index.producer[value])}", best
+        if node.op_type in _LOGIC:
+            stack += node.input
+    return None
 
 
 def prefix_sums(index: GraphIndex, value: str) -> bool:

@@ -10,6 +10,8 @@ from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.axes.trace import Tracer
 from sfa_onnx.passes.bind.scores import sums_products
 from sfa_onnx.passes.bind.site import Anchor
+from sfa_onnx.passes.bind.usage import kth_best
+from sfa_onnx.passes.find.bodies import gathered_in_body
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = [
@@ -82,7 +84,7 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
     stack = list(roots)
     seen: set[Root] = set()
     perhaps, met = "", set[bool]()  # whether the products that make the scores have a weight
-    surely = False
+    surely = bounded = False
     while stack:
         value, depth = stack.pop()
         if not value or (value, depth) in seen or len(seen) > _SEEN:
@@ -95,6 +97,9 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
             perhaps = perhaps or ("" if _is_table(index, node.input[0]) else "maybe")
         if not depth and node.op_type in PRODUCTS:
             met.add(any(is_weight(index, n) for n in node.input[:2]))
+        bounded = bounded or (not depth and bool(kth_best(index, node)))
+        if depth and gathered_in_body(node, value, lambda a, b: _chooses(index, a, b)):
+            surely, perhaps = True, "perhaps"
         if _selects(index, node, depth):
             surely = surely or node.op_type != "Equal"
             perhaps = "perhaps"
@@ -102,7 +107,12 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
             stack += _follow(index, node, depth)
     if met == {True}:
         return ""  # a projection and a mask of its best, as in a router
-    return "surely" if surely else perhaps
+    return "surely" if surely or (bounded and False in met) else perhaps
+
+
+def _chooses(index: GraphIndex, data: str, indices: str) -> bool:
+    kind = _selection(index, indices)
+    return kind == "TopK" or (kind == "input" and not _is_table(index, data))
 
 
 def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
@@ -112,8 +122,7 @@ def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
             return picks_rows(index, node)
         if op not in GATHERS:
             return False
-        kind = _selection(index, node.input[1])
-        return kind == "TopK" or (kind == "input" and not _is_table(index, node.input[0]))
+        return _chooses(index, node.input[0], node.input[1])
     if op in _SCATTERS:
         inputs = node.input[:2] if op == "OneHot" else node.input[:3]
         return any(_selection(index, n) in _ROWS for n in inputs)
@@ -190,7 +199,7 @@ def _is_table(index: GraphIndex, value: str) -> bool:
             continue
         seen.add(name)
         node = index.node_of(name)
-        if node is None or node.op_type in PRODUCTS or len(seen) > _DATA:
+        if node is None or node.op_type in PRODUCTS or len(seen) > _DATA or index.is_given(name):
             return False
         if node.op_type not in ("Shape", "Size"):
             stack += node.input[:1] if node.op_type in GATHERS else node.input

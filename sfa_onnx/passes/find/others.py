@@ -31,6 +31,7 @@ _QUIET = frozenset(
     ("IsNaN", "Less", "Max", "Mul", "Neg", "Not", "Reciprocal", "ReduceMax", "ReduceSum", "Reshape")
 )
 _QUIET |= {"Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
+_VIEWS = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _READERS = GATHERS | frozenset(("ScatterElements", "ScatterND", "OneHot", "Equal"))
 
 
@@ -61,8 +62,10 @@ def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
     ]
     for i in products:
         pair = _pair(index, i, taken)
-        if pair is not None and _is_fed(tracer, pair):
+        if pair is not None and _is_fed(tracer, pair) and not _makes_scores(index, i, taken):
             yield _refused(index, pair)
+        elif (best := _best_weights(index, i, taken)) is not None:
+            yield _of_weights(index, i, *best)
     if not products:
         return
     for i in [i for i, kind in kinds.items() if kind == "TopK"]:
@@ -182,6 +185,54 @@ def _refused(index: GraphIndex, pair: _Pair) -> RefusedSite:
     at = next(o for o in index.nodes[anchor].output if o)
     steps = (f"scores {first}", f"weighted sum {last}")
     return RefusedSite(anchor, index.layer(anchor), Refusal(reason, at, hint), steps)
+
+
+def _makes_scores(index: GraphIndex, product: int, taken: set[int]) -> bool:
+    """Whether a softmax comes behind a product, before the next one."""
+    stack, seen = list(index.nodes[product].output), set[int]()
+    while stack and len(seen) < _NEAR:
+        for i, _ in index.uses(stack.pop()):
+            if i in taken or index.nodes[i].op_type == "Softmax":
+                return True
+            if i not in seen and index.nodes[i].op_type not in PRODUCTS | {"Shape", "TopK"}:
+                seen.add(i)
+                stack += index.nodes[i].output
+    return False
+
+
+def _best_weights(index: GraphIndex, weighted: int, taken: set[int]) -> tuple[int, int] | None:
+    """(softmax, TopK) where the weights of a sum are the best that a softmax of q.k leaves."""
+    stack, seen = _operands(index, index.nodes[weighted]), set[int]()
+    while stack and len(seen) < _NEAR:
+        i = index.producer.get(stack.pop())
+        if i is None or i in seen:
+            continue
+        seen.add(i)
+        node = index.nodes[i]
+        if node.op_type == "TopK":
+            made = index.producer.get(node.input[0])
+            while made is not None and index.nodes[made].op_type in _VIEWS:
+                made = index.producer.get(index.nodes[made].input[0])
+            soft = made is not None and (made in taken or index.nodes[made].op_type == "Softmax")
+            if made is not None and soft:
+                scores = _upstream(index, index.nodes[made].input[0], set())
+                return (made, i) if scores is not None and scores[0] else None
+        elif node.op_type not in PRODUCTS | GATHERS | {"Softmax", "Shape"} and i not in taken:
+            stack += [n for n in node.input if n]
+    return None
+
+
+def _of_weights(index: GraphIndex, weighted: int, softmax: int, best: int) -> RefusedSite:
+    name, last = index.label(best), index.label(weighted)
+    reason = (
+        f"TopK {name} selects keys by the weights of {index.nodes[softmax].op_type}"
+        f" {index.label(softmax)} themselves: the operator needs its indices before it runs"
+    )
+    hint = "select by scores of an indexer in front of the softmax"
+    refusal = Refusal(reason, index.nodes[best].output[0], hint)
+    return RefusedSite(
+        softmax, index.layer(softmax), refusal, (f"selection {name}", f"weighted sum {last}")
+    )
 
 
 def _is_indexer(index: GraphIndex, node: onnx.NodeProto) -> bool:
