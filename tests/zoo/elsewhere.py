@@ -38,6 +38,7 @@ class Spec:
     select: str = "where"  # or "arithmetic"
     guard: str = ""  # "all", "any", "max": how a row without keys is told
     mask: str = "negative"  # or "max", "sum", "line": one_hot over all keys
+    flat: bool = False  # rows of all batches on one axis
     opset: int = 17
     nameless: bool = False
     softmax: str = ""  # "spread": by hand, with reductions that drop their axis
@@ -111,10 +112,19 @@ def _softmax(g: Graph, s: Spec, x: str) -> str:
     return g.op("Where", empty, _f32(g, 0.0), p)
 
 
+def _rows(g: Graph, s: Spec, idx: str) -> str:
+    if not s.flat:
+        return g.op("GatherND", "kv", g.unsqueeze(idx, -1), batch_dims=1)
+    count, length = (g.squeeze(_sizes(g, "kv", axis), 0) for axis in (0, 1))
+    batch = g.op("Range", g.const(0, np.int64), count, g.const(1, np.int64))
+    start = g.op("Mul", g.unsqueeze(batch, 1, 2), length)
+    return g.op("Gather", g.reshape("kv", -1, s.C + s.R), g.op("Add", idx, start), axis=0)
+
+
 def _gathered(g: Graph, s: Spec) -> str:
     idx = g.cast("indices", "i64")
     bad = g.unsqueeze(g.op("Less", idx, g.const(0, np.int64)), 2)
-    rows = g.op("GatherND", "kv", g.unsqueeze(g.op("Max", idx, g.ints(0)), -1), batch_dims=1)
+    rows = _rows(g, s, g.op("Max", idx, g.ints(0)))
     x = _times(g, s, "query", g.op("Transpose", rows, perm=[0, 1, 3, 2]))
     x = _hidden(g, s, bad, g.op("Mul", x, _f32(g, 0.17)))
     if s.edit == "sequence":  # a split that was not optimised
@@ -258,6 +268,10 @@ def cases() -> Iterator[Case]:
     yield case("unsorted", Spec(edit="unsorted", select="arithmetic"))
     for style in ("unset", "minus", "dotted"):
         yield case(f"open-{style}", Spec(edit=style, nameless=True))
+    yield case("flat", Spec(flat=True))
+    for product in ("matmul", "reshaped"):  # the batch of the query is another name than the keys'
+        yield case(f"flat-{product}-nameless", Spec(flat=True, product=product, nameless=True))
+    yield case("flat-open-unset", Spec(flat=True, edit="unset", nameless=True))
     yield case("sequence", Spec(edit="sequence"))
     yield case("hot-line", Spec(mask="line"))
     yield case("hot-max", Spec(mask="max"))
@@ -270,7 +284,11 @@ def cases() -> Iterator[Case]:
         ),
         ("kept by another mask", "scaled by", Spec(select="arithmetic")),
         ("another score", "weights are set to zero|not bool", Spec(guard="all")),
-        ("one hidden key", "weights are set to zero|not bool", Spec(guard="all")),
+        (
+            "one hidden key",
+            "weights are set to zero|not bool|joins several flags",
+            Spec(guard="all"),
+        ),
         ("complement", "hides the selected|not a selection|mask", Spec(mask="max")),
         ("soft", "bias|-4", Spec(mask="sum")),
         ("soft line", "bias|-4|added to", Spec(mask="line")),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import onnx
 
 from sfa_onnx.passes.axes.expr import label_of
 from sfa_onnx.passes.axes.trace import Ref
@@ -10,8 +13,9 @@ from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.bind.sources import all_selected, key_limit
 from sfa_onnx.passes.candidate import Domain
 from sfa_onnx.passes.emit.select import from_topk
+from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["chosen_domain", "finished_domain", "mask_domain"]
+__all__ = ["chosen_domain", "finished_domain", "mask_domain", "table_domain", "unread_table"]
 
 _MASKED = float(np.finfo(np.float32).min)
 
@@ -56,3 +60,16 @@ def mask_domain(is_bool: bool, positive: bool) -> Domain:
     if is_bool:
         return Domain() if positive else Domain(values=(0.0, 1.0))
     return Domain(values=(0.0, _MASKED))
+
+
+def unread_table(index: GraphIndex, value: str) -> bool:
+    """Whether `value` is a bool table of the file that is too large to be read."""
+    tensor = index.initializers.get(value)
+    bools = tensor is not None and tensor.data_type == onnx.TensorProto.BOOL
+    return bools and index.mask_table(value) is None
+
+
+def table_domain(value: str, domain: Domain) -> Domain:
+    """Of a mask that is such a table: verified whatever it holds, as a mask that is fed."""
+    assumed = f"the table {value!r} shows every row one of its keys"
+    return replace(domain, assumption=assumed, discharged_by="the file (too large to be read)")

@@ -10,7 +10,13 @@ import onnx
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Tracer
-from sfa_onnx.passes.bind.domains import chosen_domain, finished_domain, mask_domain
+from sfa_onnx.passes.bind.domains import (
+    chosen_domain,
+    finished_domain,
+    mask_domain,
+    table_domain,
+    unread_table,
+)
 from sfa_onnx.passes.bind.mask import Selected, Visible
 from sfa_onnx.passes.bind.packed import PackedSite
 from sfa_onnx.passes.bind.site import Site
@@ -258,9 +264,13 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
                 _add_indices(site, ref, known, names)
     for literal in site.visible:
         constant = literal.ref.value in site.tracer.index.initializers
-        if constant or literal.among or (not site.finished and _from_indices(site, literal, known)):
+        unread = constant and unread_table(site.tracer.index, literal.ref.value)
+        if (constant and not unread) or literal.among:
             continue
-        add(literal.ref, Role.MASK, mask_domain(literal.is_bool, literal.positive))
+        if not site.finished and _from_indices(site, literal, known):
+            continue
+        domain = mask_domain(literal.is_bool, literal.positive)
+        add(literal.ref, Role.MASK, table_domain(literal.ref.value, domain) if unread else domain)
     return known
 
 
@@ -271,8 +281,9 @@ def _from_indices(site: Site, literal: Visible, known: dict[str, Operand]) -> bo
 
 
 def _constant(site: Site, role: Role, value: str) -> bool:
-    """Initializers are no operands, except the weight of an expansion."""
-    return role is not Role.EXPANSION and value in site.tracer.index.initializers
+    """Initializers are no operands, except the weight of an expansion and masks too large."""
+    stays = role in (Role.EXPANSION, Role.MASK)
+    return not stays and value in site.tracer.index.initializers
 
 
 def _add_selected(site: Site, selected: Selected, known: dict[str, Operand], names: _Names) -> None:

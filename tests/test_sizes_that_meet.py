@@ -1,0 +1,113 @@
+"""Sizes that inputs name differently and the graph makes one; masks too large to be read."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+import sfa_onnx
+from tests.zoo.judge import run_fused, run_original
+from tests.zoo.write import Graph
+
+N, C, R, K = 2, 16, 8, 8
+
+
+def attention(g: Graph, query: str, rows: str, mask: str = "") -> str:
+    x = g.op("MatMul", query, g.op("Transpose", rows, perm=[0, 1, 3, 2]))
+    x = g.op("Mul", x, g.const(0.17, np.float32))
+    if mask:
+        x = g.op("Where", mask, x, g.const(-np.inf, np.float32))
+    return g.op("MatMul", g.op("Softmax", x, axis=-1), g.cut(rows, 0, C))
+
+
+def fixed_batch() -> onnx.ModelProto:
+    """The query declares (b, s), keys and indices (2, s): rows b * s and 2 * s meet."""
+    g = Graph(18)
+    rows = g.op("GatherND", "kv", g.unsqueeze("indices", -1), batch_dims=1)
+    query, rows = g.reshape("query", -1, 1, N, C + R), g.reshape(rows, -1, 1, K, C + R)
+    inputs = {
+        "query": ("f32", ("b", "s", N, C + R)),
+        "kv": ("f32", (2, "t", C + R)),
+        "indices": ("i64", (2, "s", K)),
+    }
+    return g.model(inputs, {"out": ("f32", ("n", 1, N, C))}, [attention(g, query, rows)])
+
+
+def static_table(size: int, kind: str = "bool", *, inverted: bool = False) -> onnx.ModelProto:
+    """Causal rule as a [1, 1, size, size] table of the file."""
+    g = Graph(18)
+    table = np.tril(np.ones((size, size), bool))[None, None]
+    t = g.const(~table if inverted else table)
+    t = g.op("Not", t) if inverted else t
+    if kind == "f32":
+        t = g.const(np.where(table, 0, -np.inf).astype(np.float32))
+    zeros = g.op("Expand", g.const(0, np.float32), g.ints(1, size, size))
+    ones = g.op("Expand", g.const(1, np.float32), g.ints(1, size, K))
+    hot = g.cast(g.op("ScatterElements", zeros, "indices", ones, axis=-1), "bool")
+    query, keys = g.op("Transpose", "query", perm=[0, 2, 1, 3]), g.unsqueeze("kv", 1)
+    hot = g.unsqueeze(hot, 1)
+    x = g.op("MatMul", query, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    x = g.op("Mul", x, g.const(0.17, np.float32))
+    hidden = g.const(-np.inf, np.float32)
+    if kind == "f32":
+        x = g.op("Add", g.op("Where", hot, x, hidden), t)
+    else:
+        x = g.op("Where", g.op("And", hot, t), x, hidden)
+    out = g.op("MatMul", g.op("Softmax", x, axis=-1), g.cut(keys, 0, C))
+    inputs = {
+        "query": ("f32", (1, size, N, C + R)),
+        "kv": ("f32", (1, size, C + R)),
+        "indices": ("i64", (1, size, K)),
+    }
+    out = g.op("Transpose", out, perm=[0, 2, 1, 3])
+    return g.model(inputs, {"out": ("f32", (1, size, N, C))}, [out])
+
+
+def feeds(batch: int, rows: int, keys: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    indices = rng.permuted(np.tile(np.arange(keys), (batch, rows, 1)), axis=-1)[..., :K]
+    here = (indices == 0).any(-1)
+    indices[..., 0] = np.where(here, indices[..., 0], 0)  # every row sees the first key
+    return {
+        "query": rng.standard_normal((batch, rows, N, C + R)).astype(np.float32),
+        "kv": rng.standard_normal((batch, keys, C + R)).astype(np.float32),
+        "indices": indices,
+    }
+
+
+def agree(model: onnx.ModelProto, fused: onnx.ModelProto, given: dict[str, np.ndarray]) -> None:
+    (want,), (got,) = run_original(model, given), run_fused(fused, given)
+    assert np.isfinite(want).all()
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-6)
+
+
+def test_symbol_that_meets_a_number_is_that_number() -> None:
+    model = fixed_batch()
+    report = sfa_onnx.fuse(model)
+    assert len(report.fused) == 1, report.sites[0].reason
+    for rows, keys in ((3, 20), (1, 11)):
+        agree(model, report.model, feeds(2, rows, keys))
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_bool_table_too_large_to_read_is_a_mask_as_if_fed(inverted: bool) -> None:
+    size = 1100  # more than 1 MiB
+    model = static_table(size, inverted=inverted)
+    report = sfa_onnx.fuse(model)
+    assert len(report.fused) == 1, report.sites[0].reason
+    record = report.sites[0].record
+    assert record is not None
+    assert not any(
+        np.prod(t.dims) >= size**2
+        for t in model.graph.initializer
+        if t.name in record.constants_read
+    )
+    agree(model, report.model, feeds(1, size, size))
+    assert any("too large to be read" in text for text in record.assumptions)
+
+
+def test_float_table_too_large_to_read_is_refused() -> None:
+    (site,) = sfa_onnx.fuse(static_table(1100, "f32")).sites
+    assert site.status == "refused"
+    assert "cannot be shown to hold only 0 and -inf" in site.reason
