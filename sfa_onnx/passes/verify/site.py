@@ -26,6 +26,7 @@ from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.promote import promote
 from sfa_onnx.passes.verify.sizes.concrete import Sizer, integer_constants
+from sfa_onnx.passes.verify.unrunnable import first_line, unrunnable
 from sfa_onnx.report import ProbeResult, VerifyRecord
 
 __all__ = ["QUESTIONS", "Site", "inputs_as"]
@@ -81,7 +82,7 @@ class Site:
         except RuntimeError as error:
             raise UnverifiableError(
                 Refusal(
-                    f"the site cannot be run in float64: {_first_line(error)}",
+                    f"the site cannot be run in float64: {first_line(error)}",
                     candidate.outputs[0],
                 )
             ) from error
@@ -211,18 +212,13 @@ class Site:
                 self._region.run(feeds)
                 self._most = 1 if time.thread_time() - begin > _SLOW else None
             except RuntimeError as error:
-                errors.append(_first_line(error))
+                errors.append(first_line(error))
                 continue
             marks = integer_constants(self._region_model)
             others = [o for o in self._sizer.others(marks) if o[0] != shapes]
             self._problem = dataclasses.replace(problem, others=tuple(others))
             return self._problem
-        raise UnverifiableError(
-            Refusal(
-                f"the site could not be run at any probe size: {errors[0]}",
-                self._candidate.outputs[0],
-            )
-        )
+        raise UnverifiableError(unrunnable(self._region_model, errors, self._candidate.outputs[0]))
 
     def _calibrate(self, problem: Problem) -> Refusal | None:
         """Find the exact scale of the graph; it may differ from the attribute by rounding only.
@@ -235,7 +231,7 @@ class Site:
             want = self._flat(self._region.run(feeds))
         except RuntimeError as error:
             return Refusal(
-                f"the original itself fails on ordinary inputs: {_first_line(error)}",
+                f"the original itself fails on ordinary inputs: {first_line(error)}",
                 self._candidate.outputs[0],
             )
         factor, step = 1.0, 1e-6
@@ -280,7 +276,7 @@ class Site:
         try:
             want = self._region.run(feeds)
         except RuntimeError as error:
-            raise _OriginalFailsError(_first_line(error)) from error
+            raise _OriginalFailsError(first_line(error)) from error
         try:
             got = self._fused.run(feeds)
         except (ContractError, RuntimeError) as error:
@@ -304,7 +300,7 @@ class Site:
     def _rejected(self, error: Exception) -> Refusal:
         """The fused form does not run on inputs that the original accepts."""
         return Refusal(
-            f"the original accepts inputs that the fused operator rejects: {_first_line(error)}",
+            f"the original accepts inputs that the fused operator rejects: {first_line(error)}",
             self._candidate.outputs[0],
         )
 
@@ -368,7 +364,3 @@ def inputs_as(candidate: Candidate) -> dict[str, Any]:
     if chosen and chosen[0] > 1:  # the graph selects blocks, the operator may be given tokens
         found["sparse_block_size"] = chosen[0]
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
