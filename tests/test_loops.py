@@ -67,6 +67,20 @@ def unbound(kv, idx):
     return torch.stack([k[i] for k, i in zip(kv.unbind(0), idx.unbind(0), strict=True)])
 
 
+def written(kv, idx):
+    rows = torch.empty(B, S1, K, W)
+    for b in EACH:
+        rows[b] = kv[b][idx[b]]
+    return rows
+
+
+def written_twice(kv, idx):
+    rows = torch.empty(B, S1, K, W)
+    for b, other in ((0, 1), (0, 0), (1, 1)):  # what is written last stays
+        rows[b] = kv[other][idx[other]]
+    return rows
+
+
 ROWS: dict[str, Callable] = {
     "sequences": lambda kv, idx: torch.stack([kv[b][idx[b]] for b in EACH]),
     "tokens": per_token,
@@ -76,7 +90,24 @@ ROWS: dict[str, Callable] = {
     "offsets": offsets,
     "index_select": selected,
     "unbound": unbound,
+    "written": written,
+    "written_twice": written_twice,
 }
+
+
+def written_in_part(kv, idx):
+    rows = kv[:, :1, None].expand(B, S1, K, W).clone()
+    rows[0] = kv[0][idx[0]]
+    return rows
+
+
+def added_twice(kv, idx):
+    rows = torch.zeros(B, S1, K, W)
+    for b in (0, 1, 1):
+        rows = rows.index_add(0, torch.tensor([b]), kv[b][idx[b]].unsqueeze(0))
+    return rows
+
+
 MISSES: dict[str, Callable] = {
     "indices_crossed": lambda kv, idx: torch.stack([kv[b][idx[1 - b]] for b in EACH]),
     "caches_crossed": lambda kv, idx: torch.stack([kv[1 - b][idx[b]] for b in EACH]),
@@ -84,6 +115,8 @@ MISSES: dict[str, Callable] = {
     "first_only": lambda kv, idx: torch.stack([kv[0][idx[0]] for b in EACH]),
     "first_cache": lambda kv, idx: torch.stack([kv[0][idx[b]] for b in EACH]),
     "scales": lambda kv, idx: torch.stack([kv[b][idx[b]] * (1 + b) for b in EACH]),
+    "written_in_part": written_in_part,
+    "added_twice": added_twice,
     "rope_crossed": lambda kv, idx: torch.stack(
         [torch.cat([kv[b, :, :C], kv[1 - b, :, C:]], -1)[idx[b]] for b in EACH]
     ),
@@ -123,10 +156,12 @@ class Each(nn.Module):
         return torch.stack([attend(q[b], kv[b][idx[at[b]]]) for b in EACH])
 
 
-def fused_sites(module: nn.Module, names: tuple[str, ...]) -> tuple[int, list[str]]:
+def fused_sites(
+    module: nn.Module, names: tuple[str, ...], exporter: str = "ts"
+) -> tuple[int, list[str]]:
     """How many sites fuse, and reasons; whatever fuses must compute the same numbers."""
     own = {k: v for k, v in feeds(0).items() if k in names}
-    model = export(module, to_torch(own), ("out",), exporter="ts", opset=17)
+    model = export(module, to_torch(own), ("out",), exporter=exporter, opset=18)
     report = sfa_onnx.fuse(model)
     for seed in (1, 2) if report.fused else ():
         given = {k: v for k, v in feeds(seed).items() if k in names}
@@ -138,6 +173,10 @@ def fused_sites(module: nn.Module, names: tuple[str, ...]) -> tuple[int, list[st
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_gathered_sequence_by_sequence(name):
     assert fused_sites(Rows(ROWS[name]), ("q", "kv", "wish")) == (1, [])
+
+
+def test_rows_written_sequence_by_sequence_by_the_new_exporter():
+    assert fused_sites(Rows(written), ("q", "kv", "wish"), "dynamo") == (1, [])
 
 
 def test_pages_gathered_sequence_by_sequence():
@@ -155,5 +194,5 @@ def test_other_rows_fuse_into_equal_numbers_or_not_at_all(name):
     assert count + len(reasons) == 1
     if name in ("indices_crossed", "caches_crossed", "order", "scales"):
         assert "are put together from gathers that are not one" in reasons[0]
-    if name in ("scales", "rope_crossed", "rope_indices"):
+    if name in ("added_twice", "scales", "rope_crossed", "rope_indices"):
         assert count == 0

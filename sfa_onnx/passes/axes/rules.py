@@ -12,6 +12,7 @@ from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
+from sfa_onnx.passes.axes.writes import all_written, window
 from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds
 
 if TYPE_CHECKING:
@@ -147,47 +148,21 @@ def _by_range(ref: Ref, axis: int, ranges: list[tuple[int, int, str, int]]) -> S
     return Pieces(label, tuple((a, b, r) for a, b, r in cut if a < b))
 
 
-def _scatter_nd(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _scatter(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A window written in place at constant positions: along one axis, a range is the update's."""
     if 0 in (tracer.sizes.shape(node.input[2]) or ()):  # what x[:, :0] = y leaves behind
         return Move(Ref(node.input[0], ref.coords))
-    first = _window(tracer, node)
-    if first is None:
+    own = window(tracer, node)
+    if own is None:
         return None
-    shape, update = tracer.shape(node.input[0]), tracer.shape(node.input[2])
-    cut = [i for i, (d, u) in enumerate(zip(shape, update, strict=True)) if d != u]
-    if len(cut) > 1:
-        return None
-    axis = cut[0] if cut else 0
-    low, size = first[axis] if axis < len(first) else 0, shape[axis]
-    high = low + update[axis]
+    axis, low, high = own
+    if (names := all_written(tracer, node)) and (whole := join_parts(tracer, ref, names, axis)):
+        return whole
+    size = tracer.shape(node.input[0])[axis]
     ranges = [(low, high, node.input[2], -low)]
     ranges += [(0, low, node.input[0], 0)] if low else []
     ranges += [(high, size, node.input[0], 0)] if high < size else []
     return _by_range(ref, axis, sorted(ranges))
-
-
-def _window(tracer: Tracer, node: onnx.NodeProto) -> list[int] | None:
-    """First position of the written window on each indexed axis; None if it is no window."""
-    table = tracer.sizes.shape(node.input[1])  # unknown where it comes from NonZero
-    if (
-        table is None
-        or len(table) - 1 != table[-1]
-        or attributes(node).get("reduction", "none") != "none"
-    ):
-        return None
-    labels = [fresh("w", d) for d in table[:-1]]
-    was, tracer.opaque = tracer.opaque, False
-    first = []
-    for j, label in enumerate(labels):
-        at = tracer.index_value(Ref(node.input[1], (*map(Expr.of, labels), Expr(j))))
-        offset = at - Expr.of(label)
-        if offset.terms:
-            break
-        size = tracer.shape(node.input[0])[j]
-        first.append(offset.const + size if offset.const < 0 else offset.const)
-    tracer.opaque = was
-    return first if len(first) == len(labels) else None
 
 
 # -- gathers --------------------------------------------------------------------------------------
@@ -383,7 +358,8 @@ STEPS: Final[dict[str, _Rule]] = {
     "Neg": _neg,
     "ReduceSum": _reduce_sum,
     "Reshape": _reshape,
-    "ScatterND": _scatter_nd,
+    "ScatterElements": _scatter,
+    "ScatterND": _scatter,
     "Slice": _slice,
     "SequenceAt": _sequence_at,
     "Split": _split,

@@ -1,0 +1,102 @@
+"""Windows written into a tensor at constant positions: `rows[b] = ...`, `cache[:, 4:8] = ...`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import onnx
+
+from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.expr import Expr, fresh
+from sfa_onnx.passes.axes.steps import Ref
+
+if TYPE_CHECKING:
+    from sfa_onnx.passes.axes.trace import Tracer
+
+__all__ = ["all_written", "window"]
+
+_MOST: Final = 256  # windows of one tensor, one written after the other
+
+
+def window(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, int] | None:
+    """(axis, low, high) of what a ScatterND or ScatterElements node overwrites as a whole.
+
+    None: it is no such window, or adds to what is there.
+    """
+    if attributes(node).get("reduction", "none") != "none":
+        return None
+    if node.op_type == "ScatterElements":
+        return _slice_of_elements(tracer, node)
+    first = _first_positions(tracer, node)
+    if first is None:
+        return None
+    shape, update = tracer.shape(node.input[0]), tracer.shape(node.input[2])
+    cut = [i for i, (d, u) in enumerate(zip(shape, update, strict=True)) if d != u]
+    if len(cut) > 1:
+        return None
+    axis = cut[0] if cut else 0
+    low = first[axis] if axis < len(first) else 0
+    return axis, low, low + update[axis]
+
+
+def _slice_of_elements(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, int] | None:
+    """One position along the axis, everything along the others (`torch.select_scatter`)."""
+    shape, table, update = (tracer.sizes.shape(name) for name in node.input)
+    if shape is None:
+        return None
+    axis = int(attributes(node).get("axis", 0)) % len(shape)
+    own = tuple(1 if i == axis else d for i, d in enumerate(shape))
+    if update != own or table != own:
+        return None
+    at = tracer.fill(node.input[1])
+    if at is None or at != int(at) or not -shape[axis] <= at < shape[axis]:
+        return None
+    low = int(at) % shape[axis]
+    return axis, low, low + 1
+
+
+def _first_positions(tracer: Tracer, node: onnx.NodeProto) -> list[int] | None:
+    """First position of the written window on each indexed axis; None if it is no window."""
+    table = tracer.sizes.shape(node.input[1])  # unknown where it comes from NonZero
+    if table is None or len(table) - 1 != table[-1]:
+        return None
+    labels = [fresh("w", d) for d in table[:-1]]
+    was, tracer.opaque = tracer.opaque, False
+    first = []
+    for j, label in enumerate(labels):
+        at = tracer.index_value(Ref(node.input[1], (*map(Expr.of, labels), Expr(j))))
+        offset = at - Expr.of(label)
+        if offset.terms:
+            break
+        size = tracer.shape(node.input[0])[j]
+        first.append(offset.const + size if offset.const < 0 else offset.const)
+    tracer.opaque = was
+    return first if len(first) == len(labels) else None
+
+
+def all_written(tracer: Tracer, node: onnx.NodeProto) -> list[str]:
+    """The updates that fill a tensor along one axis, in order; empty when not all of it is written.
+
+    Windows of one size, written one after the other; a later one hides an earlier one.
+    """
+    parts: dict[int, str] = {}
+    own = window(tracer, node)
+    here: onnx.NodeProto | None = node
+    for _ in range(_MOST):
+        step = None if here is None else _window_of(tracer, here)
+        if own is None or here is None or step is None or step[0] != own[0]:
+            return []
+        axis, low, high = step
+        size = own[2] - own[1]
+        if high - low != size or low % size:
+            return []
+        parts.setdefault(low, here.input[2])
+        if len(parts) * size == tracer.shape(node.input[0])[axis]:
+            return [parts[at] for at in sorted(parts)]
+        here = tracer.index.origin(here.input[0])
+    return []
+
+
+def _window_of(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, int] | None:
+    tracer.spend(node.output[0])
+    return window(tracer, node) if node.op_type in ("ScatterND", "ScatterElements") else None
