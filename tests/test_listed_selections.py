@@ -6,7 +6,7 @@ import onnx
 import pytest
 
 import sfa_onnx
-from tests.test_bind_more import _SCORES, _model
+from tests.test_bind_more import _ROWS, _SCORES, _model
 
 _DENSE = " axis1 = Constant<value=int64[1] {1}>()\n k = Unsqueeze(kv, axis1)\n"
 _BODY = """
@@ -104,3 +104,14 @@ def test_a_product_in_front_of_the_scores_is_no_linear_attention():
     more = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [40, 40])
     text.graph.input.append(more)
     assert [status for status, _ in _sites(text)] == ["fused"]
+
+
+def test_reasons_do_not_depend_on_what_was_looked_at_before():
+    """Labels are numbered over a whole process; a reason tells them apart by d, d2 only."""
+    shifted = _ROWS + " two = Constant<value=int64[1] {2}>()\n c34 = Add(two, c32)\n"
+    text = shifted.replace("ix = ", "kr = Gather<axis=1>(kv, ids)\n ix = ")
+    rows = " ids = Constant<value=int64[24] {" + ",".join(str(i ^ 1) for i in range(24)) + "}>()\n"
+    scores = " w = GatherND<batch_dims=1>(kr, ix)\n" + _SCORES.replace("(k)", "(w)")
+    first, again = (_only_reason(_model(rows + text, scores)) for _ in range(2))
+    assert first == again
+    assert "#" not in first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ _INVALID = (
     *(ArithmeticError, AssertionError, AttributeError),
     *(LookupError, TypeError, ValueError),
 )
+
+
+# Labels of tracing, which are numbered over all sites that this process has looked at.
+_LABEL = re.compile(r"(?<![\w#])(axis\d+|column|d|n|part|slot|t|v|w)(#\d+)")
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,9 @@ def _one(
     except NotASite as none:
         if none.refusal is None or not surely:
             return None
-        refusal = Refusal(none.refusal.reason, none.refusal.at, none.refusal.hint)
+        refusal = Refusal(_plain(none.refusal.reason), none.refusal.at, none.refusal.hint)
     except Stop as stop:
-        refusal = Refusal(stop.reason, stop.at, stop.hint)
+        refusal = Refusal(_plain(stop.reason), stop.at, stop.hint)
     except SizesMeetError as meet:
         refusal = Refusal(str(meet), anchor.scores, "export with these sizes fixed, or as one name")
     except RecursionError:
@@ -100,6 +105,20 @@ def _one(
         text = f"recognition itself failed ({type(e).__name__}: {e})"
         refusal = Refusal(text, anchor.scores, "check the model with onnx.checker, then report it")
     return RefusedSite(anchor.node, layer, refusal, tuple(bound))
+
+
+def _plain(reason: str) -> str:
+    """A reason with index labels for people: d, and d2, d3 where there are several."""
+    seen: dict[str, list[str]] = {}
+
+    def short(found: re.Match[str]) -> str:
+        numbers = seen.setdefault(found[1], [])
+        if found[2] not in numbers:
+            numbers.append(found[2])
+        place = numbers.index(found[2]) + 1
+        return found[1] if place == 1 else f"{found[1]}{place}"
+
+    return _LABEL.sub(short, reason)
 
 
 def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]) -> Candidate:
