@@ -25,6 +25,8 @@ def feeds(seed: int) -> dict[str, np.ndarray]:
     return {
         "q": rng.standard_normal((B, S1, N, W), np.float32),
         "kv": rng.standard_normal((B, S2, W), np.float32),
+        "codes": rng.integers(-127, 127, (B, S2, C)).astype(np.int8),
+        "scale": rng.random((B, S2, 1), np.float32) + 0.1,
         "pages": rng.standard_normal((B * 3, PAGE, W), np.float32),
         "table": rng.permutation(B * 3).reshape(B, 3).astype(np.int64),
         "wish": rng.standard_normal((B, S1, S2), np.float32),
@@ -143,6 +145,22 @@ class Pages(nn.Module):
         return attend(q, torch.stack([pages[table[b]].flatten(0, 1)[idx[b]] for b in EACH]))
 
 
+class Int8(nn.Module):
+    """Rows of int8 codes times scales; `other` reads the scales of the other sequence."""
+
+    def __init__(self, other: bool = False) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, q, kv, codes, scale, wish):
+        idx, rows = wish.topk(K, -1)[1], []
+        for b in EACH:
+            own = scale[1 - b if self.other else b]
+            nope = codes[b][idx[b]].float() * own[idx[b]]
+            rows.append(torch.cat([nope, kv[b, :, C:][idx[b]]], -1))
+        return attend(q, torch.stack(rows))
+
+
 class Each(nn.Module):
     """A softmax per sequence; `other` reads the indices of the other sequence."""
 
@@ -181,6 +199,12 @@ def test_rows_written_sequence_by_sequence_by_the_new_exporter():
 
 def test_pages_gathered_sequence_by_sequence():
     assert fused_sites(Pages(), ("q", "pages", "table", "wish")) == (1, [])
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_int8_rows_gathered_sequence_by_sequence(other):
+    count, _ = fused_sites(Int8(other), ("q", "kv", "codes", "scale", "wish"))
+    assert count == (not other)
 
 
 @pytest.mark.parametrize("other", [False, True])
