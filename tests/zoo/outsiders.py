@@ -116,6 +116,7 @@ SOFTS: dict[str, Callable] = {
 SOFT_MISSES: dict[str, Callable] = {
     "flash-floor": lambda x: _flash(x, 1.2),
     "bounded-heads": lambda x: _shifted(x, 2, min=-1e30),
+    "bounded-near": lambda x: _shifted(x, -1, min=0.0),  # exp gives 0 for all keys: not softmax
 }
 
 

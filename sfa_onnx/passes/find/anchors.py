@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.bind.literals import HIDDEN
 from sfa_onnx.passes.bind.site import Anchor
 from sfa_onnx.passes.graph.index import GraphIndex
 
@@ -28,7 +29,7 @@ _LOOSE = frozenset(
     ("Cast", "Mul", "Div", "Where", "ScatterND", "Identity", "Unsqueeze", "Reshape", "Log", "Add")
 ) | frozenset(("Expand", "Max"))
 
-_BOUNDS = frozenset(("Clip", "Max", "Min"))  # of a maximum, which may be any number per row
+_BOUNDS = frozenset(("Clip", "Max", "Min"))  # of a maximum
 _COPIES = ("Cast", "Identity")
 
 
@@ -245,9 +246,25 @@ def _unshifted(index: GraphIndex, exponent: str) -> str:
     shifted = index.origin(exponent)
     if shifted is not None and shifted.op_type == "Sub":
         source = index.source(shifted.input[0])
-        if _reaches(index, shifted.input[1], ("ReduceMax",), source, _LOOSE | _BOUNDS):
+        most = _unbounded(index, shifted.input[1])
+        if most and _reaches(index, most, ("ReduceMax",), source):
             return str(shifted.input[0])
     return exponent
+
+
+def _unbounded(index: GraphIndex, value: str) -> str:
+    """The maximum behind its bounds; "" where scores reach one: all exponentials may be 0 then."""
+    node = _behind(index, index.origin(value), _SPREADS)
+    while node is not None and node.op_type in _BOUNDS:
+        limits = {n: index.fill_value(n) for n in node.input if n}
+        if any(x is not None and abs(x) < -HIDDEN for x in limits.values()):
+            return ""
+        inner = [n for n, x in limits.items() if x is None]
+        if len(inner) != 1:
+            return ""
+        value = inner[0]
+        node = _behind(index, index.origin(value), _SPREADS)
+    return value
 
 
 def _masked(index: GraphIndex, value: str) -> tuple[tuple[int, str, float], str] | None:
