@@ -111,3 +111,29 @@ def test_float_table_too_large_to_read_is_refused() -> None:
     (site,) = sfa_onnx.fuse(static_table(1100, "f32")).sites
     assert site.status == "refused"
     assert "cannot be shown to hold only 0 and -inf" in site.reason
+
+
+@pytest.mark.parametrize("keys", [K, 20])
+def test_static_window_over_few_rows(keys: int) -> None:
+    """A table of the file hides most of what is drawn; rows without keys are no verdict."""
+    g, rows = Graph(18), np.arange(3)[:, None] + keys - 3
+    at = np.arange(keys)
+    window = g.const(((at <= rows) & (at > rows - 4))[None])
+    seen = g.op("GatherElements", window, "indices", axis=2)
+    picked = g.op("GatherND", "kv", g.unsqueeze("indices", -1), batch_dims=1)
+    out = attention(g, "query", picked, g.unsqueeze(seen, 2))
+    inputs = {
+        "query": ("f32", (1, 3, N, C + R)),
+        "kv": ("f32", (1, keys, C + R)),
+        "indices": ("i64", (1, 3, K)),
+    }
+    model = g.model(inputs, {"out": ("f32", (1, 3, N, C))}, [out])
+    report = sfa_onnx.fuse(model)
+    assert len(report.fused) == 1, report.sites[0].reason
+    given = feeds(1, 3, keys)
+    given["indices"][..., 0] = keys - 3  # in every window
+    if keys > K:
+        given["indices"][..., 1:] = np.arange(1, K)
+    else:
+        given["indices"][...] = np.arange(K)
+    agree(model, report.model, given)

@@ -8,10 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["relative_error"]
+__all__ = ["mostly_empty", "relative_error"]
 
 Array = NDArray[Any]
 _LONELY_MAX = 0.5  # share of empty rows beyond which a draw shows nothing
+
+
+def mostly_empty(want: Array, got: Array) -> bool:
+    """Whether more rows than not have no key (NaN, which the operator has as 0): nothing shows."""
+    return want.shape == got.shape and _empty(want, got).mean() > _LONELY_MAX
+
+
+def _empty(want: Array, got: Array) -> Array:
+    return np.asarray(np.isnan(want) & (got == 0.0))
 
 
 def relative_error(want: Array, got: Array, lonely: set[str] | None = None) -> float:
@@ -22,8 +31,8 @@ def relative_error(want: Array, got: Array, lonely: set[str] | None = None) -> f
     """
     if want.shape != got.shape:
         return math.inf
-    if lonely is not None and (empty := np.isnan(want) & (got == 0.0)).any():
-        if empty.mean() > _LONELY_MAX:
+    if lonely is not None and (empty := _empty(want, got)).any():
+        if mostly_empty(want, got):
             return math.inf
         lonely.add("a row without any visible key: the original gives NaN, the operator zeros")
         want, got = want[~empty], got[~empty]
