@@ -22,6 +22,7 @@ __all__ = ["STEPS"]
 
 _T = onnx.TensorProto
 _SIGNED: Final = (_T.INT8, _T.INT16, _T.INT32, _T.INT64, _T.UINT8)
+_BYTES: Final = (_T.INT8, _T.UINT8, _T.INT16)  # too narrow for token numbers
 _Rule = Callable[["Tracer", onnx.NodeProto, Ref], "Step | None"]
 
 
@@ -30,7 +31,8 @@ _Rule = Callable[["Tracer", onnx.NodeProto, Ref], "Step | None"]
 
 def _cast(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     source, target = tracer.sizes.elem_type(node.input[0]), int(attributes(node)["to"])
-    widening = source in _SIGNED and (is_float(target) or target in _SIGNED)
+    wraps = target in _BYTES and source not in (target, _T.BOOL)  # token 300 is 44 in uint8
+    widening = source in _SIGNED and not wraps and (is_float(target) or target in _SIGNED)
     if (is_float(source) and is_float(target)) or widening:
         return Move(Ref(node.input[0], ref.coords))
     return None

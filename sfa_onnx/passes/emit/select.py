@@ -17,6 +17,7 @@ from sfa_onnx.passes.emit.emitter import Emitter, Group
 __all__ = ["from_topk", "gathered_entries", "selected_entries", "token_entries"]
 
 _T = onnx.TensorProto
+_SHORT = (_T.BOOL, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.FLOAT16, _T.BFLOAT16)
 
 
 def from_topk(tracer: Tracer, ref: Ref) -> str:
@@ -30,6 +31,8 @@ def from_topk(tracer: Tracer, ref: Ref) -> str:
             return tracer.index.label(tracer.index.producer[ref.value]) if is_indices else ""
         step = tracer.step(ref)
         if not isinstance(step, Move) or node.op_type in ("Gather", "GatherElements", "GatherND"):
+            return ""
+        if tracer.sizes.elem_type(ref.value) in _SHORT:  # token 300 is 44 in uint8
             return ""
         ref = step.ref
     return ""
