@@ -115,3 +115,15 @@ def test_reasons_do_not_depend_on_what_was_looked_at_before():
     first, again = (_only_reason(_model(rows + text, scores)) for _ in range(2))
     assert first == again
     assert "#" not in first
+
+
+def test_indices_compared_by_order_are_listed():
+    weights = (
+        " start = Constant<value=int64 {0}>()\n step = Constant<value=int64 {1}>()\n"
+        " place = Range(start, depth, step)\n ix4 = Unsqueeze(idx, m1)\n"
+        " early = LessOrEqual(ix4, place)\n counts = Cast<to=7>(early)\n"
+        " hits = ReduceSum<keepdims=0>(counts, ax2)\n none = Constant<value=int64 {0}>()\n"
+        " keep3 = Greater(hits, none)\n keep = Unsqueeze(keep3, ax2)\n x = Where(keep, s, low)\n"
+        " p = Softmax<axis=-1>(x)\n"
+    )
+    assert "no selection is made that way" in _only_reason(_model(_DENSE, weights=weights))

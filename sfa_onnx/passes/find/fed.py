@@ -37,6 +37,7 @@ _INT_TYPES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 _VIEWS = frozenset(
     ("Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "Reshape", "Squeeze")
 ) | frozenset(("Transpose", "Unsqueeze"))
+_ORDERS = frozenset(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 _ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK"))
 _ROWS = ("TopK", "input")
 _SEEN, _DATA, _BEHIND = 20_000, 64, 24
@@ -97,7 +98,8 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
             perhaps = perhaps or ("" if _is_table(index, node.input[0]) else "maybe")
         if not depth and node.op_type in PRODUCTS:
             met.add(any(is_weight(index, n) for n in node.input[:2]))
-        bounded = bounded or (not depth and bool(kth_best(index, node)))
+        if not depth and node.op_type in _ORDERS:
+            bounded = bounded or bool(kth_best(index, node)) or _orders_indices(tracer, node)
         if depth and gathered_in_body(node, value, lambda a, b: _chooses(index, a, b)):
             surely, perhaps = True, "perhaps"
         if _selects(index, node, depth):
@@ -108,6 +110,12 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
     if met == {True}:
         return ""  # a projection and a mask of its best, as in a router
     return "surely" if surely or (bounded and False in met) else perhaps
+
+
+def _orders_indices(tracer: Tracer, node: onnx.NodeProto) -> bool:
+    """Whether selected indices are compared by order with positions."""
+    integers = [n for n in node.input if tracer.sizes.elem_type(n) in _INT_TYPES]
+    return any(_selection(tracer.index, n) == "TopK" for n in integers)
 
 
 def _chooses(index: GraphIndex, data: str, indices: str) -> bool:
