@@ -136,11 +136,12 @@ def test_no_name_check_stands_alone(name):
 
 def test_the_checks_are_switched_off():
     """Else the test above would show nothing: some near miss is then refused for another reason."""
-    told = {case.name: _reasons(case) for case in _near_misses()[::40]}
+    some = _near_misses()[::29]
+    told = {case.name: _reasons(case) for case in some}
     changed = 0
-    for check in itertools.islice(_checks(), 0, None, 15):
+    for check in itertools.islice(_checks(), 0, None, 4):
         with _without(*check):
-            changed += sum(_reasons(c) != told[c.name] for c in _near_misses()[::40])
+            changed += sum(_reasons(c) != told[c.name] for c in some)
     assert changed
 
 
