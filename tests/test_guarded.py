@@ -9,7 +9,7 @@ from tests.zoo.judge import judge
 
 pytestmark = [pytest.mark.kernel, pytest.mark.torch]
 
-CASES = {case.name: case for case in catalogue.cases("^guarded-.*-ts$")}
+CASES = {case.name: case for case in catalogue.cases("^guarded-(.*-ts|(miss-)?open-.*)$")}
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

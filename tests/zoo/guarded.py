@@ -139,6 +139,43 @@ SUM_MISSES: dict[str, Callable] = {
 }
 
 
+# ---- selections with a window or first tokens beside them, sizes left open -----------------------
+def _chosen(idx, wish):
+    return torch.zeros(wish.shape, dtype=torch.bool).scatter(-1, idx, True)
+
+
+def _ends(wish):
+    """(distance from each row's own key back to every key)."""
+    rows, keys = wish.shape[1:]
+    return torch.arange(rows)[:, None] + (keys - rows) - torch.arange(keys)
+
+
+def _set(mask, *at, value=True):
+    mask = mask.clone()
+    mask[at] = value
+    return mask
+
+
+JOINS: dict[str, Callable] = {
+    "window-outer": lambda idx, w: (_chosen(idx, w) | (_ends(w) < 4)) & (_ends(w) >= 0),
+    "window-own": lambda idx, w: _chosen(idx, w) | ((_ends(w) < 4) & (_ends(w) >= 0)),
+    "first": lambda idx, w: _set(_chosen(idx, w), ..., slice(0, 2)),
+    "first-causal": lambda idx, w: _set(_chosen(idx, w), ..., slice(0, 2)) & (_ends(w) >= 0),
+    "last": lambda idx, w: _set(_chosen(idx, w), ..., slice(-2, None)),
+    "without-first": lambda idx, w: _set(_chosen(idx, w), ..., slice(0, 2), value=False),
+}
+JOIN_MISSES: dict[str, Callable] = {
+    "window-open": lambda idx, w: _chosen(idx, w) | (_ends(w) < 4),
+    "window-other": lambda idx, w: (_chosen(idx, w) | (_ends(w) < 4)) & (w > -1),
+    "window-past": lambda idx, w: (_chosen(idx, w) | (_ends(w) >= 0)) & (_ends(w) > -3),
+    "window-half": lambda idx, w: (
+        _chosen(idx, w) | ((_ends(w) < w.shape[-1] // 3) & (_ends(w) >= 0))
+    ),
+    "first-half": lambda idx, w: _set(_chosen(idx, w), ..., slice(0, w.shape[-1] // 2)),
+    "first-rows": lambda idx, w: _set(_chosen(idx, w), slice(None), slice(0, 1)),
+}
+
+
 class Summed(nn.Module):
     """Scores over all keys, hidden by a mask that is reckoned from flags."""
 
@@ -153,25 +190,41 @@ class Summed(nn.Module):
         return torch.matmul(torch.softmax(x, -1), k[..., :C])
 
 
+OPEN = {
+    "q": {0: "batch", 1: "rows"},
+    "kv": {0: "batch", 1: "keys"},
+    "wish": {0: "batch", 1: "rows", 2: "keys"},
+}
+
+
 def _case(name: str, module: Callable, feeds: Callable, exporter: str = "ts", **more) -> Case:
     opset = 17 if exporter == "ts" else 18
     names = ("out", "flag") if "flag" in name else ("out",)
+    sizes = {"dynamic": OPEN} if "open-" in name else {}
 
     def make():
-        return export(module(), to_torch(feeds(0)), names, exporter=exporter, opset=opset)
+        return export(module(), to_torch(feeds(0)), names, exporter=exporter, opset=opset, **sizes)
 
-    tags = {"exporter": exporter, "opset": opset, "dtype": "f32", "dynamic": False}
+    tags = {"exporter": exporter, "opset": opset, "dtype": "f32", "dynamic": bool(sizes)}
     return Case(f"guarded-{name}-{exporter}", "guarded", make, feeds, tags=tags, **more)
 
 
 def cases() -> Iterator[Case]:
-    reason = {"nan": "NaN of rows without keys is read by", "zeroed": "", "sum": ""}
+    reason = {
+        "nan": "NaN of rows without keys is read by",
+        "zeroed": "",
+        "sum": "",
+        "open": "",
+        "join": "",
+    }
     for kind, form, feeds, right, wrong in (
         ("nan", Tested, _lonely, TESTS, TEST_MISSES),
         ("zeroed", Zeroed, _lonely, EMPTY, EMPTY_MISSES),
         ("sum", Summed, _draw, SUMS, SUM_MISSES),
+        ("open", Summed, _draw, JOINS, JOIN_MISSES),
+        ("join", Summed, _draw, JOINS, {}),
     ):
-        for exporter in ("ts", "dynamo"):
+        for exporter in ("dynamo",) if kind in ("open", "join") else ("ts", "dynamo"):
             for name, make in right.items():
                 module = lambda form=form, make=make: form(make)  # noqa: E731
                 draw = _draw if name == "infinite" else feeds  # rows without keys stay NaN

@@ -41,7 +41,9 @@ __all__ = [
     "is_float",
 ]
 
-_FILLED = frozenset(("Expand", "Cast", "CastLike", "Reshape", "Unsqueeze", "Identity", "Tile"))
+_FILLED = frozenset(("Expand", "Cast", "CastLike", "Reshape", "Identity", "Tile")) | frozenset(
+    ("Squeeze", "Unsqueeze", "Transpose")
+)
 
 
 _SOURCES = frozenset(("TopK", "MatMul", "If", "Loop", "Scan", "RandomUniform", "RandomNormal"))

@@ -10,6 +10,7 @@ from sfa_onnx.passes.bind.mask import Kept, Literal, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import NotASite, Site
 from sfa_onnx.passes.bind.sources import all_reads, index_sources
+from sfa_onnx.passes.bind.union import settled
 from sfa_onnx.passes.bind.usage import reworked, threshold
 
 __all__ = ["check_rows", "rows_changed", "splits", "take_masks", "tell_rows"]
@@ -22,6 +23,7 @@ def take_masks(site: Site, literals: list[Literal]) -> None:
         Stop: two selections, or keys that are gathered and masked by a selection.
         NotASite: no selection.
     """
+    literals = settled(site.tracer, literals)
     for literal in literals:
         if isinstance(literal, Selected):
             same = [s for s in site.selected if _same_selection(s, literal)]

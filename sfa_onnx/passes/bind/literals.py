@@ -19,7 +19,9 @@ class Visible:
     """Visible where the tensor says so: `ref` is bool (== positive) or float (> HIDDEN).
 
     `among`: it is part of a selection and made from these as well, so it cannot be any mask;
-    `hides`: the scatter that makes it hides the keys it names.
+    `hides`: the scatter that makes it hides the keys it names;
+    `joins`: what the masks are made of that it is the union of, where one of them has no bound of
+    its own.
     """
 
     ref: Ref
@@ -27,6 +29,7 @@ class Visible:
     is_bool: bool = True
     among: tuple[Selected, ...] = field(default=(), compare=False)
     hides: str = field(default="", compare=False)
+    joins: tuple[tuple[Literal, ...], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ operator's indices are then read off the finished mask, so what the mask means i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot
-from sfa_onnx.passes.axes.trace import Pieces, Ref, Tracer
+from sfa_onnx.passes.axes.trace import Pieces, Ref, Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind.literals import Kept, Literal, Selected, Visible
 
-__all__ = ["bounded", "either", "place", "put_on"]
+__all__ = ["bounded", "either", "place", "put_on", "settled"]
 
 _ABOVE, _BELOW = ("Greater", "GreaterOrEqual"), ("Less", "LessOrEqual")
 
@@ -58,6 +59,26 @@ def either(here: Visible, parts: Iterable[Kept | None]) -> Kept | None:
     return Kept(here, tuple(among), extra, over)
 
 
+def settled(tracer: Tracer, literals: Sequence[Literal]) -> list[Literal]:
+    """`literals`, of which unions without a bound of their own are bounded by the others.
+
+    A window is often written as row - 4 < key alone: the causal mask is its other end.
+    """
+    found = list(literals)
+    for i, literal in enumerate(literals):
+        if not isinstance(literal, Visible) or not literal.joins:
+            continue
+        others = [j for j, x in enumerate(found) if isinstance(x, Visible) and j != i]
+        ends = [x for j in others if isinstance(x := found[j], Visible)]
+        parts = [bounded(tracer, literal, [*part, *ends]) for part in literal.joins]
+        whole = either(literal, parts)
+        if whole is not None and whole.among:
+            found[i] = whole
+            for j, end in zip(others, ends, strict=True):  # no other mask would bound it
+                found[j] = replace(end, among=whole.among)
+    return found
+
+
 def put_on(
     tracer: Tracer, here: Visible, step: Pieces, shown: Sequence[Kept | None]
 ) -> Kept | None:
@@ -71,10 +92,18 @@ def put_on(
         if fill is None:
             parts.append(kept)
         elif (fill != 0) == here.positive:
+            if not _fixed(tracer, ref.value, high - low):
+                return None
             parts.append(Kept(here, (), high - low, frozenset((step.label,))))
         else:
             parts.append(Kept(here, ()))
     return either(here, parts)
+
+
+def _fixed(tracer: Tracer, value: str, count: int) -> bool:
+    """Whether a tensor has `count` entries along an axis, however large the inputs are."""
+    sizes = enumerate(tracer.shape(value))
+    return any(size == count and tracer.static(value, axis) for axis, size in sizes)
 
 
 def _table(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
@@ -91,6 +120,19 @@ def _table(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Lab
 
 
 def _interval(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
+    """Keys between two ends, where their number is the same whatever the sizes of the inputs."""
+    found = _span(tracer, masks)
+    if found is None:
+        return None
+    twin = Tracer(tracer.index, tracer.other, tracer.sizes, tracer.budget)
+    try:
+        again = _span(twin, masks)
+    except (Stop, UnifyError):
+        return None
+    return found if again is not None and again[0] == found[0] else None
+
+
+def _span(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
     """Keys between two ends that move together: row - 4 < key, key <= row; or 0 <= key < 4."""
     lows: dict[Expr, int] = {}
     highs: dict[Expr, int] = {}

@@ -98,13 +98,34 @@ def put(
 ) -> list[Literal] | None:
     """mask[batch, row, indices] = constant: the selection, as advanced indexing writes it."""
     base, update = tracer.fill(node.input[0]), tracer.fill(node.input[2])
-    if base is None or update is None or attributes(node).get("reduction", "none") != "none":
+    if update is None or attributes(node).get("reduction", "none") != "none":
         return None
+    if base is None:
+        return _rows_over(tracer, node, Visible(ref, positive, is_bool), update)
     keeps = (update != 0) == positive and (base != 0) != positive
     if not is_bool:
         keeps = update == 0 and base < HIDDEN
     selected = pointed(tracer, node, ref) if keeps else None
     return None if selected is None else [selected]
+
+
+def _rows_over(
+    tracer: Tracer, node: onnx.NodeProto, here: Visible, update: float
+) -> list[Literal] | None:
+    """Constants written over a few positions of a mask's first axis: mask[..., :2] = True."""
+    points, first = node.input[1], here.ref.coords[0]
+    count, *width = tracer.shape(points)
+    if width != [1] or not tracer.static(points, 0) or label_of(first) is None:
+        return None
+    known = _literals(tracer, replace(here, ref=Ref(node.input[0], here.ref.coords)))
+    if known is None or not (here.is_bool or update == 0 or update < HIDDEN):
+        return None
+    shows = (update != 0) == here.positive if here.is_bool else update == 0
+    few = bounded(tracer, here, known)
+    if not shows:
+        return None if few is None else [Kept(here, few.among, few.extra, few.over)]
+    whole = either(here, (few, Kept(here, (), count, first.labels)))
+    return None if whole is None or not whole.among else [whole]
 
 
 def _literals(tracer: Tracer, mask: Visible) -> list[Literal] | None:
@@ -125,13 +146,18 @@ def _read(tracer: Tracer, mask: Visible) -> list[Literal]:
 
 def union(tracer: Tracer, node: onnx.NodeProto, here: Visible) -> list[Literal] | None:
     """One mask or the other, where both keep few keys."""
-    parts = []
+    parts, joins = [], []
     for name in node.input:
         part = replace(here, ref=tracer.operand(name, here.ref.coords))
         known = _literals(tracer, part)
-        parts.append(None if known is None else bounded(tracer, part, known))
+        if known is None:
+            return None
+        parts.append(bounded(tracer, part, known))
+        joins.append(tuple(known))
     whole = either(here, parts)
-    return None if whole is None or not whole.among else [whole]
+    if whole is not None:
+        return [whole] if whole.among else None
+    return [replace(here, joins=tuple(joins))] if any(p and p.among for p in parts) else None
 
 
 def patched(tracer: Tracer, here: Visible, step: Pieces) -> list[Literal] | None:
