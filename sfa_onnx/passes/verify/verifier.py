@@ -117,7 +117,8 @@ class Verifier:
             if site.seconds() * QUESTIONS <= self._quick:
                 return site.verify(self._probes, self._budget)
         verdict: Refusal | None = None
-        for opened in open_sizes(self._index, candidate, region, replacement):
+        stuck: dict[str, None] = {}
+        for opened in open_sizes(self._index, candidate, region, replacement, stuck):
             found = self._small(opened, sizer, site)
             if isinstance(found, VerifyRecord):
                 return found
@@ -125,9 +126,12 @@ class Verifier:
         doubtful = verdict is None or (site is not None and site.doubts(verdict))
         if verdict is not None and not doubtful:
             return verdict
-        site = site or Site(self._index, candidate, region, replacement, sizer)
-        site.hurry(self._quick)
-        return site.verify(self._probes, self._budget)
+        try:
+            site = site or Site(self._index, candidate, region, replacement, sizer)
+            site.hurry(self._quick)
+            return site.verify(self._probes, self._budget)
+        except UnverifiableError as error:
+            return _because(error.refusal, stuck)
 
     def _small(self, opened: Opened, sizer: Sizer, true: Site | None) -> _Verdict:
         """The verdict at small sizes, and where it fits one question at those of the file."""
@@ -153,6 +157,15 @@ class Verifier:
         if isinstance(asked, Refusal):
             return asked
         return dataclasses.replace(record, probes=(*record.probes, asked))
+
+
+def _because(refusal: Refusal, stuck: Iterable[str]) -> Refusal:
+    """A refusal for want of memory, with the tables that keep smaller sizes from being tried."""
+    names = ", ".join(repr(name) for name in stuck)
+    if not names or "within budget" not in refusal.reason:
+        return refusal
+    text = f"{refusal.reason}, and smaller ones cannot be tried: no rule gives the table {names}"
+    return dataclasses.replace(refusal, reason=text)
 
 
 def _assumptions(candidate: Candidate, equal: Iterable[tuple[str, str]]) -> tuple[str, ...]:

@@ -110,7 +110,11 @@ class _Sizes(Concrete):
 
 
 def meanings(
-    graph: SiteGraph, index: GraphIndex, forms: Forms, fixed: set[int]
+    graph: SiteGraph,
+    index: GraphIndex,
+    forms: Forms,
+    fixed: set[int],
+    stuck: dict[str, None] | None = None,
 ) -> Iterator[Meanings]:
     """What each constant of `graph` may mean; nothing where no choice is consistent.
 
@@ -122,17 +126,18 @@ def meanings(
         index: of `graph.model`, inputs declared in symbols.
         forms: the symbols and their sizes in the file.
         fixed: sizes of axes that stay (heads, widths, page sizes).
+        stuck: takes the names of tables that follow no rule.
     """
     both = sorted(n for n in fixed if n > SMALL and forms.known(n) is not None)[:2]
     for count in range(len(both) + 1):
         for stay in itertools.combinations(both, count):
             start = partial(_Pass, graph, index, forms, fixed, frozenset(stay))
-            found = _search(start)
+            found = _search(start, {} if stuck is None else stuck)
             if found is not None:
                 yield found
 
 
-def _search(walk: Callable[[Mapping[int, int]], _Pass]) -> Meanings | None:
+def _search(walk: Callable[[Mapping[int, int]], _Pass], stuck: dict[str, None]) -> Meanings | None:
     """The first walk that ends well; where one stops, the latest choices are changed first."""
     todo: list[dict[int, int]] = [{}]
     for _ in range(_WALKS):
@@ -142,6 +147,7 @@ def _search(walk: Callable[[Mapping[int, int]], _Pass]) -> Meanings | None:
         one = walk(ranks)
         if (found := one.run()) is not None:
             return found
+        stuck.update(one.stuck)
         latest = max(ranks, default=-1)
         more = [
             {**ranks, at: rank}
@@ -172,6 +178,7 @@ class _Pass:
         self._positions: set[str] = set()
         self.counts: dict[int, int] = {}
         self.found = Meanings()
+        self.stuck: dict[str, None] = {}  # tables without a rule
 
     def run(self) -> Meanings | None:
         """Decide node by node; None at the first that fits no meaning."""
@@ -236,7 +243,10 @@ class _Pass:
             return [kept]
         rule = rule_of(array)
         if rule is None:
-            return [kept] if all(f.fixed for s in shapes[:1] for f in s) else []
+            if all(f.fixed for s in shapes[:1] for f in s):
+                return [kept]
+            self.stuck[node.input[k].rpartition("@")[0]] = None
+            return []
         return [d for s in shapes for d in self._ruled(array, rule, s)]
 
     def _cut_axes(self, node: onnx.NodeProto) -> list[int] | None:

@@ -53,6 +53,7 @@ def open_sizes(
     candidate: Candidate,
     region: onnx.ModelProto,
     replacement: onnx.ModelProto,
+    stuck: dict[str, None] | None = None,
 ) -> Iterator[Opened]:
     """The site with its long axes open; nothing where a constant cannot be told at other sizes.
 
@@ -63,6 +64,7 @@ def open_sizes(
         candidate: the site.
         region: the site, as `extract_region` gives it.
         replacement: as `extract_replacement` gives it.
+        stuck: takes the names of tables that follow no rule.
 
     Raises:
         UnverifiableError: an operand's shape cannot be told.
@@ -75,7 +77,8 @@ def open_sizes(
         graph = SiteGraph.of(region, replacement, candidate)
         inputs = _inputs(candidate, axes)
         sized = GraphIndex.of(graph.model(inputs, index.opsets))
-        for meaning in meanings(graph, sized, axes.forms, _fixed(axes)) if axes.new else ():
+        fixed = _fixed(axes)
+        for meaning in meanings(graph, sized, axes.forms, fixed, stuck) if axes.new else ():
             if _faithful(meaning, axes):
                 found = True
                 yield _build(index, candidate, axes, graph, meaning, inputs)
