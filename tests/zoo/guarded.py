@@ -165,6 +165,9 @@ JOINS: dict[str, Callable] = {
     "without-first": lambda idx, w: _set(_chosen(idx, w), ..., slice(0, 2), value=False),
 }
 JOIN_MISSES: dict[str, Callable] = {
+    "blocks-grow": lambda idx, w: torch.zeros((*w.shape[:2], 7), dtype=torch.bool).scatter(
+        -1, w[..., :6].topk(2, -1)[1], True
+    )[..., torch.arange(w.shape[-1]) // (w.shape[-1] // 6)],
     "window-open": lambda idx, w: _chosen(idx, w) | (_ends(w) < 4),
     "window-other": lambda idx, w: (_chosen(idx, w) | (_ends(w) < 4)) & (w > -1),
     "window-past": lambda idx, w: (_chosen(idx, w) | (_ends(w) >= 0)) & (_ends(w) > -3),
