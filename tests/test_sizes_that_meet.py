@@ -137,3 +137,22 @@ def test_static_window_over_few_rows(keys: int) -> None:
     else:
         given["indices"][...] = np.arange(K)
     agree(model, report.model, given)
+
+
+def test_two_batch_axes_are_refused() -> None:
+    """Only the first rows of such keys could be drawn: a site must not be judged by these alone."""
+    g = Graph(18)
+    rows = g.op("GatherND", "kv", g.unsqueeze("indices", -1), batch_dims=2)
+    rows = g.unsqueeze(rows, 2)
+    x = g.op("MatMul", "query", g.op("Transpose", rows, perm=[0, 1, 2, 4, 3]))
+    x = g.op("Softmax", g.op("Mul", x, g.const(0.17, np.float32)), axis=-1)
+    out = g.op("MatMul", x, g.cut(rows, 0, C))
+    inputs = {
+        "query": ("f32", (2, 3, 1, N, C + R)),
+        "kv": ("f32", (2, 3, 40, C + R)),
+        "indices": ("i64", (2, 3, K)),
+    }
+    model = g.model(inputs, {"out": ("f32", (2, 3, 1, N, C))}, [out])
+    (site,) = sfa_onnx.fuse(model).refused
+    assert site.reason == "the keys kv have 2 batch axes (B, B_1)"
+    assert site.hint == "merge them into one in front of the attention"

@@ -291,6 +291,9 @@ class Sizer:
         axes = [i for i in range(len(shape) - 1) if operand.axes[i] != "1"]
         while len(axes) > 2 and any(shape[i] == 1 for i in axes):
             axes.remove(next(i for i in reversed(axes) if shape[i] == 1))
+        batches = [operand.axes[i] for i in axes if operand.axes[i].split("_")[0] == "B"]
+        if len(batches) > 1:
+            raise UnverifiableError(_several_batches(operand, batches))
         axes = axes[:2]
         labels = [operand.axes[i].partition("_of_")[0] for i in axes]
         sizes = tuple(shape[i] for i in axes)
@@ -314,6 +317,15 @@ class Sizer:
             found = operand_shapes(Concrete(self._index, symbols), self._candidate)
             self._evaluated[key] = found
         return self._evaluated[key]
+
+
+def _several_batches(operand: Operand, batches: list[str]) -> Refusal:
+    """Rows beyond the first few could not be drawn, so the site would be judged by these alone."""
+    return Refusal(
+        f"the keys {operand.value} have {len(batches)} batch axes ({', '.join(batches)})",
+        operand.value,
+        "merge them into one in front of the attention",
+    )
 
 
 def integer_constants(region: onnx.ModelProto) -> set[int]:
