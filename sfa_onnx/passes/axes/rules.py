@@ -13,7 +13,7 @@ from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
 from sfa_onnx.passes.axes.writes import all_written, window
-from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds
+from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds, sliced
 
 if TYPE_CHECKING:
     from sfa_onnx.passes.axes.trace import Tracer
@@ -86,8 +86,7 @@ def _slice(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     coords = list(ref.coords)
     bounds = slice_bounds(attributes(node), inputs, len(shape))
     for start, end, axis, step in zip(*bounds, strict=True):
-        first = range(*slice(start, end, step).indices(shape[axis])).start
-        coords[axis] = coords[axis] * step + first
+        coords[axis] = coords[axis] * step + sliced(start, end, step, shape[axis]).start
     return Move(Ref(node.input[0], tuple(coords)))
 
 

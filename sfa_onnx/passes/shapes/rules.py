@@ -11,10 +11,13 @@ import onnx
 
 from sfa_onnx.onnx_attrs import attributes
 
-__all__ = ["RULES", "Shape", "Shapes", "Sizes", "einsum_terms", "slice_bounds"]
+__all__ = ["RULES", "Shape", "Shapes", "Sizes", "einsum_terms", "slice_bounds", "sliced"]
 
 Shape = tuple[int, ...]
 Shapes = list[Shape | None]
+
+_STANDS_FOR_A_SYMBOL = 10_000  # numbers from here on come from symbols, up to
+_TO_THE_END = 1 << 30  # where exporters write "to the end"
 
 
 class Sizes(Protocol):
@@ -50,6 +53,19 @@ def slice_bounds(
     axes = ints(3, "axes") or list(range(len(starts)))
     steps = ints(4, "steps") or [1] * len(starts)
     return starts, ends, [x % rank for x in axes], steps
+
+
+def sliced(start: int, end: int, step: int, size: int) -> range:
+    """Positions that a Slice takes; a table that is cut at a size of the inputs is long enough.
+
+    The sizes that stand for symbols may exceed the table, or be in another order than real ones.
+    """
+    taken = range(*slice(start, end, step).indices(size))
+    beyond = size < _STANDS_FOR_A_SYMBOL <= end
+    crossed = start < 0 and not taken
+    if step == 1 and 0 < end < _TO_THE_END and (beyond or crossed):
+        return range(start, end)
+    return taken
 
 
 def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
@@ -169,7 +185,7 @@ def _slice(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     for start, end, axis, step in zip(
         *slice_bounds(attributes(node), inputs, len(shape)), strict=True
     ):
-        shape[axis] = len(range(*slice(start, end, step).indices(shape[axis])))
+        shape[axis] = len(sliced(start, end, step, shape[axis]))
     return [tuple(shape)]
 
 
