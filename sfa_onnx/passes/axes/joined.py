@@ -8,13 +8,11 @@ parts together are one element, at an expression of the position in the Concat.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem, fresh
 from sfa_onnx.passes.axes.steps import Move, Pieces, Product, Ref, Scaled, Step
-
-if TYPE_CHECKING:
-    from sfa_onnx.passes.axes.trace import Tracer
 
 __all__ = ["join_parts"]
 
@@ -22,7 +20,7 @@ _MOST: Final = 256  # parts: what a loop over sequences or tokens may have, writ
 _DEEP: Final = 8  # products and joins that parts may have behind each other
 
 
-def join_parts(tracer: Tracer, ref: Ref, names: Sequence[str], axis: int) -> Step | None:
+def join_parts(tracer: Tracing, ref: Ref, names: Sequence[str], axis: int) -> Step | None:
     """What `ref` (an element of the Concat of `names` along `axis`) is a part of, if they agree.
 
     Every part has the same size along `axis`, and is the same chain of views, constant factors and
@@ -45,7 +43,7 @@ def join_parts(tracer: Tracer, ref: Ref, names: Sequence[str], axis: int) -> Ste
 class _Join:
     """Puts parts together: part `number`, element `inside` of it (`own` while parts are traced)."""
 
-    def __init__(self, tracer: Tracer, whole: Ref, number: Expr, own: Label, inside: Expr) -> None:
+    def __init__(self, tracer: Tracing, whole: Ref, number: Expr, own: Label, inside: Expr) -> None:
         self.tracer, self.whole = tracer, whole
         self.number, self.own, self.inside = number, own, inside
 

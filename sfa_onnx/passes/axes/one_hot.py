@@ -7,17 +7,15 @@ one of a row: an index outside makes a row of zeros, which attention sees as a k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Dot, Move, Ref
-
-if TYPE_CHECKING:
-    from sfa_onnx.passes.axes.trace import Tracer
-    from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Picked", "one_hot_node", "picked", "picks"]
 
@@ -60,7 +58,7 @@ def one_hot_node(index: GraphIndex, value: str) -> onnx.NodeProto | None:
     return None
 
 
-def picked(tracer: Tracer, dot: Dot) -> Move | None:
+def picked(tracer: Tracing, dot: Dot) -> Move | None:
     """The gather that a product with one-hot rows is, where every index is one of a row."""
     if dot.factor != 1:
         return None
@@ -68,7 +66,7 @@ def picked(tracer: Tracer, dot: Dot) -> Move | None:
     return Move(found.rows) if found is not None and found.inside else None
 
 
-def picks(tracer: Tracer, dot: Dot) -> Picked | None:
+def picks(tracer: Tracing, dot: Dot) -> Picked | None:
     """What a product picks when one of its operands holds one-hot rows along the summed axis."""
     for own, other in ((dot.a, dot.b), (dot.b, dot.a)):
         if one_hot_node(tracer.index, own.value) is None or dot.label not in other.labels:
@@ -81,7 +79,7 @@ def picks(tracer: Tracer, dot: Dot) -> Picked | None:
     return None
 
 
-def _index(tracer: Tracer, ref: Ref, label: Label) -> tuple[Expr, str, int] | None:
+def _index(tracer: Tracing, ref: Ref, label: Label) -> tuple[Expr, str, int] | None:
     """(the position along `label` where `ref` is 1, who holds it, number of positions)."""
     for _ in range(_FAR):
         node = tracer.index.node_of(ref.value)
@@ -102,7 +100,7 @@ def _index(tracer: Tracer, ref: Ref, label: Label) -> tuple[Expr, str, int] | No
 
 
 def _of_one_hot(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, label: Label
+    tracer: Tracing, node: onnx.NodeProto, ref: Ref, label: Label
 ) -> tuple[Expr, str, int] | None:
     values = tracer.index.mask_table(node.input[2])  # 0 and 1, of whatever type
     if values is None or values.reshape(-1).tolist() != [0, 1]:
@@ -117,7 +115,7 @@ def _of_one_hot(
 
 
 def _of_equal(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, label: Label
+    tracer: Tracing, node: onnx.NodeProto, ref: Ref, label: Label
 ) -> tuple[Expr, str, int] | None:
     for indices, positions in (node.input, node.input[::-1]):
         own = tracer.operand(indices, ref.coords)
@@ -134,7 +132,7 @@ def _of_equal(
     return None
 
 
-def _inside(tracer: Tracer, value: str, size: int) -> bool:
+def _inside(tracer: Tracing, value: str, size: int) -> bool:
     """Whether an integer tensor holds positions on an axis of this size: those of TopK, ArgMax."""
     index = tracer.index
     for _ in range(_FAR):

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
 from sfa_onnx.passes.axes.writes import all_written, window
 from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds, sliced
 
-if TYPE_CHECKING:
-    from sfa_onnx.passes.axes.trace import Tracer
-
 __all__ = ["STEPS"]
 
 _T = onnx.TensorProto
 _SIGNED: Final = (_T.INT8, _T.INT16, _T.INT32, _T.INT64, _T.UINT8)
 _BYTES: Final = (_T.INT8, _T.UINT8, _T.INT16)  # too narrow for token numbers
-_Rule = Callable[["Tracer", onnx.NodeProto, Ref], "Step | None"]
+_Rule = Callable[[Tracing, onnx.NodeProto, Ref], Step | None]
 
 
 # -- movement -------------------------------------------------------------------------------------
 
 
-def _cast(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _cast(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     source, target = tracer.sizes.elem_type(node.input[0]), int(attributes(node)["to"])
     wraps = target in _BYTES and source not in (target, _T.BOOL)  # token 300 is 44 in uint8
     widening = source in _SIGNED and not wraps and (is_float(target) or target in _SIGNED)
@@ -38,18 +36,18 @@ def _cast(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return None
 
 
-def _same(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _same(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     del tracer
     return Move(Ref(node.input[0], ref.coords)) if ref.value == node.output[0] else None
 
 
-def _dropout(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _dropout(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """Nothing, unless it runs in training mode."""
     trains = len(node.input) > 2 and node.input[2] and tracer.scalar(node.input[2]) != 0
     return None if trains else _same(tracer, node, ref)
 
 
-def _reshape(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _reshape(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     source, target = tracer.shape(node.input[0]), tracer.shape(ref.value)
     if [d for d in source if d != 1] == [d for d in target if d != 1]:
         kept = iter(c for c, d in zip(ref.coords, target, strict=True) if d != 1)
@@ -58,7 +56,7 @@ def _reshape(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     return Move(Ref(node.input[0], split(merge(ref.coords, target), source)))
 
 
-def _transpose(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _transpose(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     del tracer
     rank = len(ref.coords)
     perm = attributes(node).get("perm") or list(range(rank))[::-1]
@@ -68,17 +66,17 @@ def _transpose(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     return Move(Ref(node.input[0], tuple(coords)))
 
 
-def _expand(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _expand(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     return Move(tracer.operand(node.input[0], ref.coords))
 
 
-def _tile(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _tile(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     shape = tracer.shape(node.input[0])
     coords = (c.mod(d) if d > 1 else ZERO for c, d in zip(ref.coords, shape, strict=True))
     return Move(Ref(node.input[0], tuple(coords)))
 
 
-def _slice(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _slice(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     shape = tracer.shape(node.input[0])
     inputs = [None, *(tracer.sizes.value(n) if n else None for n in node.input[1:])]
     if any(a is None and n for a, n in zip(inputs[1:], node.input[1:], strict=True)):
@@ -90,7 +88,7 @@ def _slice(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Move(Ref(node.input[0], tuple(coords)))
 
 
-def _split(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _split(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
     before = list(node.output)[: list(node.output).index(ref.value)]
     offset = sum(tracer.shape(name)[axis] for name in before)
@@ -99,7 +97,7 @@ def _split(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     return Move(Ref(node.input[0], tuple(coords)))
 
 
-def _sequence_at(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _sequence_at(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A part of SplitToSequence with given sizes: what Split has as an output."""
     maker = tracer.index.origin(node.input[0])
     if maker is None or maker.op_type != "SplitToSequence" or len(maker.input) < 2:
@@ -113,7 +111,7 @@ def _sequence_at(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Move(Ref(maker.input[0], tuple(coords)))
 
 
-def _concat(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _concat(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     axis = int(attributes(node)["axis"]) % len(ref.coords)
     if (joined := join_parts(tracer, ref, node.input, axis)) is not None:
         return joined
@@ -149,7 +147,7 @@ def _by_range(ref: Ref, axis: int, ranges: list[tuple[int, int, str, int]]) -> S
     return Pieces(label, tuple((a, b, r) for a, b, r in cut if a < b))
 
 
-def _scatter(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _scatter(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A window written in place at constant positions: along one axis, a range is the update's."""
     if 0 in (tracer.sizes.shape(node.input[2]) or ()):  # what x[:, :0] = y leaves behind
         return Move(Ref(node.input[0], ref.coords))
@@ -169,7 +167,7 @@ def _scatter(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
 # -- gathers --------------------------------------------------------------------------------------
 
 
-def _gather(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _gather(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = int(attributes(node).get("axis", 0)) % len(tracer.shape(node.input[0]))
     rank = len(tracer.shape(node.input[1]))
     own = ref.coords[axis : axis + rank]
@@ -178,7 +176,7 @@ def _gather(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     return Move(Ref(node.input[0], coords))
 
 
-def _gather_elements(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _gather_elements(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
     rows, data = tracer.shape(node.input[1]), tracer.shape(node.input[0])
     for i, (own, size) in enumerate(zip(rows, data, strict=True)):
@@ -189,7 +187,7 @@ def _gather_elements(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
     return Move(Ref(node.input[0], tuple(coords)))
 
 
-def _gather_nd(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
+def _gather_nd(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     batch = int(attributes(node).get("batch_dims", 0))
     data, indices = tracer.shape(node.input[0]), tracer.shape(node.input[1])
     outer = ref.coords[: len(indices) - 1]
@@ -203,7 +201,7 @@ def _gather_nd(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step:
 # -- arithmetic -----------------------------------------------------------------------------------
 
 
-def _mul(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _mul(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     a, b = node.input
     for value, other in ((a, b), (b, a)):
         if (factor := tracer.scalar(other)) is not None and tracer.shape(value) == tracer.shape(
@@ -213,18 +211,18 @@ def _mul(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Product(tracer.operand(a, ref.coords), tracer.operand(b, ref.coords))
 
 
-def _div(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _div(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     divisor = tracer.scalar(node.input[1])
     same = tracer.shape(node.input[0]) == tracer.shape(ref.value)
     return Scaled(Ref(node.input[0], ref.coords), 1 / divisor) if divisor and same else None
 
 
-def _neg(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _neg(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     floats = is_float(tracer.sizes.elem_type(node.input[0]))
     return Scaled(Ref(node.input[0], ref.coords), -1.0) if floats else None
 
 
-def _scrubbed(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _scrubbed(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """Where(IsNaN(x), 0, x): x, as far as x is a number."""
     index = tracer.index
     guard = index.origin(node.input[0])
@@ -240,7 +238,7 @@ def _scrubbed(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     )
 
 
-def _matmul(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _matmul(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     flags, batch, (m, n) = attributes(node), ref.coords[:-2], ref.coords[-2:]
     if any(len(tracer.shape(name)) < 2 for name in node.input[:2]):
         return None
@@ -255,7 +253,7 @@ def _matmul(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Dot(left, right, label, float(flags.get("alpha", 1.0)))
 
 
-def _factor(tracer: Tracer, value: str, coords: tuple[Expr, ...], outside: bool) -> Ref:
+def _factor(tracer: Tracing, value: str, coords: tuple[Expr, ...], outside: bool) -> Ref:
     """An operand of a product; `outside`: its rows lie in front of its batch."""
     if not outside:
         return tracer.operand(value, coords)
@@ -265,13 +263,13 @@ def _factor(tracer: Tracer, value: str, coords: tuple[Expr, ...], outside: bool)
     return Ref(value, tuple(ZERO if d == 1 else c for c, d in zip(own, shape, strict=True)))
 
 
-def _gemm(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _gemm(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     flags = attributes(node)
     plain = len(node.input) < 3 or not node.input[2] or flags.get("beta", 1.0) == 0
     return _matmul(tracer, node, ref) if plain or tracer.fill(node.input[2]) == 0 else None
 
 
-def _einsum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _einsum(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     shapes = [tracer.shape(n) for n in node.input]
     terms, out = einsum_terms(attributes(node)["equation"], [len(s) for s in shapes])
     factor = 1.0
@@ -301,7 +299,7 @@ def _einsum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Dot(a, b, label, factor)
 
 
-def _reduce_sum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _reduce_sum(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A product of two tensors, summed over one axis of both: a contraction written out."""
     flags, shape = attributes(node), tracer.shape(node.input[0])
     given = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else flags.get("axes")
@@ -320,7 +318,7 @@ def _reduce_sum(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return Dot(step.a, step.b, label, factor)
 
 
-def _dequantize(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Step | None:
+def _dequantize(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     if len(node.input) > 2 and node.input[2]:
         zero = tracer.index.constant(node.input[2])
         if zero is None or bool(np.asarray(zero).any()):

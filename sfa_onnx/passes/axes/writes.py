@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import onnx
 
 from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, fresh
 from sfa_onnx.passes.axes.steps import Ref
-
-if TYPE_CHECKING:
-    from sfa_onnx.passes.axes.trace import Tracer
 
 __all__ = ["all_written", "window"]
 
 _MOST: Final = 256  # windows of one tensor, one written after the other
 
 
-def window(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, int] | None:
+def window(tracer: Tracing, node: onnx.NodeProto) -> tuple[int, int, int] | None:
     """(axis, low, high) of what a ScatterND or ScatterElements node overwrites as a whole.
 
     None: it is no such window, or adds to what is there.
@@ -39,7 +37,7 @@ def window(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, int] | None:
     return axis, low, low + update[axis]
 
 
-def _slice_of_elements(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, int] | None:
+def _slice_of_elements(tracer: Tracing, node: onnx.NodeProto) -> tuple[int, int, int] | None:
     """One position along the axis, everything along the others (`torch.select_scatter`)."""
     shape, table, update = (tracer.sizes.shape(name) for name in node.input)
     if shape is None:
@@ -55,7 +53,7 @@ def _slice_of_elements(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, 
     return axis, low, low + 1
 
 
-def _first_positions(tracer: Tracer, node: onnx.NodeProto) -> list[int] | None:
+def _first_positions(tracer: Tracing, node: onnx.NodeProto) -> list[int] | None:
     """First position of the written window on each indexed axis; None if it is no window."""
     table = tracer.sizes.shape(node.input[1])  # unknown where it comes from NonZero
     if table is None or len(table) - 1 != table[-1]:
@@ -74,7 +72,7 @@ def _first_positions(tracer: Tracer, node: onnx.NodeProto) -> list[int] | None:
     return first if len(first) == len(labels) else None
 
 
-def all_written(tracer: Tracer, node: onnx.NodeProto) -> list[str]:
+def all_written(tracer: Tracing, node: onnx.NodeProto) -> list[str]:
     """The updates that fill a tensor along one axis, in order; empty when not all of it is written.
 
     Windows of one size, written one after the other; a later one hides an earlier one.
@@ -97,6 +95,6 @@ def all_written(tracer: Tracer, node: onnx.NodeProto) -> list[str]:
     return []
 
 
-def _window_of(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, int, int] | None:
+def _window_of(tracer: Tracing, node: onnx.NodeProto) -> tuple[int, int, int] | None:
     tracer.spend(node.output[0])
     return window(tracer, node) if node.op_type in ("ScatterND", "ScatterElements") else None

@@ -1,0 +1,47 @@
+"""What a rule may ask of the tracer that it serves."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sfa_onnx.passes.axes.expr import Expr
+from sfa_onnx.passes.axes.steps import Ref, Step
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete, Shape
+
+__all__ = ["Tracing"]
+
+
+class Tracing(Protocol):
+    """Sizes, constants and steps of the graph around a node."""
+
+    index: GraphIndex
+    sizes: Concrete
+    opaque: bool
+
+    def shape(self, value: str) -> Shape:
+        """The concrete shape; stops recognition when it cannot be known."""
+
+    def scalar(self, value: str) -> float | None:
+        """The number in a one-element constant that does not depend on any dynamic size."""
+
+    def fill(self, value: str) -> float | None:
+        """The number a constant tensor holds everywhere."""
+
+    def unify(self, a: int, b: int) -> None:
+        """Sizes `a` and `b` meet on one axis."""
+
+    def same_count(self, source: Shape, target: Shape) -> None:
+        """A view keeps the number of elements."""
+
+    def spend(self, value: str) -> None:
+        """Count one step of the budget."""
+
+    def step(self, ref: Ref) -> Step:
+        """One step back from `ref`."""
+
+    def operand(self, value: str, coords: tuple[Expr, ...]) -> Ref:
+        """`value` as it is broadcast to the shape that `coords` address."""
+
+    def index_value(self, ref: Ref, size: int = 0) -> Expr:
+        """What an integer tensor holds at `ref`, on an axis of this size."""
