@@ -26,6 +26,7 @@ __all__ = [
     "additive",
     "boolean",
     "is_hidden",
+    "scatters_where",
     "unswitched",
 ]
 
@@ -367,10 +368,21 @@ def _all_of(
 
 
 def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
-    from sfa_onnx.passes.bind.scores import scatters_where
-
     mask = scatters_where(tracer, node, ref)
     if mask is None:
         return None
     rest = additive(tracer, Ref(node.input[0], ref.coords))
     return [*boolean(tracer, mask, positive=False), *rest]
+
+
+def scatters_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None:
+    """The bool mask of `x[mask] = -inf`, exported as NonZero, Transpose, ScatterND."""
+    index = tracer.index
+    chain = index.origin(node.input[1])
+    if chain is None or chain.op_type != "Transpose":
+        return None
+    nonzero = index.origin(chain.input[0])
+    if nonzero is None or nonzero.op_type != "NonZero" or not is_hidden(tracer, node.input[2]):
+        return None
+    mask = nonzero.input[0]
+    return Ref(mask, ref.coords) if tracer.shape(mask) == tracer.shape(ref.value) else None

@@ -12,10 +12,10 @@ from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Dot, Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Literal
-from sfa_onnx.passes.bind.mask import HIDDEN, additive, boolean, is_hidden, unswitched
+from sfa_onnx.passes.bind.mask import HIDDEN, additive, boolean, scatters_where, unswitched
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["Scores", "Term", "read_scores", "scatters_where", "sums_products"]
+__all__ = ["Scores", "Term", "read_scores", "sums_products"]
 
 _CONTRACTIONS = frozenset(
     ("MatMul", "Einsum", "FusedMatMul", "Gemm", "Attention", "MatMulInteger", "QLinearMatMul")
@@ -223,19 +223,6 @@ def _where(
         ref.value,
         "expected one branch to be -inf or a large negative constant",
     )
-
-
-def scatters_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None:
-    """The bool mask of `x[mask] = -inf`, exported as NonZero, Transpose, ScatterND."""
-    index = tracer.index
-    chain = index.origin(node.input[1])
-    if chain is None or chain.op_type != "Transpose":
-        return None
-    nonzero = index.origin(chain.input[0])
-    if nonzero is None or nonzero.op_type != "NonZero" or not is_hidden(tracer, node.input[2]):
-        return None
-    mask = nonzero.input[0]
-    return Ref(mask, ref.coords) if tracer.shape(mask) == tracer.shape(ref.value) else None
 
 
 def sums_products(index: GraphIndex, node: onnx.NodeProto) -> bool:
