@@ -18,6 +18,7 @@ __all__ = [
     "State",
     "apart",
     "cut_columns",
+    "deepen",
     "require_one",
     "same_addresses",
     "same_rows",
@@ -140,8 +141,8 @@ def _wants(parts: Sequence[Columns], wanted: frozenset[str]) -> bool:
     return any(p.kind != "float" or any(s.ref.value in wanted for s in p.path[-4:]) for p in parts)
 
 
-def _deepen(tracer: Tracer, ref: Ref, factor: float = 1.0) -> list[State]:
-    """Follow moves and constant factors only."""
+def deepen(tracer: Tracer, ref: Ref, factor: float = 1.0) -> list[State]:
+    """`ref` and every element behind it, by moves and constant factors only."""
     path = [State(ref, factor)]
     while True:
         step = tracer.step(path[-1].ref)
@@ -157,7 +158,7 @@ def _dequantised(
     tracer: Tracer, step: Product, label: Label, low: int, path: list[State]
 ) -> Columns:
     factor = path[-1].factor
-    sides = [_deepen(tracer, step.a, factor), _deepen(tracer, step.b)]
+    sides = [deepen(tracer, step.a, factor), deepen(tracer, step.b)]
     for rows, scale in (sides, sides[::-1]):
         if any(tracer.sizes.elem_type(s.ref.value) == _INT8 for s in rows):
             whole = (*path, *rows)
@@ -188,13 +189,13 @@ def _expanded(tracer: Tracer, step: Dot, label: Label, low: int, path: list[Stat
         )
     for rows, weight in ((step.a, step.b), (step.b, step.a)):
         if label in weight.labels and label not in rows.labels:
-            inner = _deepen(tracer, rows, factor)
+            inner = deepen(tracer, rows, factor)
             whole = (*path, *inner)
             return Columns(
                 label,
                 low,
                 whole,
-                weight=tuple(_deepen(tracer, weight)),
+                weight=tuple(deepen(tracer, weight)),
                 inner=step.label,
                 behind=len(path),
             )

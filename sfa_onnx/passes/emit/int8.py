@@ -26,7 +26,7 @@ from sfa_onnx.passes.emit.plan import (
 from sfa_onnx.passes.emit.rows import cache, gathered
 from sfa_onnx.passes.emit.select import gathered_entries, selected_entries
 
-__all__ = ["build_int8", "joined_query"]
+__all__ = ["antiquant", "build_int8", "joined_query"]
 
 _T = onnx.TensorProto
 
@@ -52,7 +52,7 @@ def build_int8(plan: Plan) -> Built:
         KV_CACHE_PACK.name, inputs, "packed", _T.INT8, domain=KV_CACHE_PACK.domain, tile_size=tile
     )
     rope_width = site.rope.label.size if site.rope is not None else 0
-    out = _antiquant(plan, query, packed, pick.entries, tile, rope_width)
+    out = antiquant(plan, [query, packed, packed, pick.entries], tile, rope_width)
     deliver(plan, out, [*order, [site.column]])
     family = "int8-dense" if site.selected else "int8"
     return Built(
@@ -122,12 +122,13 @@ def _dense_rows(plan: Plan) -> _Picked:
     return _Picked(entries, [*plan.batch, *plan.tokens], rows)
 
 
-def _antiquant(
-    plan: Plan, query: str, packed: str, entries: str, tile: int, rope_width: int
+def antiquant(
+    plan: Plan, inputs: list[str], tile: int, rope_width: int, layout_kv: str = "BSND"
 ) -> str:
+    """The int8 operator with every attribute written."""
     return plan.e.emit(
         ANTIQUANT.name,
-        [query, packed, packed, entries],
+        inputs,
         "attention",
         plan.elem_type,
         domain=ANTIQUANT.domain,
@@ -136,7 +137,7 @@ def _antiquant(
         key_quant_mode=2,
         value_quant_mode=2,
         layout_query="BSND",
-        layout_kv="BSND",
+        layout_kv=layout_kv,
         sparse_mode=0,
         attention_mode=2,
         quant_scale_repo_mode=1,

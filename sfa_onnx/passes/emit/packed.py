@@ -11,7 +11,7 @@ from sfa_onnx.passes.axes.trace import is_float
 from sfa_onnx.passes.bind.packed import PackedSite
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.emit.float import dense_keys, direct_keys, gathered_keys
-from sfa_onnx.passes.emit.int8 import joined_query
+from sfa_onnx.passes.emit.int8 import antiquant, joined_query
 from sfa_onnx.passes.emit.paged import paged_keys
 from sfa_onnx.passes.emit.plan import Built, Plan, deliver, queries, query_rows
 
@@ -50,7 +50,9 @@ def build_packed(site: PackedSite, e: Emitter) -> Built | None:
     if rope is not None:
         query = joined_query(plan, nope, rope, query, groups)
     entries = e.emit("Unsqueeze", [entries, e.ints([2])], "indices", _T.INT32)
-    out = _attention(plan, site, [query, keys[0], keys[0], entries, *paging])
+    inputs = [query, keys[0], keys[0], entries, *paging]
+    layout_kv = "PA_BSND" if paging else "BSND"
+    out = antiquant(plan, inputs, site.row.tile, site.row.rope, layout_kv)
     deliver(plan, e.cast(out, own), [*groups, [site.column]])
     notes = []
     if own != site.row_type:
@@ -76,26 +78,3 @@ def _output(site: PackedSite) -> tuple[int, str]:
         if node.op_type == "Cast" and is_float(sizes.elem_type(node.output[0])):
             value = node.output[0]
     return sizes.elem_type(value), value
-
-
-def _attention(plan: Plan, site: PackedSite, inputs: list[str]) -> str:
-    """The operator with every attribute written."""
-    paged = len(inputs) > len(ANTIQUANT.inputs[:4])
-    return plan.e.emit(
-        ANTIQUANT.name,
-        inputs,
-        "attention",
-        plan.elem_type,
-        domain=ANTIQUANT.domain,
-        scale_value=float(plan.scale),
-        sparse_block_size=1,
-        key_quant_mode=2,
-        value_quant_mode=2,
-        layout_query="BSND",
-        layout_kv="PA_BSND" if paged else "BSND",
-        sparse_mode=0,
-        attention_mode=2,
-        quant_scale_repo_mode=1,
-        tile_size=site.row.tile,
-        rope_head_dim=site.row.rope,
-    )

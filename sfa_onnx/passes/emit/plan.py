@@ -10,8 +10,8 @@ import onnx
 
 from sfa_onnx.contract import OpContract
 from sfa_onnx.passes.axes.expr import Label
-from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop, is_float
-from sfa_onnx.passes.bind.rows import Columns, State
+from sfa_onnx.passes.axes.trace import Ref, Stop, is_float
+from sfa_onnx.passes.bind.rows import Columns, State, deepen
 from sfa_onnx.passes.bind.site import Query, Site
 from sfa_onnx.passes.emit.absorb import Absorbed
 from sfa_onnx.passes.emit.emitter import Emitter, Group, axis_labels
@@ -92,22 +92,10 @@ def _all_have(site: Site, elem_type: int) -> bool:
         return any(site.tracer.sizes.elem_type(s.ref.value) == elem_type for s in states)
 
     queries = [q for q in (site.nope_query, site.rope_query) if q is not None]
-    if not all(has(_query_path(site, q)) for q in queries):
+    if not all(has(deepen(site.tracer, q.ref)) for q in queries):
         return False
     keys = [c.path for c in (site.nope, site.rope) if c is not None and c.kind == "float"]
     return all(has(path) for path in keys)
-
-
-def _query_path(site: Site, query: Query) -> list[State]:
-    path = [State(query.ref)]
-    while True:
-        step = site.tracer.step(path[-1].ref)
-        if isinstance(step, Move):
-            path.append(State(step.ref, path[-1].factor))
-        elif isinstance(step, Scaled):
-            path.append(State(step.ref, path[-1].factor * step.factor))
-        else:
-            return path
 
 
 def queries(plan: Plan) -> tuple[State, State | None]:
@@ -160,7 +148,7 @@ def _row_factor(columns: Columns) -> float:
 
 
 def _pick_query(plan: Plan, query: Query) -> State:
-    path = unrounded(plan.site, _query_path(plan.site, query), plan.elem_type)
+    path = unrounded(plan.site, deepen(plan.site.tracer, query.ref), plan.elem_type)
     first = max(
         (i for i, s in enumerate(path) if s.factor != path[max(i - 1, 0)].factor), default=0
     )
