@@ -25,8 +25,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from sfa_onnx import runtime
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
-from sfa_onnx.runtime.portable import make_portable
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
+from sfa_onnx.runtime.portable.model import make_portable
 
 TYPES = {
     "float32": (np.float32, TensorProto.FLOAT),

@@ -26,7 +26,8 @@ _HEAD = "import sys, time\nsource, target = sys.argv[1:3]\n"
 _CLOCK = "begin, cpu = time.monotonic(), time.process_time()\n"
 
 OURS = """
-from sfa_onnx.passes import certificate, run_fuse
+from sfa_onnx.passes import certificate
+from sfa_onnx import fusion as run_fuse
 if {plain}:
     certificate.snapshot = lambda model: certificate.Snapshot()
 {clock}

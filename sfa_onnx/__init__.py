@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sfa_onnx import schema as _schema  # noqa: F401  (registers the operators with onnx)
+from sfa_onnx.operator import schema as _schema  # noqa: F401  (registers the operators with onnx)
 from sfa_onnx.report import FuseReport, SiteReport, VerifyRecord, to_json
 
 if TYPE_CHECKING:
-    from sfa_onnx.passes.run_fuse import fuse
+    from sfa_onnx.fusion import fuse
     from sfa_onnx.passes.unfuse import unfuse
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Loaded on first use: onnxruntime and the passes take a second that `import sfa_onnx` need not.
-_LAZY = {"fuse": "sfa_onnx.passes.run_fuse", "unfuse": "sfa_onnx.passes.unfuse"}
+_LAZY = {"fuse": "sfa_onnx.fusion", "unfuse": "sfa_onnx.passes.unfuse"}
 
 
 def __getattr__(name: str) -> Any:

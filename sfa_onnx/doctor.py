@@ -107,8 +107,8 @@ def _cann() -> list[Probe]:
 
 
 def _weights(model: Path) -> list[Probe]:
-    from sfa_onnx.model import load_model
-    from sfa_onnx.weights import weights_findings
+    from sfa_onnx.files.model import load_model
+    from sfa_onnx.files.weights import weights_findings
 
     found = weights_findings(load_model(model), model.parent)
     return [Probe("weights", f.location, "ok" if f.ok else "warning", f.advice) for f in found]

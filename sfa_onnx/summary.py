@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from sfa_onnx.model import load_model
-from sfa_onnx.op import find_op
+from sfa_onnx.files.model import load_model
+from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.sub_graphs import bodies
 
 __all__ = ["Summary", "summarise", "value_text"]

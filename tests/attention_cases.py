@@ -8,8 +8,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sfa_onnx import kv_cache, reference
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, OpContract
+from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator.op import (
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+    OpContract,
+)
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LAYOUTS = (("BSND", "BSND"), ("BSND", "PA_BSND"), ("TND", "TND"), ("TND", "PA_BSND"))

@@ -7,7 +7,7 @@ bypass the binder: `gather_site(changes)` swaps lines of the graph's text and ke
 import onnx
 from onnx import TensorProto, helper
 
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.passes.candidate import Candidate, Domain, Operand, Role
 
 FLOAT, INT8, INT32, INT64, BOOL = (

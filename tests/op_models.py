@@ -11,7 +11,7 @@ from onnx import helper
 
 from sfa_onnx import runtime
 from sfa_onnx.errors import MissingError
-from sfa_onnx.op import OpContract
+from sfa_onnx.operator.op import OpContract
 from tests.attention_cases import BF16, Case
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from sfa_onnx import kv_cache
-from sfa_onnx.op import PackedRow
+from sfa_onnx.operator import kv_cache
+from sfa_onnx.operator.op import PackedRow
 from tests.zoo.base import NP_TYPES, Feeds
 from tests.zoo.write import KINDS, Graph
 

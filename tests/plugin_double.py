@@ -17,8 +17,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from sfa_onnx import op
-from sfa_onnx.ascend import flavour
+from sfa_onnx.ascend.flavour import model as flavour
+from sfa_onnx.operator import op
 from tests.test_flavour import fused, ours
 
 ROOT = Path(__file__).parents[1] / "kernels" / "ascend"

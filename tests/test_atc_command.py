@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from onnx import TensorProto, helper
 
-from sfa_onnx.ascend import atc_command, atc_log
+from sfa_onnx.ascend.handover import command as atc_command
+from sfa_onnx.ascend.handover import log as atc_log
 from sfa_onnx.errors import UsageError
 from tests.test_flavour import build
 

@@ -18,7 +18,7 @@ from sfa_onnx.ascend.checks import (
     check,
     parse_plugin,
 )
-from sfa_onnx.ascend.flavour import to_atc
+from sfa_onnx.ascend.flavour.model import to_atc
 from sfa_onnx.cli import main
 from sfa_onnx.errors import UsageError
 from sfa_onnx.report import to_json

@@ -9,12 +9,12 @@ from onnx import TensorProto, helper, numpy_helper
 from sfa_onnx import runtime
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.report import to_json
-from sfa_onnx.runtime.compare import compare
-from sfa_onnx.runtime.difference import measure
-from sfa_onnx.runtime.feeds import random_feeds
-from sfa_onnx.runtime.portable import unfuse
+from sfa_onnx.runtime.compare.difference import measure
+from sfa_onnx.runtime.compare.run import compare
+from sfa_onnx.runtime.feeds.draw import random_feeds
+from sfa_onnx.runtime.portable.model import unfuse
 from sfa_onnx.runtime.twin import twin
 from tests.attention_cases import BF16
 from tests.op_models import elem_type, needs_library
@@ -192,7 +192,7 @@ def test_without_weights_the_sites_still_run_on_random_values(tmp_path, factor):
 
 @needs_library
 def test_a_model_beyond_memory_is_compared_site_by_site(monkeypatch):
-    monkeypatch.setattr("sfa_onnx.runtime.compare._MEMORY_SHARE", 1e-12)
+    monkeypatch.setattr("sfa_onnx.runtime.compare.run._MEMORY_SHARE", 1e-12)
     fused = decoder(np.float32)
     report = compare(scaled(fused, "site1", 1.05), fused)
     assert [s.method for s in report.sites] == ["random", "random"]
@@ -202,7 +202,7 @@ def test_a_model_beyond_memory_is_compared_site_by_site(monkeypatch):
 
 @needs_library
 def test_portable_and_fused_are_one_model():
-    from sfa_onnx.runtime.portable import make_portable
+    from sfa_onnx.runtime.portable.model import make_portable
 
     fused = decoder(np.float32, layers=1)
     report = compare(unfuse(fused), make_portable(fused))

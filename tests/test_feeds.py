@@ -1,7 +1,7 @@
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from sfa_onnx.runtime.feeds import random_feeds
+from sfa_onnx.runtime.feeds.draw import random_feeds
 from tests.test_compare import TOP, VOCABULARY, decoder
 
 

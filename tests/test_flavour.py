@@ -8,9 +8,9 @@ import onnxruntime as ort
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sfa_onnx import op
-from sfa_onnx.ascend import flavour
+from sfa_onnx.ascend.flavour import model as flavour
 from sfa_onnx.errors import ModelError, UsageError, WeightsError
+from sfa_onnx.operator import op
 
 RNG = np.random.default_rng(7)
 SCALE = float(np.float32(0.1352337747812271))

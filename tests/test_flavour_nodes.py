@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from sfa_onnx import op
-from sfa_onnx.ascend import flavour
+from sfa_onnx.ascend.flavour import model as flavour
 from sfa_onnx.errors import ContractError, UsageError
+from sfa_onnx.operator import op
 from tests.test_flavour import SCALE, attr, fused, ours
 
 

@@ -5,8 +5,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from sfa_onnx.ascend import flavour
-from sfa_onnx.runtime import portable
+from sfa_onnx.ascend.flavour import model as flavour
+from sfa_onnx.runtime.portable import model as portable
 from tests.test_portable import two_sites
 
 

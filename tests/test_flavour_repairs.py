@@ -13,7 +13,8 @@ from onnx import ModelProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from sfa_onnx import runtime
-from sfa_onnx.ascend import checks, flavour
+from sfa_onnx.ascend import checks
+from sfa_onnx.ascend.flavour import model as flavour
 from sfa_onnx.errors import ModelError, SfaError
 from tests.test_flavour import RNG, attr, build, ops, run, same_results
 

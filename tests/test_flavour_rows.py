@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sfa_onnx import kv_cache, op, runtime
-from sfa_onnx.ascend import flavour
+from sfa_onnx import runtime
+from sfa_onnx.ascend.flavour import model as flavour
 from sfa_onnx.errors import ContractError
+from sfa_onnx.operator import kv_cache, op
 from tests.test_flavour import attr, build, ours
 
 

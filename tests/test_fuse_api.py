@@ -7,9 +7,9 @@ import onnx
 import pytest
 
 import sfa_onnx
+from sfa_onnx import fusion as run_fuse
 from sfa_onnx.errors import UsageError, VerificationError
-from sfa_onnx.model import hash_tensors_and_nodes
-from sfa_onnx.passes import run_fuse
+from sfa_onnx.files.model import hash_tensors_and_nodes
 from sfa_onnx.passes.candidate import Refusal, RefusedSite
 from sfa_onnx.passes.plan import read_plan, write_plan
 from tests.hand_sites import gather_site, several_sites

@@ -14,9 +14,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sfa_onnx import kv_cache, op, runtime
-from sfa_onnx.ascend import handover, handover_against, handover_data, handover_mapping
+from sfa_onnx import runtime
+from sfa_onnx.ascend.handover import against as handover_against
+from sfa_onnx.ascend.handover import data as handover_data
+from sfa_onnx.ascend.handover import folder as handover
+from sfa_onnx.ascend.handover import mapping as handover_mapping
 from sfa_onnx.errors import UsageError
+from sfa_onnx.operator import kv_cache, op
 from tests.test_flavour import build, ours
 
 SOC = "Ascend910B2"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernel_abi as core
-from sfa_onnx import kv_cache, reference
+from sfa_onnx.operator import kv_cache, reference
 
 pytestmark = pytest.mark.kernel
 

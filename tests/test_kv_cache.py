@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sfa_onnx import kv_cache
 from sfa_onnx.errors import ContractError
-from sfa_onnx.op import PackedRow
+from sfa_onnx.operator import kv_cache
+from sfa_onnx.operator.op import PackedRow
 
 BF16 = ml_dtypes.bfloat16
 TYPES = (np.float32, np.float16, BF16)

@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sfa_onnx import kv_cache
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
-from sfa_onnx.op import DOMAIN_NPU, SPARSE_FLASH_ATTENTION
+from sfa_onnx.operator import kv_cache
+from sfa_onnx.operator.op import DOMAIN_NPU, SPARSE_FLASH_ATTENTION
 
 B, N1, C, R, K, TILE = 2, 4, 64, 16, 8, 32
 SCALE = 0.125

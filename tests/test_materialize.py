@@ -14,7 +14,7 @@ import sfa_onnx
 from sfa_onnx import runtime
 from sfa_onnx.cli import main
 from sfa_onnx.errors import UsageError, VerificationError, WeightsError
-from sfa_onnx.external import iter_tensors
+from sfa_onnx.files.external import iter_tensors
 from sfa_onnx.passes.certificate import check_certificate
 from tests.absorbed_models import (
     TYPES,

@@ -9,10 +9,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError, UsageError, WeightsError
-from sfa_onnx.external import StorageReader
-from sfa_onnx.model import atomic_write, hash_tensors_and_nodes, load_model, save_model
+from sfa_onnx.files.external import StorageReader
+from sfa_onnx.files.model import atomic_write, hash_tensors_and_nodes, load_model, save_model
+from sfa_onnx.files.weights import external_files, place_weights, weights_findings
 from sfa_onnx.summary import summarise
-from sfa_onnx.weights import external_files, place_weights, weights_findings
 
 
 def _external(name, array, location, offset):

@@ -3,7 +3,7 @@
 import onnx
 from onnx import TensorProto, helper
 
-from sfa_onnx.onnx_attrs import attribute, attributes, find_attribute, subgraphs, value_of
+from sfa_onnx.files.onnx_attrs import attribute, attributes, find_attribute, subgraphs, value_of
 
 NODE = helper.make_node(
     "Any", ["x"], ["y"], text="linear", number=3, real=0.5, many=[1, 2], empty=""

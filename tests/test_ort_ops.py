@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from sfa_onnx import runtime
-from sfa_onnx.op import (
+from sfa_onnx.operator.op import (
     KV_QUANT_SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,

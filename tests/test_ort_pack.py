@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from sfa_onnx import kv_cache, runtime
-from sfa_onnx.op import KV_CACHE_PACK
+from sfa_onnx import runtime
+from sfa_onnx.operator import kv_cache
+from sfa_onnx.operator.op import KV_CACHE_PACK
 from tests.attention_cases import BF16
 from tests.op_models import needs_library, node_model
 from tests.test_ort_ops import infers_shapes

@@ -12,7 +12,7 @@ from onnx import helper
 
 from sfa_onnx import runtime
 from sfa_onnx.errors import ContractError, ModelError
-from sfa_onnx.op import (
+from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
     KV_QUANT_SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION,

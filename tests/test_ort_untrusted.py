@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sfa_onnx import runtime
 from sfa_onnx.errors import ContractError
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from tests.attention_cases import LAYOUTS, Case, make_case
 from tests.op_models import needs_library, op_model
 from tests.test_ort_ops import OPS, OUT, feeds, head_error, in_float64, limit

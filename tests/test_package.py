@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sfa_onnx import op
-from sfa_onnx.ascend import doctor, package
+from sfa_onnx.ascend import doctor
+from sfa_onnx.ascend.handover import package
 from sfa_onnx.errors import UsageError
+from sfa_onnx.operator import op
 
 SOURCES = Path(__file__).parents[1] / "kernels" / "ascend"
 LIBRARY = "opp/vendors/sfa_onnx/framework/onnx/libcust_onnx_parsers.so"

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from sfa_onnx import op
-from sfa_onnx.ascend import flavour, package_tables
 from sfa_onnx.ascend.checks import check
+from sfa_onnx.ascend.flavour import model as flavour
+from sfa_onnx.ascend.handover import package_tables
+from sfa_onnx.operator import op
 from tests.plugin_double import (
     ROOT,
     as_hex,
@@ -46,7 +47,7 @@ pytestmark = needs_compiler
 
 
 def test_generated_tables_are_up_to_date():
-    hint = "run: python -m sfa_onnx.ascend.package_tables"
+    hint = "run: python -m sfa_onnx.ascend.handover.package_tables"
     assert (ROOT / package_tables.CPP_TABLE).read_text() == package_tables.cpp_table(), hint
     assert (ROOT / package_tables.PYTHON_TABLE).read_text() == package_tables.python_table(), hint
 

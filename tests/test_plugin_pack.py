@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from sfa_onnx import kv_cache, op
-from sfa_onnx.ascend import flavour
 from sfa_onnx.ascend.checks import check
 from sfa_onnx.ascend.checks.plugin import PACK_EXPANSION
+from sfa_onnx.ascend.flavour import model as flavour
+from sfa_onnx.operator import kv_cache, op
 from tests.plugin_double import key, needs_compiler, parser_text, plugin
 from tests.test_flavour import fused
 

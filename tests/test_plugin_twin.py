@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from sfa_onnx import op
+from sfa_onnx.operator import op
 from tests.plugin_double import (
     ROOT,
     as_hex,

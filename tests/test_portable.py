@@ -5,18 +5,19 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from sfa_onnx import kv_cache, reference, runtime
+from sfa_onnx import runtime
 from sfa_onnx.errors import ModelError
-from sfa_onnx.op import (
+from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
     LIGHTNING_INDEXER,
     QUANT_LIGHTNING_INDEXER,
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
-from sfa_onnx.runtime.body import Body
-from sfa_onnx.runtime.body_numbers import FORMATS, from_bytes, to_bytes
-from sfa_onnx.runtime.portable import make_portable, unfuse
+from sfa_onnx.runtime.portable.body import Body
+from sfa_onnx.runtime.portable.model import make_portable, unfuse
+from sfa_onnx.runtime.portable.numbers import FORMATS, from_bytes, to_bytes
 from tests.attention_cases import BF16, LAYOUTS, make_case
 from tests.op_models import elem_type, needs_library, node_model, op_model
 

@@ -46,7 +46,7 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
 
 
 def test_every_operator_is_in_the_table() -> None:
-    from sfa_onnx.op import ALL_OPS
+    from sfa_onnx.operator.op import ALL_OPS
 
     for op in ALL_OPS:
         assert f"`{op.domain}::{op.name}`" in README

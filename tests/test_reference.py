@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sfa_onnx import kv_cache, reference
 from sfa_onnx.errors import ContractError
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
-from sfa_onnx.reference_npu import half_away
+from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
+from sfa_onnx.operator.reference_npu import half_away
 from tests.attention_cases import BF16, LAYOUTS, make_case
 
 SFAA, SFA = SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION

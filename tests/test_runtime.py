@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from sfa_onnx import runtime
 from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from tests.attention_cases import BF16, LAYOUTS, make_case
 from tests.op_models import needs_library, op_model
 

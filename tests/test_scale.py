@@ -18,7 +18,8 @@ from tests.zoo import bodies
 # the budget.
 CHILD = """
 import re, sys
-from sfa_onnx.passes import certificate, run_fuse
+from sfa_onnx.passes import certificate
+from sfa_onnx import fusion as run_fuse
 certificate.snapshot = lambda model: certificate.Snapshot()
 report = run_fuse.fuse(sys.argv[1], sys.argv[2], verify=False)
 # Not ru_maxrss: that remembers what the parent held when it started this process.

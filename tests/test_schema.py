@@ -5,8 +5,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sfa_onnx import schema
-from sfa_onnx.op import ALL_OPS, KV_QUANT_SPARSE_FLASH_ATTENTION
+from sfa_onnx.operator import schema
+from sfa_onnx.operator.op import ALL_OPS, KV_QUANT_SPARSE_FLASH_ATTENTION
 from tests.attention_cases import BF16, LAYOUTS, make_case
 from tests.op_models import op_model
 

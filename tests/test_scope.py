@@ -8,8 +8,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from sfa_onnx import runtime
-from sfa_onnx.ascend import handover
-from sfa_onnx.ascend.handover_scope import Scope, cut, parse_scope
+from sfa_onnx.ascend.handover import folder as handover
+from sfa_onnx.ascend.handover.scope import Scope, cut, parse_scope
 from sfa_onnx.errors import ModelError, UsageError
 from tests.test_flavour import build
 

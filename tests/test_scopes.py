@@ -15,7 +15,7 @@ from sfa_onnx.kv_convert import convert
 from sfa_onnx.passes import certificate
 from sfa_onnx.passes.graph.sub_graphs import captured
 from sfa_onnx.passes.plan import write_plan
-from sfa_onnx.runtime.compare import compare
+from sfa_onnx.runtime.compare.run import compare
 from tests.zoo import bodies as scopes
 from tests.zoo.catalogue import cases
 

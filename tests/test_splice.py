@@ -5,8 +5,8 @@ import pytest
 from onnx import helper
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.model import hash_tensors_and_nodes
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION
+from sfa_onnx.files.model import hash_tensors_and_nodes
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.candidate import Candidate
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.splice import check_region, splice

@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 import sfa_onnx.torch as sfa_torch  # noqa: E402
 from sfa_onnx import runtime  # noqa: E402
 from sfa_onnx.errors import ContractError  # noqa: E402
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT  # noqa: E402
-from sfa_onnx.runtime.portable import make_portable  # noqa: E402
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT  # noqa: E402
+from sfa_onnx.runtime.portable.model import make_portable  # noqa: E402
 from sfa_onnx.torch.ops import _numpy, _torch  # noqa: E402
 from tests.attention_cases import BF16, LAYOUTS, make_case  # noqa: E402
 

@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sfa_onnx import kv_cache
-from sfa_onnx.op import PackedRow
+from sfa_onnx.operator import kv_cache
+from sfa_onnx.operator.op import PackedRow
 from sfa_onnx.passes.candidate import Domain, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import Verifier

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.candidate import Domain, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import Verifier

@@ -28,7 +28,7 @@ enum Role {
   kRoles
 };
 
-// Input position -> role, in CANN's order (sfa_onnx/op.py).
+// Input position -> role, in CANN's order (sfa_onnx/operator/op.py).
 constexpr int kAttentionInputs = 9;
 constexpr Role kPackedInputs[kAttentionInputs] = {
     kQuery, kKey, kValue, kIndices, kKeyScale, kValueScale, kBlockTable, kLengthsQuery, kLengthsKv,

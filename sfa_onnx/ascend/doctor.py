@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sfa_onnx.ascend.package import LIBRARY, toolkit
-from sfa_onnx.op import BINDINGS
+from sfa_onnx.ascend.handover.package import LIBRARY, toolkit
+from sfa_onnx.operator.op import BINDINGS
 
 __all__ = ["CannProbe", "Vendor", "examine_cann", "vendors"]
 

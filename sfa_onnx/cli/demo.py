@@ -37,7 +37,7 @@ def _tour(folder: Path, console: Console) -> int:
     import sfa_onnx
     from sfa_onnx import demo
     from sfa_onnx.kv_convert import convert
-    from sfa_onnx.runtime.compare import compare
+    from sfa_onnx.runtime.compare.run import compare
     from sfa_onnx.summary import summarise
 
     model = demo.materialise(folder)
@@ -78,8 +78,8 @@ def _tour(folder: Path, console: Console) -> int:
 
 def _times(console: Console, models: dict[str, Path]) -> dict[str, float]:
     from sfa_onnx import demo, runtime
+    from sfa_onnx.files.model import load_model
     from sfa_onnx.kv_convert.interface import adapt_feeds, read_interface
-    from sfa_onnx.model import load_model
     from sfa_onnx.runtime.timing import time_session
 
     inputs = demo.feeds(past_length=LONG)
@@ -95,7 +95,7 @@ def _times(console: Console, models: dict[str, Path]) -> dict[str, float]:
 
 
 def _hand_over(folder: Path, model: Path, console: Console) -> Any:
-    from sfa_onnx.ascend import handover
+    from sfa_onnx.ascend.handover import folder as handover
 
     report = handover.write(
         model,

@@ -112,7 +112,7 @@ def _dims(pairs: list[str]) -> dict[str, str]:
 
 
 def _atc(args: argparse.Namespace, console: Console) -> int:
-    from sfa_onnx.ascend import handover
+    from sfa_onnx.ascend.handover import folder as handover
 
     report = handover.write(
         args.model,

@@ -56,11 +56,11 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
         raise UsageError("compare: give a second model, or --against DIR with outputs of a device")
     inputs = load_inputs(args.inputs)
     if args.against is not None:
-        from sfa_onnx.ascend.handover import compare_against
+        from sfa_onnx.ascend.handover.folder import compare_against
 
         report = compare_against(args.before, args.against, atol=args.atol, rtol=args.rtol)
     else:
-        from sfa_onnx.runtime.compare import compare
+        from sfa_onnx.runtime.compare.run import compare
 
         with console.progress("compare"):
             report = compare(
@@ -78,7 +78,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx import runtime
-    from sfa_onnx.runtime.feeds import random_feeds
+    from sfa_onnx.runtime.feeds.draw import random_feeds
     from sfa_onnx.runtime.timing import time_session
 
     if args.output and args.output.exists() and not args.force:

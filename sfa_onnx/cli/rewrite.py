@@ -160,9 +160,9 @@ def _kv_cache(args: argparse.Namespace, console: Console) -> int:
 
 def _with_sites(args: argparse.Namespace, console: Console) -> Any:
     """The model as it is when it was fused already, else fused here."""
+    from sfa_onnx.files.model import load_model
     from sfa_onnx.kv_convert import float_sites
     from sfa_onnx.kv_convert.interface import read_interface
-    from sfa_onnx.model import load_model
 
     model = load_model(args.model)
     if float_sites(model.graph) or read_interface(model) is not None:

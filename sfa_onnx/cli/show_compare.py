@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from sfa_onnx.cli.console import Console
-from sfa_onnx.runtime.difference import CompareReport, Difference, OutputRow, SiteRow
+from sfa_onnx.runtime.compare.difference import CompareReport, Difference, OutputRow, SiteRow
 
 __all__ = ["compare_report"]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import onnx
 
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.model import load_model, save_model
 from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
-from sfa_onnx.model import load_model, save_model
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import body_views
 

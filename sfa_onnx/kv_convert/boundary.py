@@ -8,11 +8,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from sfa_onnx.errors import ModelError
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING, CacheEntry
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translated, Translator
-from sfa_onnx.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Boundary"]

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from sfa_onnx import kv_cache
-from sfa_onnx.contract import PackedRow
 from sfa_onnx.errors import ModelError
+from sfa_onnx.operator import kv_cache
+from sfa_onnx.operator.contract import PackedRow
 
 __all__ = [
     "BLOCK_TABLE",

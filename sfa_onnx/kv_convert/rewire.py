@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from sfa_onnx.contract import PackedRow
 from sfa_onnx.errors import ModelError
+from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.kv_convert.arrange import Arrangement, declare_domain
 from sfa_onnx.kv_convert.boundary import Boundary
 from sfa_onnx.kv_convert.emit import Emitter
@@ -17,8 +17,8 @@ from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, CacheEntry
 from sfa_onnx.kv_convert.pages import PageWriter
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translator
-from sfa_onnx.onnx_attrs import attribute
-from sfa_onnx.op import (
+from sfa_onnx.operator.contract import PackedRow
+from sfa_onnx.operator.op import (
     DOMAIN_OWN,
     KV_CACHE_PACK,
     SPARSE_FLASH_ATTENTION,

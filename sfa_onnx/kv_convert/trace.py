@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from sfa_onnx.onnx_attrs import attribute
+from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Stream", "peel", "slice_on"]

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from sfa_onnx.contract import PackedRow
+from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.pages import PageWriter
 from sfa_onnx.kv_convert.trace import Stream, peel
-from sfa_onnx.onnx_attrs import attribute
-from sfa_onnx.op import DOMAIN_OWN, KV_CACHE_PACK
+from sfa_onnx.operator.contract import PackedRow
+from sfa_onnx.operator.op import DOMAIN_OWN, KV_CACHE_PACK
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["CacheInput", "Translated", "Translator"]

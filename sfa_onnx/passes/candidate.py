@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from sfa_onnx.contract import OpContract
+from sfa_onnx.operator.contract import OpContract
 
 __all__ = ["Candidate", "Domain", "Operand", "Refusal", "RefusedSite", "Role"]
 

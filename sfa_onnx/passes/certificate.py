@@ -18,13 +18,13 @@ from typing import Any
 import onnx
 
 from sfa_onnx.errors import UsageError, WeightsError
-from sfa_onnx.external import StorageReader, iter_tensors
-from sfa_onnx.model import atomic_write, hash_message, load_model, paused_gc
+from sfa_onnx.files.external import StorageReader, iter_tensors
+from sfa_onnx.files.model import atomic_write, hash_message, load_model, paused_gc
+from sfa_onnx.files.weights_file import digest_of
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
 from sfa_onnx.passes.graph.sub_graphs import bodies
 from sfa_onnx.report import FuseReport, to_json
-from sfa_onnx.weights_file import digest_of
 
 __all__ = [
     "CertificateCheck",

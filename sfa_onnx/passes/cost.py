@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attribute, attributes
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.files.onnx_attrs import attribute, attributes
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import onnx
 
-from sfa_onnx.contract import INT8, OpContract
-from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.op import KV_CACHE_PACK, NPU
+from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.operator.contract import INT8, OpContract
+from sfa_onnx.operator.op import KV_CACHE_PACK, NPU
 from sfa_onnx.passes.candidate import Candidate, Role
 
 __all__ = ["npu_limits"]

@@ -17,8 +17,9 @@ import onnx
 from onnx import TensorProto
 
 from sfa_onnx.errors import UsageError
-from sfa_onnx.external import StorageReader, external_range
-from sfa_onnx.onnx_attrs import attributes, find_attribute
+from sfa_onnx.files.external import StorageReader, external_range
+from sfa_onnx.files.onnx_attrs import attributes, find_attribute
+from sfa_onnx.files.weights_file import WeightsFile, digest_of, inline_tensor
 from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.candidate import Candidate, Role
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -27,7 +28,6 @@ from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies, captured
 from sfa_onnx.passes.shapes.fold import FOLD
 from sfa_onnx.report import MaterializedWeight
-from sfa_onnx.weights_file import WeightsFile, digest_of, inline_tensor
 
 __all__ = ["Materializer", "materialized_notes"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_onnx.errors import UsageError
-from sfa_onnx.model import atomic_write
+from sfa_onnx.files.model import atomic_write
 from sfa_onnx.report import FuseReport
 
 __all__ = ["Plan", "read_plan", "write_plan"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.op import ALL_OPS
+from sfa_onnx.operator.op import ALL_OPS
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.region import edit_region, free_name, ordered_nodes, rename_region

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 
 from sfa_onnx.errors import UsageError
-from sfa_onnx.model import load_model, save_model
-from sfa_onnx.op import find_op
+from sfa_onnx.files.model import load_model, save_model
+from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import body_views
 from sfa_onnx.passes.graph.scopes import count_nodes
@@ -43,7 +43,7 @@ def unfuse(
     Raises:
         UsageError: the model holds none of our operators, or `output` exists.
     """
-    from sfa_onnx.runtime.portable import unfuse as standard_nodes
+    from sfa_onnx.runtime.portable.model import unfuse as standard_nodes
 
     source = load_model(model)
     main = GraphIndex.of(source)

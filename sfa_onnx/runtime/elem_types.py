@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import ModelProto
 
-from sfa_onnx.onnx_attrs import subgraphs
+from sfa_onnx.files.onnx_attrs import subgraphs
 
 __all__ = ["ElemTypes", "light_copy"]
 

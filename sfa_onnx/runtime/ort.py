@@ -21,7 +21,7 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
 from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
-from sfa_onnx.op import ALL_OPS
+from sfa_onnx.operator.op import ALL_OPS
 
 __all__ = ["NUMPY_TYPES", "Model", "kernel_isa", "library_path", "register", "run", "session"]
 

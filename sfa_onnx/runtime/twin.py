@@ -22,7 +22,7 @@ from onnx import (
     numpy_helper,
 )
 
-from sfa_onnx.op import find_op
+from sfa_onnx.operator.op import find_op
 from sfa_onnx.runtime.elem_types import ElemTypes
 
 __all__ = ["FLOATS", "twin", "uses"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sfa_onnx.contract import OpContract
 from sfa_onnx.errors import MissingError
+from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.torch.ops import NAMESPACE, OPERATORS, arguments_of
 
 __all__ = ["translation_table"]

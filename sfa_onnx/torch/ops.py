@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfa_onnx import kv_cache, reference
-from sfa_onnx.contract import Attribute, OpContract, PackedRow
-from sfa_onnx.op import (
+from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator.contract import Attribute, OpContract, PackedRow
+from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
     LIGHTNING_INDEXER,
     QUANT_LIGHTNING_INDEXER,

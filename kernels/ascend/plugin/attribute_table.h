@@ -1,4 +1,4 @@
-// Written by sfa_onnx.ascend.package_tables from sfa_onnx/op.py; do not edit.
+// Written by sfa_onnx.ascend.handover.package_tables from sfa_onnx/operator/op.py; do not edit.
 // clang-format off
 #ifndef SFA_ONNX_ASCEND_ATTRIBUTE_TABLE_H_
 #define SFA_ONNX_ASCEND_ATTRIBUTE_TABLE_H_

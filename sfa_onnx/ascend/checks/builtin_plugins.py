@@ -11,7 +11,7 @@ from typing import Final
 
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.finding import Finding
-from sfa_onnx.onnx_attrs import attribute
+from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["expansion", "parameters"]
 

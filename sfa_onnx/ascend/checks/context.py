@@ -11,8 +11,8 @@ import onnx
 from sfa_onnx.ascend.checks.facts import Cann, Registration, registration
 from sfa_onnx.ascend.checks.plugin import Plugin
 from sfa_onnx.ascend.checks.view import ModelView, Scope
-from sfa_onnx.ascend.flavour_scope import Facts, Names
-from sfa_onnx.ascend.flavour_scope import Scope as RewriteScope
+from sfa_onnx.ascend.flavour.scope import Facts, Names
+from sfa_onnx.ascend.flavour.scope import Scope as RewriteScope
 
 __all__ = ["Context", "Node"]
 

@@ -10,16 +10,16 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto
 
-from sfa_onnx.ascend import flavour_form as form
 from sfa_onnx.ascend.checks.facts import INTERNAL_OPS
 from sfa_onnx.ascend.checks.finding import CheckReport, Finding
 from sfa_onnx.ascend.checks.fold import provable
 from sfa_onnx.ascend.checks.rewrites import NODE_RULES, constant_k
 from sfa_onnx.ascend.checks.trial import compare
 from sfa_onnx.ascend.checks.view import ModelView
-from sfa_onnx.ascend.flavour_scope import Names, Rule, Scope, apply
+from sfa_onnx.ascend.flavour import form
+from sfa_onnx.ascend.flavour.scope import Names, Rule, Scope, apply
 from sfa_onnx.errors import ModelError, SfaError
-from sfa_onnx.model import load_model, save_model
+from sfa_onnx.files.model import load_model, save_model
 
 __all__ = ["FixResult", "fix", "fix_file"]
 

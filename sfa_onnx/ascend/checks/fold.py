@@ -9,7 +9,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from sfa_onnx.ascend.checks.view import ModelView, Scope
-from sfa_onnx.onnx_attrs import attribute
+from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["provable"]
 

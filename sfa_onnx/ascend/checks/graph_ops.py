@@ -15,7 +15,7 @@ from sfa_onnx.ascend.checks.finding import Finding, Severity
 from sfa_onnx.ascend.checks.fold import provable
 from sfa_onnx.ascend.checks.tensors import nbytes
 from sfa_onnx.ascend.checks.view import Dims, Scope
-from sfa_onnx.onnx_attrs import attribute
+from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["INDEX_VIEWS", "einsum_form", "graph_ops"]
 

@@ -15,8 +15,8 @@ from sfa_onnx.ascend.checks.facts import dtype_name
 from sfa_onnx.ascend.checks.finding import Finding, misread
 from sfa_onnx.ascend.checks.tensors import tensors
 from sfa_onnx.ascend.checks.wiring import loose_outputs, names_that_meet, open_inputs
-from sfa_onnx.ascend.flavour_indices import is_non_negative
-from sfa_onnx.onnx_attrs import attribute
+from sfa_onnx.ascend.flavour.indices import is_non_negative
+from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["meaning"]
 

@@ -16,9 +16,9 @@ from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.facts import dtype_name
 from sfa_onnx.ascend.checks.finding import Finding, Severity
 from sfa_onnx.ascend.checks.view import Dims, contract_of
-from sfa_onnx.contract import AttributeValue, OpContract
-from sfa_onnx.onnx_attrs import attribute
-from sfa_onnx.op import (
+from sfa_onnx.files.onnx_attrs import attribute
+from sfa_onnx.operator.contract import AttributeValue, OpContract
+from sfa_onnx.operator.op import (
     BINDINGS,
     KV_CACHE_PACK,
     LIGHTNING_INDEXER,

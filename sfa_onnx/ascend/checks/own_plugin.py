@@ -12,9 +12,9 @@ from onnx import AttributeProto, NodeProto
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.finding import Finding, misread, refused
 from sfa_onnx.ascend.checks.plugin import Plugin
-from sfa_onnx.contract import OpContract
-from sfa_onnx.onnx_attrs import find_attribute
-from sfa_onnx.op import KV_CACHE_PACK
+from sfa_onnx.files.onnx_attrs import find_attribute
+from sfa_onnx.operator.contract import OpContract
+from sfa_onnx.operator.op import KV_CACHE_PACK
 
 __all__ = ["refusals"]
 

@@ -24,8 +24,8 @@ from sfa_onnx.ascend.checks.facts import (
 from sfa_onnx.ascend.checks.finding import Finding, refused
 from sfa_onnx.ascend.checks.own_plugin import refusals
 from sfa_onnx.ascend.checks.view import Scope
-from sfa_onnx.onnx_attrs import attribute
-from sfa_onnx.op import find_op
+from sfa_onnx.files.onnx_attrs import attribute
+from sfa_onnx.operator.op import find_op
 
 __all__ = ["replay"]
 

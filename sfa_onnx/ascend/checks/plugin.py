@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from sfa_onnx.contract import OpContract
 from sfa_onnx.errors import UsageError
-from sfa_onnx.op import BINDINGS, KV_CACHE_PACK, Binding
+from sfa_onnx.operator.contract import OpContract
+from sfa_onnx.operator.op import BINDINGS, KV_CACHE_PACK, Binding
 
 __all__ = ["OWN_PLUGINS", "PACK_EXPANSION", "Plugin", "parse_plugin"]
 

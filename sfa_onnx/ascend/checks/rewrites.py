@@ -15,7 +15,7 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from sfa_onnx.ascend.checks.einsum import MatMulForm, as_matmul
-from sfa_onnx.ascend.flavour_repairs import (
+from sfa_onnx.ascend.flavour.repairs import (
     cast_like,
     constant_values,
     gather_nd,
@@ -25,8 +25,8 @@ from sfa_onnx.ascend.flavour_repairs import (
     shape_range,
     split_outputs,
 )
-from sfa_onnx.ascend.flavour_scope import Rule, Scope
-from sfa_onnx.onnx_attrs import attribute, attributes, find_attribute
+from sfa_onnx.ascend.flavour.scope import Rule, Scope
+from sfa_onnx.files.onnx_attrs import attribute, attributes, find_attribute
 
 __all__ = ["NODE_RULES", "PARSER_REPAIRS", "constant_k"]
 

@@ -10,7 +10,7 @@ import onnx
 from sfa_onnx.ascend.checks.context import Context
 from sfa_onnx.ascend.checks.finding import Finding, misread
 from sfa_onnx.ascend.checks.view import Scope, is_external
-from sfa_onnx.onnx_attrs import attribute
+from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["nbytes", "tensors"]
 

@@ -15,8 +15,8 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from sfa_onnx.ascend.flavour_scope import Scope
-from sfa_onnx.onnx_attrs import attribute
+from sfa_onnx.ascend.flavour.scope import Scope
+from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["compare"]
 

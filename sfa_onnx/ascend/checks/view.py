@@ -17,8 +17,8 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
-from sfa_onnx.ascend.flavour_scope import Facts
-from sfa_onnx.op import OpContract, find_op
+from sfa_onnx.ascend.flavour.scope import Facts
+from sfa_onnx.operator.op import OpContract, find_op
 
 __all__ = ["Dims", "ModelView", "Scope", "contract_of", "is_external"]
 

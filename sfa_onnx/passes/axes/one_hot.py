@@ -11,7 +11,7 @@ from typing import Final
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Dot, Move, Ref

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts

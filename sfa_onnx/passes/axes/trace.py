@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Read
 from sfa_onnx.passes.axes.one_hot import picked
 from sfa_onnx.passes.axes.rules import STEPS

@@ -6,7 +6,7 @@ from typing import Final
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, fresh
 from sfa_onnx.passes.axes.steps import Ref

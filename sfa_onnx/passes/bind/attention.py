@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.mask import additive, boolean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Ref, Tracer
 
 __all__ = ["binary", "counts", "flags", "is_table", "less_one", "line", "summands"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr
 from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
 from sfa_onnx.passes.bind.flags import binary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh, label_of
 from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Tracer
 from sfa_onnx.passes.bind.literals import Literal, Selected

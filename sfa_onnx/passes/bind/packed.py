@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import onnx
 
 from sfa_onnx.errors import ContractError
-from sfa_onnx.op import PackedRow
+from sfa_onnx.operator.op import PackedRow
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot
 from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.decode import stored_bytes

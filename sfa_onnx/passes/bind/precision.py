@@ -7,7 +7,7 @@ from typing import Final
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Move, Scaled, Stop, Tracer, is_float
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Query, Site

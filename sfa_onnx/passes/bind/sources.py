@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
 from sfa_onnx.passes.bind.rows import Columns

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, fresh, label_of
 from sfa_onnx.passes.axes.trace import Pieces, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.hits import pointed

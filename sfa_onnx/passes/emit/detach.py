@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.emit.emitter import Emitter, axis_labels

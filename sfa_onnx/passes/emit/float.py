@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx
 
-from sfa_onnx.op import INT64_MAX, SPARSE_FLASH_ATTENTION
+from sfa_onnx.operator.op import INT64_MAX, SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.rows import Columns, State

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from sfa_onnx.op import KV_CACHE_PACK
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION_ANTIQUANT as ANTIQUANT
+from sfa_onnx.operator.op import KV_CACHE_PACK
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION_ANTIQUANT as ANTIQUANT
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.bind.rows import Columns, State

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx
 
-from sfa_onnx.op import SPARSE_FLASH_ATTENTION_ANTIQUANT as ANTIQUANT
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION_ANTIQUANT as ANTIQUANT
 from sfa_onnx.passes.axes.trace import is_float
 from sfa_onnx.passes.bind.packed import PackedSite
 from sfa_onnx.passes.emit.emitter import Emitter, Group

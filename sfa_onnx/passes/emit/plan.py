@@ -8,7 +8,7 @@ from typing import Final
 
 import onnx
 
-from sfa_onnx.contract import OpContract
+from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.trace import Ref, Stop, is_float
 from sfa_onnx.passes.bind.rows import Columns, State, deepen

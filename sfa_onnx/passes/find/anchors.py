@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.bind.literals import HIDDEN
 from sfa_onnx.passes.bind.site import Anchor
 from sfa_onnx.passes.graph.index import GraphIndex

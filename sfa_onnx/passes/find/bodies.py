@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 
 __all__ = ["gathered_in_body"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Tracer
 from sfa_onnx.passes.bind.scores import sums_products
 from sfa_onnx.passes.candidate import Refusal, RefusedSite

@@ -15,7 +15,7 @@ import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, inliner
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.op import find_op
+from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.candidate import Candidate, RefusedSite
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies

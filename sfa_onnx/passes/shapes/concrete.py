@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold

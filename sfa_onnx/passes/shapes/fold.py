@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.shapes.rules import slice_bounds
 
 __all__ = ["FOLD", "fold"]

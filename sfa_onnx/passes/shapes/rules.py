@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 
 __all__ = ["RULES", "Shape", "Shapes", "Sizes", "einsum_terms", "slice_bounds", "sliced"]
 

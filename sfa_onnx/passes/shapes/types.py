@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["type_step"]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sfa_onnx.op import ALL_OPS
+from sfa_onnx.operator.op import ALL_OPS
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
 

@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from sfa_onnx import kv_cache, reference
 from sfa_onnx.errors import ContractError
-from sfa_onnx.onnx_attrs import attributes
-from sfa_onnx.op import (
+from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from sfa_onnx import kv_cache
-from sfa_onnx.op import PackedRow
+from sfa_onnx.operator import kv_cache
+from sfa_onnx.operator.op import PackedRow
 
 if TYPE_CHECKING:
     from sfa_onnx.passes.verify.problem import Draw

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sfa_onnx.onnx_attrs import find_attribute
+from sfa_onnx.files.onnx_attrs import find_attribute
 
 __all__ = ["FLOAT_TYPES", "promote"]
 

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.errors import ContractError
-from sfa_onnx.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify.distance import mostly_empty, relative_error

@@ -1,0 +1,289 @@
+"""Canonical <-> ATC flavour of a fused model.
+
+Canonical: our operators in the domains `npu` and `sfa_onnx`, any opset; for onnx.checker, people
+and tools. ATC: what CANN's ONNX parser takes, from release 8.5 on: one opset import (default
+domain, 11..18), functions inlined, every node named once, no empty outputs, nothing the parser
+accepts and misreads. Both run in onnxruntime with our library. Weights are neither read nor
+copied: external tensors keep their location, large embedded ones are set aside meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import onnx.inliner
+from onnx import GraphProto, ModelProto, TensorProto
+
+from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
+from sfa_onnx.ascend.flavour import form
+from sfa_onnx.ascend.flavour.downlevel import MAX_OPSET, MIN_OPSET, to_opset
+from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
+from sfa_onnx.ascend.flavour.repairs import REPAIRS
+from sfa_onnx.ascend.flavour.rows import narrow_rows
+from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
+from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.model import paused_gc
+from sfa_onnx.operator.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
+
+__all__ = ["FLAVOUR_KEY", "AtcModel", "convert", "from_atc", "is_atc", "to_atc"]
+
+FLAVOUR_KEY = "sfa_onnx.flavour"  # model metadata: how this ATC file came about
+_OWN = frozenset(op.key for op in ALL_OPS)
+_IR_VERSION = 8  # what opset 18 came with; every released parser reads it
+_ASIDE = "set-aside:"  # location of the stub of an embedded tensor
+_LARGE = 1024  # bytes: embedded tensors above this are set aside while rewriting
+
+
+@dataclass
+class AtcModel:
+    """The ATC flavour and what was changed to get there."""
+
+    model: ModelProto
+    binding: str
+    notes: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)  # "old node name -> new node name"
+
+
+def to_atc(
+    model: ModelProto,
+    *,
+    binding: str = "kv-quant",
+    npu_dtype: str | None = None,
+    opset: int | None = None,
+) -> ModelProto:
+    """The ATC flavour of a model; see `convert` for the arguments and errors."""
+    return convert(model, binding=binding, npu_dtype=npu_dtype, opset=opset).model
+
+
+def convert(
+    model: ModelProto,
+    *,
+    binding: str = "kv-quant",
+    npu_dtype: str | None = None,
+    opset: int | None = None,
+) -> AtcModel:
+    """Write the ATC flavour of a model; the model itself is not changed.
+
+    Args:
+        model: a fused model (canonical, portable or ATC already), weights embedded or external.
+        binding: "kv-quant" (CANN's KvQuantSparseFlashAttention) or "recipes".
+        npu_dtype: "bf16" or "fp16": cast float32 queries (and float keys) of our nodes to it.
+        opset: the opset to stay at or below, 11..18; default 18.
+
+    Raises:
+        ModelError: something in the graph has no form CANN's parser understands, named.
+        ContractError: one of our nodes breaks its contract.
+        UsageError: unknown binding, dtype or opset.
+    """
+    _check_limit(MAX_OPSET if opset is None else opset, model)
+    with paused_gc():
+        work, stash = _without_weights(model)
+        form.one_domain(work.graph)
+        portable = any((f.domain, f.name) in _OWN for f in work.functions)
+        work = _inline(work)
+        source = _opset(work)
+        _refuse_old(work, source)
+        target = min(source, MAX_OPSET)
+        result = AtcModel(work, binding)
+        _rewrite(result, source, target, npu_dtype)
+        form.refuse_unfit(work, target)
+        form.refuse_short(stash.values())
+        _seal(work, source, target, binding, portable=portable)
+        _restore(work, stash)
+    return result
+
+
+def _check_limit(limit: int, model: ModelProto) -> None:
+    if not MIN_OPSET <= limit <= MAX_OPSET:
+        raise UsageError(f"opset {limit}: CANN's parser takes {MIN_OPSET}..{MAX_OPSET}")
+    source = max((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), default=0)
+    if source > limit and limit < MAX_OPSET:
+        raise UsageError(
+            f"opset {limit}: the model uses {source}; only {MAX_OPSET} can be made of it"
+        )
+
+
+def _rewrite(result: AtcModel, source: int, target: int, npu_dtype: str | None) -> None:
+    """All passes, in the order they rest on each other."""
+    work, names = result.model, Names(result.model)
+    result.renamed = form.name_nodes(work.graph, names)
+    _note(result, form.name_outputs(work.graph, names), "empty output names removed")
+    facts = Facts.of(work)
+    result.notes += to_opset(work, source, names, facts)
+    _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
+    repairs = (*REPAIRS, *PARSER_REPAIRS)
+    _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
+    ours = ToAtc(result.binding, npu_dtype, result.notes)
+    apply(work, (ours,), facts, names, target)
+    result.notes += narrow_rows(work, ours.wide, facts)
+    _move_vendor_nodes(work.graph)
+    tied = form.feed_constant_outputs(work, names, facts, target)
+    result.notes += [f"output {name}: constants only, tied to an input" for name in tied]
+    _note(result, form.clean_external_data(work), "external_data entries cleaned")
+
+
+def from_atc(model: ModelProto) -> ModelProto:
+    """The canonical flavour of an ATC model: our operators back in their own domains.
+
+    Rewrites made for the parser stay (they mean the same); every attribute is written, the exact
+    scale included. A model that shipped our operators' bodies gets them again.
+
+    Raises:
+        ModelError: the model imports no default domain.
+        ContractError: a node of ours carries what has no canonical form.
+    """
+    from sfa_onnx.runtime.portable.model import make_portable
+
+    work, stash = _without_weights(model)
+    form.one_domain(work.graph)
+    opset = _opset(work)
+    apply(work, (FromAtc(),), Facts(), Names(work), opset)
+    domains = {d: 1 for d in (DOMAIN_NPU, DOMAIN_OWN) if d in _domains(work.graph)}
+    kept = {i.domain: i.version for i in work.opset_import if i.domain not in ("", "ai.onnx")}
+    del work.opset_import[:]
+    for domain, version in {"": opset, **kept, **domains}.items():
+        work.opset_import.add(domain=domain, version=version)
+    story = _story(work)
+    work.ir_version = story.get("ir_version_before", work.ir_version)
+    _set_metadata(work, None)
+    if story.get("portable"):
+        work = make_portable(work)
+    _restore(work, stash)
+    return work
+
+
+def is_atc(model: ModelProto) -> bool:
+    """Whether a model has the ATC flavour: one default import, and our nodes (if any) in it."""
+    imports = {i.domain or "ai.onnx" for i in model.opset_import}
+    return imports == {"ai.onnx"} and not model.functions
+
+
+def _note(result: AtcModel, count: int, what: str) -> None:
+    if count:
+        result.notes.append(f"{count} {what}")
+
+
+def _opset(model: ModelProto) -> int:
+    versions = {i.version for i in model.opset_import if i.domain in ("", "ai.onnx")}
+    if not versions and "" not in _domains(model.graph):
+        return MAX_OPSET  # only nodes of ours: any opset will do
+    if len(versions) != 1:
+        raise ModelError(
+            f"the model imports the default domain as {sorted(versions)}; expected one"
+        )
+    return int(versions.pop())
+
+
+def _refuse_old(model: ModelProto, opset: int) -> None:
+    ours = any(is_ours(node) for node in model.graph.node)
+    if opset < (MIN_OPSET if ours else 8):
+        raise ModelError(
+            f"the model uses opset {opset}; CANN's parser and our plug-in take"
+            f" {MIN_OPSET}..{MAX_OPSET}: export it again at opset {MAX_OPSET}"
+        )
+
+
+def _inline(model: ModelProto) -> ModelProto:
+    """Inline model functions; bodies of our own operators (portable form) are simply dropped."""
+    rest = [f for f in model.functions if (f.domain, f.name) not in _OWN]
+    del model.functions[:]
+    if not rest:
+        return model
+    model.functions.extend(rest)
+    inlined = onnx.inliner.inline_local_functions(model)
+    form.one_domain(inlined.graph)
+    return inlined
+
+
+def _domains(graph: GraphProto) -> set[str]:
+    found = set()
+    for node in graph.node:
+        found.add(node.domain)
+        for inner in inner_graphs(node):
+            found |= _domains(inner)
+    return found
+
+
+def _move_vendor_nodes(graph: GraphProto) -> None:
+    """`npu` operators with built-in plug-ins share the default domain; other domains cannot."""
+    for node in graph.node:
+        if node.domain == DOMAIN_NPU and node.op_type.startswith("NPU"):
+            node.domain = ""
+        if node.domain:
+            raise ModelError(
+                f"node {node.name!r}: {node.op_type} in domain {node.domain!r}; CANN's parser takes"
+                " a single domain up to 9.1 and has no plug-in for this one. Replace the node by"
+                " standard operators, e.g. export without the optimiser that introduced it"
+            )
+        for inner in inner_graphs(node):
+            _move_vendor_nodes(inner)
+
+
+def _seal(model: ModelProto, source: int, target: int, binding: str, *, portable: bool) -> None:
+    del model.opset_import[:]
+    model.opset_import.add(domain="", version=target)
+    ours = any(is_ours(node) for node in model.graph.node)
+    story = {"flavour": "atc", "opset_before": source, "ir_version_before": model.ir_version}
+    story |= {"binding": binding} if ours else {}
+    story |= {"portable": True} if portable else {}
+    model.ir_version = _IR_VERSION
+    _set_metadata(model, json.dumps(story))
+
+
+def _story(model: ModelProto) -> dict[str, Any]:
+    text = next((p.value for p in model.metadata_props if p.key == FLAVOUR_KEY), "{}")
+    try:
+        story = json.loads(text)
+    except ValueError:
+        return {}
+    return story if isinstance(story, dict) else {}
+
+
+def _set_metadata(model: ModelProto, text: str | None) -> None:
+    kept = [(p.key, p.value) for p in model.metadata_props if p.key != FLAVOUR_KEY]
+    del model.metadata_props[:]
+    for key, value in kept + ([(FLAVOUR_KEY, text)] if text else []):
+        model.metadata_props.add(key=key, value=value)
+
+
+def _without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, TensorProto]]:
+    """A working copy whose large embedded initializers are stubs, and the tensors set aside."""
+    stash = {t.name: t for t in model.graph.initializer if len(t.raw_data) > _LARGE}
+    if not stash:
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        return copy, stash
+    copy = ModelProto()
+    for fd, value in model.ListFields():
+        if fd.name == "graph":
+            continue
+        if fd.is_repeated:
+            getattr(copy, fd.name).extend(value)
+        else:
+            setattr(copy, fd.name, value)
+    for fd, value in model.graph.ListFields():
+        if fd.name == "initializer":
+            copy.graph.initializer.extend(_stub(t) if t.name in stash else t for t in value)
+        elif fd.is_repeated:
+            getattr(copy.graph, fd.name).extend(value)
+        else:
+            setattr(copy.graph, fd.name, value)
+    return copy, stash
+
+
+def _stub(tensor: TensorProto) -> TensorProto:
+    stub = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    stub.data_location = TensorProto.EXTERNAL
+    stub.external_data.add(key="location", value=_ASIDE + tensor.name)
+    return stub
+
+
+def _restore(model: ModelProto, stash: dict[str, TensorProto]) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.external_data and tensor.external_data[0].value.startswith(_ASIDE):
+            name = tensor.name  # may have been renamed
+            tensor.CopyFrom(stash[tensor.external_data[0].value.removeprefix(_ASIDE)])
+            tensor.name = name

@@ -1,0 +1,234 @@
+"""Write everything ATC needs for a model into one folder, and read back what a device answered.
+
+    model.atc.onnx   the ATC flavour (beside the weights when they are external)
+    atc.sh           the exact atc call; sources the package, builds the plug-in when needed
+    opp/ plugin/ python/ build_plugin.sh    the plug-in as a vendor package (`package.py`)
+    mapping.json     fused node -> replaced nodes
+    inputs/ outputs.json run_om.py          to run the .om and compare
+    README.md        what is here, and what to do when it fails
+
+No CANN is needed. Where `atc` is on PATH it is run, and its log explained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from sfa_onnx.ascend.flavour.model import AtcModel, convert, from_atc
+from sfa_onnx.ascend.handover import command as atc_command
+from sfa_onnx.ascend.handover import data as handover_data
+from sfa_onnx.ascend.handover import log as atc_log
+from sfa_onnx.ascend.handover import package
+from sfa_onnx.ascend.handover import run_om as handover_run_om
+from sfa_onnx.ascend.handover.against import compare_against
+from sfa_onnx.ascend.handover.command import bind_dims
+from sfa_onnx.ascend.handover.mapping import find_original, mapping
+from sfa_onnx.ascend.handover.readme import atc_script, readme
+from sfa_onnx.ascend.handover.report import HandoverReport
+from sfa_onnx.ascend.handover.scope import cut, parse_scope
+from sfa_onnx.errors import SfaError, UsageError
+from sfa_onnx.files.model import atomic_write, load_model, save_model
+from sfa_onnx.files.weights import external_files
+
+__all__ = ["HandoverReport", "compare_against", "write"]
+
+Array = NDArray[Any]
+_HANDLED = frozenset({"precision-mode"})  # atc.sh passes must_keep_origin_dtype
+_SAMPLE_LIMIT = 64 << 20  # bytes of random inputs written unasked
+
+
+def write(
+    model: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    soc_version: str,
+    cann: str = "9.1",
+    binding: str = "kv-quant",
+    npu_dtype: str | None = None,
+    dims: Mapping[str, str | int] | None = None,
+    scope: str | None = None,
+    inputs: Mapping[str, Array] | None = None,
+    before: str | os.PathLike[str] | None = None,
+    execute: bool = True,
+    force: bool = False,
+) -> HandoverReport:
+    """Write the hand-over folder of a fused model.
+
+    Args:
+        model: the fused model's file; weights embedded or external.
+        out_dir: the folder to write, created when missing.
+        soc_version: the exact chip ("Ascend910B2", "Ascend910_9391").
+        cann: the CANN line: "8.5", "9.0", "9.1" or "9.2".
+        binding: "kv-quant" or "recipes".
+        npu_dtype: "bf16" or "fp16": cast float32 queries of our operators.
+        dims: symbolic dim -> number, "a~b" or gears "a,b,c".
+        scope: "layer:N" or "stage:A-B": convert only that part.
+        inputs: arrays to write for the device; random ones when None and small enough.
+        before: the model before fusing, for mapping.json; found beside `model` when None.
+        execute: run atc when it is there and nothing stands in its way.
+        force: overwrite existing files.
+
+    Raises:
+        UsageError: a value is not as described, or a file exists and `force` is not set.
+        ModelError, ContractError, WeightsError: there is no ATC form; see `flavour.convert`.
+    """
+    path, folder = Path(model), Path(out_dir)
+    proto = _load(path, folder, scope, force)
+    external = bool(external_files(proto))
+    command = atc_command.build(
+        proto, soc_version=soc_version, dims=dims, external_weights=external
+    )
+    converted = convert(proto, binding=binding, npu_dtype=npu_dtype)
+    _fix(converted, cann, soc_version, path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = _model_path(path, folder, scope, external)
+    save_model(converted.model, target, source_dir=path.parent, force=force)
+    line = command.line(os.path.relpath(target, folder), "model")
+    report = HandoverReport(folder, target, soc_version, binding, cann, line, command.unbound)
+    report.notes, report.renamed = [*converted.notes, *command.notes], converted.renamed
+    _write_files(report, command, converted, path, before, force)
+    _write_inputs(report, converted.model, inputs, dims)
+    _check(report, converted.model, dims or {})
+    if execute:
+        _run(report)
+    return report
+
+
+def _load(path: Path, folder: Path, scope: str | None, force: bool) -> ModelProto:
+    if (folder / "atc.sh").exists() and not force:
+        raise UsageError(f"{folder}: there is a hand-over in it already; use --force to replace it")
+    proto = load_model(path)
+    return proto if scope is None else cut(proto, parse_scope(scope))
+
+
+def _run(report: HandoverReport) -> None:
+    """Run atc where it is installed, unless its failure is known beforehand."""
+    if not shutil.which("atc"):
+        return
+    if report.errors or report.unbound:
+        report.notes.append("atc is here but was not run: see the errors and open dims")
+        return
+    report.ran = atc_log.run(report.folder)
+
+
+def _write_files(
+    report: HandoverReport,
+    command: atc_command.AtcCommand,
+    converted: AtcModel,
+    path: Path,
+    before: str | os.PathLike[str] | None,
+    force: bool,
+) -> None:
+    """The package, the scripts, the mapping."""
+    folder, target = report.folder, report.model
+    parcel = package.write(folder, force=force)
+    report.plugin_built = parcel.built
+    report.notes += parcel.notes
+    report.files = list(parcel.files)
+    where = os.path.relpath(target, folder)
+    texts = {
+        "atc.sh": atc_script(command, where, package.VENDOR),
+        "README.md": readme(report, target.name),
+        "run_om.py": Path(handover_run_om.__file__).read_text(encoding="utf-8"),
+        "mapping.json": _mapping(converted, path, before, target.name),
+    }
+    for name, text in texts.items():
+        atomic_write(folder / name, text.encode(), force=force)
+        report.files.append(name)
+    (folder / "atc.sh").chmod(0o755)
+    handover_data.write_output_names(converted.model, folder / "outputs.json")
+    report.files.append("outputs.json")
+
+
+def _fix(converted: AtcModel, cann: str, soc_version: str, folder: Path) -> None:
+    """What `check` can repair mechanically; each change was tried in onnxruntime, bit for bit."""
+    from sfa_onnx.ascend import checks
+
+    found = checks.check(converted.model, cann=cann, soc_version=soc_version, base_dir=folder)
+    if found.fixable:
+        converted.model, lines = checks.fix(converted.model, found)
+        converted.notes += [f"fixed: {line}" for line in lines]
+
+
+def _model_path(path: Path, folder: Path, scope: str | None, external: bool) -> Path:
+    """Beside the weights when they are files (the parser looks there), else in the folder."""
+    if not external:
+        return folder / "model.atc.onnx"
+    stem = path.name.removesuffix(".onnx").removesuffix(".sfa")
+    part = "" if scope is None else "." + scope.replace(":", "")
+    return path.parent / f"{stem}{part}.atc.onnx"
+
+
+def _mapping(
+    converted: AtcModel, path: Path, before: str | os.PathLike[str] | None, name: str
+) -> str:
+    original = Path(before) if before is not None else find_original(path)
+    text = mapping(converted.model, converted.renamed, original, name)
+    return json.dumps(text, indent=2) + "\n"
+
+
+def _write_inputs(
+    report: HandoverReport,
+    model: ModelProto,
+    inputs: Mapping[str, Array] | None,
+    dims: Mapping[str, str | int] | None,
+) -> None:
+    folder = report.folder / "inputs"
+    if inputs is None:
+        inputs = _sample(report, model, dims or {})
+    if inputs is not None:
+        written = handover_data.write_inputs(model, inputs, folder)
+        report.files += [str(p.relative_to(report.folder)) for p in written]
+
+
+def _sample(
+    report: HandoverReport, model: ModelProto, dims: Mapping[str, str | int]
+) -> Mapping[str, Array] | None:
+    from sfa_onnx.runtime.feeds.draw import random_feeds
+
+    sizes = {name: int(value) for name, value in dims.items() if str(value).isdigit()}
+    count = 0
+    for value in model.graph.input:
+        product = 8
+        for dim in value.type.tensor_type.shape.dim:
+            product *= dim.dim_value or sizes.get(dim.dim_param, 1)
+        count += product
+    if report.unbound or count == 0 or len(sizes) < len(dims) or count > _SAMPLE_LIMIT:
+        report.notes.append("inputs/ not written: give an .npz of real inputs, or bind every dim")
+        return None
+    try:
+        return random_feeds(from_atc(model), seed=0, sizes=sizes)  # it knows canonical nodes
+    except (SfaError, RuntimeError, ValueError) as error:
+        report.notes.append(f"inputs/ not written: {error}")
+        return None
+
+
+def _check(report: HandoverReport, model: ModelProto, dims: Mapping[str, str | int]) -> None:
+    from sfa_onnx.ascend import checks
+
+    found = checks.check(
+        bind_dims(model, dims),
+        cann=report.cann,
+        soc_version=report.soc_version,
+        base_dir=report.model.parent,
+    )
+    for finding in found.findings:
+        if finding.rule in _HANDLED:
+            continue
+        where = f" at {finding.node}" if finding.node else ""
+        code = f" [{finding.code}]" if finding.code else ""
+        text = f"{finding.rule}{where}: {finding.message}{code}"
+        if finding.severity == "error":
+            report.errors.append(text)
+        elif finding.severity == "warning":
+            report.warnings.append(text)
+        elif finding.severity == "unknown":
+            report.unknown.append(text)

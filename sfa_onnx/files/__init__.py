@@ -1,0 +1,1 @@
+"""Models as files: opened and saved without reading weights, wherever those lie."""

@@ -1,0 +1,397 @@
+"""`sfa_onnx.fuse`: find, bind, verify and splice, over one model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from sfa_onnx.errors import ModelError, UsageError, VerificationError
+from sfa_onnx.files.external import StorageReader
+from sfa_onnx.files.model import load_model, paused_gc, save_model
+from sfa_onnx.files.weights_file import WeightsFile
+from sfa_onnx.passes import certificate as certificates
+from sfa_onnx.passes import plan as plans
+from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
+from sfa_onnx.passes.find.search import find_candidates
+from sfa_onnx.passes.graph.functions import Inlined, inline_sites
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.order import put_in_order
+from sfa_onnx.passes.graph.scope_index import body_views
+from sfa_onnx.passes.graph.scopes import count_nodes, note_captures, splice_scopes
+from sfa_onnx.passes.materialize import Materializer, materialized_notes
+from sfa_onnx.passes.site_report import Costs, describe, unique_ids
+from sfa_onnx.passes.splice import check_region
+from sfa_onnx.report import FuseReport, SiteReport, VerifyRecord
+
+__all__ = ["fuse"]
+
+_log = logging.getLogger("sfa_onnx")
+
+_STAGES = (
+    *("load", "find", "verify", "weights", "hash", "splice"),
+    *("kv-cache", "portable", "certificate", "save"),
+)
+
+_OLDEST_OPSET = 13  # Unsqueeze and ReduceSum take their axes as inputs since
+Progress = Callable[[str, float], None]
+Target = Literal["any", "ascend", "cpu"]
+CacheForm = Literal["keep", "int8", "packed-int8", "paged-int8"]
+
+
+def fuse(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    target: Target = "any",
+    kv_cache: CacheForm = "keep",
+    verify: bool = True,
+    expect_sites: int | None = None,
+    portable: bool = False,
+    plan: str | os.PathLike[str] | None = None,
+    certificate: str | os.PathLike[str] | None = None,
+    weights: Literal["copy"] | None = None,
+    force: bool = False,
+    cost: Literal["any", "not-worse"] = "any",
+    materialize_absorbed: bool = False,
+    progress: Progress | None = None,
+) -> FuseReport:
+    """Put the fused sparse-attention operators in place of the sub-graphs that spell them.
+
+    A site is replaced only when it was verified to *be* the operator; every other candidate is
+    listed with the reason. Nodes outside the sites stay byte for byte; weights are read by
+    `materialize_absorbed` only.
+
+    Args:
+        model: a path, or a `ModelProto` (which is not changed).
+        output: where to write the fused model; None: only return it.
+        target: "ascend" refuses sites that the NPU kernel rejects; "any" and "cpu" report that.
+        kv_cache: "keep", or the int8 form that `sfa_onnx.kv_convert` rewrites float caches to.
+        verify: False skips execution in float64; the records say so.
+        expect_sites: raise unless exactly this many sites are fused.
+        portable: ship the fused operators' bodies of standard operators with the model.
+        plan: a plan file written by `inspect --plan`; exactly its sites are fused.
+        certificate: write the proof of what changed and what did not (JSON).
+        weights: "copy" copies external weights when `output` lies in another folder.
+        force: overwrite existing files.
+        cost: "not-worse" refuses sites whose estimated CPU time grows.
+        materialize_absorbed: write W_UK and W_UV of absorbed sites as initializers of their own
+            (beside `output` when the weight lies outside the model), for compilers that do not
+            fold views of constants.
+        progress: called with (stage, fraction done).
+
+    Returns:
+        The fused model and a report of every candidate.
+
+    Raises:
+        UsageError: an option makes no sense, or a file exists already.
+        ModelError: the model cannot be read or written.
+        VerificationError: `expect_sites` or the plan was not met; nothing is written.
+    """
+    _check_options(target, kv_cache, cost, portable)
+    for path in (output, certificate):
+        if path is not None and Path(path).exists() and not force:
+            raise UsageError(f"{path} exists already; choose another name or pass force (--force)")
+    run = _Run(verify, target, cost, progress or _silent)
+    with contextlib.ExitStack() as stack:
+        if materialize_absorbed:
+            where = None if output is None else WeightsFile(Path(output), force=force)
+            run.materialize = True
+            run.file = where if where is None else stack.enter_context(where)
+        with paused_gc():
+            report = run.fuse(model, None if plan is None else plans.read_plan(plan))
+        _expect(report, expect_sites, plan)
+        _change_form(run, report, kv_cache, portable)
+        if certificate is not None:
+            with run.stage("certificate"):
+                proof = certificates.make_certificate(report, run.before)
+                certificates.write_certificate(proof, certificate, force=force)
+        if output is not None:
+            with run.stage("save"):
+                report.path = save_model(
+                    report.model,
+                    output,
+                    source_dir=run.source_dir,
+                    force=force,
+                    weights=weights,
+                    fresh=run.file,
+                )
+    return report
+
+
+def _silent(_stage: str, _fraction: float) -> None:
+    """Progress that nobody watches."""
+
+
+def _check_options(target: str, kv_cache: str, cost: str, portable: bool) -> None:
+    for name, value, legal in (
+        ("target", target, ("any", "ascend", "cpu")),
+        ("kv_cache", kv_cache, ("keep", "int8", "packed-int8", "paged-int8")),
+        ("cost", cost, ("any", "not-worse")),
+    ):
+        if value not in legal:
+            raise UsageError(f"{name}={value!r}: expected one of {', '.join(legal)}")
+    if portable and kv_cache != "keep":
+        raise UsageError("portable=True cannot be combined with an int8 kv_cache yet")
+
+
+def _expect(report: FuseReport, count: int | None, plan: Any) -> None:
+    """Fail loudly when fewer or more sites fused than the caller counts on."""
+    fused = len(report.fused)
+    refused = "; ".join(f"{s.site_id}: {s.reason}" for s in report.refused[:5])
+    if count is not None and fused != count:
+        raise VerificationError(
+            f"{fused} sites were fused, {count} were expected."
+            + (f" Refused: {refused}" if refused else " No other candidate was found.")
+        )
+    planned = [s for s in report.refused if s.site_id in report.planned]
+    if plan is not None and planned:
+        reasons = "; ".join(f"{s.site_id}: {s.reason}" for s in planned[:5])
+        raise VerificationError(f"{plan}: {len(planned)} sites of the plan do not fuse. {reasons}")
+
+
+def _change_form(run: _Run, report: FuseReport, kv_cache: str, portable: bool) -> None:
+    """Int8 caches, or bodies of standard operators, where they are asked for."""
+    if kv_cache != "keep":
+        with run.stage("kv-cache"):
+            _convert_cache(report, kv_cache)
+    if portable:
+        from sfa_onnx.runtime.portable.model import make_portable
+
+        with run.stage("portable"):
+            report.model = make_portable(report.model)
+
+
+def _convert_cache(report: FuseReport, form: str) -> None:
+    """Rewrite float caches to int8 with the converter of `sfa_onnx.kv_convert`."""
+    from sfa_onnx.kv_convert import convert
+
+    converted = convert(report.model, to=form)
+    report.model = converted.model
+    report.nodes_after = count_nodes(converted.model.graph)
+    report.notes += converted.notes
+    report.changed_inputs += [*converted.removed_inputs, *converted.added_inputs]
+    report.changed_outputs += [*converted.removed_outputs, *converted.added_outputs]
+
+
+@dataclass
+class _Scope:
+    """One graph of the model: its candidates, and those that are to be spliced."""
+
+    index: GraphIndex
+    found: list[Candidate | RefusedSite]
+    sites: list[SiteReport]
+    ready: list[tuple[Candidate, SiteReport]] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """One call of `fuse`: options, stage times, what was seen."""
+
+    verify: bool
+    target: str
+    cost: str
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    source_dir: Path | None = None
+    materialize: bool = False
+    sorted: bool = False  # nodes were not in an order that runs
+    file: WeightsFile | None = None  # takes what materialize makes of external weights
+    before: certificates.Snapshot = field(default_factory=certificates.Snapshot)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and announce it."""
+        self.progress(name, _STAGES.index(name) / len(_STAGES))
+        begin = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+
+    def fuse(
+        self, source: str | os.PathLike[str] | onnx.ModelProto, plan: plans.Plan | None
+    ) -> FuseReport:
+        """Find, verify and splice; nothing is written."""
+        with self.stage("load"):
+            given = self._load(source)
+        reader = StorageReader(self.source_dir)
+        with self.stage("find"):
+            inlined = inline_sites(given, lambda m: _findings(self._find(m, reader)))
+            scopes = self._find(inlined.model, reader)
+            sites = [site for scope in scopes for site in scope.sites]
+            unique_ids(sites)
+            if plan is not None:
+                plan.check_against(s.site_id for s in sites)
+        with self.stage("verify"):
+            self._judge(scopes, plan)
+        if not any(scope.ready for scope in scopes):
+            inlined = Inlined(given, left=inlined.left)
+        model, notes = inlined.model, inlined.notes
+        if self.sorted:
+            notes = ["nodes that read what is made later were sorted", *notes]
+        own_weights = self._materialize(scopes)
+        with self.stage("hash"):
+            self.before = certificates.snapshot(model)
+        nodes_before = count_nodes(model.graph)
+        with self.stage("splice"):
+            splice_scopes(model, [(s.index, s.ready) for s in scopes])
+            materialized = [] if own_weights is None else own_weights.finish()
+        with self.stage("hash"):
+            notes.append(_untouched(self.before, certificates.snapshot(model)))
+        report = FuseReport(
+            model=model,
+            sites=sites,
+            nodes_before=nodes_before,
+            nodes_after=count_nodes(model.graph),
+            weights_bytes_read=reader.bytes_read,
+            seconds=self.seconds,
+            notes=notes,
+            planned=() if plan is None else plan.chosen,
+            materialized=materialized,
+            inlined=inlined.functions,
+        )
+        if own_weights is not None:
+            report.weights_bytes_read += sum(m.bytes_read for m in materialized)
+            report.notes += materialized_notes(materialized, self.file)
+        return report
+
+    def _find(self, model: onnx.ModelProto, reader: StorageReader) -> list[_Scope]:
+        """The candidates of the main graph and of every body, each graph before its bodies."""
+        main = GraphIndex.of(model, reader)
+        if not main.ordered:  # converters that append casts leave such files, and runtimes sort
+            put_in_order(model.graph)
+            main, self.sorted = GraphIndex.of(model, reader), True
+        scopes = []
+        for index in (main, *body_views(main)):
+            found = find_candidates(index)
+            costs = Costs(index) if found else None
+            sites = [describe(index, item, n, costs) for n, item in enumerate(found)]
+            scopes.append(_Scope(index, found, sites))
+        return scopes
+
+    def _materialize(self, scopes: list[_Scope]) -> Materializer | None:
+        """Give absorbed sites weights of their own, where that was asked for."""
+        if not self.materialize:
+            return None
+        folder = self.source_dir or (None if self.file is None else self.file.path.parent)
+        own_weights = Materializer(scopes[0].index.graph, StorageReader(folder), self.file)
+        with self.stage("weights"):
+            for scope in scopes:
+                own_weights.apply(scope.index, (item for item, _ in scope.ready))
+        return own_weights
+
+    def _load(self, source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+        """The model, ours to edit."""
+        model = load_model(source)
+        if isinstance(source, onnx.ModelProto):
+            copy = onnx.ModelProto()
+            copy.CopyFrom(model)
+            return copy
+        self.source_dir = Path(source).parent
+        return model
+
+    def _judge(self, scopes: list[_Scope], plan: plans.Plan | None) -> None:
+        """Decide every candidate; bodies first, whose replacements read values around them."""
+        from sfa_onnx.passes.verify import Verifier
+
+        total, done = sum(len(s.found) for s in scopes), 0
+        for scope in reversed(scopes):
+            if not scope.found:
+                continue
+            verifier = Verifier(scope.index)
+            for item, site in zip(scope.found, scope.sites, strict=True):
+                done += 1
+                if isinstance(item, RefusedSite):
+                    continue
+                self.progress("verify", 0.25 + 0.4 * done / total)
+                self._decide(verifier, scope, item, site, plan)
+
+    def _decide(
+        self,
+        verifier: Any,
+        scope: _Scope,
+        item: Candidate,
+        site: SiteReport,
+        plan: plans.Plan | None,
+    ) -> None:
+        """Verify one candidate and note the verdict."""
+        refusal = self._refusal(scope.index, item, site, plan)
+        verdict = refusal or self._verdict(verifier, item)
+        if isinstance(verdict, Refusal):
+            site.reason, site.hint = verdict.reason, verdict.hint
+            site.stopped_at = verdict.stopped_at
+            again = None if refusal or verdict.final or not item.otherwise else item.otherwise()
+            if again is None or check_region(scope.index, again) is not None:
+                return
+            again.site_id, item = item.site_id, again
+            verdict = self._verdict(verifier, item)
+            if isinstance(verdict, Refusal):
+                return
+            site.reason = site.hint = site.stopped_at = ""
+            site.family = item.family
+        site.status, site.record = "fused", verdict
+        scope.ready.append((item, site))
+        note_captures(scope.index, item)
+
+    def _refusal(
+        self, index: GraphIndex, item: Candidate, site: SiteReport, plan: plans.Plan | None
+    ) -> Refusal | None:
+        """Reasons that need no execution."""
+        if plan is not None and site.site_id not in plan.chosen:
+            return Refusal("left out by the plan", hint="set fuse: true in the plan")
+        if (opset := index.opsets.get("", _OLDEST_OPSET)) < _OLDEST_OPSET:
+            return Refusal(
+                f"the model imports opset {opset}; what replaces a site needs {_OLDEST_OPSET}",
+                hint="convert it first: onnx.version_converter.convert_version(model, 17)",
+            )
+        if self.target == "ascend" and site.npu_limits:
+            return Refusal(
+                "the NPU kernel rejects this site: " + "; ".join(site.npu_limits),
+                hint="fuse for target 'any' to run it on a CPU",
+            )
+        if self.cost == "not-worse" and site.cost.get("time_ratio", 0.0) > 1.0:
+            ratio = site.cost["time_ratio"]
+            return Refusal(
+                f"the fused form is estimated to take {ratio:.1f}x the time of the original",
+                hint="use cost 'any' to fuse it anyway",
+            )
+        return check_region(index, item)
+
+    def _verdict(self, verifier: Any, item: Candidate) -> VerifyRecord | Refusal:
+        """Run the verifier; a fault of ours refuses the site instead of breaking the run."""
+        if not self.verify:
+            return VerifyRecord((), {}, (), ("not verified: verification was switched off",), ())
+        try:
+            verdict: VerifyRecord | Refusal = verifier.verify(item)
+        except Exception as error:
+            _log.exception("verification of %s failed", item.site_id)
+            return Refusal(
+                f"verification itself failed ({type(error).__name__}: {error}); please report it"
+            )
+        return verdict
+
+
+def _findings(scopes: list[_Scope]) -> list[tuple[GraphIndex, Candidate | RefusedSite]]:
+    """Every candidate with the view of the graph it lies in."""
+    return [(scope.index, item) for scope in scopes for item in scope.found]
+
+
+def _untouched(before: certificates.Snapshot, after: certificates.Snapshot) -> str:
+    """The note that proves what stayed; a moved node would be a fault of ours.
+
+    Raises:
+        ModelError: an untouched node changed its place.
+    """
+    difference = certificates.compare_snapshots(before, after)
+    if difference.moved_nodes:
+        raise ModelError(f"splicing moved the node that makes {difference.moved_nodes[0]!r}")
+    return (
+        f"untouched: {difference.untouched_nodes} nodes and {difference.untouched_initializers}"
+        " initializers, equal by hash and in order"
+    )

@@ -1,0 +1,1 @@
+"""The contract of every operator, and what is derived from it: schema, shapes, references."""

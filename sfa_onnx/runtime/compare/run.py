@@ -1,0 +1,357 @@
+"""Is the fused model the same? Each fused site alone, then the whole graph.
+
+Sites first: the first model is run once and the values at every site's border are captured; the
+replaced region and its replacement then run on the same values ("captured"). Where the whole model
+cannot run, both regions run on random values that share one graph above them ("random"). Where the
+cache was quantised on purpose, the site is judged against the original's on int8-rounded latents
+("rounded"), and what int8 costs is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from sfa_onnx.errors import ModelError, SfaError, UsageError
+from sfa_onnx.files.model import load_model
+from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
+from sfa_onnx.runtime.compare.converted import converted_feeds
+from sfa_onnx.runtime.compare.difference import CompareReport, OutputRow, SiteRow, measure
+from sfa_onnx.runtime.compare.extract import (
+    AFTER,
+    Site,
+    find_sites,
+    joined_model,
+    region_above,
+    region_model,
+    sites_in_bodies,
+)
+from sfa_onnx.runtime.compare.rounded import judge, packs_floats, relative_distance, rounded_values
+from sfa_onnx.runtime.elem_types import ElemTypes
+from sfa_onnx.runtime.execute import execute, fill_dims, infos, with_outputs, with_structure
+from sfa_onnx.runtime.feeds.draw import describe, random_feeds
+from sfa_onnx.runtime.ort import Model
+from sfa_onnx.runtime.twin import FLOATS, twin, uses
+
+__all__ = ["compare"]
+
+Array = NDArray[Any]
+_LOG = logging.getLogger("sfa_onnx")
+_NOISE_LIMIT: Final = 1 << 28  # bytes of weights up to which the whole graph gets a float64 twin
+_LARGEST: Final = 1 << 31  # bytes of a region's largest tensor in float64
+_MEMORY_SHARE: Final = 0.6  # of this machine's memory for a model's weights
+_PLAUSIBLE_LOSS: Final = 0.1  # relative; beyond it something else than int8 is at work
+_TOGETHER: Final = 8  # sites whose border values are captured in one run
+
+
+def compare(
+    before: Model,
+    after: Model,
+    *,
+    inputs: Mapping[str, Array] | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> CompareReport:
+    """Compare a model with what was fused from it, in onnxruntime.
+
+    Weights are never read into Python: sessions open them by path.
+
+    Args:
+        before: the original (path or ModelProto).
+        after: the fused or converted model.
+        inputs: some or all inputs of `before`; the rest is random but plausible.
+        atol: absolute bound for every tensor; default: by type and size (`difference.py`).
+        rtol: relative bound.
+        seed: of the random inputs.
+
+    Raises:
+        UsageError: a file is missing, or `inputs` does not fit.
+        MissingError: the operator library was not built.
+        ModelError: a file is no model, or onnxruntime refuses the fused model.
+    """
+    started = time.perf_counter()
+    task = _Comparison(before, after, {"atol": atol, "rtol": rtol}, dict(inputs or {}), seed)
+    report = task.run()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+class _Comparison:
+    def __init__(
+        self,
+        before: Model,
+        after: Model,
+        bounds: dict[str, float | None],
+        inputs: dict[str, Array],
+        seed: int,
+    ) -> None:
+        self.bounds, self.inputs, self.seed = bounds, inputs, seed
+        self.folders = [_folder(m) for m in (before, after)]
+        self.original, self.fused = (
+            with_structure(load_model(m), f)
+            for m, f in zip((before, after), self.folders, strict=True)
+        )
+        self.report = CompareReport(_name(before), _name(after))
+        self.interface = _conversion(self.original, self.fused)
+        packs = [sum(map(packs_floats, m.graph.node)) for m in (self.original, self.fused)]
+        self.lossy = self.interface is not None or packs[1] > packs[0]
+        self.dtype: str | None = None  # the type whose bounds hold; None: each tensor's own
+        self.first, self.second = self.original, self.fused
+        if uses(self.original, TensorProto.BFLOAT16):
+            self.dtype = "bfloat16"
+            both = (self.original, self.fused)
+            self.first, self.second = (
+                twin(m, [TensorProto.BFLOAT16], TensorProto.FLOAT) for m in both
+            )
+            self._note(
+                "bfloat16: onnxruntime's CPU provider lacks it, so float32 twins of both models"
+                " were compared; our operators kept bfloat16"
+            )
+
+    def run(self) -> CompareReport:
+        sites = find_sites(self.first, self.second)
+        if inner := sites_in_bodies(self.second.graph):
+            self._note(
+                f"{inner} fused operators lie in bodies of If, Loop or Scan: they are compared by"
+                " the model's outputs only"
+            )
+        elif not sites:
+            self._note("no fused site: the second model holds no operator that the first lacks")
+        failure: SfaError | None = None
+        for wide in (False, True):  # the second choice of sizes, when the first is not accepted
+            feeds = random_feeds(self.original, self.seed, self.inputs, fused=self.fused, wide=wide)
+            self.report.inputs = {
+                n: f"{describe(a)}, {'given' if n in self.inputs else 'random'}"
+                for n, a in feeds.items()
+            }
+            try:
+                _check_room(self.original)
+                self._whole(self._sites(sites, feeds), feeds)
+                return self.report
+            except UsageError:
+                raise
+            except SfaError as error:
+                failure = failure or error
+                if self.report.sites:
+                    break
+        self._note(f"the whole models were not run: {failure}")
+        done = {row.name for row in self.report.sites}
+        rest = [s for s in sites if not self.lossy and _title(s) not in done]
+        self.report.sites += [self._random(site, feeds) for site in rest]
+        return self.report
+
+    def _sites(self, sites: list[Site], feeds: dict[str, Array]) -> dict[str, Array]:
+        """Judge every site; returns the first model's outputs, which come with the first run."""
+        made = {o for n in self.first.graph.node for o in n.output}
+        outputs = [o.name for o in self.first.graph.output]
+        want: dict[str, Array] = {}
+        for start in range(0, max(len(sites), 1), _TOGETHER):
+            group = sites[start : start + _TOGETHER]
+            border = [v for s in group for v in s.border if v in made]
+            names = list(dict.fromkeys([*border, *([] if want else outputs)]))
+            values = execute(with_outputs(self.first, names), self.folders[0], feeds, names)
+            want = want or {n: values[n] for n in outputs}
+            entering = self._adapted(feeds, want) | feeds | want | values
+            self.report.sites += [self._site(site, entering) for site in group]
+        return want
+
+    # ------------------------------------------------------------------ whole graph
+
+    def _whole(self, want: dict[str, Array], feeds: dict[str, Array]) -> None:
+        adapted = self._adapted(feeds, want)
+        got = execute(self.second, self.folders[1], adapted)
+        if self.interface is not None:
+            got = float_outputs(self.interface, got, adapted)
+        exact = self._exact_outputs(feeds)
+        if self.lossy:
+            self._note("int8 caches are no equivalence: outputs are told, sites are judged")
+        for name in (n for n in want if n in got):
+            if want[name].shape != got[name].shape:
+                self._note(f"output {name}: {want[name].shape} became {got[name].shape}")
+                continue
+            row = self._measure(want[name], got[name], exact.get(name))
+            self.report.outputs.append(OutputRow(name, row, judged=not self.lossy))
+        if missing := sorted(want.keys() ^ got.keys()):
+            self._note(f"outputs of one model only: {', '.join(missing)}")
+
+    def _exact_outputs(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        """The original in another precision; {} when too large, or onnxruntime cannot run it."""
+        if _weight_bytes(self.original) > _NOISE_LIMIT:
+            self._note("no noise floor for the whole graph: its weights are too large to double")
+            return {}
+        try:
+            if self.dtype is None:
+                other = twin(self.original, FLOATS, TensorProto.DOUBLE)
+            else:  # the original rounds at every step; the float32 twin hardly at all
+                bfloat16 = [TensorProto.BFLOAT16]
+                other = twin(self.original, bfloat16, TensorProto.FLOAT, rounded=True)
+            return execute(other, self.folders[0], feeds, as_written=True)
+        except SfaError as error:
+            _LOG.debug("no twin for the noise floor: %s", error)
+            self._note("no noise floor for the whole graph: it does not run in another precision")
+            return {}
+
+    def _adapted(self, feeds: dict[str, Array], want: dict[str, Array]) -> dict[str, Array]:
+        """Feeds for the second model; `want`: what the first model made of `feeds`."""
+        if self.interface is None:
+            return feeds
+        return converted_feeds(self.interface, feeds, want)
+
+    # ------------------------------------------------------------------ sites
+
+    def _site(self, site: Site, values: dict[str, Array]) -> SiteRow:
+        if not site.outputs:
+            return _skipped(site, "no value downstream of the operator is known to the first model")
+        feeds = {n: values[n] for n in site.border if n in values}
+        types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items()}
+        first = region_model(self.first, site.before, types, site.outputs)
+        second = region_model(self.second, site.after, types, site.outputs)
+        try:
+            want = execute(first, self.folders[0], feeds)
+            got = execute(second, self.folders[1], feeds)
+            if self.lossy:
+                return self._quantised(site, values, feeds, want, got)
+        except SfaError as error:
+            return _skipped(site, str(error))
+        return self._row(site, "captured", want, got, self._exact_region(first, feeds))
+
+    def _quantised(
+        self,
+        site: Site,
+        values: dict[str, Array],
+        feeds: dict[str, Array],
+        plain: dict[str, Array],
+        got: dict[str, Array],
+    ) -> SiteRow:
+        """A converted site: judged against the original's on int8-rounded latents."""
+        loss = max(relative_distance(plain[n], got[n]) for n in plain)
+        rounded = rounded_values(self.second, site, self.interface, values)
+        known = feeds | rounded
+        types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in known.items()}
+        above = region_above(self.first, site.outputs, {*site.border, *rounded})
+        first = region_model(self.first, above, types, site.outputs)
+        if {i.name for i in first.graph.input} & rounded.keys():
+            want = execute(first, self.folders[0], known)
+            row = self._row(site, "rounded", want, got, self._exact_region(first, known))
+            return dataclasses.replace(row, loss=loss)
+        node = self.second.graph.node[site.own]
+        names = [n for n in dict.fromkeys((*node.input, *node.output)) if n and n not in feeds]
+        types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items()}
+        inner = execute(region_model(self.second, site.after, types, names), self.folders[1], feeds)
+        inner |= feeds
+        difference = self._measure(judge(node, inner), inner[node.output[0]], None)
+        limit = "" if loss <= _PLAUSIBLE_LOSS else f"{loss:.0%} is more than int8 can explain"
+        return SiteRow(
+            _title(site), site.op_type, site.layer, "reference", difference, loss, reason=limit
+        )
+
+    def _row(
+        self,
+        site: Site,
+        method: Any,
+        want: dict[str, Array],
+        got: dict[str, Array],
+        exact: dict[str, Array],
+    ) -> SiteRow:
+        """The worst of the site's outputs."""
+        rows = [self._measure(want[n], got[n], exact.get(n)) for n in want]
+        worst = max(rows, key=lambda d: (not d.passed, d.relative))
+        return SiteRow(_title(site), site.op_type, site.layer, method, worst)
+
+    def _exact_region(self, region: ModelProto, feeds: dict[str, Array]) -> dict[str, Array]:
+        """A site's region in another precision; {} when too large, or it cannot run."""
+        sizes = (
+            math.prod(d.dim_value for d in v.type.tensor_type.shape.dim)
+            for v in infos(region, feeds).values()
+        )
+        if max(sizes, default=0) * 8 > _LARGEST:
+            return {}
+        try:
+            if self.dtype is None:
+                other = twin(region, FLOATS, TensorProto.DOUBLE)
+            else:
+                known = ElemTypes(self.original)
+                bfloat16 = [TensorProto.BFLOAT16]
+                other = twin(region, bfloat16, TensorProto.FLOAT, rounded=True, known=known)
+            return execute(other, self.folders[0], feeds, as_written=True)
+        except SfaError as error:
+            _LOG.debug("no twin for a site's noise floor: %s", error)
+            return {}
+
+    def _random(self, site: Site, feeds: dict[str, Array]) -> SiteRow:
+        """Both regions, under one random graph, without the rest of the model."""
+        try:
+            model, entering = joined_model(self.first, self.second, site, self.folders[0])
+            second = infos(self.second, feeds)
+            known = second | infos(self.first, feeds)
+            for name, info in second.items():
+                fill_dims(known[name], info)
+            if unknown := sorted(n for n in entering if n not in known):
+                return _skipped(site, f"the shape of {unknown[0]} is not in the model")
+            model.graph.input.extend(known[n] for n in sorted(entering))
+            values = execute(model, self.folders[0], random_feeds(model, self.seed))
+        except SfaError as error:
+            return _skipped(site, str(error))
+        want = {n: values[n] for n in site.outputs}
+        got = {n: values[n + AFTER] for n in site.outputs}
+        return self._row(site, "random", want, got, {})
+
+    def _measure(self, want: Array, got: Array, exact: Array | None) -> Any:
+        floating = want.dtype.kind not in "iub"
+        return measure(want, got, **self.bounds, exact=exact,
+                       dtype=self.dtype if floating else None)  # fmt: skip
+
+    def _note(self, text: str) -> None:
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+
+
+def _name(model: Model) -> str:
+    return model.graph.name if isinstance(model, ModelProto) else os.fspath(model)
+
+
+def _skipped(site: Site, reason: str) -> SiteRow:
+    return SiteRow(_title(site), site.op_type, site.layer, "skipped", reason=reason)
+
+
+def _title(site: Site) -> str:
+    return site.outputs[0] if site.outputs else site.node
+
+
+def _folder(model: Model) -> Path | None:
+    return None if isinstance(model, ModelProto) else Path(model).resolve().parent
+
+
+def _conversion(before: ModelProto, after: ModelProto) -> Interface | None:
+    """How `after`'s caches differ from `before`'s; None when the interface is the same."""
+    interface = read_interface(after)
+    return None if interface is None or read_interface(before) is not None else interface
+
+
+def _weight_bytes(model: ModelProto) -> int:
+    """Size of all weights as they are stored."""
+    sizes = (
+        math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in model.graph.initializer
+    )
+    return sum(sizes)
+
+
+def _check_room(model: ModelProto) -> None:
+    """Refuse to run a whole model that would not fit: a killed process tells nothing."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need = _weight_bytes(model)
+    if need > _MEMORY_SHARE * memory:
+        raise ModelError(
+            f"its weights take {need / 1e9:.0f} GB and this machine has {memory / 1e9:.0f} GB"
+        )

@@ -1,0 +1,221 @@
+"""Models that run without our library: each operator also ships as a function of standard ones.
+
+`make_portable` adds a model-local function per signature (which optional inputs are present, which
+attributes, which types): onnxruntime inlines it when our library is not registered and takes our
+kernel when it is. `unfuse` puts the standard nodes in the operator's place for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import onnx
+from onnx import FunctionProto, ModelProto, NodeProto, helper
+
+from sfa_onnx.errors import ModelError
+from sfa_onnx.files.onnx_attrs import attributes, subgraphs
+from sfa_onnx.operator.contract import OpContract
+from sfa_onnx.operator.op import ALL_OPS, KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
+from sfa_onnx.runtime.elem_types import ElemTypes
+from sfa_onnx.runtime.portable.attention import attention_body
+from sfa_onnx.runtime.portable.body import MIN_OPSET, Body
+from sfa_onnx.runtime.portable.indexer import indexer_body
+from sfa_onnx.runtime.portable.pack import pack_body
+
+__all__ = ["has_body", "make_portable", "unfuse"]
+
+_OPS: Final = {op.key: op for op in ALL_OPS}
+_OVERLOAD_IR: Final = 10  # IR version that brought FunctionProto.overload
+_AT_RUN_TIME: Final = ("scale_value",)  # attributes that the body reads from the node
+
+
+def has_body(node: NodeProto) -> bool:
+    """Whether this node is one of the operators that a function body exists for."""
+    return (node.domain, node.op_type) in _OPS
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What decides the body of one node."""
+
+    key: tuple[str, str]
+    present: frozenset[str]
+    attributes: tuple[tuple[str, Any], ...]
+    types: tuple[tuple[str, int], ...]
+
+    @property
+    def op(self) -> OpContract:
+        return _OPS[self.key]
+
+
+def make_portable(model: ModelProto) -> ModelProto:
+    """A copy of `model` whose operators of ours also are model-local functions.
+
+    Weights are not read. Nodes of an unusual second signature get an `overload`, and the model then
+    IR version 10.
+
+    Raises:
+        ModelError: the model's opset is too old, or the type of an operator's input is unknown.
+        ContractError: a node's attributes are illegal.
+    """
+    out, opset, types = _prepared(model)
+    known: dict[_Signature, str] = {}
+    for node in (n for graph in _graphs(out.graph) for n in graph.node if has_body(n)):
+        signature = _signature(node, types)
+        if signature not in known:
+            count = sum(s.key == signature.key for s in known)
+            known[signature] = f"signature{count + 1}" if count else ""
+            out.functions.append(_function(signature, known[signature], opset))
+        node.overload = known[signature]
+    if any(known.values()):
+        out.ir_version = max(out.ir_version, _OVERLOAD_IR)
+    return out
+
+
+def unfuse(model: ModelProto) -> ModelProto:
+    """A copy of `model` in which our operators are replaced by standard nodes.
+
+    Output names stay; every other node and all initializers are untouched.
+
+    Raises:
+        ModelError: the model's opset is too old, or the type of an operator's input is unknown.
+        ContractError: a node's attributes are illegal.
+    """
+    out, opset, types = _prepared(model)
+    _inline(out.graph, types, opset, _names(out.graph))
+    left = {node.domain for graph in _graphs(out.graph) for node in graph.node}
+    for entry in [o for o in out.opset_import if o.domain in {op.domain for op in _OPS.values()}]:
+        if entry.domain not in left:
+            out.opset_import.remove(entry)
+    return out
+
+
+def _prepared(model: ModelProto) -> tuple[ModelProto, int, ElemTypes]:
+    """A copy without bodies of our operators, its opset, and the types of its values."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    kept = [f for f in out.functions if (f.domain, f.name) not in _OPS]
+    if len(kept) != len(out.functions):
+        del out.functions[:]
+        out.functions.extend(kept)
+    return out, _opset(out), ElemTypes(out)
+
+
+def _opset(model: ModelProto) -> int:
+    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    if version < MIN_OPSET:
+        raise ModelError(
+            f"the model has opset {version}; a standard-operator body needs {MIN_OPSET} or later:"
+            " convert it with onnx.version_converter first"
+        )
+    return version
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for sub in subgraphs(node):
+            yield from _graphs(sub)
+
+
+def _signature(node: NodeProto, types: ElemTypes) -> _Signature:
+    op = _OPS[(node.domain, node.op_type)]
+    values = {
+        tensor.name: name
+        for tensor, name in zip(op.inputs, node.input, strict=False)
+        if name and tensor.name != "value"
+    }
+    given = attributes(node)
+    op.check_attributes(given)
+    attrs = {a.name: given.get(a.name, a.default) for a in op.attributes}
+    floats = {"query", "nope", "rope"} & values.keys()
+    elem_types: dict[str, int] = {}
+    for name in sorted(floats):
+        found = types.of(values[name])
+        if found is None:
+            raise ModelError(
+                f"the type of {values[name]!r}, input {name} of {node.op_type} {node.name!r}, is"
+                " not in the model and cannot be inferred: add it to graph.value_info"
+            )
+        elem_types[name] = found
+    kept = tuple(sorted((k, v) for k, v in attrs.items() if k not in _AT_RUN_TIME))
+    return _Signature(op.key, frozenset(values), kept, tuple(elem_types.items()))
+
+
+def _write(signature: _Signature, opset: int) -> tuple[list[NodeProto], list[str]]:
+    """The body's nodes and the names of its results."""
+    body, attrs, types = Body(opset), dict(signature.attributes), dict(signature.types)
+    op, present = signature.op, signature.present
+    if op is KV_CACHE_PACK:
+        return body.nodes, [pack_body(body, present, attrs, types)]
+    if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
+        return body.nodes, indexer_body(body, op, present, attrs, types["query"])
+    return body.nodes, [attention_body(body, op, present, attrs, types["query"])]
+
+
+def _function(signature: _Signature, overload: str, opset: int) -> FunctionProto:
+    op = signature.op
+    nodes, results = _write(signature, opset)
+    names = dict(zip(results, (t.name for t in op.outputs), strict=True))
+    for node in nodes:
+        node.output[:] = [names.get(name, name) for name in node.output]
+    function = helper.make_function(
+        op.domain,
+        op.name,
+        [t.name for t in op.inputs],
+        list(names.values()),
+        nodes,
+        [helper.make_opsetid("", opset)],
+        attributes=[a.name for a in op.attributes],
+        doc_string=f"{op.doc} In standard operators, for runtimes without the kernel.",
+    )
+    function.overload = overload
+    return function
+
+
+def _names(graph: onnx.GraphProto) -> set[str]:
+    """Every value and node name of the model."""
+    names: set[str] = set()
+    for part in _graphs(graph):
+        names.update(v.name for v in (*part.input, *part.initializer))
+        for node in part.node:
+            names.update((*node.input, *node.output, node.name))
+    return names
+
+
+def _inline(graph: onnx.GraphProto, types: ElemTypes, opset: int, taken: set[str]) -> None:
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        for sub in subgraphs(node):
+            _inline(sub, types, opset, taken)
+        ours = has_body(node)
+        nodes += _expanded(node, _signature(node, types), opset, taken) if ours else [node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _expanded(
+    node: NodeProto, signature: _Signature, opset: int, taken: set[str]
+) -> list[NodeProto]:
+    """Copies of the body's nodes between the node's own inputs and output."""
+    prefix = base = f"{node.name or node.output[0]}/"
+    suffix = 0
+    while any(name.startswith(prefix) for name in taken):
+        suffix += 1
+        prefix = f"{base[:-1]}_{suffix}/"
+    taken.add(prefix)
+    body, results = _write(signature, opset)
+    inner = {t.name: n for t, n in zip(signature.op.inputs, node.input, strict=False) if n}
+    inner |= {r: n for r, n in zip(results, node.output, strict=False) if n}
+    scale = next((a.f for a in node.attribute if a.name in _AT_RUN_TIME), 0.0)
+    for copy in body:
+        for names in (copy.input, copy.output):
+            for i, name in enumerate(names):
+                names[i] = inner.get(name, prefix + name)
+        copy.name = prefix + copy.op_type + "_" + copy.output[0].rsplit("_", 1)[-1]
+        for attribute in copy.attribute:
+            if attribute.ref_attr_name:
+                attribute.CopyFrom(helper.make_attribute(attribute.name, float(scale)))
+    return body
