@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from sfa_onnx.operator import schema as _schema  # noqa: F401  (registers the operators with onnx)
 from sfa_onnx.report import FuseReport, SiteReport, VerifyRecord, to_json
+from sfa_onnx.version import __version__
 
 if TYPE_CHECKING:
     from sfa_onnx.fusion import fuse
-    from sfa_onnx.passes.unfuse import unfuse
+    from sfa_onnx.unfusion import unfuse
 
 __all__ = [
     "FuseReport",
@@ -21,10 +22,8 @@ __all__ = [
     "unfuse",
 ]
 
-__version__ = "0.1.0"
-
 # Loaded on first use: onnxruntime and the passes take a second that `import sfa_onnx` need not.
-_LAZY = {"fuse": "sfa_onnx.fusion", "unfuse": "sfa_onnx.passes.unfuse"}
+_LAZY = {"fuse": "sfa_onnx.fusion", "unfuse": "sfa_onnx.unfusion"}
 
 
 def __getattr__(name: str) -> Any:

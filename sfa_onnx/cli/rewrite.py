@@ -133,7 +133,7 @@ def _fuse(args: argparse.Namespace, console: Console) -> int:
 
 
 def _unfuse(args: argparse.Namespace, console: Console) -> int:
-    from sfa_onnx.passes.unfuse import unfuse
+    from sfa_onnx.unfusion import unfuse
 
     output = _output(args)
     report = unfuse(args.model, output, force=args.force)

@@ -25,10 +25,11 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
 from sfa_onnx.passes.graph.sub_graphs import bodies
 from sfa_onnx.report import FuseReport, to_json
+from sfa_onnx.version import __version__
 
 __all__ = [
     "CertificateCheck",
-    "Difference",
+    "Changes",
     "Snapshot",
     "check_certificate",
     "compare_snapshots",
@@ -58,7 +59,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Changes:
     """How two snapshots differ; `moved` nodes are untouched but in another order."""
 
     untouched_nodes: int
@@ -80,7 +81,7 @@ class CertificateCheck:
 
     holds: bool
     problems: tuple[str, ...]
-    difference: Difference
+    difference: Changes
 
 
 def snapshot(model: onnx.ModelProto) -> Snapshot:
@@ -156,14 +157,14 @@ def _hash_text(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def compare_snapshots(before: Snapshot, after: Snapshot) -> Difference:
+def compare_snapshots(before: Snapshot, after: Snapshot) -> Changes:
     """What stayed, went and came."""
     same = {key for key, value in before.nodes.items() if after.nodes.get(key) == value}
     order_before = [key for key in before.nodes if key in same]
     order_after = [key for key in after.nodes if key in same]
     moved = [a for a, b in zip(order_before, order_after, strict=True) if a != b]
     tensors = [n for n, h in before.initializers.items() if after.initializers.get(n) == h]
-    return Difference(
+    return Changes(
         untouched_nodes=len(same),
         untouched_initializers=len(tensors),
         removed_nodes=tuple(k for k in before.nodes if k not in same),
@@ -193,8 +194,6 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
         report: the outcome, with the fused model.
         before: the snapshot of the model before splicing.
     """
-    from sfa_onnx import __version__
-
     after = snapshot(report.model)
     difference = compare_snapshots(before, after)
     kept = set(before.nodes) - set(difference.removed_nodes)
@@ -263,7 +262,7 @@ def _read(path: Path) -> dict[str, Any]:
     return stated
 
 
-def _problems(stated: dict[str, Any], found: Difference, fused: Snapshot) -> list[str]:
+def _problems(stated: dict[str, Any], found: Changes, fused: Snapshot) -> list[str]:
     """Where the certificate and the files disagree."""
     problems = []
     claims = stated["difference"]
