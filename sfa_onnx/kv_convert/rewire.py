@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.files.onnx_attrs import attribute
+from sfa_onnx.files.onnx_attrs import attribute, attributes
 from sfa_onnx.kv_convert.arrange import Arrangement, declare_domain
 from sfa_onnx.kv_convert.boundary import Boundary
 from sfa_onnx.kv_convert.emit import Emitter
@@ -30,6 +30,8 @@ __all__ = ["Conversion", "float_sites"]
 
 _WIDTHS = ("query", "key", "key_rope")
 _BSND = ("B", "S", "1", "C")
+# What the packed row takes in; every other input must have its place in the int8 operator.
+_PACKED_INPUTS = ("query", "key", "value", "query_rope", "key_rope")
 _ITEM: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
 
 
@@ -150,14 +152,18 @@ class Conversion:
         paged = self.form == "paged-int8"
         inputs = dict.fromkeys((t.name for t in op.inputs), "")
         inputs |= {"query": query, "key": packed, "value": packed}
-        inputs["sparse_indices"] = _input(node, "sparse_indices")
-        inputs["actual_seq_lengths_query"] = _input(node, "actual_seq_lengths_query")
-        inputs["actual_seq_lengths_kv"] = _input(node, "actual_seq_lengths_kv")
+        for tensor in SPARSE_FLASH_ATTENTION.inputs:
+            if tensor.name in _PACKED_INPUTS or not _input(node, tensor.name):
+                continue
+            if tensor.name not in inputs:
+                raise ModelError(f"{node.name}: {op.name} has no input {tensor.name}")
+            inputs[tensor.name] = _input(node, tensor.name)
         if paged:
             inputs |= {"block_table": BLOCK_TABLE, "actual_seq_lengths_kv": LENGTHS_KV}
-        values = {a.name: a.write for a in op.attributes if a.write is not None}
-        for name in ("scale_value", "sparse_block_size", "layout_query", "sparse_mode"):
-            values[name] = _attribute(node, name)
+        given = attributes(node)
+        SPARSE_FLASH_ATTENTION.carried_to(op, given)
+        shared = ("scale_value", "sparse_block_size", "layout_query", "sparse_mode")
+        values = {name: _attribute(node, name) for name in shared}
         values["layout_kv"] = "PA_BSND" if paged else "BSND"
         values |= {"tile_size": row.tile, "rope_head_dim": row.rope}
         node.op_type = op.name
@@ -166,7 +172,7 @@ class Conversion:
         while names and not names[-1]:
             names.pop()
         node.input.extend(names)
-        node.attribute.extend(helper.make_attribute(a.name, values[a.name]) for a in op.attributes)
+        node.attribute.extend(helper.make_attribute(n, v) for n, v in op.complete(values).items())
 
 
 def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:

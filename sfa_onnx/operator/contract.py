@@ -133,7 +133,29 @@ class OpContract:
         usual = {a.name: a.usual for a in self.attributes}
         filled = {k: v for k, v in usual.items() if v is not None} | dict(values)
         self.check_attributes(filled)
-        return filled
+        return {a.name: filled[a.name] for a in self.attributes}
+
+    def carried_to(self, other: OpContract, values: Mapping[str, AttributeValue]) -> None:
+        """Refuse to write a call as another operator that lacks one of its attributes.
+
+        What `other` lacks may be left out where it has the only legal, or the usual, value.
+
+        Args:
+            other: the operator the call is to be written as.
+            values: the call's attributes by name.
+
+        Raises:
+            ContractError: naming the attribute, its value and the one that could be carried.
+        """
+        there = {a.name for a in other.attributes}
+        for spec in self.attributes:
+            value = values.get(spec.name)
+            if spec.name in there or value is None or value == spec.usual:
+                continue
+            raise ContractError(
+                f"{self.name}: {spec.name} {value!r} has no form in {other.name}; expected"
+                f" {spec.usual!r}"
+            )
 
 
 @dataclass(frozen=True)

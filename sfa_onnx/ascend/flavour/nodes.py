@@ -39,6 +39,8 @@ _ROPE_NAMES: dict[int, str] = {
     TensorProto.BFLOAT16: "bfloat16",
 }
 _ATC_NAMES = frozenset({b.atc_type for b in BINDINGS} | {op.name for op in ALL_OPS})
+# Operators that a node of this name may have been written as.
+_PAIRS = {SPARSE_FLASH_ATTENTION_ANTIQUANT.name: (KV_QUANT_SPARSE_FLASH_ATTENTION,)}
 # Inputs that carry the query's type and are cast with it.
 _FLOAT_INPUTS = ("query", "key", "value", "query_rope", "key_rope")
 
@@ -92,20 +94,17 @@ def _check_known(node: NodeProto, contracts: tuple[OpContract, ...], extra: set[
             )
 
 
-def _check_window(node: NodeProto, op: OpContract) -> None:
-    """Refuse a window (pre/next_tokens): the canonical operator has none and would drop it."""
-    if op is not SPARSE_FLASH_ATTENTION_ANTIQUANT:
-        return
-    for spec in KV_QUANT_SPARSE_FLASH_ATTENTION.attributes:
-        attr = find_attribute(node, spec.name)
-        if attr is None or any(a.name == spec.name for a in op.attributes):
-            continue
-        value = _read(node, spec, op)
-        if spec.cpu is not None and value not in spec.cpu:
-            raise ContractError(
-                f"node {node.name!r}: {spec.name} {value} has no canonical form; expected"
-                f" {spec.cpu[0]} (no sliding window)"
-            )
+def _check_carried(node: NodeProto, op: OpContract, target: OpContract) -> None:
+    """Refuse what the canonical operator or its target cannot say; it would be dropped."""
+    pairs = _PAIRS.get(op.name, ())
+    both = {a.name: a for c in (*pairs, op) for a in c.attributes}
+    given = {n: _read(node, a, op) for n, a in both.items() if find_attribute(node, n)}
+    try:
+        for other in pairs:
+            other.carried_to(op, given)
+        op.carried_to(target, given)
+    except ContractError as error:
+        raise ContractError(f"node {node.name or node.output[0]!r}: {error}") from error
 
 
 def _exact_names(contract: OpContract) -> set[str]:
@@ -150,7 +149,7 @@ class ToAtc:
         extra = _exact_names(op)
         readable = (op, KV_QUANT_SPARSE_FLASH_ATTENTION)
         _check_known(node, readable if op is SPARSE_FLASH_ATTENTION_ANTIQUANT else (op,), extra)
-        _check_window(node, op)
+        _check_carried(node, op, contract)
         made = _make(node, atc_type, "")
         for spec in contract.attributes:
             _write(made, spec, self._value(node, spec, op))
@@ -258,7 +257,7 @@ class FromAtc:
         written = KV_QUANT_SPARSE_FLASH_ATTENTION
         contracts = (op, written) if op is SPARSE_FLASH_ATTENTION_ANTIQUANT else (op,)
         _check_known(node, contracts, _exact_names(op))
-        _check_window(node, op)
+        _check_carried(node, op, op)
         made = _make(node, op.name, op.domain)
         for spec in op.attributes:
             value = _exact(node, spec, op) if spec.kind == "float" else _read(node, spec, op)

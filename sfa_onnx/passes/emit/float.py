@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 
-from sfa_onnx.operator.op import INT64_MAX, SPARSE_FLASH_ATTENTION
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.rows import Columns, State
@@ -73,21 +74,22 @@ def sparse_attention(
     inputs = [query, key, key, entries]
     if query_rope:
         inputs += ["", "", "", query_rope, key_rope]
+    attrs: dict[str, Any] = SPARSE_FLASH_ATTENTION.complete(
+        {
+            "scale_value": float(plan.scale),
+            "sparse_block_size": 1,
+            "layout_query": "BSND",
+            "layout_kv": "BSND",
+            "sparse_mode": 0,
+        }
+    )
     return plan.e.emit(
         SPARSE_FLASH_ATTENTION.name,
         inputs,
         "attention",
         plan.elem_type,
         domain=SPARSE_FLASH_ATTENTION.domain,
-        scale_value=float(plan.scale),
-        sparse_block_size=1,
-        layout_query="BSND",
-        layout_kv="BSND",
-        sparse_mode=0,
-        pre_tokens=INT64_MAX,
-        next_tokens=INT64_MAX,
-        attention_mode=2,
-        return_softmax_lse=0,
+        **attrs,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -126,23 +127,24 @@ def antiquant(
     plan: Plan, inputs: list[str], tile: int, rope_width: int, layout_kv: str = "BSND"
 ) -> str:
     """The int8 operator with every attribute written."""
+    attrs: dict[str, Any] = ANTIQUANT.complete(
+        {
+            "scale_value": float(plan.scale),
+            "sparse_block_size": 1,
+            "layout_query": "BSND",
+            "layout_kv": layout_kv,
+            "sparse_mode": 0,
+            "tile_size": tile,
+            "rope_head_dim": rope_width,
+        }
+    )
     return plan.e.emit(
         ANTIQUANT.name,
         inputs,
         "attention",
         plan.elem_type,
         domain=ANTIQUANT.domain,
-        scale_value=float(plan.scale),
-        sparse_block_size=1,
-        key_quant_mode=2,
-        value_quant_mode=2,
-        layout_query="BSND",
-        layout_kv=layout_kv,
-        sparse_mode=0,
-        attention_mode=2,
-        quant_scale_repo_mode=1,
-        tile_size=tile,
-        rope_head_dim=rope_width,
+        **attrs,
     )
 
 
