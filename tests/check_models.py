@@ -182,6 +182,9 @@ CASES: list[Case] = [
      "error", "E19999", "2 outputs, it has 1"),
     ("plugin-not-open", lambda: one("Gemm", "x", "x"), "unknown", "", "not in the open sources"),
     ("prototype-not-open", lambda: one("Dropout"), "unknown", "", "E10501"),
+    ("reduce-no-axes", lambda: model([N("Neg", ["x"], ["t"]), N("ReduceSum", ["t"], ["y"])]),
+     "error", "EZ9999", "no axes on a computed tensor"),
+    ("reduce-axes", lambda: one("ReduceMean"), "error", "", "nowhere (all), opset 18: lost"),
     ("reduce-inputs", lambda: one("ReduceSum", "x", "x", "x"), "error", "EZ9999", "3 inputs"),
     ("split-num-outputs", lambda: model([
         N("Neg", ["x"], ["t"]), N("Split", ["t"], ["y", "z"], name="n0", num_outputs=2)

@@ -54,6 +54,56 @@ def test_agrees_with_the_recorded_verdict(case: dict[str, Any], version: str) ->
         assert report.of("error") + report.of("warning"), "accepted silently, and we say nothing"
 
 
+# ---- reductions: every release with its own plug-ins ---------------------------------------------
+
+_REDUCE = json.loads((DATA / "reduce" / "verdicts.json").read_text())["cases"]
+_LINES = {"v8.5.0": "8.5", "v9.1.0": "9.1", "master": "9.2"}
+
+
+def _reduce_cells() -> Iterator[Any]:
+    for name, cells in _REDUCE.items():
+        for release, cell in cells.items():
+            if cell["verdict"] != "not run":
+                yield pytest.param(name, _LINES[release], cell, id=f"{name}-{release}")
+
+
+def _axes_lost(name: str, cell: dict[str, Any]) -> bool:
+    return cell["axes"] == [] and not name.endswith("noop")
+
+
+@pytest.mark.parametrize(("name", "line", "cell"), list(_reduce_cells()))
+def test_agrees_with_the_recorded_reduction(name: str, line: str, cell: dict[str, Any]) -> None:
+    report = check(DATA / "reduce" / f"{name}.onnx", cann=line)
+    if cell["verdict"] == "rejected":
+        assert (report.parser, report.code) == ("rejected", cell["code"])
+        return
+    assert report.parser == "accepted"
+    found = [f for f in report.findings if f.stage == "meaning" and f.severity == "error"]
+    assert bool(found) == _axes_lost(name, cell)
+    assert all(f.rule == "reduce-axes" and f.fixable for f in found)
+
+
+def test_cells_that_were_read_in_the_sources() -> None:
+    """9.0 reads as 8.5; minima and products from 9.1 on as maxima."""
+    for name in _REDUCE:
+        path = DATA / "reduce" / f"{name}.onnx"
+        old, new = check(path, cann="8.5"), check(path, cann="9.0")
+        assert (old.parser, old.code) == (new.parser, new.code)
+        rules = [[f.rule for f in r.findings if f.stage == "meaning"] for r in (old, new)]
+        assert rules[0] == rules[1]
+        if name.startswith(("ReduceMin", "ReduceProd")):
+            twin = DATA / "reduce" / f"ReduceMax{name[name.index('-') :]}.onnx"
+            for line in ("9.1", "9.2"):
+                rules = [f.rule for f in check(path, cann=line).findings if f.stage == "meaning"]
+                twins = [f.rule for f in check(twin, cann=line).findings if f.stage == "meaning"]
+                assert rules == twins
+
+
+def test_every_reduction_is_there() -> None:
+    assert len(_REDUCE) == 59
+    assert {f.stem for f in (DATA / "reduce").glob("*.onnx")} == set(_REDUCE)
+
+
 def test_every_case_is_there() -> None:
     cases = json.loads((DATA / "cases.json").read_text())["cases"]
     assert len(cases) == 274

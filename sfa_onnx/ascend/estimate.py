@@ -23,8 +23,8 @@ from typing import Final
 
 import onnx
 
+from sfa_onnx.ascend.cann import DEFAULT_CANN, cann
 from sfa_onnx.ascend.checks.context import Context, Node
-from sfa_onnx.ascend.checks.facts import cann
 from sfa_onnx.ascend.checks.operators import Site
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS
 from sfa_onnx.ascend.checks.tensors import nbytes
@@ -128,7 +128,7 @@ def estimate(
         raise UsageError(
             f"no public figures for {soc}: estimates exist for Ascend910B1 to B4 and Ascend910_93xx"
         )
-    ctx = Context(ModelView(model), cann("9.1"), OWN_PLUGINS, soc)
+    ctx = Context(ModelView(model), cann(DEFAULT_CANN), OWN_PLUGINS, soc)
     bound = dict(dims or {})
     sites = [s for node in ctx.nodes() if (s := _site(ctx, node, chip, bound)) is not None]
     copies = list(_copies(ctx, chip, bound))

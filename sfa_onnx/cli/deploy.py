@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sfa_onnx.ascend.cann import CANN_VERSIONS, DEFAULT_CANN
 from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console
 from sfa_onnx.cli.execute import load_inputs
@@ -13,7 +14,6 @@ from sfa_onnx.errors import UsageError
 
 __all__ = ["add_verbs"]
 
-CANN = ("8.5", "9.0", "9.1", "9.2")
 NOT_MET = 3
 
 
@@ -21,7 +21,9 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add this module's sub-parsers."""
     check = verbs.add_parser("check", parents=[common], help="would ATC take it?")
     check.add_argument("model", type=Path, help="the ONNX model")
-    check.add_argument("--cann", choices=CANN, default="9.1", help="CANN release to check for")
+    check.add_argument(
+        "--cann", choices=CANN_VERSIONS, default=DEFAULT_CANN, help="CANN release to check for"
+    )
     check.add_argument("--soc-version", help="exact chip, e.g. Ascend910B2, Ascend910_9391")
     check.add_argument(
         "--plugin",
@@ -48,7 +50,7 @@ def _add_atc(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the fused ONNX model")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--soc-version", required=True, help="e.g. Ascend910B2, Ascend910_9391")
-    parser.add_argument("--cann", choices=CANN, default="9.1", help="CANN release")
+    parser.add_argument("--cann", choices=CANN_VERSIONS, default=DEFAULT_CANN, help="CANN line")
     parser.add_argument("--binding", choices=("kv-quant", "recipes"), default="kv-quant")
     parser.add_argument("--npu-dtype", choices=("bf16", "fp16"), help="cast float32 queries")
     parser.add_argument("--dim", action="append", default=[], metavar="NAME=N", help="bind a dim")

@@ -12,8 +12,9 @@ from typing import Literal
 
 import onnx
 
+from sfa_onnx.ascend.cann import CANN_VERSIONS, DEFAULT_CANN
+from sfa_onnx.ascend.cann import cann as _line
 from sfa_onnx.ascend.checks.context import Context
-from sfa_onnx.ascend.checks.facts import CANN_VERSIONS, cann
 from sfa_onnx.ascend.checks.finding import CheckReport, Finding, SupportRow
 from sfa_onnx.ascend.checks.fixing import FixResult, apply_fixes, fix, fix_file
 from sfa_onnx.ascend.checks.graph_ops import graph_ops
@@ -47,7 +48,7 @@ __all__ = [
 def check(
     model: onnx.ModelProto | str | Path,
     *,
-    cann: str = "9.1",
+    cann: str = DEFAULT_CANN,
     soc_version: str | None = None,
     base_dir: str | Path | None = None,
     user_plugins: Iterable[Plugin | str] | None = None,
@@ -57,7 +58,7 @@ def check(
 
     Args:
         model: a model, or the path of one (its weights are not read).
-        cann: "8.5", "9.0", "9.1" or "9.2".
+        cann: the line, one of `CANN_VERSIONS`.
         soc_version: the chip as ATC spells it ("Ascend910_9391"); None: all families.
         base_dir: where external data lies; the model's directory when `model` is a path.
         user_plugins: parser plug-ins that will be installed: `Plugin`s or keys such as
@@ -76,7 +77,7 @@ def check(
     view = ModelView(model, None if base_dir is None else Path(base_dir))
     plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
     parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)
-    ctx = Context(view, _release(cann), parsed, soc_version or "")
+    ctx = Context(view, _line(cann), parsed, soc_version or "")
     support = support_rows(ctx)
     findings = [
         *custom_op_conflict(ctx),
@@ -100,9 +101,6 @@ def _merged(findings: Iterable[Finding]) -> list[Finding]:
         names = dict.fromkeys(n for f in group for n in (f.nodes or (f.node,)) if n)
         merged.append(replace(group[0], nodes=tuple(names)))
     return merged
-
-
-_release = cann
 
 
 def _flavour(ctx: Context) -> Literal["canonical", "atc", "plain"]:

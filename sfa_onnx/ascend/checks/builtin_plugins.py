@@ -11,6 +11,7 @@ from typing import Final
 
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.finding import Finding
+from sfa_onnx.ascend.flavour.reductions import form_of
 from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["expansion", "parameters"]
@@ -127,10 +128,40 @@ def _transpose(_: Context, node: Node) -> Iterator[Finding]:
         )
 
 
-def _reduce(_: Context, node: Node) -> Iterator[Finding]:
+def _reduce(ctx: Context, node: Node) -> Iterator[Finding]:
     if len(node.proto.input) > 2:
         message = f"{len(node.proto.input)} inputs; the plug-in takes data and axes"
         yield _refuse(node, "reduce-inputs", message, "drop the surplus inputs")
+    form = form_of(ctx.rewrite_scope(node.scope), node.proto)
+    listed = len(node.proto.input) > 1 and bool(node.proto.input[1])
+    if node.op_type != "ReduceSum" or listed or form not in ("none", "noop"):
+        return
+    if form == "noop":
+        yield _refuse(
+            node,
+            "reduce-no-axes",
+            "noop_with_empty_axes = 1 and no axes: the plug-in refuses",
+            "remove the node: it does nothing",
+            evidence="recorded",
+            fixable=True,
+        )
+    elif not _sees_rank(ctx, node):
+        yield _refuse(
+            node,
+            "reduce-no-axes",
+            "no axes on a computed tensor: the plug-in asks for a rank that does not exist yet",
+            "list the axes",
+            evidence="recorded",
+            fixable=True,
+        )
+
+
+def _sees_rank(ctx: Context, node: Node) -> bool:
+    """Whether the plug-in finds a rank while parsing: graph inputs and constants have one."""
+    name, root = node.proto.input[0], ctx.view.root
+    if node.scope is not root or not (name in root.inputs or name in root.initializers):
+        return False
+    return bool(ctx.view.shape(node.scope, name))
 
 
 def _trilu(_: Context, node: Node) -> Iterator[Finding]:

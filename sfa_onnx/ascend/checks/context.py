@@ -8,7 +8,8 @@ from functools import cache, cached_property
 
 import onnx
 
-from sfa_onnx.ascend.checks.facts import Cann, Registration, registration
+from sfa_onnx.ascend.cann import Cann
+from sfa_onnx.ascend.checks.facts import Registration, registration
 from sfa_onnx.ascend.checks.plugin import Plugin
 from sfa_onnx.ascend.checks.view import ModelView, Scope
 from sfa_onnx.ascend.flavour.scope import Facts, Names

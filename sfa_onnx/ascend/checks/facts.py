@@ -14,34 +14,12 @@ from typing import Any, Final
 
 import onnx
 
-from sfa_onnx.errors import UsageError
+from sfa_onnx.ascend.cann import Cann
 
-__all__ = ["CANN_VERSIONS", "Cann", "Registration", "arity", "cann", "ge_support", "registration"]
+__all__ = ["Registration", "arity", "ge_support", "registration"]
 
 _T = onnx.TensorProto
 
-
-@dataclass(frozen=True)
-class Cann:
-    """How one CANN release's ONNX parser behaves where releases differ."""
-
-    version: str
-    facts: tuple[str, ...]  # releases whose recorded facts stand for this one
-    many_domains: bool  # several opset imports are fine (fixed after 9.1)
-    int4: bool  # int4 tensors are known
-    checks_arity: bool  # surplus inputs are refused instead of dropped
-    bad_number_code: str  # a non-numeric external_data value
-    keeps_loose_constants: bool  # a constant that nothing else touches survives
-
-
-_VERSIONS: Final = {
-    "8.5": Cann("8.5", ("8.5",), False, False, False, "E19999", False),
-    # 9.0 was read, not run: its parser is 9.1's but for the older external_data error.
-    "9.0": Cann("9.0", ("8.5", "9.1"), False, False, False, "E19999", False),
-    "9.1": Cann("9.1", ("9.1",), False, False, False, "E10001", False),
-    "9.2": Cann("9.2", ("9.2",), True, True, True, "E10001", True),
-}
-CANN_VERSIONS: Final = tuple(_VERSIONS)
 
 # dtypes the parser maps; anything else is refused as undefined. int4: see Cann.int4.
 DATA_TYPES: Final[frozenset[int]] = frozenset((*range(1, 17), _T.FLOAT8E4M3FN, _T.FLOAT8E5M2))
@@ -66,19 +44,6 @@ def dtype_name(elem_type: int) -> str:
     """`fp32`, `bf16`, `int64` ...: the spelling of the op repositories."""
     known = SHORT_NAMES.get(elem_type)
     return known or (str(_T.DataType.Name(elem_type)).lower() if elem_type else "?")
-
-
-def cann(version: str) -> Cann:
-    """The release called `version`.
-
-    Raises:
-        UsageError: not one of `CANN_VERSIONS`.
-    """
-    if version not in _VERSIONS:
-        raise UsageError(
-            f"CANN version {version!r} is not known: expected one of {', '.join(_VERSIONS)}"
-        )
-    return _VERSIONS[version]
 
 
 @cache
@@ -112,6 +77,8 @@ def _ge_types(entry: dict[str, Any], version: int) -> tuple[str, ...]:
 
 
 def _in_release(entry: dict[str, Any], version: int, release: str) -> Registration:
+    if entry.get("refused"):
+        return Registration(False)
     source = entry.get("sources", {}).get(release)
     if source is not None:
         ge = tuple(source["ge"].split("|"))

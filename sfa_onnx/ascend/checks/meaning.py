@@ -16,6 +16,8 @@ from sfa_onnx.ascend.checks.finding import Finding, misread
 from sfa_onnx.ascend.checks.tensors import tensors
 from sfa_onnx.ascend.checks.wiring import loose_outputs, names_that_meet, open_inputs
 from sfa_onnx.ascend.flavour.indices import is_non_negative
+from sfa_onnx.ascend.flavour.reductions import form_of
+from sfa_onnx.ascend.reductions import REDUCTIONS, Reading, reading
 from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["meaning"]
@@ -210,6 +212,29 @@ def _ignored(_: Context, node: Node) -> Iterator[Finding]:
         )
 
 
+def _reduction(ctx: Context, node: Node) -> Iterator[Finding]:
+    form = form_of(ctx.rewrite_scope(node.scope), node.proto)
+    read = reading(node.op_type, node.version or 0, form, ctx.cann.version)
+    if read in (Reading.RIGHT, Reading.REFUSED) or node.op_type in _REFUSED_REDUCTIONS:
+        return
+    where = {"attribute": "as an attribute", "input": "as an input", "none": "nowhere (all)"}[form]
+    line = ctx.cann.version
+    some = "by some releases" if read is Reading.VARIES else "silently"
+    yield misread(
+        "reduce-axes",
+        "warning" if read is Reading.VARIES else "error",
+        f"{node.op_type} with its axes {where}, opset {node.version}: lost {some} on CANN {line};"
+        " the GE node gets no axes and reduces nothing of what the file means",
+        node.name,
+        f"write means as sums, other axes where this release reads them; {_ATC}",
+        fixable=True,
+        evidence="recorded" if line != "9.0" and node.op_type in _RECORDED else "source",
+    )
+
+
+# Refused by every recorded run, which is said elsewhere.
+_REFUSED_REDUCTIONS: Final = ("ReduceL1", "ReduceLogSum", "ReduceSumSquare")
+_RECORDED: Final = ("ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceSum")
 _BY_OP: Final[dict[str, Callable[[Context, Node], Iterator[Finding]]]] = {
     "Cast": _cast,
     "Constant": _constant,
@@ -225,4 +250,5 @@ _BY_OP: Final[dict[str, Callable[[Context, Node], Iterator[Finding]]]] = {
     "Shape": _shape,
     "Softmax": _softmax,
     "Unique": _ignored,
+    **dict.fromkeys(REDUCTIONS, _reduction),
 }

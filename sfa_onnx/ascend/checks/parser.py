@@ -24,6 +24,7 @@ from sfa_onnx.ascend.checks.facts import (
 from sfa_onnx.ascend.checks.finding import Finding, refused
 from sfa_onnx.ascend.checks.own_plugin import refusals
 from sfa_onnx.ascend.checks.view import Scope
+from sfa_onnx.ascend.reductions import REDUCTIONS
 from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.operator.op import find_op
 
@@ -142,8 +143,10 @@ def _key(ctx: Context, node: Node) -> Iterator[Finding]:
         )
         return
     rule, hint = _no_plugin(ctx, node)
-    fixable = node.op_type in ("ReduceL1", "ReduceL2") and node.domain == "ai.onnx"
+    fixable = node.op_type in REDUCTIONS and node.domain == "ai.onnx"
     message = f"no plug-in parses {node.key}"
+    if fixable and registered_versions("ai.onnx", node.op_type):
+        message += " in any recorded run (the sources of some releases register it)"
     yield refused(rule, message, "E13010", node.name, hint=hint, fixable=fixable)
 
 
@@ -168,6 +171,8 @@ def _key_hint(node: Node) -> str:
     versions = registered_versions("ai.onnx", node.op_type)
     if find_op(node.proto.domain, node.op_type) or find_op("npu", node.op_type):
         return f"our plug-in takes the ATC form of this op: {_ATC_HINT}"
+    if node.domain == "ai.onnx" and node.op_type in REDUCTIONS:
+        return f"write it with ReduceSum; {_ATC_HINT}"
     if node.domain == "ai.onnx" and versions:
         return f"plug-ins exist for opsets {versions}: convert the model; {_ATC_HINT}"
     if node.domain == "npu" and registered_versions("npu", node.op_type):

@@ -15,12 +15,12 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from sfa_onnx.ascend.checks.einsum import MatMulForm, as_matmul
+from sfa_onnx.ascend.flavour.reductions import readable_reductions
 from sfa_onnx.ascend.flavour.repairs import (
     cast_like,
     constant_values,
     gather_nd,
     mod_sign,
-    reduce_norm,
     scatter_nd,
     shape_range,
     split_outputs,
@@ -251,5 +251,5 @@ NODE_RULES: Final[dict[str, Callable[[Scope, NodeProto], Sequence[NodeProto] | N
     "topk-bf16": topk_bf16,
     "topk-int32-indices": topk_int64,
     "transpose-without-perm": written_perm,
-    "unregistered-op": reduce_norm,
+    "unregistered-op": readable_reductions(None),
 }

@@ -17,10 +17,12 @@ import onnx
 import onnx.inliner
 from onnx import GraphProto, ModelProto, TensorProto
 
+from sfa_onnx.ascend.cann import cann as line_of
 from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
 from sfa_onnx.ascend.flavour import form
 from sfa_onnx.ascend.flavour.downlevel import MAX_OPSET, MIN_OPSET, to_opset
 from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
+from sfa_onnx.ascend.flavour.reductions import best_opset, readable_reductions
 from sfa_onnx.ascend.flavour.repairs import REPAIRS
 from sfa_onnx.ascend.flavour.rows import narrow_rows
 from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
@@ -53,9 +55,10 @@ def to_atc(
     binding: str = "kv-quant",
     npu_dtype: str | None = None,
     opset: int | None = None,
+    cann: str | None = None,
 ) -> ModelProto:
     """The ATC flavour of a model; see `convert` for the arguments and errors."""
-    return convert(model, binding=binding, npu_dtype=npu_dtype, opset=opset).model
+    return convert(model, binding=binding, npu_dtype=npu_dtype, opset=opset, cann=cann).model
 
 
 def convert(
@@ -64,6 +67,7 @@ def convert(
     binding: str = "kv-quant",
     npu_dtype: str | None = None,
     opset: int | None = None,
+    cann: str | None = None,
 ) -> AtcModel:
     """Write the ATC flavour of a model; the model itself is not changed.
 
@@ -72,13 +76,17 @@ def convert(
         binding: "kv-quant" (CANN's KvQuantSparseFlashAttention) or "recipes".
         npu_dtype: "bf16" or "fp16": cast float32 queries (and float keys) of our nodes to it.
         opset: the opset to stay at or below, 11..18; default 18.
+        cann: the CANN line whose plug-ins will read the file, one of `CANN_VERSIONS`; None: all
+            of them. Reductions are written as that line reads them.
 
     Raises:
         ModelError: something in the graph has no form CANN's parser understands, named.
         ContractError: one of our nodes breaks its contract.
-        UsageError: unknown binding, dtype or opset.
+        UsageError: unknown binding, dtype, opset or CANN line.
     """
     _check_limit(MAX_OPSET if opset is None else opset, model)
+    if cann is not None:
+        line_of(cann)
     with paused_gc():
         work, stash = _without_weights(model)
         form.one_domain(work.graph)
@@ -86,9 +94,8 @@ def convert(
         work = _inline(work)
         source = _opset(work)
         _refuse_old(work, source)
-        target = min(source, MAX_OPSET)
         result = AtcModel(work, binding)
-        _rewrite(result, source, target, npu_dtype)
+        target = _rewrite(result, source, npu_dtype, cann, fixed=opset is not None)
         form.refuse_unfit(work, target)
         form.refuse_short(stash.values())
         _seal(work, source, target, binding, portable=portable)
@@ -106,15 +113,19 @@ def _check_limit(limit: int, model: ModelProto) -> None:
         )
 
 
-def _rewrite(result: AtcModel, source: int, target: int, npu_dtype: str | None) -> None:
-    """All passes, in the order they rest on each other."""
+def _rewrite(
+    result: AtcModel, source: int, npu_dtype: str | None, cann: str | None, *, fixed: bool
+) -> int:
+    """All passes, in the order they rest on each other; returns the opset of the result."""
     work, names = result.model, Names(result.model)
     result.renamed = form.name_nodes(work.graph, names)
     _note(result, form.name_outputs(work.graph, names), "empty output names removed")
     facts = Facts.of(work)
     result.notes += to_opset(work, source, names, facts)
     _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
-    repairs = (*REPAIRS, *PARSER_REPAIRS)
+    target = min(source, MAX_OPSET)
+    target = target if fixed else best_opset(work.graph, cann, target)
+    repairs = (*REPAIRS, *PARSER_REPAIRS, readable_reductions(cann))
     _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
@@ -123,6 +134,7 @@ def _rewrite(result: AtcModel, source: int, target: int, npu_dtype: str | None) 
     tied = form.feed_constant_outputs(work, names, facts, target)
     result.notes += [f"output {name}: constants only, tied to an input" for name in tied]
     _note(result, form.clean_external_data(work), "external_data entries cleaned")
+    return target
 
 
 def from_atc(model: ModelProto) -> ModelProto:

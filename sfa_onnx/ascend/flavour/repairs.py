@@ -232,21 +232,6 @@ def _is_floor_form(scope: Scope, node: NodeProto) -> bool:
     )
 
 
-def reduce_norm(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
-    """ReduceL1/ReduceL2 at opset 18 have no plug-in: sum of |x|, root of the sum of squares."""
-    if node.op_type not in ("ReduceL1", "ReduceL2") or scope.opset < 18:
-        return None
-    x, label = node.input[0], node.name
-    keep = attributes(node)
-    if node.op_type == "ReduceL1":
-        part = scope.node("Abs", [x], f"{label}/abs")
-        total = scope.replace(node, "ReduceSum", [part.output[0], *node.input[1:]], **keep)
-        return [part, total]
-    part = scope.node("Mul", [x, x], f"{label}/square")
-    total = scope.node("ReduceSum", [part.output[0], *node.input[1:]], f"{label}/sum", **keep)
-    return [part, total, scope.replace(node, "Sqrt", [total.output[0]])]
-
-
 def is_inf_sign(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """IsInf of one sign: GE's operator has no such attribute, so the sign is tested beside it."""
     if node.op_type != "IsInf":
@@ -324,7 +309,6 @@ REPAIRS: tuple[Rule, ...] = (
     gather_nd,
     scatter_nd,
     mod_sign,
-    reduce_norm,
     softmax_2d,
     pad_axes,
     is_inf_sign,

@@ -22,6 +22,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from sfa_onnx.ascend.cann import DEFAULT_CANN
 from sfa_onnx.ascend.flavour.model import AtcModel, convert, from_atc
 from sfa_onnx.ascend.handover import command as atc_command
 from sfa_onnx.ascend.handover import data as handover_data
@@ -50,7 +51,7 @@ def write(
     out_dir: str | os.PathLike[str],
     *,
     soc_version: str,
-    cann: str = "9.1",
+    cann: str = DEFAULT_CANN,
     binding: str = "kv-quant",
     npu_dtype: str | None = None,
     dims: Mapping[str, str | int] | None = None,
@@ -66,7 +67,7 @@ def write(
         model: the fused model's file; weights embedded or external.
         out_dir: the folder to write, created when missing.
         soc_version: the exact chip ("Ascend910B2", "Ascend910_9391").
-        cann: the CANN line: "8.5", "9.0", "9.1" or "9.2".
+        cann: the CANN line, one of `CANN_VERSIONS`; the ATC flavour is right for it.
         binding: "kv-quant" or "recipes".
         npu_dtype: "bf16" or "fp16": cast float32 queries of our operators.
         dims: symbolic dim -> number, "a~b" or gears "a,b,c".
@@ -86,7 +87,7 @@ def write(
     command = atc_command.build(
         proto, soc_version=soc_version, dims=dims, external_weights=external
     )
-    converted = convert(proto, binding=binding, npu_dtype=npu_dtype)
+    converted = convert(proto, binding=binding, npu_dtype=npu_dtype, cann=cann)
     _fix(converted, cann, soc_version, path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     target = _model_path(path, folder, scope, external)
