@@ -51,6 +51,8 @@ from tests.check_models import (
 )
 from tests.test_estimate import ATTRS, fused
 
+_OLDER = {"scatterelements-reduction": "9.0"}  # rules of other lines than 9.1
+
 
 @pytest.fixture(scope="session")
 def weights_dir(tmp_path_factory) -> Path:
@@ -66,7 +68,7 @@ def weights_dir(tmp_path_factory) -> Path:
     ids=lambda c: c[0] if isinstance(c, tuple) else c if isinstance(c, str) else "",
 )
 def test_rule(rule: str, build, severity: str, code: str, text: str, weights_dir: Path) -> None:
-    report = check(build(), cann="9.1", base_dir=weights_dir)
+    report = check(build(), cann=_OLDER.get(rule, "9.1"), base_dir=weights_dir)
     found = find(report, rule)
     assert found, [f.rule for f in report.findings]
     hit = [f for f in found if text in f.message or text in f.hint]

@@ -18,6 +18,7 @@ from sfa_onnx.ascend.checks.trial import compare
 from sfa_onnx.ascend.checks.view import ModelView
 from sfa_onnx.ascend.flavour import form
 from sfa_onnx.ascend.flavour.reductions import readable_reductions
+from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Names, Rule, Scope, apply
 from sfa_onnx.errors import ModelError, SfaError
 from sfa_onnx.files.model import load_model, save_model
@@ -96,6 +97,8 @@ def _node_rules(result: FixResult, report: CheckReport, wanted: set[str]) -> Non
             rule: Rule = constant_k(proven)
         elif rule_id in ("reduce-axes", "reduce-no-axes"):
             rule = readable_reductions(report.cann)
+        elif rule_id == "scatterelements-reduction":
+            rule = readable_scatters(report.cann)
         else:
             rule = NODE_RULES[rule_id]
         apply(model, [_Tried(rule, rule_id, outputs, proven, result)], facts, names, opset)

@@ -17,6 +17,7 @@ from sfa_onnx.ascend.checks.tensors import tensors
 from sfa_onnx.ascend.checks.wiring import loose_outputs, names_that_meet, open_inputs
 from sfa_onnx.ascend.flavour.indices import is_non_negative
 from sfa_onnx.ascend.flavour.reductions import form_of
+from sfa_onnx.ascend.flavour.scatters import reads_scatter_reduction
 from sfa_onnx.ascend.reductions import REDUCTIONS, Reading, reading
 from sfa_onnx.files.onnx_attrs import attribute
 
@@ -92,6 +93,22 @@ def _scatter_nd(ctx: Context, node: Node) -> Iterator[Finding]:
         node.name,
         f"use ScatterElements with that reduction; {_ATC}",
         fixable=True,
+    )
+
+
+def _scatter_elements(ctx: Context, node: Node) -> Iterator[Finding]:
+    reduction = attribute(node.proto, "reduction", "none")
+    if reduction in ("none", "") or reads_scatter_reduction(ctx.cann.version):
+        return
+    yield misread(
+        "scatterelements-reduction",
+        "error",
+        f"ScatterElements with reduction={reduction}: CANN {ctx.cann.version} ignores the"
+        " reduction, updates overwrite (9.1 and later read it)",
+        node.name,
+        f"compare positions and reduce, or use a later CANN; {_ATC}",
+        fixable=True,
+        evidence="source",
     )
 
 
@@ -245,6 +262,7 @@ _BY_OP: Final[dict[str, Callable[[Context, Node], Iterator[Finding]]]] = {
     "LSTM": _ignored,
     "Mod": _mod,
     "Resize": _ignored,
+    "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
     "LogSoftmax": _softmax,
     "Shape": _shape,

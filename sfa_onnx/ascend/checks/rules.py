@@ -68,6 +68,7 @@ _MEANING: Final = {
     "raw-data-short": "raw_data shorter than the dims say",
     "reduce-axes": "a reduction whose axes this CANN line reads elsewhere: lost",
     "scale-six-digits": "a scale without its exact companion: rounded to 6 digits",
+    "scatterelements-reduction": "ScatterElements with a reduction: ignored up to 9.0",
     "scatternd-reduction": "ScatterND with a reduction: ignored",
     "shape-slice": "Shape with start or end: ignored",
     "softmax-coercion": "Softmax before opset 13",

@@ -25,6 +25,7 @@ from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour.reductions import best_opset, readable_reductions
 from sfa_onnx.ascend.flavour.repairs import REPAIRS
 from sfa_onnx.ascend.flavour.rows import narrow_rows
+from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.model import paused_gc
@@ -125,7 +126,12 @@ def _rewrite(
     _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
     target = min(source, MAX_OPSET)
     target = target if fixed else best_opset(work.graph, cann, target)
-    repairs = (*REPAIRS, *PARSER_REPAIRS, readable_reductions(cann))
+    repairs = (
+        *REPAIRS,
+        *PARSER_REPAIRS,
+        readable_scatters(cann),
+        readable_reductions(cann),
+    )
     _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
