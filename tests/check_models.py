@@ -250,9 +250,8 @@ CASES: list[Case] = [
     ("scatternd-reduction", lambda: one("ScatterND", "x", "i", "u", reduction="add", ins=(
         X, ("i", I64, (1, 1)), ("u", F, (1, 6))
     )), "error", "", "reduction is ignored"),
-    ("scatterelements-reduction", lambda: one("ScatterElements", "x", "i", "u", reduction="add", ins=(
-        X, ("i", I64, (1, 1)), ("u", F, (1, 1))
-    )), "error", "", "9.0 ignores the reduction"),
+    ("scatterelements-reduction", lambda: one("ScatterElements", "x", "i", "u", reduction="add",
+     ins=(X, ("i", I64, (1, 1)), ("u", F, (1, 1)))), "error", "", "9.0 ignores the reduction"),
     ("shape-slice", lambda: one("Shape", start=1), "error", "", "the whole shape comes out"),
     ("softmax-coercion", lambda: one("Softmax", opset=12), "warning", "", "flattens to 2-D"),
     ("sparse-initializer", lambda: edit(one("Add", "x", "s"), lambda m: (

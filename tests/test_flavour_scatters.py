@@ -81,4 +81,16 @@ def test_the_check_tells_the_lines_apart_and_mends() -> None:
 def test_what_is_not_written_out_is_refused(model: ModelProto) -> None:
     with pytest.raises(ModelError, match="ignores the reduction"):
         convert(model, cann="8.5")
-    convert(model, cann="9.1")
+    assert ops(convert(model, cann="9.1").model) == ops(convert(model).model) == ["ScatterElements"]
+
+
+@pytest.mark.parametrize("kind", ["add", "max"])
+def test_rows_scattered_by_tuples(kind: str) -> None:
+    node = helper.make_node("ScatterND", ["x", "i", "u"], ["y"], "s", reduction=kind)
+    inputs = [("x", 1, [3, 4, 5]), ("i", 7, [6, 2]), ("u", 1, [6, 5])]
+    model = build([node], inputs, [("y", 1, None)])
+    atc = convert(model, cann="8.5").model
+    assert not {"ScatterElements", "ScatterND"} & set(ops(atc))
+    given = feeds(0, (3, 4, 5), (6, 5))
+    given["i"] = np.stack([RNG.integers(-3, 3, 6), RNG.integers(-4, 4, 6)], -1)
+    np.testing.assert_allclose(run(model, given)[0], run(atc, given)[0], rtol=1e-6, atol=1e-5)

@@ -171,16 +171,27 @@ def _scatter_rows(scope: Scope, node: NodeProto, index: str, reduction: str) -> 
             rows, stride = total.output[0], step.output[0]
         else:
             rows, stride = term, size.output[0]
-    return nodes + _scatter_flat(scope, node, rows, stride, shape.output[0], reduction, updates)
+    rest = (scope.dims(data) or (None,) * (depth + 1))[depth:]
+    inner_size = None if None in rest else math.prod(d for d in rest if d is not None)
+    known = (rows, stride, shape.output[0], inner_size)
+    return nodes + _scatter_flat(scope, node, *known, reduction, updates)
 
 
 def _scatter_flat(
-    scope: Scope, node: NodeProto, rows: str, count: str, shape: str, reduction: str, updates: str
+    scope: Scope,
+    node: NodeProto,
+    rows: str,
+    count: str,
+    shape: str,
+    inner_size: int | None,
+    reduction: str,
+    updates: str,
 ) -> list[NodeProto]:
-    label = node.name
+    label, dtype, table_dims = node.name, scope.dtype(node.input[0]), (None, inner_size)
     rest = scope.constant([-1], f"{label}/rest")
     table = scope.node("Concat", [count, rest], f"{label}/table_shape", axis=0)
-    flat = scope.node("Reshape", [node.input[0], table.output[0]], f"{label}/table")
+    args = [node.input[0], table.output[0]]
+    flat = scope.node("Reshape", args, f"{label}/table", dtype=dtype, dims=table_dims)
     wide = scope.node("Shape", [flat.output[0]], f"{label}/table_dims")
     one = scope.constant([1], f"{label}/one")
     inner = scope.node("Gather", [wide.output[0], one], f"{label}/inner", axis=0)
@@ -189,8 +200,10 @@ def _scatter_flat(
     column = scope.node("Unsqueeze", [rows, one], f"{label}/row_column")
     if scope.opset < 13:
         column = scope.node("Unsqueeze", [rows], f"{label}/row_column", axes=[1])
-    spread = scope.node("Expand", [column.output[0], target.output[0]], f"{label}/spread")
-    new = scope.node("Reshape", [updates, target.output[0]], f"{label}/updates")
+    args, whole = [column.output[0], target.output[0]], TensorProto.INT64
+    spread = scope.node("Expand", args, f"{label}/spread", dtype=whole, dims=table_dims)
+    args = [updates, target.output[0]]
+    new = scope.node("Reshape", args, f"{label}/updates", dtype=dtype, dims=table_dims)
     args = [flat.output[0], spread.output[0], new.output[0]]
     done = scope.node("ScatterElements", args, f"{label}/scattered", axis=0, reduction=reduction)
     back = scope.replace(node, "Reshape", [done.output[0], shape])

@@ -44,23 +44,28 @@ def readable_scatters(line: str | None) -> Rule:
             return None
         if all(reads_scatter_reduction(at) for at in lines):
             return None
-        *nodes, total, step = _written_out(scope, node, kind)
+        made = _written_out(scope, node, kind)
+        if made is None and line is None:
+            return None  # later lines read it, and `check` says which do not
+        if made is None:
+            raise _refusal(node, kind)
+        *nodes, total, step = made
         readable = readable_reductions(line)(scope, total)
         return [*nodes, *(readable or [total]), step]
 
     return rule
 
 
-def _written_out(scope: Scope, node: NodeProto, kind: str) -> list[NodeProto]:
+def _written_out(scope: Scope, node: NodeProto, kind: str) -> list[NodeProto] | None:
     """Data' = data (+) reduction over j of (index[j] == k ? updates[j] : neutral), for every k."""
     data, index, updates = node.input
     dims, given = scope.dims(data), scope.dims(index)
     dtype, label = scope.dtype(data), node.name
     if kind not in _STEPS or dims is None or given is None or dtype not in (*_FLOATS, *_INTS):
-        raise _refusal(node, kind)
+        return None
     axis = int(attribute(node, "axis", 0)) % len(dims)
     if any(dims[i] is None or dims[i] != given[i] for i in range(len(dims)) if i != axis):
-        raise _refusal(node, kind)
+        return None
     nodes, hit = _hits(scope, node, axis)
     new = _unsqueeze(scope, updates, axis + 1, f"{label}/new")
     none = _neutral(scope, kind, dtype, label)
