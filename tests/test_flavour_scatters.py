@@ -35,7 +35,7 @@ def feeds(axis: int, shape, index_shape, dtype=np.float32, index=np.int64):
 
 @pytest.mark.parametrize("line", ["8.5", "9.0", None])
 @pytest.mark.parametrize("axis", [0, 1, -1])
-@pytest.mark.parametrize("kind", ["add", "max", "min"])
+@pytest.mark.parametrize("kind", ["add", "max", "min", "mul"])
 def test_same_numbers(kind: str, axis: int, line: str | None) -> None:
     shape, index_shape = (2, 3, 5), [2, 3, 5]
     index_shape[axis] = 7
@@ -75,13 +75,12 @@ def test_the_check_tells_the_lines_apart_and_mends() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [scatter("mul", 0, (4, 2), (3, 2)), scatter("add", 0, (4, 2), (3, 1)),
-     scatter("add", 0, (4, "n"), (3, "n"))],
+    [scatter("add", 0, (4, 2), (3, 1)), scatter("add", 0, (4, "n"), (3, "n"))],
 )  # fmt: skip
 def test_what_is_not_written_out_is_refused(model: ModelProto) -> None:
     with pytest.raises(ModelError, match="ignores the reduction"):
         convert(model, cann="8.5")
-    assert ops(convert(model, cann="9.1").model) == ops(convert(model).model) == ["ScatterElements"]
+    assert ops(convert(model, cann="9.1").model) == ["ScatterElements"]
 
 
 @pytest.mark.parametrize("kind", ["add", "max"])

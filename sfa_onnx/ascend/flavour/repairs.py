@@ -173,7 +173,9 @@ def _scatter_rows(scope: Scope, node: NodeProto, index: str, reduction: str) -> 
             rows, stride = term, size.output[0]
     rest = (scope.dims(data) or (None,) * (depth + 1))[depth:]
     inner_size = None if None in rest else math.prod(d for d in rest if d is not None)
-    known = (rows, stride, shape.output[0], inner_size)
+    counts = (dims or (None,))[:-1]
+    height = None if None in counts else math.prod(d for d in counts if d is not None)
+    known = (rows, stride, shape.output[0], (height, inner_size))
     return nodes + _scatter_flat(scope, node, *known, reduction, updates)
 
 
@@ -183,11 +185,11 @@ def _scatter_flat(
     rows: str,
     count: str,
     shape: str,
-    inner_size: int | None,
+    rows_dims: tuple[int | None, int | None],
     reduction: str,
     updates: str,
 ) -> list[NodeProto]:
-    label, dtype, table_dims = node.name, scope.dtype(node.input[0]), (None, inner_size)
+    label, dtype, table_dims = node.name, scope.dtype(node.input[0]), (None, rows_dims[1])
     rest = scope.constant([-1], f"{label}/rest")
     table = scope.node("Concat", [count, rest], f"{label}/table_shape", axis=0)
     args = [node.input[0], table.output[0]]
@@ -201,9 +203,9 @@ def _scatter_flat(
     if scope.opset < 13:
         column = scope.node("Unsqueeze", [rows], f"{label}/row_column", axes=[1])
     args, whole = [column.output[0], target.output[0]], TensorProto.INT64
-    spread = scope.node("Expand", args, f"{label}/spread", dtype=whole, dims=table_dims)
+    spread = scope.node("Expand", args, f"{label}/spread", dtype=whole, dims=rows_dims)
     args = [updates, target.output[0]]
-    new = scope.node("Reshape", args, f"{label}/updates", dtype=dtype, dims=table_dims)
+    new = scope.node("Reshape", args, f"{label}/updates", dtype=dtype, dims=rows_dims)
     args = [flat.output[0], spread.output[0], new.output[0]]
     done = scope.node("ScatterElements", args, f"{label}/scattered", axis=0, reduction=reduction)
     back = scope.replace(node, "Reshape", [done.output[0], shape])

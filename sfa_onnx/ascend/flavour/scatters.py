@@ -23,7 +23,8 @@ from sfa_onnx.files.onnx_attrs import attribute
 __all__ = ["readable_scatters", "reads_scatter_reduction"]
 
 _DEAF: Final = ("8.5", "9.0")
-_STEPS: Final = {"add": "Add", "max": "Max", "min": "Min"}
+_STEPS: Final = {"add": "Add", "max": "Max", "min": "Min", "mul": "Mul"}
+_TOTALS: Final = {"add": "ReduceSum", "max": "ReduceMax", "min": "ReduceMin", "mul": "ReduceProd"}
 _T = TensorProto
 _FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.DOUBLE)
 _INTS: Final = (_T.INT32, _T.INT64)
@@ -44,28 +45,23 @@ def readable_scatters(line: str | None) -> Rule:
             return None
         if all(reads_scatter_reduction(at) for at in lines):
             return None
-        made = _written_out(scope, node, kind)
-        if made is None and line is None:
-            return None  # later lines read it, and `check` says which do not
-        if made is None:
-            raise _refusal(node, kind)
-        *nodes, total, step = made
+        *nodes, total, step = _written_out(scope, node, kind)
         readable = readable_reductions(line)(scope, total)
         return [*nodes, *(readable or [total]), step]
 
     return rule
 
 
-def _written_out(scope: Scope, node: NodeProto, kind: str) -> list[NodeProto] | None:
+def _written_out(scope: Scope, node: NodeProto, kind: str) -> list[NodeProto]:
     """Data' = data (+) reduction over j of (index[j] == k ? updates[j] : neutral), for every k."""
     data, index, updates = node.input
     dims, given = scope.dims(data), scope.dims(index)
     dtype, label = scope.dtype(data), node.name
     if kind not in _STEPS or dims is None or given is None or dtype not in (*_FLOATS, *_INTS):
-        return None
+        raise _refusal(node, kind)
     axis = int(attribute(node, "axis", 0)) % len(dims)
     if any(dims[i] is None or dims[i] != given[i] for i in range(len(dims)) if i != axis):
-        return None
+        raise _refusal(node, kind)
     nodes, hit = _hits(scope, node, axis)
     new = _unsqueeze(scope, updates, axis + 1, f"{label}/new")
     none = _neutral(scope, kind, dtype, label)
@@ -114,7 +110,7 @@ def _unsqueeze(scope: Scope, name: str, axis: int, base: str) -> NodeProto:
 
 
 def _reduced(scope: Scope, name: str, kind: str, axis: int, label: str) -> NodeProto:
-    op_type, dtype = {"add": "ReduceSum"}.get(kind, f"Reduce{kind.title()}"), scope.dtype(name)
+    op_type, dtype = _TOTALS[kind], scope.dtype(name)
     if scope.opset < (13 if kind == "add" else 18):
         return scope.node(op_type, [name], f"{label}/total", dtype=dtype, axes=[axis], keepdims=0)
     axes = scope.constant([axis], f"{label}/axes")
@@ -122,10 +118,10 @@ def _reduced(scope: Scope, name: str, kind: str, axis: int, label: str) -> NodeP
 
 
 def _neutral(scope: Scope, kind: str, dtype: int, label: str) -> str:
-    """What changes nothing: 0, or the lowest or highest number of the type."""
+    """What changes nothing: 0 or 1, or the lowest or highest number of the type."""
     numpy = onnx.helper.tensor_dtype_to_np_dtype(dtype)
-    if kind == "add":
-        value: float = 0
+    if kind in ("add", "mul"):
+        value: float = 0 if kind == "add" else 1
     elif dtype in _FLOATS:
         value = -np.inf if kind == "max" else np.inf
     else:
@@ -137,7 +133,7 @@ def _neutral(scope: Scope, kind: str, dtype: int, label: str) -> str:
 def _refusal(node: NodeProto, kind: str) -> ModelError:
     return ModelError(
         f"node {node.name!r}: ScatterElements with reduction={kind}; the plug-in of CANN"
-        f" {' and '.join(_DEAF)} ignores the reduction, and it is written out only for add, max and"
-        " min over numbers, with updates as wide as the data on every other axis. Export without"
+        f" {' and '.join(_DEAF)} ignores the reduction, and it is written out only over"
+        " numbers, with updates as wide as the data on every other axis. Export without"
         " it, or hand over to a later CANN line"
     )
