@@ -45,9 +45,13 @@ def readable_scatters(line: str | None) -> Rule:
             return None
         if all(reads_scatter_reduction(at) for at in lines):
             return None
-        *nodes, total, step = _written_out(scope, node, kind)
-        readable = readable_reductions(line)(scope, total)
-        return [*nodes, *(readable or [total]), step]
+        try:
+            *nodes, total, step = _written_out(scope, node, kind)
+            return [*nodes, *(readable_reductions(line)(scope, total) or [total]), step]
+        except ModelError:
+            if line is None:  # no form for all lines: as it is, it is right from 9.1 on
+                return None
+            raise
 
     return rule
 
