@@ -1,6 +1,6 @@
 """Write everything ATC needs for a model into one folder, and read back what a device answered.
 
-    model.atc.onnx   the ATC flavour (beside the weights when they are external)
+    model.atc.onnx   the ATC flavour (beside external weights, under a name of its own)
     atc.sh           the exact atc call; sources the package, builds the plug-in when needed
     opp/ plugin/ python/ build_plugin.sh    the plug-in as a vendor package (`package.py`)
     mapping.json     fused node -> replaced nodes
@@ -12,8 +12,10 @@ No CANN is needed. Where `atc` is on PATH it is run, and its log explained.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,12 +162,35 @@ def _fix(converted: AtcModel, cann: str, soc_version: str, folder: Path) -> None
 
 
 def _model_path(path: Path, folder: Path, scope: str | None, external: bool) -> Path:
-    """Beside the weights when they are files (the parser looks there), else in the folder."""
+    """Beside the weights when they are files (the parser looks there), else in the folder.
+
+    Beside the weights several hand-overs of one model meet (bf16 and fp16, two CANN lines), so
+    each has a name of its own; what a folder wrote before it writes again.
+    """
     if not external:
         return folder / "model.atc.onnx"
     stem = path.name.removesuffix(".onnx").removesuffix(".sfa")
     part = "" if scope is None else "." + scope.replace(":", "")
-    return path.parent / f"{stem}{part}.atc.onnx"
+    label = re.sub(r"[^\w-]+", "-", folder.resolve().name).strip("-") or "handover"
+    names = itertools.chain(
+        (f"{stem}{part}.atc.onnx", f"{stem}{part}.{label}.atc.onnx"),
+        (f"{stem}{part}.{label}-{n}.atc.onnx" for n in itertools.count(2)),
+    )
+    mine = _written_before(folder)
+    return next(
+        file
+        for file in (path.parent / name for name in names)
+        if file.name == mine or not file.exists()
+    )
+
+
+def _written_before(folder: Path) -> str:
+    """The model file that this folder's hand-over speaks of; "" when there is none yet."""
+    try:
+        known = json.loads((folder / "mapping.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(known.get("model", "")) if isinstance(known, dict) else ""
 
 
 def _mapping(
