@@ -24,6 +24,7 @@ DTYPES = {
     np.dtype(np.int8): I8,
 }
 LAYOUTS = {"BSND": 0, "TND": 1, "PA_BSND": 2}
+ROUNDINGS = {"exact": 0, "npu": 1}
 HOLES = {"error": 0, "skip": 1, "stop": 2}
 ISAS = {
     "auto": 0,
@@ -61,6 +62,9 @@ class Params(ctypes.Structure):
         *((name, _I32) for name in _SIZES),
         *((name, _I64) for name in _LONGS),
         *((name, _PTR) for name in _TENSORS),
+        ("rounding", _I32),
+        ("reserved2", _I32),
+        *((name, _PTR) for name in ["sinks", "softmax_max", "softmax_sum"]),
     ]
 
 
@@ -153,6 +157,9 @@ def build(
     tile_size: int = 128,
     holes: str = "error",
     isa: str = "auto",
+    rounding: str = "exact",
+    sinks: np.ndarray | None = None,
+    softmax: tuple[np.ndarray, np.ndarray] | None = None,
     out: np.ndarray | None = None,
 ) -> tuple[Params, np.ndarray]:
     """Parameters of one call and its output array. The tensors must outlive the parameters.
@@ -161,6 +168,8 @@ def build(
         query: [B, S1, N1, D] or [T, N1, D]; D holds the rope for packed keys only.
         key: int8 packed rows [.., 1, D], or the float latents [.., 1, C].
         indices: [B, S1, 1, K] or [T, 1, K] int32.
+        sinks: [N1] float32.
+        softmax: softmax_max and softmax_sum to be written, [.., N1] float32.
     """
     packed = key.dtype == np.int8
     rope = rope_dim if packed else (query_rope.shape[-1] if query_rope is not None else 0)
@@ -202,6 +211,10 @@ def build(
         actual_seq_lengths_query=_address(actual_q),
         actual_seq_lengths_kv=_address(actual_kv),
         out=_address(out),
+        rounding=ROUNDINGS[rounding],
+        sinks=_address(sinks),
+        softmax_max=_address(softmax[0] if softmax else None),
+        softmax_sum=_address(softmax[1] if softmax else None),
     )
     return p, out
 

@@ -29,6 +29,9 @@ inline void store_as(void* p, int dtype, vf v) {
     for (int i = 0; i < W; ++i) store_from_f32(p, i, dtype, v[i]);
   }
 }
+inline vf round_f16(vf v) {
+  return (vf)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
 
 }  // namespace simd
 }  // namespace

@@ -32,6 +32,8 @@ bool bf16_supports(const Geom& g) {
   const bool types = g.query_dtype != SFA_CORE_F32 &&
                      (g.cache_dtype == SFA_CORE_I8 ||
                       (g.cache_dtype == SFA_CORE_BF16 && g.query_dtype == SFA_CORE_BF16));
+  // A latent rounded to float16 is no bf16: such calls take the fp32 skeleton.
+  if (g.rounded && g.query_dtype != SFA_CORE_BF16) return false;
   return types && g.tile % 64 == 0 && g.nope <= 4096 && g.rope <= kMaxRope;
 }
 

@@ -54,6 +54,95 @@ struct Converter {
   }
 };
 
+// As to_bf16 and pair_int8, but each int8 times its scale, rounded to bf16 (SFA_CORE_ROUNDING_NPU).
+//
+// One byte permutation puts int8 values into the top bytes of dwords in whatever order is wanted,
+// so that converting them to float gives 2^24 times the value: exact, and undone by the scale.
+struct DwordOrder {
+  alignas(64) uint8_t byte[64];  // source of byte 4i + 3 of the result; the others become zero
+};
+
+// Quarter v of to_bf16: low and high half of a, then of b.
+constexpr DwordOrder make_row_order(int v) {
+  DwordOrder order = {};
+  for (int i = 0; i < 16; ++i) {
+    const int lane = v % 2 * 2 + i / 8;
+    order.byte[4 * i + 3] = (uint8_t)(16 * lane + v / 2 * 8 + i % 8);
+  }
+  return order;
+}
+
+// Half v % 2 of vector v / 2 of pair_int8; bit 6 chooses the second row.
+constexpr DwordOrder make_pair_order(int v) {
+  DwordOrder order = {};
+  for (int i = 0; i < 16; ++i) {
+    const int lane = v % 2 * 2 + i / 8;
+    order.byte[4 * i + 3] = (uint8_t)(64 * (i % 2) + 16 * lane + v / 2 * 4 + i / 2 % 4);
+  }
+  return order;
+}
+
+constexpr DwordOrder kRowOrder[4] = {make_row_order(0), make_row_order(1), make_row_order(2),
+                                     make_row_order(3)};
+constexpr DwordOrder kPairOrder[8] = {make_pair_order(0), make_pair_order(1), make_pair_order(2),
+                                      make_pair_order(3), make_pair_order(4), make_pair_order(5),
+                                      make_pair_order(6), make_pair_order(7)};
+
+constexpr uint64_t kTopBytes = 0x8888888888888888ull;
+constexpr float kTinyScale = 0x1p-100f;  // 2^-24 times less is no normal number
+
+struct Scaler {
+  __m512 factor;  // of 2^24 times the value
+  bool tiny;
+
+  inline __attribute__((always_inline)) explicit Scaler(float scale)
+      : factor(_mm512_set1_ps(scale * 0x1p-24f)), tiny(__builtin_fabsf(scale) < kTinyScale) {
+    if (__builtin_expect(tiny, 0)) factor = _mm512_set1_ps(scale);
+  }
+  // For two rows that take turns.
+  inline __attribute__((always_inline)) Scaler(float first, float second) {
+    tiny = __builtin_fabsf(first) < kTinyScale || __builtin_fabsf(second) < kTinyScale;
+    const float down = __builtin_expect(tiny, 0) ? 1.0f : 0x1p-24f;
+    factor =
+        _mm512_mask_blend_ps(0xaaaa, _mm512_set1_ps(first * down), _mm512_set1_ps(second * down));
+  }
+
+  inline __attribute__((always_inline)) __m512 scaled(__m512i bytes) const {
+    __m512 x = _mm512_cvtepi32_ps(bytes);
+    if (__builtin_expect(tiny, 0)) x = _mm512_mul_ps(x, _mm512_set1_ps(0x1p-24f));
+    return _mm512_mul_ps(x, factor);
+  }
+};
+
+inline __attribute__((always_inline)) __m512i round_quarters(const Scaler& scaler, __m512i low,
+                                                             __m512i high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(scaler.scaled(high), scaler.scaled(low));
+}
+
+// 64 int8 of one row, in the order of to_bf16.
+inline __attribute__((always_inline)) void round_row(const Scaler& scaler, __m512i x, __m512i* a,
+                                                     __m512i* b) {
+  const auto quarter = [&](int v) __attribute__((always_inline)) {
+    return _mm512_maskz_permutexvar_epi8(kTopBytes, _mm512_load_si512(kRowOrder[v].byte), x);
+  };
+  *a = round_quarters(scaler, quarter(0), quarter(1));
+  *b = round_quarters(scaler, quarter(2), quarter(3));
+}
+
+// Columns of 64 from two rows, in the order of pair_int8.
+inline __attribute__((always_inline)) void round_pair(const Scaler& scaler, const uint8_t* r0,
+                                                      const uint8_t* r1, uint32_t* out) {
+  const __m512i x0 = _mm512_loadu_si512(r0), x1 = _mm512_loadu_si512(r1);
+  const auto half = [&](int v) __attribute__((always_inline)) {
+    const __m512i order = _mm512_load_si512(kPairOrder[v].byte);
+    return _mm512_maskz_permutex2var_epi8(kTopBytes, x0, order, x1);
+  };
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    _mm512_store_si512(out + 16 * v, round_quarters(scaler, half(2 * v), half(2 * v + 1)));
+  }
+}
+
 // Position, inside a block of 32 dwords, of the pair of columns (2r, 2r + 1) after to_bf16.
 constexpr int converted_position(int r) { return (r % 8 < 4 ? 0 : 16) + 4 * (r / 8) + r % 4; }
 

@@ -82,21 +82,19 @@ inline void store_paired(__m512i v0, __m512i v1, uint64_t* out) {
 
 void decode_key_pairs(const Plan& p, const Rows& rows, int first, int keys, int d, int columns) {
   const Converter convert;
-  const size_t scale_at = p.rope_bytes + 4 * (size_t)(d / p.g.tile);
   for (int k = 0; k < keys; k += 2) {
     const uint8_t *r0 = rows.nope[first + k], *r1 = rows.nope[first + k + 1];
     uint64_t* out = (uint64_t*)p.tile + k / 2 * kTileDwords;
     for (int w = 0; w < columns; w += 32, out += 32) {
       __m512i a0, b0, a1, b1;
-      load_columns(p, convert, r0, d + 2 * w, &a0, &b0);
-      load_columns(p, convert, r1, d + 2 * w, &a1, &b1);
+      load_columns(p, convert, r0, rows.rope[first + k], d + 2 * w, &a0, &b0);
+      load_columns(p, convert, r1, rows.rope[first + k + 1], d + 2 * w, &a1, &b1);
       store_paired(a0, a1, out);
       store_paired(b0, b1, out + 16);
     }
-    p.scale[k] = p.scale[k + 1] = 1.0f;
-    if (!p.packed) continue;
-    memcpy(p.scale + k, rows.rope[first + k] + scale_at, 4);
-    memcpy(p.scale + k + 1, rows.rope[first + k + 1] + scale_at, 4);
+    for (int i = k; i < k + 2; ++i) {
+      p.scale[i] = p.scaled ? scale_of(p, rows.rope[first + i], d / p.g.tile) : 1.0f;
+    }
   }
 }
 
@@ -137,25 +135,37 @@ void scores_half(const Plan& p, const Rows& rows, Prefetch* pf) {
 }
 
 void softmax_half(const Plan& p, int n, Partial* out) {
-  const __m512 scale = _mm512_set1_ps(p.g.scale_log2);
+  const __m512 log2 = _mm512_set1_ps(p.g.scale_log2);
   const int pairs = (n + 1) / 2;
-  __m512 m = _mm512_mul_ps(_mm512_load_ps(p.s), scale);
-  for (int k = 1; k < pairs; ++k) {
-    m = _mm512_max_ps(m, _mm512_mul_ps(_mm512_load_ps(p.s + 16 * k), scale));
+  __m512 m = _mm512_set1_ps(-__builtin_inff());
+  // Stored scaled, so that the largest score less itself is zero.
+  for (int k = 0; k < pairs; ++k) {
+    const __m512 s = _mm512_mul_ps(_mm512_load_ps(p.s + 16 * k), log2);
+    _mm512_store_ps(p.s + 16 * k, s);
+    m = _mm512_max_ps(m, s);
   }
   m = _mm512_max_ps(m, _mm512_permute_ps(m, 0xb1));  // both keys of a pair
   __m512 l = _mm512_setzero_ps();
+  __m512i best = _mm512_set1_epi32(-1);
+  __m512i key = _mm512_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1);
   for (int k = 0; k < pairs; ++k) {
     const __mmask16 live = 2 * k + 1 < n ? 0xffff : 0x5555;
-    const __m512 e = _mm512_maskz_mov_ps(
-        live, exp2_fast(_mm512_fmsub_ps(_mm512_load_ps(p.s + 16 * k), scale, m)));
+    const __m512 s = _mm512_load_ps(p.s + 16 * k);
+    const __m512 e = _mm512_maskz_mov_ps(live, exp2_fast(_mm512_sub_ps(s, m)));
+    best = _mm512_mask_mov_epi32(best, _mm512_cmp_ps_mask(s, m, _CMP_EQ_OQ), key);
+    key = _mm512_add_epi32(key, _mm512_set1_epi32(2));
     l = _mm512_add_ps(l, e);
     _mm512_store_ps(p.s + 16 * k, e);
   }
   l = _mm512_add_ps(l, _mm512_permute_ps(l, 0xb1));
+  best = _mm512_max_epi32(best, _mm512_shuffle_epi32(best, (_MM_PERM_ENUM)0xb1));
+  best = _mm512_max_epi32(best, _mm512_setzero_si512());
   alignas(64) float top[16], sum[16];
+  alignas(64) int32_t keys[16];
   _mm512_store_ps(top, m);
   _mm512_store_ps(sum, l);
+  _mm512_store_si512(keys, best);
+  for (int h = 0; h < p.lanes; ++h) p.best[h] = h < kHalfHeads ? keys[2 * h] : 0;
   for (int h = 0; h < p.g.heads; ++h) {
     out->m[h] = top[2 * h];
     out->l[h] = sum[2 * h];
@@ -164,15 +174,17 @@ void softmax_half(const Plan& p, int n, Partial* out) {
 
 // weights[pair][8 heads]
 void fold_scales_half(const Plan& p, const Rows& rows, int t) {
-  const size_t at = p.rope_bytes + 4 * (size_t)t;
+  choose_units(p, rows, t);
+  const __m512 per_head = _mm512_load_ps(p.per_unit);
+  const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const __m512 per_unit = _mm512_permutexvar_ps(twice, per_head);
   for (int w = 0; w < (rows.n + 1) / 2; ++w) {
     __m512 prob = _mm512_load_ps(p.s + 16 * w);
-    if (p.packed) {
-      float scale[2];
-      memcpy(&scale[0], rows.rope[2 * w] + at, 4);
-      memcpy(&scale[1], rows.rope[2 * w + 1] + at, 4);
-      const __m128 both = _mm_unpacklo_ps(_mm_set_ss(scale[0]), _mm_set_ss(scale[1]));
-      prob = _mm512_mul_ps(prob, (__m512)_mm512_broadcastq_epi64((__m128i)both));
+    if (p.scaled) {
+      const __m128 s0 = _mm_set_ss(scale_of(p, rows.rope[2 * w], t));
+      const __m128 s1 = _mm_set_ss(scale_of(p, rows.rope[2 * w + 1], t));
+      const __m512 both = (__m512)_mm512_broadcastq_epi64((__m128i)_mm_unpacklo_ps(s0, s1));
+      prob = _mm512_mul_ps(prob, _mm512_mul_ps(both, per_unit));
     }
     _mm256_store_si256((__m256i*)(p.weights + 8 * w), (__m256i)_mm512_cvtneps_pbh(prob));
   }
@@ -182,11 +194,11 @@ void values_half(const Plan& p, const Rows& rows, Partial* out, Prefetch* pf) {
   pf->values();
   const int groups = p.g.heads > 6 ? 2 : 1;
   for (int d = 0; d < p.g.nope; d += 64) {
-    if (d % p.g.tile == 0) fold_scales_half(p, rows, d / p.g.tile);
+    if (d == 0 || (p.scaled && d % p.g.tile == 0)) fold_scales_half(p, rows, d / p.g.tile);
     decode_values(p, rows, d);
     for (int i = 0; i < groups; ++i) {
       const int h = i * p.g.heads / groups, count = (i + 1) * p.g.heads / groups - h;
-      kValueFns<8>[count - 1](p.values, (rows.n + 1) / 2, p.weights + h, p.g.o_stride,
+      kValueFns<8>[count - 1](p.values, (rows.n + 1) / 2, p.weights + h, p.unit + h, p.g.o_stride,
                               out->o + (size_t)h* p.g.o_stride + d, pf);
     }
   }

@@ -2,8 +2,8 @@
 //
 // With few heads the work is reading rows, so every row is decoded once, sixteen keys at a time,
 // and kept in L1 for Q.K and P.V: the columns of a key are read as they lie, and the pairs of keys
-// that P.V wants are made by interleaving two rows. The softmax is online with a lazy reference:
-// accumulators are rescaled only when a score exceeds it by 2^8.
+// that P.V wants are made by interleaving two rows. The softmax is online: the accumulators are
+// rescaled when a group of keys has a larger score than all before.
 #ifndef SFA_ONNX_KERNELS_CORE_AVX512_BF16_NARROW_H_
 #define SFA_ONNX_KERNELS_CORE_AVX512_BF16_NARROW_H_
 
@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kNarrowHeads = 4;
 constexpr int kGroup = 16;  // keys decoded together: one per lane of the softmax
-constexpr float kSlack = 8.0f;
 
 // Query rows in the order of decoded keys: [head][pass][nope / 2] then the rope, padded to vectors.
 void pack_query_narrow(const Plan& p, const void* query, const void* query_rope) {
@@ -77,11 +76,18 @@ inline void score_key(const Plan& p, const Converter& convert, const uint8_t* no
     __m512 even[H], odd[H];
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) even[h] = odd[h] = _mm512_setzero_ps();
+    float scale = 1.0f;
+    if (p.packed) memcpy(&scale, scales, 4);
+    const Scaler scaler(scale);
     for (const int end = d + p.g.tile; d < end; d += 64) {
       __m512i a, b;
       if (p.packed) {
         if ((d & 64) == 0) _mm_prefetch((const char*)soon + d + 64, _MM_HINT_T1);
-        convert.to_bf16(_mm512_loadu_si512(nope + d), &a, &b);
+        if (p.g.rounded) {
+          round_row(scaler, _mm512_loadu_si512(nope + d), &a, &b);
+        } else {
+          convert.to_bf16(_mm512_loadu_si512(nope + d), &a, &b);
+        }
       } else {
         _mm_prefetch((const char*)soon + 2 * d, _MM_HINT_T1);
         a = _mm512_loadu_si512(nope + 2 * d);
@@ -99,9 +105,7 @@ inline void score_key(const Plan& p, const Converter& convert, const uint8_t* no
         }
       }
     }
-    float scale = 1.0f;
-    if (p.packed) memcpy(&scale, scales, 4);
-    const __m512 factor = _mm512_set1_ps(scale);
+    const __m512 factor = _mm512_set1_ps(p.scaled ? scale : 1.0f);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
       sums[h] = _mm512_fmadd_ps(_mm512_add_ps(even[h], odd[h]), factor, sums[h]);
@@ -197,7 +201,7 @@ inline float advance(__m512 s, bool fresh, Online* head, __m512* prob) {
   if (fresh) {
     head->m = _mm512_set1_ps(_mm512_reduce_max_ps(s));
     head->l = _mm512_setzero_ps();
-  } else if (_mm512_cmp_ps_mask(s, _mm512_add_ps(head->m, _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) {
+  } else if (_mm512_cmp_ps_mask(s, head->m, _CMP_GT_OQ)) {
     const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(s));
     const __m512 down = exp2_fast(_mm512_sub_ps(head->m, top));
     head->l = _mm512_mul_ps(head->l, down);
@@ -209,18 +213,19 @@ inline float advance(__m512 s, bool fresh, Online* head, __m512* prob) {
   return factor;
 }
 
-// o[h] = o[h] * factor[h] + weights . values for the sixteen decoded keys, 64 * B columns at a
-// time.
+// o[h] = o[h] * factor[h] + unit . weights . values for the sixteen decoded keys, 64 * B columns at
+// a time.
 template <int H, int B>
-void value_blocks(const Plan& p, const uint32_t* weights, int d, bool fresh, const float* factor,
-                  const uint8_t* const* soon, Partial* out) {
-  const int stride = p.g.nope / 2;
-  const uint32_t* w = weights + (size_t)(d / p.g.tile) * H * (kGroup / 2);
+void value_blocks(const Plan& p, int d, bool fresh, const float* factor, const uint8_t* const* soon,
+                  Partial* out) {
+  const int stride = p.g.nope / 2, t = p.scaled ? d / p.g.tile : 0;
+  const uint32_t* w = p.weights + (size_t)t * H * (kGroup / 2);
+  const float *unit = p.unit + t * H, *per_unit = p.per_unit + t * H;
   __m512 acc[H][4 * B];
 #pragma GCC unroll 4
   for (int h = 0; h < H; ++h) {
     const float* o = out->o + (size_t)h * p.g.o_stride + d;
-    const __m512 f = _mm512_set1_ps(factor[h]);
+    const __m512 f = _mm512_set1_ps(factor[h] * per_unit[h]);
 #pragma GCC unroll 8
     for (int v = 0; v < 4 * B; ++v) {
       acc[h][v] = fresh ? _mm512_setzero_ps() : _mm512_mul_ps(_mm512_load_ps(o + 16 * v), f);
@@ -262,20 +267,22 @@ void value_blocks(const Plan& p, const uint32_t* weights, int d, bool fresh, con
   for (int h = 0; h < H; ++h) {
     float* o = out->o + (size_t)h * p.g.o_stride + d;
 #pragma GCC unroll 8
-    for (int v = 0; v < 4 * B; ++v) _mm512_store_ps(o + 16 * v, acc[h][v]);
+    for (int v = 0; v < 4 * B; ++v) {
+      _mm512_store_ps(o + 16 * v, _mm512_mul_ps(acc[h][v], _mm512_set1_ps(unit[h])));
+    }
   }
 }
 
 template <int H>
-void value_group(const Plan& p, const uint32_t* weights, bool fresh, const float* factor,
-                 const uint8_t* const* soon, Partial* out) {
+void value_group(const Plan& p, bool fresh, const float* factor, const uint8_t* const* soon,
+                 Partial* out) {
   constexpr int kBlocks = H <= 2 ? 2 : 1;
   const int step = p.g.tile % 128 == 0 ? 64 * kBlocks : 64;
   for (int d = 0; d < p.g.nope; d += step) {
     if (step == 64) {
-      value_blocks<H, 1>(p, weights, d, fresh, factor, soon, out);
+      value_blocks<H, 1>(p, d, fresh, factor, soon, out);
     } else {
-      value_blocks<H, kBlocks>(p, weights, d, fresh, factor, soon, out);
+      value_blocks<H, kBlocks>(p, d, fresh, factor, soon, out);
     }
   }
 }
@@ -306,24 +313,32 @@ inline void group_scales(const Plan& p, const Rows& rows, int first, int t, int 
   out[3] = (__m512)_mm512_unpackhi_pd(b, d);
 }
 
-// bf16 weights [tile][head][pair] of a group: probabilities times scales.
+// bf16 weights [tile][head][pair] of a group: probabilities times scales, in multiples of
+// unit [tile][head]. `best` is the group's key of the largest score so far, if it has it.
 template <int H>
-void group_weights(const Plan& p, const Rows& rows, int first, const __m512 prob[H]) {
-  const int tiles = p.g.nope / p.g.tile;
+void group_weights(const Plan& p, const Rows& rows, int first, const __m512 prob[H],
+                   const int best[H]) {
+  const int tiles = p.scaled ? p.g.nope / p.g.tile : 1;
   for (int t = 0; t < tiles; t += 4) {
-    __m512 scale[4];
-    if (p.packed) {
-      group_scales(p, rows, first, t, tiles, scale);
-    } else {
-      for (auto& one : scale) one = _mm512_set1_ps(1.0f);
-    }
+    const int count = tiles - t < 4 ? tiles - t : 4;
+    __m512 scale[4] = {_mm512_set1_ps(1.0f)};
+    if (p.scaled) group_scales(p, rows, first, t, tiles, scale);
+    for (int h = 0; h < H; ++h) {
+      alignas(16) float unit[4] = {1.0f}, per_unit[4] = {1.0f};
+      if (p.scaled) {
+        const uint8_t* scales = rows.rope[first + best[h]] + p.rope_bytes + 4 * (size_t)t;
+        const __m128 own = _mm_maskz_loadu_ps((__mmask8)((1u << count) - 1), scales);
+        const __m128 whole = _mm512_castps512_ps128(mantissa(_mm512_castps128_ps512(own)));
+        _mm_store_ps(unit, whole);
+        _mm_store_ps(per_unit, _mm_div_ps(_mm_set1_ps(1.0f), whole));
+      }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      if (t + i >= tiles) break;
-      uint32_t* out = p.weights + (size_t)(t + i) * H * (kGroup / 2);
-      for (int h = 0; h < H; ++h) {
-        const __m256i pairs = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(prob[h], scale[i]));
-        _mm256_store_si256((__m256i*)(out + h * (kGroup / 2)), pairs);
+      for (int i = 0; i < count; ++i) {
+        p.unit[(t + i) * H + h] = unit[i];
+        p.per_unit[(t + i) * H + h] = per_unit[i];
+        const __m512 factor = _mm512_mul_ps(scale[i], _mm512_set1_ps(per_unit[i]));
+        const __m256i pairs = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(prob[h], factor));
+        _mm256_store_si256((__m256i*)(p.weights + (size_t)((t + i) * H + h) * (kGroup / 2)), pairs);
       }
     }
   }
@@ -342,6 +357,7 @@ void attend_narrow(const Plan& p, const Rows& rows, const Rows* next, bool warm,
   for (int first = 0; first < rows.n; first += kGroup) {
     __m512 s[H], prob[H];
     float factor[H];
+    int best[H];
     const uint8_t* soon[kGroup];
     score_group<H>(p, rows, first, next, soon, s);
     const int keys = rows.n - first < kGroup ? rows.n - first : kGroup;
@@ -350,9 +366,10 @@ void attend_narrow(const Plan& p, const Rows& rows, const Rows* next, bool warm,
     for (int h = 0; h < H; ++h) {
       const __m512 scaled = _mm512_mask_mul_ps(nothing, live, s[h], log2);
       factor[h] = advance(scaled, first == 0, &online[h], &prob[h]);
+      best[h] = __builtin_ctz(_mm512_cmp_ps_mask(scaled, online[h].m, _CMP_EQ_OQ) | 1u << 15) & 15;
     }
-    group_weights<H>(p, rows, first, prob);
-    value_group<H>(p, p.weights, first == 0, factor, soon, out);
+    group_weights<H>(p, rows, first, prob, best);
+    value_group<H>(p, first == 0, factor, soon, out);
   }
   for (int h = 0; h < H; ++h) {
     out->m[h] = _mm512_cvtss_f32(online[h].m);

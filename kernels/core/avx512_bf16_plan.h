@@ -23,6 +23,7 @@ constexpr int kQkLanes = 32;     // heads that meet a tile of keys together
 struct Plan {
   const Geom& g;
   bool packed;      // int8 rows; else bf16 rows
+  bool scaled;      // int8 rows whose scales go into scores and weights; else rounded, or bf16
   int lanes;        // heads rounded up to vectors
   int passes;       // bf16 terms per query element
   int block_pairs;  // pairs of latent columns decoded at a time: 64, or 32 for narrow tiles
@@ -31,10 +32,13 @@ struct Plan {
   int q_rows;       // rows of q
   int rope_pairs;   // pairs of rope columns after splitting
   size_t rope_bytes;
-  int row_bytes;      // contiguous bytes that belong to a key
-  uint32_t* tile;     // [tile_keys, key_dwords] decoded keys
-  uint32_t* values;   // [kChunk / 2, 64] decoded, interleaved values
-  float* scale;       // [latent tiles, kQkKeys]
+  int row_bytes;     // contiguous bytes that belong to a key
+  uint32_t* tile;    // [tile_keys, key_dwords] decoded keys
+  uint32_t* values;  // [kChunk / 2, 64] decoded, interleaved values
+  float* scale;      // [latent tiles, kQkKeys]
+  int32_t* best;     // [lanes] the key of the largest score
+  float* unit;       // [lanes] what the weights of a tile are multiples of; few heads: of all tiles
+  float* per_unit;   // [lanes] 1 / unit
   uint32_t* weights;  // [lanes / 16, kChunk / 2, 16] probabilities times scales
   float* s;           // [kChunk + 48, lanes]
   uint32_t* q;        // [passes * nope / 2 + rope_pairs, lanes]
@@ -44,6 +48,7 @@ struct Plan {
 
   Plan(const Geom& geom, void* scratch) : g(geom) {
     packed = g.cache_dtype == SFA_CORE_I8;
+    scaled = packed && !g.rounded;
     lanes = round_up(g.heads, 16);
     passes = g.query_dtype == SFA_CORE_F16 ? 2 : 1;
     block_pairs = g.tile % 128 == 0 ? 64 : 32;
@@ -62,6 +67,11 @@ struct Plan {
     tile = (uint32_t*)take(&at, 4 * (tile_dwords > half_dwords ? tile_dwords : half_dwords));
     values = (uint32_t*)take(&at, 4 * 32 * kChunk);
     scale = (float*)take(&at, 4 * (size_t)(g.nope / (2 * block_pairs)) * kQkKeys);
+    best = (int32_t*)take(&at, 4 * (size_t)lanes);
+    const int units =
+        g.heads <= 4 && g.nope / g.tile * g.heads > lanes ? g.nope / g.tile * g.heads : lanes;
+    unit = (float*)take(&at, 4 * (size_t)units);
+    per_unit = (float*)take(&at, 4 * (size_t)units);
     weights = (uint32_t*)take(&at, 2 * (size_t)lanes * kChunk);
     s = (float*)take(&at, 4 * (size_t)(kChunk + 48) * lanes);
     q = (uint32_t*)take(&at, 4 * (size_t)q_rows * lanes);
@@ -86,15 +96,16 @@ struct Plan {
   }
 };
 
-// exp2 for x <= 0 with relative error 3e-6, far below the rounding of the bf16 weights.
+// exp2 for x <= 0 with relative error 3e-6, far below the rounding of the bf16 weights; exactly 1
+// for 0.
 inline __attribute__((always_inline)) __m512 exp2_fast(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
-  __m512 y = _mm512_set1_ps(0x1.3997d4p-7f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ca1440p-5f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ec06dap-3f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.62e0dcp-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ffffe8p-1f));
+  __m512 y = _mm512_set1_ps(0x1.3a02ccp-7f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.c9fc46p-5f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ec0378p-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.62e12cp-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(y, n);
 }
 
@@ -129,10 +140,29 @@ inline __m512i load_part(const Plan& p, const uint8_t* src, int count, int part)
   return part == 0 ? high : low;
 }
 
+// Scale t of a packed row.
+inline float scale_of(const Plan& p, const uint8_t* rope, int t) {
+  float scale;
+  memcpy(&scale, rope + p.rope_bytes + 4 * (size_t)t, 4);
+  return scale;
+}
+
+// The mantissa of a scale, 1 <= |x| < 2, and 1 for zero.
+//
+// A row's weight is probability x scale in bf16, one error of up to 2^-9 that all columns of a tile
+// share. Where one key takes the whole softmax nothing averages it out, so weights are kept as
+// multiples of that key's mantissa: its own weight is a power of two, without an error.
+inline __m512 mantissa(__m512 scale) {
+  const __m512i one = _mm512_set1_epi32(0x3f800000), bits = _mm512_set1_epi32(0x007fffff);
+  return (__m512)_mm512_ternarylogic_epi32((__m512i)scale, bits, one, 0xea);  // scale & bits | one
+}
+
 // 64 latent columns of one row, in the order of to_bf16 (packed) or as they lie.
-inline void load_columns(const Plan& p, const Converter& convert, const uint8_t* nope, int d,
-                         __m512i* a, __m512i* b) {
-  if (p.packed) {
+inline void load_columns(const Plan& p, const Converter& convert, const uint8_t* nope,
+                         const uint8_t* rope, int d, __m512i* a, __m512i* b) {
+  if (p.g.rounded) {
+    round_row(Scaler(scale_of(p, rope, d / p.g.tile)), _mm512_loadu_si512(nope + d), a, b);
+  } else if (p.packed) {
     convert.to_bf16(_mm512_loadu_si512(nope + d), a, b);
   } else {
     *a = _mm512_loadu_si512(nope + 2 * d);

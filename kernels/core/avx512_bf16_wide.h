@@ -19,8 +19,9 @@ constexpr bool kKnownStrides = true;
 
 // ---- scores --------------------------------------------------------------------------------
 
-// s[k][v] = sum over latent tiles t of scale[t][k] * keys[k][t] . q[t][v], plus the rope's part,
-// for K keys and V vectors of heads. Both the products of a tile and the scores stay in registers.
+// s[k][v] = scale_log2 * (sum over latent tiles t of scale[t][k] * keys[k][t] . q[t][v], plus the
+// rope's part), for K keys and V vectors of heads. Both the products of a tile and the scores stay
+// in registers.
 //
 // S is the number of dwords from key to key, 0 when only known at run time: constant distances keep
 // the addresses of a step out of the general registers.
@@ -75,10 +76,13 @@ void score_tile(const Plan& p, const uint32_t* keys, const float* scale, int lan
       for (int v = 0; v < V; ++v) sum[k][v] = _mm512_fmadd_ps(acc[k][v], factor, sum[k][v]);
     }
   }
+  const __m512 log2 = _mm512_set1_ps(p.g.scale_log2);
 #pragma GCC unroll 12
   for (int k = 0; k < K; ++k) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm512_store_ps(s + (size_t)k * p.lanes + 16 * v, sum[k][v]);
+    for (int v = 0; v < V; ++v) {
+      _mm512_store_ps(s + (size_t)k * p.lanes + 16 * v, _mm512_mul_ps(sum[k][v], log2));
+    }
   }
 }
 
@@ -127,15 +131,14 @@ void decode_keys(const Plan& p, const Rows& rows, int first, int keys) {
     uint32_t* out = p.tile + (size_t)k * p.key_dwords;
     for (int w = 0; w < half; w += 32) {
       __m512i a, b;
-      load_columns(p, convert, nope, 2 * w, &a, &b);
+      load_columns(p, convert, nope, rope, 2 * w, &a, &b);
       _mm512_store_si512(out + w, a);
       _mm512_store_si512(out + w + 16, b);
     }
     rope_pairs(p, rope, out + half);
     float* scale = p.scale + k;
     for (int d = 0; d < p.g.nope; d += 2 * p.block_pairs, scale += kQkKeys) {
-      *scale = 1.0f;
-      if (p.packed) memcpy(scale, rope + p.rope_bytes + 4 * (size_t)(d / p.g.tile), 4);
+      *scale = p.scaled ? scale_of(p, rope, d / p.g.tile) : 1.0f;
     }
   }
 }
@@ -153,27 +156,27 @@ void scores(const Plan& p, const Rows& rows, Prefetch* pf) {
 // ---- softmax -------------------------------------------------------------------------------
 
 void softmax(const Plan& p, int n, Partial* out) {
-  const __m512 scale = _mm512_set1_ps(p.g.scale_log2);
   for (int lane = 0; lane < p.lanes; lane += 16) {
     float* column = p.s + lane;
-    __m512 m0 = _mm512_mul_ps(_mm512_load_ps(column), scale), m1 = m0;
+    __m512 m0 = _mm512_load_ps(column), m1 = m0;
     int k = 1;
     for (; k + 1 < n; k += 2) {
-      m0 = _mm512_max_ps(m0, _mm512_mul_ps(_mm512_load_ps(column + (size_t)k * p.lanes), scale));
-      m1 = _mm512_max_ps(m1,
-                         _mm512_mul_ps(_mm512_load_ps(column + (size_t)(k + 1) * p.lanes), scale));
+      m0 = _mm512_max_ps(m0, _mm512_load_ps(column + (size_t)k * p.lanes));
+      m1 = _mm512_max_ps(m1, _mm512_load_ps(column + (size_t)(k + 1) * p.lanes));
     }
-    if (k < n) {
-      m0 = _mm512_max_ps(m0, _mm512_mul_ps(_mm512_load_ps(column + (size_t)k * p.lanes), scale));
-    }
+    if (k < n) m0 = _mm512_max_ps(m0, _mm512_load_ps(column + (size_t)k * p.lanes));
     const __m512 m = _mm512_max_ps(m0, m1);
     __m512 l = _mm512_setzero_ps();
+    __m512i best = _mm512_setzero_si512(), key = best;
     for (k = 0; k < n; ++k) {
       float* at = column + (size_t)k * p.lanes;
-      const __m512 e = exp2_fast(_mm512_fmsub_ps(_mm512_load_ps(at), scale, m));
+      const __m512 s = _mm512_load_ps(at), e = exp2_fast(_mm512_sub_ps(s, m));
+      best = _mm512_mask_mov_epi32(best, _mm512_cmp_ps_mask(s, m, _CMP_EQ_OQ), key);
+      key = _mm512_add_epi32(key, _mm512_set1_epi32(1));
       l = _mm512_add_ps(l, e);
       _mm512_store_ps(at, e);
     }
+    _mm512_store_si512(p.best + lane, best);
     _mm512_store_ps(column + (size_t)n * p.lanes, _mm512_setzero_ps());  // the odd key's partner
     const int heads = p.g.heads - lane < 16 ? p.g.heads - lane : 16;
     const __mmask16 mask = (__mmask16)((1u << heads) - 1);
@@ -184,13 +187,13 @@ void softmax(const Plan& p, int n, Partial* out) {
 
 // ---- values --------------------------------------------------------------------------------
 
-// o[h][0..63] = sum over key pairs of weights[pair][h] . values[pair][0..63], for H heads. The sum
-// runs over the whole chunk in registers: streaming 64 KiB of values from L2 costs less than
-// loading and storing the accumulators for every L1-sized piece.
-// S dwords lie between the weights of two pairs.
+// o[h][0..63] = unit[h] * sum over key pairs of weights[pair][h] . values[pair][0..63], for H
+// heads. The sum runs over the whole chunk in registers: streaming 64 KiB of values from L2 costs
+// less than loading and storing the accumulators for every L1-sized piece. S dwords lie between the
+// weights of two pairs.
 template <int H, int S>
-void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int stride, float* o,
-                Prefetch* pf) {
+void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, const float* unit,
+                int stride, float* o, Prefetch* pf) {
   __m512 acc[H][4];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
@@ -220,15 +223,33 @@ void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int 
   for (; w < pairs; ++w, values += 64, weights += S) step(values, weights);
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
+    const __m512 factor = _mm512_set1_ps(unit[h]);
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) _mm512_store_ps(o + (size_t)h * stride + 16 * v, acc[h][v]);
+    for (int v = 0; v < 4; ++v) {
+      _mm512_store_ps(o + (size_t)h * stride + 16 * v, _mm512_mul_ps(acc[h][v], factor));
+    }
   }
 }
 
-using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, int, float*, Prefetch*);
+using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, const float*, int, float*,
+                         Prefetch*);
 template <int S>
 constexpr ValueFn kValueFns[6] = {value_tile<1, S>, value_tile<2, S>, value_tile<3, S>,
                                   value_tile<4, S>, value_tile<5, S>, value_tile<6, S>};
+
+// What the weights of latent tile t are multiples of: see mantissa().
+void choose_units(const Plan& p, const Rows& rows, int t) {
+  for (int lane = 0; lane < p.lanes; lane += 16) {
+    __m512 unit = _mm512_set1_ps(1.0f);
+    if (p.scaled) {
+      alignas(64) float scale[16];
+      for (int h = 0; h < 16; ++h) scale[h] = scale_of(p, rows.rope[p.best[lane + h]], t);
+      unit = mantissa(_mm512_load_ps(scale));
+    }
+    _mm512_store_ps(p.unit + lane, unit);
+    _mm512_store_ps(p.per_unit + lane, _mm512_div_ps(_mm512_set1_ps(1.0f), unit));
+  }
+}
 
 // Probabilities times the scales of latent tile t, as bf16 pairs of keys:
 // weights[head / 16][pair][head % 16].
@@ -236,18 +257,16 @@ void fold_scales(const Plan& p, const Rows& rows, int t) {
   const __m512i interleave =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const size_t scale_at = p.rope_bytes + 4 * (size_t)t;
+  choose_units(p, rows, t);
   for (int w = 0; w < (rows.n + 1) / 2; ++w) {
-    float scale[2] = {1.0f, 1.0f};
-    if (p.packed) {
-      memcpy(&scale[0], rows.rope[2 * w] + scale_at, 4);
-      memcpy(&scale[1], rows.rope[2 * w + 1] + scale_at, 4);
-    }
-    const __m512 s0 = _mm512_set1_ps(scale[0]), s1 = _mm512_set1_ps(scale[1]);
+    const __m512 s0 = _mm512_set1_ps(p.scaled ? scale_of(p, rows.rope[2 * w], t) : 1.0f);
+    const __m512 s1 = _mm512_set1_ps(p.scaled ? scale_of(p, rows.rope[2 * w + 1], t) : 1.0f);
     const float* row = p.s + (size_t)(2 * w) * p.lanes;
     for (int lane = 0; lane < p.lanes; lane += 16) {
-      const __m512 a = _mm512_mul_ps(_mm512_load_ps(row + lane), s0);
-      const __m512 b = _mm512_mul_ps(_mm512_load_ps(row + p.lanes + lane), s1);
+      const __m512 per_unit = _mm512_load_ps(p.per_unit + lane);
+      const __m512 f0 = _mm512_mul_ps(s0, per_unit), f1 = _mm512_mul_ps(s1, per_unit);
+      const __m512 a = _mm512_mul_ps(_mm512_load_ps(row + lane), f0);
+      const __m512 b = _mm512_mul_ps(_mm512_load_ps(row + p.lanes + lane), f1);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
       _mm512_store_si512(p.weights + (size_t)lane * (kChunk / 2) + 16 * w,
                          _mm512_permutexvar_epi16(interleave, both));
@@ -260,7 +279,11 @@ void decode_values(const Plan& p, const Rows& rows, int d) {
   const Converter convert;
   for (int k = 0; k < rows.n; k += 2) {
     uint32_t* out = p.values + 32 * k;
-    if (p.packed) {
+    if (p.g.rounded) {
+      const int t = d / p.g.tile;
+      const Scaler scaler(scale_of(p, rows.rope[k], t), scale_of(p, rows.rope[k + 1], t));
+      round_pair(scaler, rows.nope[k] + d, rows.nope[k + 1] + d, out);
+    } else if (p.packed) {
       pair_int8(convert, rows.nope[k] + d, rows.nope[k + 1] + d, out);
     } else {
       pair_bf16(rows.nope[k] + 2 * d, rows.nope[k + 1] + 2 * d, out);
@@ -271,15 +294,15 @@ void decode_values(const Plan& p, const Rows& rows, int d) {
 void values(const Plan& p, const Rows& rows, Partial* out, Prefetch* pf) {
   pf->values();
   for (int d = 0; d < p.g.nope; d += 64) {
-    if (d % p.g.tile == 0) fold_scales(p, rows, d / p.g.tile);
+    if (d == 0 || (p.scaled && d % p.g.tile == 0)) fold_scales(p, rows, d / p.g.tile);
     decode_values(p, rows, d);
     for (int lane = 0; lane < p.g.heads; lane += 16) {
       const uint32_t* weights = p.weights + (size_t)lane * (kChunk / 2);
       const int heads = p.g.heads - lane < 16 ? p.g.heads - lane : 16, groups = (heads + 5) / 6;
       for (int i = 0; i < groups; ++i) {
         const int h = i * heads / groups, count = (i + 1) * heads / groups - h;
-        kValueFns<16>[count - 1](p.values, (rows.n + 1) / 2, weights + h, p.g.o_stride,
-                                 out->o + (size_t)(lane + h)* p.g.o_stride + d, pf);
+        kValueFns<16>[count - 1](p.values, (rows.n + 1) / 2, weights + h, p.unit + lane + h,
+                                 p.g.o_stride, out->o + (size_t)(lane + h)* p.g.o_stride + d, pf);
       }
     }
   }

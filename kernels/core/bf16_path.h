@@ -6,6 +6,7 @@
 //   splat_pair(p)             one dword to all lanes
 //   dot(acc, a, b)            acc + a.pair . b.pair, lane by lane
 //   widen_i8(src, n, dst)     n (a multiple of 16) int8 -> bf16, exactly
+//   scale_i8(src, n, scale, dst)   the same times scale, rounded to bf16
 //   interleave(r0, r1, n, dst)   n (a multiple of 16) bf16 of two rows -> n pairs
 //   store_as                  as in fp32_path.h
 //
@@ -30,6 +31,7 @@ constexpr int kTileKeys = 6;    // keys (or heads) per register tile
 struct Plan {
   const Geom& g;
   bool packed;
+  bool scaled;        // int8 rows whose scales go into scores and weights; else rounded, or bf16
   int lanes;          // heads rounded up to whole register tiles
   int passes;         // bf16 terms per query element: 2 for float16
   int block_pairs;    // pairs of latent columns per decoded tile
@@ -38,11 +40,14 @@ struct Plan {
   uint32_t* values;   // [kChunk / 2, kColumns]
   uint32_t* weights;  // [kChunk / 2, lanes]
   float* s;           // [kChunk + 1, lanes]
+  int32_t* best;      // [lanes] the key of the largest score
+  float* unit;        // [lanes] what the weights of the present tile are multiples of
   uint32_t* q;        // [passes * nope / 2 + rope_pairs, lanes]
   size_t bytes;
 
   Plan(const Geom& geom, void* scratch) : g(geom) {
     packed = g.cache_dtype == SFA_CORE_I8;
+    scaled = packed && !g.rounded;
     lanes = round_up(g.heads, W);
     passes = g.query_dtype == SFA_CORE_F16 ? 2 : 1;
     block_pairs = g.tile % 128 == 0 ? 64 : 32;
@@ -51,7 +56,9 @@ struct Plan {
     values = tile + kQkKeys * kTilePairs;
     weights = values + kChunk / 2 * kColumns;
     s = (float*)(weights + (size_t)kChunk / 2 * lanes);
-    q = (uint32_t*)(s + (size_t)(kChunk + 1) * lanes);
+    best = (int32_t*)(s + (size_t)(kChunk + 1) * lanes);
+    unit = (float*)(best + lanes);
+    q = (uint32_t*)(unit + lanes);
     bytes =
         (size_t)((char*)(q + (size_t)(passes * g.nope / 2 + rope_pairs) * lanes) - (char*)scratch);
   }
@@ -61,6 +68,8 @@ bool bf16_supports(const Geom& g) {
   const bool types = g.query_dtype != SFA_CORE_F32 &&
                      (g.cache_dtype == SFA_CORE_I8 ||
                       (g.cache_dtype == SFA_CORE_BF16 && g.query_dtype == SFA_CORE_BF16));
+  // A latent rounded to float16 is no bf16: such calls take the fp32 skeleton.
+  if (g.rounded && g.query_dtype != SFA_CORE_BF16) return false;
   return types && g.tile % kColumns == 0;
 }
 
@@ -116,8 +125,8 @@ void bf16_load_query(const Geom& g, const void* query, const void* query_rope, v
 
 // ---- scores --------------------------------------------------------------------------------
 
+// Scale t of a packed row.
 float scale_of(const Plan& p, const uint8_t* rope, int t) {
-  if (!p.packed) return 1.0f;
   return load_as_f32(rope + 2 * (size_t)p.g.rope, t, SFA_CORE_F32);
 }
 
@@ -178,15 +187,26 @@ void score_block(const Plan& p, int keys, int pairs, const uint32_t* q, const fl
   }
 }
 
+// `n` latent columns from d on of one packed row, without their scales or times them.
+void decode_i8(const Plan& p, const uint8_t* nope, const uint8_t* rope, int d, int n,
+               uint32_t* out) {
+  if (p.scaled) {
+    simd::widen_i8(nope + d, n, out);
+  } else {
+    simd::scale_i8(nope + d, n, scale_of(p, rope, d / p.g.tile), out);
+  }
+}
+
 // One decoded block of latent columns against every pass of the query.
 void score_latents(const Plan& p, const Rows& rows, int first, int keys, int d, float* s) {
   float scale[kQkKeys];
   for (int k = 0; k < keys; ++k) {
     uint32_t* out = p.tile + k * kTilePairs;
     const uint8_t* src = rows.nope[first + k];
-    scale[k] = scale_of(p, rows.rope[first + k], d / p.g.tile);
+    const uint8_t* rope = rows.rope[first + k];
+    scale[k] = p.scaled ? scale_of(p, rope, d / p.g.tile) : 1.0f;
     if (p.packed) {
-      simd::widen_i8(src + d, 2 * p.block_pairs, out);
+      decode_i8(p, src, rope, d, 2 * p.block_pairs, out);
     } else {
       memcpy(out, src + 2 * (size_t)d, 4 * (size_t)p.block_pairs);
     }
@@ -239,13 +259,21 @@ void softmax(const Plan& p, int n, Partial* out) {
   for (int lane = 0; lane < p.lanes; lane += W) {
     float* column = p.s + lane;
     vf m = load(column) * scale, l = {};
-    for (int k = 1; k < n; ++k) m = vmax(m, load(column + (size_t)k * p.lanes) * scale);
+    // Stored scaled, so that the largest score less itself is zero.
+    for (int k = 0; k < n; ++k) {
+      const vf s = load(column + (size_t)k * p.lanes) * scale;
+      store(column + (size_t)k * p.lanes, s);
+      m = vmax(m, s);
+    }
+    vi best = {};
     for (int k = 0; k < n; ++k) {
       float* at = column + (size_t)k * p.lanes;
-      const vf e = exp2_fine(load(at) * scale - m);
+      const vf s = load(at), e = exp2_fine(s - m);
+      best = s == m ? k - vi{} : best;
       l += e;
       store(at, e);
     }
+    memcpy(p.best + lane, &best, sizeof best);
     store(column + (size_t)n * p.lanes, vf{});  // the partner of an odd last key
     const int heads = p.g.heads - lane < W ? p.g.heads - lane : W;
     memcpy(out->m + lane, &m, 4 * heads);
@@ -261,14 +289,23 @@ inline vi round_high(vf x) {
   return u + 0x7fff + ((u >> 16) & 1);
 }
 
+// The mantissa of a scale, 1 <= |x| < 2, and 1 for zero: the unit of a head's weights in a tile, of
+// the key with its largest score. Where that key takes the whole softmax, its weight then is a
+// power of two; any other bf16 would be off by up to 2^-9 in all columns of the tile.
+float mantissa(float scale) { return bits_f32((f32_bits(scale) & 0x007fffffu) | 0x3f800000u); }
+
 void fold_scales(const Plan& p, const Rows& rows, int t) {
+  for (int h = 0; h < p.lanes; ++h) {
+    p.unit[h] = p.scaled ? mantissa(scale_of(p, rows.rope[p.best[h]], t)) : 1.0f;
+  }
   for (int w = 0; w < (rows.n + 1) / 2; ++w) {
-    const vf s0 = splat(scale_of(p, rows.rope[2 * w], t));
-    const vf s1 = splat(scale_of(p, rows.rope[2 * w + 1], t));
+    const vf s0 = splat(p.scaled ? scale_of(p, rows.rope[2 * w], t) : 1.0f);
+    const vf s1 = splat(p.scaled ? scale_of(p, rows.rope[2 * w + 1], t) : 1.0f);
     const float* row = p.s + (size_t)2 * w * p.lanes;
     for (int lane = 0; lane < p.lanes; lane += W) {
-      const vi low = round_high(load(row + lane) * s0);
-      const vi high = round_high(load(row + p.lanes + lane) * s1);
+      const vf per_unit = splat(1.0f) / loadu(p.unit + lane);
+      const vi low = round_high(load(row + lane) * (s0 * per_unit));
+      const vi high = round_high(load(row + p.lanes + lane) * (s1 * per_unit));
       const vi both = (high & (int32_t)0xffff0000) | ((low >> 16) & 0xffff);
       memcpy(p.weights + (size_t)w * p.lanes + lane, &both, sizeof both);
     }
@@ -280,8 +317,8 @@ void decode_values(const Plan& p, const Rows& rows, int d) {
   for (int k = 0; k < rows.n; k += 2) {
     uint32_t* out = p.values + k / 2 * kColumns;
     if (p.packed) {
-      simd::widen_i8(rows.nope[k] + d, kColumns, r0);
-      simd::widen_i8(rows.nope[k + 1] + d, kColumns, r1);
+      decode_i8(p, rows.nope[k], rows.rope[k], d, kColumns, r0);
+      decode_i8(p, rows.nope[k + 1], rows.rope[k + 1], d, kColumns, r1);
     } else {
       memcpy(r0, rows.nope[k] + 2 * (size_t)d, sizeof r0);
       memcpy(r1, rows.nope[k + 1] + 2 * (size_t)d, sizeof r1);
@@ -290,10 +327,10 @@ void decode_values(const Plan& p, const Rows& rows, int d) {
   }
 }
 
-// o[h][v] = sum over the key pairs of the chunk of weights[pair][h] . values[pair][v]
+// o[h][v] = unit[h] * sum over the key pairs of the chunk of weights[pair][h] . values[pair][v]
 template <int H>
-void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int lanes, int stride,
-                float* o) {
+void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, const float* unit,
+                int lanes, int stride, float* o) {
   vf acc[H][kVecs] = {};
   for (int w = 0; w < pairs; ++w, values += kColumns, weights += lanes) {
     simd::Pairs row[kVecs];
@@ -304,24 +341,26 @@ void value_tile(const uint32_t* values, int pairs, const uint32_t* weights, int 
     }
   }
   for (int h = 0; h < H; ++h) {
-    for (int v = 0; v < kVecs; ++v) store(o + (size_t)h * stride + v * W, acc[h][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      store(o + (size_t)h * stride + v * W, acc[h][v] * splat(unit[h]));
+    }
   }
 }
 
-using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, int, int, float*);
+using ValueFn = void (*)(const uint32_t*, int, const uint32_t*, const float*, int, int, float*);
 constexpr ValueFn kValueFns[kTileKeys] = {value_tile<1>, value_tile<2>, value_tile<3>,
                                           value_tile<4>, value_tile<5>, value_tile<6>};
 
 void values(const Plan& p, const Rows& rows, Partial* out) {
   const int groups = (p.g.heads + kTileKeys - 1) / kTileKeys;
   for (int d = 0; d < p.g.nope; d += kColumns) {
-    if (d % p.g.tile == 0) fold_scales(p, rows, d / p.g.tile);
+    if (d == 0 || (p.scaled && d % p.g.tile == 0)) fold_scales(p, rows, d / p.g.tile);
     decode_values(p, rows, d);
     for (int group = 0; group < groups; ++group) {
       const int h = group * p.g.heads / groups, count = (group + 1) * p.g.heads / groups - h;
       for (int v = 0; v < kColumns; v += kVecs * W) {
-        kValueFns[count - 1](p.values + v, (rows.n + 1) / 2, p.weights + h, p.lanes, p.g.o_stride,
-                             out->o + (size_t)h * p.g.o_stride + d + v);
+        kValueFns[count - 1](p.values + v, (rows.n + 1) / 2, p.weights + h, p.unit + h, p.lanes,
+                             p.g.o_stride, out->o + (size_t)h * p.g.o_stride + d + v);
       }
     }
   }

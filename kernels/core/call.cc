@@ -40,6 +40,8 @@ Geom geom_of(const Call& c, int block) {
   g.cache_dtype = p.cache_dtype;
   g.o_stride = round_up(p.nope_dim, 64);
   g.scale_log2 = (float)((double)p.scale_value * 1.4426950408889634);
+  g.rounded = p.rounding == SFA_CORE_ROUNDING_NPU && p.cache_dtype == SFA_CORE_I8 &&
+              p.query_dtype != SFA_CORE_F32;
   return g;
 }
 
@@ -98,10 +100,29 @@ char* out_row(const Call& c, int64_t token, int block) {
   return (char*)c.p.out + head * c.p.nope_dim * dtype_size(c.p.query_dtype);
 }
 
-void zero_token(const Call& c, int64_t token) {
-  memset(out_row(c, token, 0), 0,
-         (size_t)c.p.num_heads * c.p.nope_dim * dtype_size(c.p.query_dtype));
+// The output of the first `heads` heads of a block, in a row without a key.
+void zero_heads(const Call& c, int64_t token, int block, int heads, bool visible) {
+  memset(out_row(c, token, block), 0, (size_t)heads * c.p.nope_dim * dtype_size(c.p.query_dtype));
+  finish_empty(c.p, token, block * c.block_heads, heads, visible);
 }
+
+void store_heads(const Call& c, const Geom& g, int64_t token, int block, Partial* acc) {
+  finish_heads(c.p, token, block * c.block_heads, g.heads, g.o_stride, acc);
+  c.path->store(g, *acc, out_row(c, token, block));
+}
+
+// Slots of a row, and whether its mask would let a key through; sparse_mode 0 always would.
+struct Extent {
+  Lengths len;
+  int64_t slots = 0;
+  bool visible = false;
+
+  Extent(const sfa_core_params& p, int64_t token) {
+    if (!find_lengths(p, token, &len)) return;
+    slots = slot_count(p, len);
+    visible = p.sparse_mode == 0 || len.act_kv - len.act_q + len.s1 >= 0;
+  }
+};
 
 void load_query(const Call& c, const Geom& g, int64_t token, int block, void* scratch) {
   const sfa_core_params& p = c.p;
@@ -115,17 +136,18 @@ void load_query(const Call& c, const Geom& g, int64_t token, int block, void* sc
 }
 
 // All chunks of one token, folded in order.
-int run_block(Call* c, int64_t token, const Lengths& len, int64_t slots, int block, char* memory) {
+int run_block(Call* c, int64_t token, const Extent& row, int block, char* memory) {
   const Geom g = geom_of(*c, block);
+  const Lengths& len = row.len;
   Scratch s = lay_out(*c, g, memory);
   sfa_core_error err;
   bool any = false, warm = false;
   int status = resolve_rows(c->p, len, token, 0, s.rows[0], &err);
-  for (int64_t first = 0, turn = 0; first < slots && status == SFA_CORE_OK; ++turn) {
+  for (int64_t first = 0, turn = 0; first < row.slots && status == SFA_CORE_OK; ++turn) {
     const Rows& rows = *s.rows[turn & 1];
     Rows* next = s.rows[~turn & 1];
     first += kChunk;
-    const bool more = first < slots;
+    const bool more = first < row.slots;
     next->n = 0;
     if (more) status = resolve_rows(c->p, len, token, first, next, &err);
     if (status != SFA_CORE_OK || rows.n == 0) continue;
@@ -140,22 +162,21 @@ int run_block(Call* c, int64_t token, const Lengths& len, int64_t slots, int blo
     return status;
   }
   if (any) {
-    c->path->store(g, s.acc, out_row(*c, token, block));
+    store_heads(*c, g, token, block, &s.acc);
   } else {
-    memset(out_row(*c, token, block), 0, (size_t)g.heads * g.nope * dtype_size(g.query_dtype));
+    zero_heads(*c, token, block, g.heads, row.visible);
   }
   return SFA_CORE_OK;
 }
 
 int run_token(Call* c, int64_t token, char* memory) {
-  Lengths len;
-  const int64_t slots = find_lengths(c->p, token, &len) ? slot_count(c->p, len) : 0;
-  if (slots == 0) {
-    zero_token(*c, token);
+  const Extent row(c->p, token);
+  if (row.slots == 0) {
+    zero_heads(*c, token, 0, c->p.num_heads, row.visible);
     return SFA_CORE_OK;
   }
   for (int block = 0; block < c->blocks; ++block) {
-    const int status = run_block(c, token, len, slots, block, memory);
+    const int status = run_block(c, token, row, block, memory);
     if (status != SFA_CORE_OK) return status;
   }
   return SFA_CORE_OK;
@@ -176,22 +197,25 @@ void finish_token(Call* c, int64_t token) {
         acc = part;
       }
     }
-    if (!acc.m) return zero_token(*c, token);
-    c->path->store(g, acc, out_row(*c, token, block));
+    if (acc.m) {
+      store_heads(*c, g, token, block, &acc);
+    } else {
+      zero_heads(*c, token, block, g.heads, Extent(c->p, token).visible);
+    }
   }
 }
 
 int run_chunk(Call* c, int64_t token, int64_t chunk, char* memory) {
-  Lengths len;
-  const int64_t slots = find_lengths(c->p, token, &len) ? slot_count(c->p, len) : 0;
+  const Extent row(c->p, token);
+  const Lengths& len = row.len;
   int status = SFA_CORE_OK, count = 0;
-  if (chunk * kChunk < slots) {
+  if (chunk * kChunk < row.slots) {
     Scratch s = lay_out(*c, geom_of(*c, 0), memory);
     sfa_core_error err;
     status = resolve_rows(c->p, len, token, chunk * kChunk, s.rows[0], &err);
     // Whoever runs the next chunk reports its errors; here its rows are only announced.
     s.rows[1]->n = 0;
-    if ((chunk + 1) * kChunk < slots) {
+    if ((chunk + 1) * kChunk < row.slots) {
       sfa_core_error other;
       if (resolve_rows(c->p, len, token, (chunk + 1) * kChunk, s.rows[1], &other)) s.rows[1]->n = 0;
     }

@@ -23,20 +23,27 @@ constexpr Name kNames[] = {
     {SFA_CORE_ISA_SCALAR, "scalar"},
 };
 
+#ifdef SFA_ONNX_EMULATED_AVX512  // by kernels/tests/emulated, on any x86
+bool has_avx512() { return true; }
+bool has_avx512_bf16() { return true; }
+#elif defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
 const Path* path_of(int id) {
   switch (id) {
 #if defined(__x86_64__)
     case SFA_CORE_ISA_AVX512_BF16:
-      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                     __builtin_cpu_supports("avx512dq")
-                 ? avx512_bf16_path()
-                 : nullptr;
+      return has_avx512_bf16() ? avx512_bf16_path() : nullptr;
     case SFA_CORE_ISA_AVX512F:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                 ? avx512f_path()
-                 : nullptr;
+      return has_avx512() ? avx512f_path() : nullptr;
     case SFA_CORE_ISA_AVX2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("f16c")

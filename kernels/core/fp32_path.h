@@ -3,7 +3,7 @@
 //   SFA_LANES       floats per vector (then includes vec.h)
 //   SFA_TILE_VECS   vectors per register tile (6 x SFA_TILE_VECS accumulators)
 //   sfa::simd       load_i8 / load_bf16 / load_f16: SFA_LANES elements -> vf; store_as: the way
-//   back
+//                   back; round_f16: to float16 (ties to even) and back
 //
 // and gets load_query, attend, merge, store. The tile flow is described in docs/kernel.md:
 // scores of the whole chunk first (lanes = heads), then softmax down the keys, then the values
@@ -53,12 +53,27 @@ bool fp32_supports(const Geom&) { return true; }
 
 // ---- decoding ------------------------------------------------------------------------------
 
-// out[0, n) = float(src[0, n)) * scale
+struct AsItIs {
+  static vf round(vf x) { return x; }
+};
+struct ToBFloat16 {
+  static vf round(vf x) { return round_bf16(x); }
+};
+struct ToFloat16 {
+  static vf round(vf x) { return simd::round_f16(break_ties(x)); }
+};
+
+// out[0, n) = float(src[0, n)) * scale, rounded
+template <typename Rounding>
 void decode_i8(const uint8_t* src, int n, float scale, float* out) {
   const vf factor = splat(scale);
   int i = 0;
-  for (; i + W <= n; i += W) storeu(out + i, simd::load_i8(src + i) * factor);
-  for (; i < n; ++i) out[i] = (float)(int8_t)src[i] * scale;
+  for (; i + W <= n; i += W) storeu(out + i, Rounding::round(simd::load_i8(src + i) * factor));
+  if (i == n) return;
+  uint8_t tail[W] = {};
+  memcpy(tail, src + i, (size_t)(n - i));
+  const vf last = Rounding::round(simd::load_i8(tail) * factor);
+  memcpy(out + i, &last, 4 * (size_t)(n - i));
 }
 
 void decode_float(const uint8_t* src, int n, int dtype, float* out) {
@@ -83,9 +98,12 @@ void decode_nope(const Geom& g, const uint8_t* nope, const uint8_t* rope, int fr
     return;
   }
   const uint8_t* scales = rope + (size_t)g.rope * dtype_size(g.query_dtype);
+  const auto decode = !g.rounded                       ? decode_i8<AsItIs>
+                      : g.query_dtype == SFA_CORE_BF16 ? decode_i8<ToBFloat16>
+                                                       : decode_i8<ToFloat16>;
   for (int d = from; d < to;) {
     const int t = d / g.tile, end = (t + 1) * g.tile < to ? (t + 1) * g.tile : to;
-    decode_i8(nope + d, end - d, load_as_f32(scales, t, SFA_CORE_F32), out + (d - from));
+    decode(nope + d, end - d, load_as_f32(scales, t, SFA_CORE_F32), out + (d - from));
     d = end;
   }
 }

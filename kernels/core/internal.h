@@ -24,6 +24,7 @@ struct Geom {
   int cache_dtype;   // SFA_CORE_I8: packed rows
   int o_stride;      // floats from one head to the next in Partial::o, multiple of 64
   float scale_log2;  // scale_value * log2(e)
+  bool rounded;      // int8 * scale is rounded to query_dtype, a 16-bit type
 };
 
 // The rows of one chunk. Entries [n, n + kRowPad) repeat the last row so that tiles may be padded.
@@ -59,6 +60,13 @@ struct Path {
   // Normalises and converts to query_dtype: out [heads, nope], dense.
   void (*store)(const Geom& g, const Partial& acc, void* out);
 };
+
+// A head whose keys are all summed: takes the sink in, writes softmax_max and softmax_sum, and
+// leaves in acc->l what its values are to be divided by. Heads [first, first + heads) of a block.
+void finish_heads(const sfa_core_params& p, int64_t token, int first, int heads, int o_stride,
+                  Partial* acc);
+// The same for heads without a key; `visible`: the mask would have let one through.
+void finish_empty(const sfa_core_params& p, int64_t token, int first, int heads, bool visible);
 
 inline int dtype_size(int dtype) {
   return dtype == SFA_CORE_F32 ? 4 : dtype == SFA_CORE_I8 ? 1 : 2;

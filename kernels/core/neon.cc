@@ -33,6 +33,7 @@ inline void store_as(void* p, int dtype, vf v) {
     for (int i = 0; i < W; ++i) store_from_f32(p, i, dtype, v[i]);
   }
 }
+inline vf round_f16(vf v) { return (vf)vcvt_f32_f16(vcvt_f16_f32((float32x4_t)v)); }
 
 }  // namespace simd
 }  // namespace

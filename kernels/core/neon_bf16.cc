@@ -32,6 +32,17 @@ inline void widen_i8(const uint8_t* src, int n, uint32_t* dst) {
   }
 }
 
+inline void scale_i8(const uint8_t* src, int n, float scale, uint32_t* dst) {
+  uint16_t* out = (uint16_t*)dst;
+  for (int i = 0; i < n; i += 8) {
+    const int16x8_t x = vmovl_s8(vreinterpret_s8_u8(vld1_u8(src + i)));
+    const float32x4_t low = vcvtq_f32_s32(vmovl_s16(vget_low_s16(x)));
+    const float32x4_t high = vcvtq_f32_s32(vmovl_s16(vget_high_s16(x)));
+    const bfloat16x8_t both = vcvtq_low_bf16_f32(vmulq_n_f32(low, scale));
+    vst1q_u16(out + i, vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(both, vmulq_n_f32(high, scale))));
+  }
+}
+
 inline void interleave(const uint32_t* r0, const uint32_t* r1, int n, uint32_t* dst) {
   const uint16_t *a = (const uint16_t*)r0, *b = (const uint16_t*)r1;
   uint16_t* out = (uint16_t*)dst;

@@ -20,6 +20,10 @@ inline vf load_f16(const uint8_t* p) { return load_16(p, SFA_CORE_F16); }
 inline void store_as(void* p, int dtype, vf v) {
   for (int i = 0; i < W; ++i) store_from_f32(p, i, dtype, v[i]);
 }
+inline vf round_f16(vf v) {
+  for (int i = 0; i < W; ++i) v[i] = f16_f32(f32_f16(v[i]));
+  return v;
+}
 
 }  // namespace simd
 }  // namespace

@@ -58,6 +58,13 @@ typedef enum sfa_core_holes {
   SFA_CORE_HOLES_STOP = 2,  // the first negative entry ends the row
 } sfa_core_holes;
 
+// What becomes of int8 * scale of packed rows before it meets query and weights.
+typedef enum sfa_core_rounding {
+  SFA_CORE_ROUNDING_EXACT = 0,  // nothing
+  SFA_CORE_ROUNDING_NPU = 1,    // rounded to query_dtype as CANN's kernel does: bfloat16 ties to
+                                // even, float16 ties away from zero, float32 not at all
+} sfa_core_rounding;
+
 typedef enum sfa_core_isa_id {
   SFA_CORE_ISA_AUTO = 0,  // SFA_ONNX_ISA when set, else the best path of this machine
   SFA_CORE_ISA_SCALAR = 1,
@@ -132,6 +139,16 @@ typedef struct sfa_core_params {
   const int32_t* actual_seq_lengths_kv;     // [B] or NULL (BSND: S2); TND kv: prefix sums;
                                             // PA_BSND: required
   void* out;                                // [query_t, N1, nope], query_dtype
+
+  int32_t rounding;    // sfa_core_rounding; no effect on float caches
+  int32_t reserved2;   // 0
+  const float* sinks;  // [N1] or NULL: one more score per head, without a value
+  // Both or neither: the largest score of a row and the sum of exp(score - largest), sink included,
+  // after scale_value. [query_t, N1], which is CANN's [B, 1, S1, N1] and [1, T, N1] alike. A row
+  // without a key has zeros; with sinks (sink, 1), but zeros still where the causal mask of
+  // sparse_mode 3 leaves no key at all and past the valid query length.
+  float* softmax_max;
+  float* softmax_sum;
 } sfa_core_params;
 
 typedef struct sfa_core_call sfa_core_call;

@@ -25,6 +25,20 @@ inline vf splat(float x) { return x - vf{}; }
 // The first operand where it is NaN.
 inline vf vmax(vf a, vf b) { return b > a ? b : a; }
 
+// The nearest bfloat16, ties to even; NaN stays NaN.
+inline vf round_bf16(vf x) {
+  const vi u = (vi)x;
+  const vf even = (vf)((u + 0x7fff + ((u >> 16) & 1)) & (int32_t)0xffff0000);
+  return x == x ? even : x;
+}
+
+// A float of the same size, or the next larger one, that is no tie between two float16: what rounds
+// to even then rounds ties away from zero. Infinities and NaN stay.
+inline vf break_ties(vf x) {
+  const vf finite = (vf)((vi)x | 1);
+  return x - x == vf{} ? finite : x;
+}
+
 // 2^x for x <= 0, relative error 2^-24; NaN stays NaN, below -126 is 0.
 inline vf exp2_fine(vf x) {
   const vf floor = splat(-127.0f), magic = splat(12582912.0f);

@@ -98,7 +98,8 @@ struct Case {
   Bytes query, query_rope, key, key_rope, out;
   // int32 tensors: the ABI wants aligned int pointers, still of exact size.
   std::vector<int32_t> indices, table, lengths_q, lengths_kv;
-  int64_t rows = 0;  // of the cache
+  std::vector<float> sinks, softmax_max, softmax_sum;  // empty: not asked for
+  int64_t rows = 0;                                    // of the cache
 
   // Points the parameters at the memory; call after changing or copying it.
   void Bind() {
@@ -111,6 +112,9 @@ struct Case {
     p.actual_seq_lengths_query = lengths_q.empty() ? nullptr : lengths_q.data();
     p.actual_seq_lengths_kv = lengths_kv.empty() ? nullptr : lengths_kv.data();
     p.out = out.data();
+    p.sinks = sinks.empty() ? nullptr : sinks.data();
+    p.softmax_max = softmax_max.empty() ? nullptr : softmax_max.data();
+    p.softmax_sum = softmax_sum.empty() ? nullptr : softmax_sum.data();
   }
 };
 
@@ -191,6 +195,15 @@ inline void FillIntegers(Random& r, const Sizes& s, Case* c) {
   }
 }
 
+// Sinks that matter, that rule, and that do nothing.
+inline void FillSinks(Random& r, Case* c) {
+  std::normal_distribution<float> normal(0, 1);
+  for (int h = 0; h < c->p.num_heads; ++h) {
+    const int kind = Uniform(r, 0, 9);
+    c->sinks.push_back(kind == 0 ? -INFINITY : kind == 1 ? 300.0f * normal(r) : 3.0f * normal(r));
+  }
+}
+
 inline Case MakeCase(Random& r, const Sizes& s) {
   Case c;
   sfa_core_params& p = c.p;
@@ -229,6 +242,12 @@ inline Case MakeCase(Random& r, const Sizes& s) {
     c.key_rope = RandomFloats(r, c.rows * s.rope, s.query_dtype, 1);
   }
   c.out = Bytes(static_cast<size_t>(lines) * s.nope * ItemSize(s.query_dtype));
+  p.rounding = Uniform(r, 0, 1);
+  if (!Uniform(r, 0, 2)) FillSinks(r, &c);
+  if (Uniform(r, 0, 1)) {
+    c.softmax_max.assign(lines, -77);
+    c.softmax_sum.assign(lines, -77);
+  }
   c.Bind();
   return c;
 }

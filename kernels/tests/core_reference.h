@@ -46,6 +46,14 @@ inline std::vector<int64_t> SelectedRows(const Case& c, int64_t token) {
   return rows;
 }
 
+// SFA_CORE_ROUNDING_NPU of one value: bfloat16 ties to even, float16 ties away from zero.
+inline double RoundAsNpu(float x, int dtype) {
+  if (dtype == SFA_CORE_F32 || x == 0) return x;
+  if (dtype == SFA_CORE_BF16) return FloatOf(static_cast<uint32_t>(ToBFloat16(x)) << 16);
+  const int exponent = std::max(ilogb(x), -14) - 10;
+  return copysign(ldexp(floor(ldexp(fabs(x), -exponent) + 0.5), exponent), x);
+}
+
 // [nope | rope] of one cache row.
 inline std::vector<double> KeyOf(const Case& c, int64_t row) {
   const sfa_core_params& p = c.p;
@@ -66,6 +74,10 @@ inline std::vector<double> KeyOf(const Case& c, int64_t row) {
   for (int d = 0; d < p.nope_dim; ++d) {
     const double scale = Load(scales + 4 * (d / p.tile_size), SFA_CORE_F32);
     key[d] = static_cast<int8_t>(at[d]) * scale;
+    if (p.rounding == SFA_CORE_ROUNDING_NPU) {
+      const float product = static_cast<int8_t>(at[d]) * static_cast<float>(scale);
+      key[d] = RoundAsNpu(product, p.query_dtype);
+    }
   }
   for (int d = 0; d < p.rope_dim; ++d) {
     key[p.nope_dim + d] = Load(at + p.nope_dim + d * item, p.query_dtype);
@@ -88,17 +100,50 @@ inline std::vector<double> QueryOf(const Case& c, int64_t line) {
   return query;
 }
 
-// [query_t * heads, nope]
-inline std::vector<double> Reference(const Case& c) {
+// Whether the mask of a row would let a key through.
+inline bool Visible(const Case& c, int64_t token) {
   const sfa_core_params& p = c.p;
-  std::vector<double> out(p.query_t * p.num_heads * p.nope_dim);
+  const bool tnd = p.layout_query == SFA_CORE_TND;
+  int64_t b = tnd ? 0 : token / p.query_s, first = 0;
+  if (tnd) {
+    while (b < p.batch && token >= c.lengths_q[b]) first = c.lengths_q[b++];
+    if (b == p.batch) return false;
+  } else {
+    first = b * p.query_s;
+  }
+  const int64_t actual_q = tnd ? c.lengths_q[b] - first : c.lengths_q[b], s = token - first;
+  if (s >= actual_q) return false;
+  const int64_t before = p.layout_kv == SFA_CORE_TND && b ? c.lengths_kv[b - 1] : 0;
+  return p.sparse_mode == 0 || c.lengths_kv[b] - before - actual_q + s + 1 > 0;
+}
+
+struct Answer {
+  std::vector<double> out;       // [query_t * heads, nope]
+  std::vector<double> max, sum;  // [query_t * heads]
+  std::vector<double> largest;   // weight of a row, normalised
+};
+
+inline Answer Reference(const Case& c) {
+  const sfa_core_params& p = c.p;
+  const size_t lines = p.query_t * p.num_heads;
+  Answer answer = {std::vector<double>(lines * p.nope_dim), std::vector<double>(lines),
+                   std::vector<double>(lines), std::vector<double>(lines)};
+  std::vector<double>& out = answer.out;
   for (int64_t token = 0; token < p.query_t; ++token) {
     std::vector<std::vector<double>> keys;
     for (int64_t row : SelectedRows(c, token)) keys.push_back(KeyOf(c, row));
     for (int64_t line = token * p.num_heads; line < (token + 1) * p.num_heads; ++line) {
       const std::vector<double> query = QueryOf(c, line);
       std::vector<double> weight;
-      double top = -INFINITY, sum = 0;
+      double sink = -INFINITY, sum = 0;
+      if (!c.sinks.empty()) sink = c.sinks[line % p.num_heads];
+      if (keys.empty()) {
+        const bool alone = !c.sinks.empty() && Visible(c, token);
+        answer.max[line] = alone ? sink : 0;
+        answer.sum[line] = alone;
+        continue;
+      }
+      double top = sink;
       for (const auto& key : keys) {
         double score = 0;
         for (size_t d = 0; d < key.size(); ++d) score += query[d] * key[d];
@@ -106,6 +151,11 @@ inline std::vector<double> Reference(const Case& c) {
         top = std::max(top, weight.back());
       }
       for (double& w : weight) sum += w = exp(w - top);
+      answer.largest[line] = *std::max_element(weight.begin(), weight.end());
+      sum += exp(sink - top);
+      answer.largest[line] /= sum;
+      answer.max[line] = top;
+      answer.sum[line] = sum;
       for (size_t k = 0; k < keys.size(); ++k) {
         for (int d = 0; d < p.nope_dim; ++d) {
           out[line * p.nope_dim + d] += weight[k] / sum * keys[k][d];
@@ -113,7 +163,7 @@ inline std::vector<double> Reference(const Case& c) {
       }
     }
   }
-  return out;
+  return answer;
 }
 
 }  // namespace sfa_test

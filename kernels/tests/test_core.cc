@@ -46,11 +46,12 @@ std::string Describe(const Case& c) {
   const sfa_core_params& p = c.p;
   snprintf(text, sizeof text,
            "isa %d q %d cache %d layouts %d/%d mode %d heads %d nope %d rope %d tile %d sbs %d K %d"
-           " T %lld pages %lld x %lld",
+           " T %lld pages %lld x %lld rounding %d sinks %d softmax %d",
            p.isa, p.query_dtype, p.cache_dtype, p.layout_query, p.layout_kv, p.sparse_mode,
            p.num_heads, p.nope_dim, p.rope_dim, p.tile_size, p.sparse_block_size, p.sparse_count,
            static_cast<long long>(p.query_t), static_cast<long long>(p.block_num),
-           static_cast<long long>(p.block_size));
+           static_cast<long long>(p.block_size), p.rounding, p.sinks != nullptr,
+           p.softmax_max != nullptr);
   return text;
 }
 
@@ -96,26 +97,46 @@ double WorstError(const Case& c, const std::vector<double>& expected) {
   return worst;
 }
 
-void CheckCase(Case c, const std::vector<double>& expected, uint64_t seed) {
+// Worst error of softmax_max and softmax_sum; a row without a key has them exactly.
+double WorstSoftmax(const Case& c, const Answer& expected) {
+  double worst = 0;
+  for (size_t i = 0; i < c.softmax_max.size(); ++i) {
+    const double max = expected.max[i], sum = expected.sum[i];
+    const bool exact = expected.largest[i] == 0 && (sum == 0 || sum == 1);
+    const double error = std::max(fabs(c.softmax_max[i] - max) / (1 + fabs(max)),
+                                  fabs(c.softmax_sum[i] - sum) / std::max(1.0, sum));
+    if (exact && error > 1e-6) return error + 1;
+    worst = std::max(worst,
+                     c.softmax_max[i] == max ? fabs(c.softmax_sum[i] - sum) / (sum + !sum) : error);
+  }
+  return worst;
+}
+
+void CheckCase(Case c, const Answer& expected, uint64_t seed) {
+  c.Bind();  // to this copy's own softmax_max and softmax_sum
   sfa_core_error error = {};
   const int status = sfa_core_run(&c.p, &error);
   CHECK(status == SFA_CORE_OK, "status %d, %s", status, Describe(c).c_str());
   if (status != SFA_CORE_OK) return;
   // In a wide output roundings average out; a narrow one may show a whole unit of bfloat16.
   const double limit = c.p.query_dtype == SFA_CORE_F32 ? 1e-5 : c.p.nope_dim >= 64 ? 4e-3 : 8e-3;
-  const double worst = WorstError(c, expected);
+  const double worst = WorstError(c, expected.out), softmax = WorstSoftmax(c, expected);
   CHECK(worst <= limit, "error %.2e, %s", worst, Describe(c).c_str());
+  CHECK(softmax <= 2e-4, "softmax error %.2e, %s", softmax, Describe(c).c_str());
+  const std::vector<float> max = c.softmax_max, sum = c.softmax_sum;
   const std::vector<char> alone(c.out.data(), c.out.data() + c.out.size());
   memset(c.out.data(), 0x5a, c.out.size());
   CHECK(RunThreaded(c, 3, seed, &error) == SFA_CORE_OK, "%s", Describe(c).c_str());
   CHECK(std::equal(alone.begin(), alone.end(), c.out.data()), "threads change bits, %s",
+        Describe(c).c_str());
+  CHECK(max == c.softmax_max && sum == c.softmax_sum, "threads change bits of the softmax, %s",
         Describe(c).c_str());
 }
 
 void TestAgainstReference(Random& r, int rounds) {
   for (int i = 0; i < rounds; ++i) {
     Case c = MakeCase(r, RandomSizes(r));
-    const std::vector<double> expected = Reference(c);
+    const Answer expected = Reference(c);
     for (int32_t path : Paths()) {
       c.p.isa = path;
       CheckCase(c, expected, r());
@@ -132,11 +153,58 @@ void TestRealWidths(Random& r) {
         const Sizes s = {heads, 512,   64,    128,           heads < 128 ? 700 : 70, 1, 1, 1,
                          900,   dtype, cache, SFA_CORE_BSND, SFA_CORE_PA_BSND,       0};
         Case c = MakeCase(r, s);
-        const std::vector<double> expected = Reference(c);
+        const Answer expected = Reference(c);
         for (int32_t path : Paths()) {
           c.p.isa = path;
           CheckCase(c, expected, r());
         }
+      }
+    }
+  }
+}
+
+// Distance to the float64 answer in units of half the last place of the output's type. Where the
+// winning key has a zero, the others shine through: no place is taken for smaller than 2^-24.
+double HalfPlaces(double got, double expected, int dtype) {
+  const int least = dtype == SFA_CORE_F16 ? -14 : -17, digits = dtype == SFA_CORE_F16 ? 10 : 7;
+  const int exponent = std::max(expected == 0 ? least : ilogb(expected), least) - digits - 1;
+  return fabs(got - expected) / ldexp(1, exponent);
+}
+
+// Where one key takes the whole softmax, every path gives that key's latent rounded once.
+void TestOneHot(Random& r) {
+  for (int dtype : {SFA_CORE_F16, SFA_CORE_BF16}) {
+    for (int heads : {1, 3, 6, 16, 40}) {
+      const Sizes s = {heads,
+                       512,
+                       64,
+                       128,
+                       700,
+                       1,
+                       1,
+                       1,
+                       900,
+                       dtype,
+                       SFA_CORE_I8,
+                       SFA_CORE_BSND,
+                       SFA_CORE_PA_BSND,
+                       0};
+      Case c = MakeCase(r, s);
+      c.sinks.clear();
+      c.p.scale_value = 40;  // scores of thousands
+      c.Bind();
+      const Answer expected = Reference(c);
+      for (int32_t path : Paths()) {
+        c.p.isa = path;
+        sfa_core_error error = {};
+        CHECK(sfa_core_run(&c.p, &error) == SFA_CORE_OK, "%s", Describe(c).c_str());
+        double worst = 0;
+        for (size_t i = 0; i < expected.out.size(); ++i) {
+          if (expected.largest[i / 512] < 1 - 1e-9) continue;
+          const double got = Load(c.out.data() + 2 * i, dtype);
+          worst = std::max(worst, HalfPlaces(got, expected.out[i], dtype));
+        }
+        CHECK(worst <= 1.01, "%.4f half places, %s", worst, Describe(c).c_str());
       }
     }
   }
@@ -234,6 +302,7 @@ int main() {
   Random r(Number("SFA_TEST_SEED", 1));
   TestAgainstReference(r, rounds);
   TestRealWidths(r);
+  TestOneHot(r);
   TestEdges(r);
   TestGarbage(r, 5 * rounds);
   sfa_core_trim();
