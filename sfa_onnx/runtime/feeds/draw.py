@@ -8,21 +8,25 @@ is decided by the input's name.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.files.onnx_attrs import attribute, attributes
-from sfa_onnx.operator import kv_cache
-from sfa_onnx.operator.contract import PackedRow
 from sfa_onnx.operator.op import find_op
-from sfa_onnx.runtime.feeds.sizes import Sizes
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.runtime.elem_types import ElemTypes
+from sfa_onnx.runtime.feeds.relations import fit_positions, fit_sizes
+from sfa_onnx.runtime.feeds.sizes import Sizes, is_cache
+from sfa_onnx.runtime.feeds.slots import Slots, layout, selection
 from sfa_onnx.runtime.ort import Model
 
 __all__ = ["describe", "random_feeds"]
@@ -33,6 +37,7 @@ _VIEWS: Final = frozenset(
      "Concat", "Where", "Sub", "Max", "Min", "Clip", "Tile", "Gather", "ScatterND",
      "ScatterElements", "Flatten", "Split")
 )  # fmt: skip
+_WHOLE: Final = (TensorProto.INT32, TensorProto.INT64)
 
 
 def random_feeds(
@@ -74,6 +79,10 @@ def describe(array: Array) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
+def _is_whole(value: ValueInfoProto) -> bool:
+    return value.type.tensor_type.elem_type in _WHOLE
+
+
 class _Feeds:
     def __init__(
         self,
@@ -84,34 +93,74 @@ class _Feeds:
         fused: ModelProto | None,
         wide: bool,
     ) -> None:
-        self.graph, self.given = model.graph, given
+        model = _with_named_dims(model)
+        self.model, self.graph, self.given = model, model.graph, given
         weights = {t.name for t in self.graph.initializer}
         self.inputs = {v.name: v for v in self.graph.input if v.name not in weights}
         if unknown := [name for name in given if name not in self.inputs]:
             raise UsageError(f"the model has no input {unknown}; it takes {list(self.inputs)}")
         self.rng = np.random.default_rng(seed)
         self.readers: dict[str, list[tuple[NodeProto, int]]] = {}
-        for node in (*(fused.graph.node if fused else ()), *self.graph.node):
-            for i, name in enumerate(node.input):
-                self.readers.setdefault(name, []).append((node, i))
+        for graph in (*((fused.graph,) if fused else ()), self.graph):
+            for node in graph.node:
+                for i, name in enumerate(node.input):
+                    self.readers.setdefault(name, []).append((node, i))
         self.shapes = {t.name: tuple(t.dims) for t in self.graph.initializer}
+        self.sizes = self._sizes(fixed, wide)
+        self.made = dict(given)
+        self.slots = self._all_slots([self.model, *([fused] if fused else [])])
+
+    def _sizes(self, fixed: dict[str, int], wide: bool) -> Sizes:
+        """Sizes by names and places first, then as the graph's own relations say."""
         known = dict(fixed)
-        for name, array in given.items():
+        for name, array in self.given.items():
             dims = self.inputs[name].type.tensor_type.shape.dim
             for dim, size in zip(dims, array.shape, strict=False):
                 if dim.dim_param:
                     known.setdefault(dim.dim_param, size)
         self.roles = self._roles()
-        most = self._largest_selection()
-        self.sizes = Sizes(self.inputs, known, self.roles, most, wide)
+        sizes = Sizes(self.inputs, known, self.roles, self._largest_selection(), wide)
+        first = [s for s, uses in sizes.uses.items() if any(is_cache(n) for n, _ in uses)]
+        sizes.sizes = fit_sizes(self.model, sizes.sizes, known, first)
+        return sizes
+
+    def _all_slots(self, models: list[ModelProto]) -> dict[str, Slots]:
+        """First output of each of our nodes -> what may stand in its slots."""
+        found = {}
+        for model in models:
+            nodes = [n for n in model.graph.node if n.domain and find_op(n.domain, n.op_type)]
+            if not nodes:
+                continue
+            known = Concrete(GraphIndex.of(model), self.sizes.sizes)
+            types = ElemTypes(model)
+            for node in nodes:
+                found[node.output[0]] = Slots(
+                    node, partial(_shape, known), self._drawn, types.of, self.rng
+                )
+        return found
 
     def all(self) -> dict[str, Array]:
-        """Every input; lengths and tables come after the caches they describe."""
-        made = dict(self.given)
-        for name, value in self.inputs.items():
-            if name not in made:
-                made[name] = self._one(value)
-        return {name: made[name] for name in self.inputs}
+        """Every input; whole numbers that say where are moved to where the graph can go."""
+        for name in self.inputs:
+            self._get(name)
+        numbers = {
+            n: a for n, a in self.made.items() if a.dtype.kind in "iu" and n not in self.given
+        }
+        places = [n for n in numbers if self._is_position(n)]
+        if places:
+            fitted = fit_positions(self.model, self.sizes.sizes, self.made, places)
+            self.made |= {n: fitted[n] for n in places}
+        return {name: self.made[name] for name in self.inputs}
+
+    def _get(self, name: str) -> Array:
+        """The array of an input, drawn at its first use."""
+        if name not in self.made:
+            self.made[name] = self._one(self.inputs[name])
+        return self.made[name]
+
+    def _drawn(self, value: str) -> Array | None:
+        """The array of a graph input; None for what the graph computes."""
+        return self._get(value) if value in self.inputs else None
 
     def _roles(self) -> dict[str, tuple[str, str]]:
         """Input -> (slot, layout) for inputs that reach one of our operators."""
@@ -119,10 +168,8 @@ class _Feeds:
         for name in self.inputs:
             node, slot = self._use(name)
             if node is not None and slot != "gather":
-                attrs = attributes(node)
-                side = "layout_query" if slot.startswith(("query", "sparse")) else "layout_kv"
-                layout = attrs.get(side) or attrs.get("layout_key") or "BSND"
-                roles[name] = slot, layout
+                side = "query" if slot.startswith(("query", "sparse")) else "key"
+                roles[name] = slot, layout(attributes(node), side)
         return roles
 
     def _largest_selection(self) -> int:
@@ -137,6 +184,9 @@ class _Feeds:
                 tensor = constants[node.input[1]]
                 if not tensor.external_data:
                     found.append(int(onnx.numpy_helper.to_array(tensor).ravel()[0]))
+        for name, (slot, _) in self.roles.items():
+            if slot == "sparse_indices":
+                found.append(self.inputs[name].type.tensor_type.shape.dim[-1].dim_value)
         return max(found)
 
     # ------------------------------------------------------------------ values
@@ -145,8 +195,8 @@ class _Feeds:
         shape, elem_type = self.sizes.shape(value), value.type.tensor_type.elem_type
         dtype = helper.tensor_dtype_to_np_dtype(elem_type)
         node, role = self._use(value.name)
-        if node is not None and find_op(node.domain, node.op_type) is not None:
-            made = self._for_operator(node, role, shape, dtype)
+        if node is not None and node.output[0] in self.slots:
+            made = self.slots[node.output[0]].draw(role, shape, dtype)
             if made is not None:
                 return made
         if dtype == np.bool_:
@@ -188,7 +238,7 @@ class _Feeds:
         lowered = name.lower()
         if "mask" in lowered:
             return self._visible(shape)
-        if "position" in lowered or lowered in ("pos", "start_pos", "cache_position"):
+        if self._is_position(name):
             return self._positions(name, shape)
         if "len" in lowered:
             return np.full(shape, self.sizes.past())
@@ -200,8 +250,17 @@ class _Feeds:
         if "slot" in lowered:
             return np.arange(int(np.prod(shape))).reshape(shape)
         if any(word in lowered for word in ("ind", "topk", "idx", "select")):
-            return self._selection(shape, self.sizes.past())
+            counts = np.full(int(np.prod(shape[:-1])), self.sizes.past())
+            return selection(self.rng, counts, shape[-1] if shape else 1).reshape(shape)
         return self.rng.integers(0, 2, shape)
+
+    def _is_position(self, name: str) -> bool:
+        """Whether an input of whole numbers says where: in a table, or in a cache."""
+        lowered = name.lower()
+        if "mask" in lowered or not _is_whole(self.inputs[name]):
+            return False
+        named = "position" in lowered or lowered in ("pos", "start_pos")
+        return named or self._scatters(name)
 
     def _positions(self, name: str, shape: tuple[int, ...]) -> Array:
         """Consecutive positions: behind the past, in the last rows of a buffer, or from zero."""
@@ -212,12 +271,21 @@ class _Feeds:
         else:
             rows = shape[-1] if len(shape) > 1 or not self.sizes.has_past else 1
         past = self.sizes.past() if self.sizes.has_past else 0
-        start = max(past - rows, 0) if self._scatters(name) else past
+        start = self._written_at(past, rows) if self._in_place() else past
         steps = start + np.arange(rows)
         if not shape:
             return np.array(start)
         column = shape[-1] == 1 and len(shape) > 1
         return np.array(np.broadcast_to(steps[:, None] if column else steps, shape))
+
+    def _in_place(self) -> bool:
+        """Whether some input says where to write into a cache of fixed length."""
+        return any(self._scatters(n) for n, v in self.inputs.items() if _is_whole(v))
+
+    def _written_at(self, capacity: int, rows: int) -> int:
+        """A place inside a cache, with room behind it and more than a selection before."""
+        enough = 2 * self._largest_selection()
+        return max(min(capacity - rows, max(3 * capacity // 4, enough)), 0)
 
     def _scatters(self, name: str) -> bool:
         """Whether an input says where to write."""
@@ -231,70 +299,29 @@ class _Feeds:
                     queue.append(node.output[0])
         return False
 
-    def _selection(self, shape: tuple[int, ...], bound: int) -> Array:
-        """Distinct entries below `bound` in every row, -1 behind them."""
-        count = min(shape[-1], bound)
-        rows = np.full((int(np.prod(shape[:-1])), shape[-1]), -1, np.int64)
-        for row in rows:
-            row[:count] = self.rng.permutation(bound)[:count]
-        return rows.reshape(shape)
 
-    def _for_operator(
-        self, node: NodeProto, role: str, shape: tuple[int, ...], dtype: Any
-    ) -> Array | None:
-        """A value for a slot of one of our operators; None: any value of its type will do."""
-        attrs = attributes(node)
-        if role == "key" and dtype == np.int8 and "tile_size" in attrs:
-            rope, tile = attrs["rope_head_dim"], attrs["tile_size"]
-            query = self._slot_shape("query")
-            widths = [query[-1]] if query else range(rope + tile, rope + 64 * tile + 1, tile)
-            for width in widths:
-                for itemsize in (2, 4):
-                    if PackedRow(width - rope, rope, tile, itemsize).bytes == shape[-1]:
-                        return self._rows(shape, width - rope, rope, tile, itemsize)
-        if role == "sparse_indices":
-            key, table = self._slot_shape("key"), self._slot_shape("block_table")
-            direct = key is not None and len(key) == 4 and key[2] == 1
-            keys = key[1] if key is not None and direct else self.sizes.past()
-            keys *= table[1] if table else 1
-            keys += shape[1] if self._grows() else 0
-            size = attrs.get("sparse_block_size", 1)
-            return self._selection(shape, max(keys // size, 1)).astype(dtype)
-        if role == "block_table":
-            blocks = (self._slot_shape("key") or (int(np.prod(shape)),))[0]
-            order = np.resize(self.rng.permutation(blocks), int(np.prod(shape)))
-            return order.reshape(shape).astype(dtype)
-        if role.startswith("actual_seq_lengths"):
-            return self._lengths(role, shape, attrs).astype(dtype)
+def _shape(known: Concrete, value: str) -> tuple[int, ...] | None:
+    """The shape of a value of a graph at chosen sizes."""
+    try:
+        return known.shape(value)
+    except SizesMeetError:
         return None
 
-    def _grows(self) -> bool:
-        """Whether new rows are put behind a cache before it becomes a key."""
-        caches = [n for n, (slot, _) in self.roles.items() if slot in ("key", "key_rope")]
-        return any(node.op_type == "Concat" for n in caches for node, _ in self.readers[n])
 
-    def _lengths(self, role: str, shape: tuple[int, ...], attrs: dict[str, Any]) -> Array:
-        side = "query" if role.endswith("query") else "key"
-        layout = attrs.get("layout_query" if side == "query" else "layout_kv", b"BSND").decode()
-        tensor = self._slot_shape(side) or (1, self.sizes.past())
-        if layout == "TND":
-            return np.linspace(0, tensor[0], shape[0] + 1)[1:].astype(np.int64)
-        table = self._slot_shape("block_table")
-        room = tensor[1] * table[1] if layout == "PA_BSND" and table else tensor[1]
-        return np.full(shape, room)
+def _with_named_dims(model: ModelProto) -> ModelProto:
+    """The model with a symbol for every dim of an input that has no number and no name."""
+    values = [v.type.tensor_type.shape.dim for v in model.graph.input]
+    if all(d.dim_param or d.dim_value > 0 or _is_zero(d) for dims in values for d in dims):
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+    for number, value in enumerate(out.graph.input):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.dim_param and dim.dim_value <= 0 and not _is_zero(dim):
+                dim.dim_param = f"unk__{number}{axis}"
+    return out
 
-    def _slot_shape(self, slot: str) -> tuple[int, ...] | None:
-        """The shape of the input that reaches a slot of our operator, views between or not."""
-        name = next((n for n, (role, _) in self.roles.items() if role == slot), None)
-        return None if name is None else self.sizes.shape(self.inputs[name])
 
-    def _rows(
-        self, shape: tuple[int, ...], nope: int, rope: int, tile: int, itemsize: int
-    ) -> Array:
-        lead = shape[:-1]
-        kind = np.dtype(np.float32 if itemsize == 4 else np.float16)
-        latent = self.rng.standard_normal((*lead, nope)).astype(np.float32)
-        key_rope = self.rng.standard_normal((*lead, rope)).astype(kind)
-        if itemsize == 2:  # float16 or bfloat16, who knows: +-1 is a plain number in both
-            key_rope = np.sign(key_rope)
-        return kv_cache.pack(latent, key_rope if rope else None, tile_size=tile)
+def _is_zero(dim: Any) -> bool:
+    """Whether a dim is declared as no entries at all (rather than left open)."""
+    return bool(dim.HasField("dim_value") and dim.dim_value == 0)

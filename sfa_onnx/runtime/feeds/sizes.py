@@ -7,12 +7,13 @@ told by the inputs and axes they stand at, and by the slots of our operators tha
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping
 from typing import Final
 
 from onnx import ValueInfoProto
+
+from sfa_onnx.passes.shapes.dims import size_of
 
 __all__ = ["Sizes", "is_cache"]
 
@@ -20,8 +21,11 @@ _BATCH: Final = ("b", "bs", "bsz", "n")
 _KEYS: Final = ("past", "kv", "cache", "ctx", "context", "total", "key", "history")
 _CACHE: Final = ("past", "cache", "packed", "kv", "key", "latent", "k_", "rows", "pool", "buf")
 _ANONYMOUS: Final = re.compile(r"(s|u|dim_|unk__)\d+$")
+_NAME: Final = re.compile(r"[A-Za-z_]\w*")
+_FUNCTIONS: Final = ("Min", "Max", "min", "max", "floor")
 _FEW: Final = 3  # new tokens when there is a past
 _BLOCK: Final = 16
+_HEADS: Final = 4
 _MOST: Final = 8192
 
 
@@ -58,6 +62,11 @@ class Sizes:
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
                 if dim.dim_param and dim.dim_param.isidentifier():
                     self.uses.setdefault(dim.dim_param, []).append((name, axis))
+        for value in inputs.values():  # symbols that stand in expressions only
+            for dim in value.type.tensor_type.shape.dim:
+                for symbol in _NAME.findall(dim.dim_param):
+                    if symbol not in _FUNCTIONS:
+                        self.uses.setdefault(symbol, [])
         self.few = self.keys if wide else _FEW
         self.has_past = any(self._names_keys(s) for s in self.uses) or any(
             is_cache(n) and len(v.type.tensor_type.shape.dim) > 2 for n, v in inputs.items()
@@ -70,8 +79,38 @@ class Sizes:
     def _names_keys(symbol: str) -> bool:
         return any(word in symbol.lower() for word in _KEYS) or symbol.lower() == "s2"
 
+    def _by_slot(self, symbol: str) -> int | None:
+        """The size of a dim of an input that is a slot of our operators as it stands."""
+        for name, axis in self.uses[symbol]:
+            slot, layout = self.roles.get(name, ("", ""))
+            rank = len(self.inputs[name].type.tensor_type.shape.dim)
+            if slot.startswith("actual_seq_lengths") or (slot == "block_table" and axis == 0):
+                return 2
+            if slot in ("query", "query_rope", "sparse_indices", "weights") and rank > 2:
+                lead = (2 * self.few,) if layout == "TND" else (2, self.few)
+                heads = 1 if slot == "sparse_indices" else _HEADS
+                return lead[axis] if axis < len(lead) else heads
+            if slot in ("key", "key_rope", "block_table") and (
+                size := self._of_key(slot, axis, layout)
+            ):
+                return size
+        return None
+
+    def _of_key(self, slot: str, axis: int, layout: str) -> int | None:
+        """The size of an axis of keys, or of the table that orders their pages."""
+        pages = -(-self.keys // _BLOCK)
+        if slot == "block_table":
+            return pages
+        if layout == "PA_BSND":
+            return (2 * pages + 2, _BLOCK, 1)[axis] if axis < 3 else None
+        if layout == "TND":
+            return (2 * self.keys, 1)[axis] if axis < 2 else None
+        return (2, self.keys, 1)[axis] if axis < 3 else None
+
     def _choose(self, symbol: str) -> int:
         lowered = symbol.lower()
+        if (size := self._by_slot(symbol)) is not None:
+            return size
         if _ANONYMOUS.match(lowered):
             return self._by_use(symbol)
         if lowered.startswith("batch") or lowered in _BATCH:
@@ -80,17 +119,17 @@ class Sizes:
             return 2 + self.keys // _BLOCK
         if self._names_keys(symbol):
             return self.keys
+        if self._leads(symbol):
+            return 2
         return self.few if self.has_past else self.keys
 
+    def _leads(self, symbol: str) -> bool:
+        """Whether it is always the first of several open axes: a batch, whatever it is called."""
+        dims = {n: v.type.tensor_type.shape.dim for n, v in self.inputs.items()}
+        beside = any(any(d.dim_param for d in dims[n][1:]) for n, _ in self.uses[symbol])
+        return beside and all(axis == 0 for _, axis in self.uses[symbol])
+
     def _by_use(self, symbol: str) -> int:
-        for name, axis in self.uses[symbol]:
-            slot, layout = self.roles.get(name, ("", ""))
-            if slot in ("key", "key_rope") and layout == "PA_BSND" and axis < 2:
-                return 2 + self.keys // _BLOCK if axis == 0 else _BLOCK
-            if slot in ("key", "key_rope") and axis == (0 if layout == "TND" else 1):
-                return self.keys
-            if slot == "block_table" and axis == 1:
-                return -(-self.keys // _BLOCK)
         if any(axis == 0 for _, axis in self.uses[symbol]):
             return 2
         ranks = {n: len(v.type.tensor_type.shape.dim) for n, v in self.inputs.items()}
@@ -108,12 +147,8 @@ class Sizes:
         )
 
     def _size(self, text: str) -> int:
-        if text in self.sizes:
-            return self.sizes[text]
-        try:
-            return max(_evaluate(ast.parse(text, mode="eval").body, self.sizes), 0)
-        except (SyntaxError, KeyError, TypeError, ValueError):
-            return 2
+        size = size_of(text, self.sizes)
+        return 2 if size is None else max(size, 0)
 
     def past(self) -> int:
         """How many keys a sequence has before the call (or in all, when nothing is cached)."""
@@ -131,17 +166,3 @@ def _key_axis(shape: tuple[int, ...]) -> int:
     if len(shape) == 3:
         return shape[1]
     return shape[1] if shape[2] == 1 else shape[2]
-
-
-def _evaluate(node: ast.AST, sizes: Mapping[str, int]) -> int:
-    """An integer expression over known symbols."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.Name):
-        return sizes[node.id]
-    if isinstance(node, ast.BinOp):
-        left, right = _evaluate(node.left, sizes), _evaluate(node.right, sizes)
-        if isinstance(node.op, ast.FloorDiv) and right:
-            return left // right
-        return {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}[type(node.op)]
-    raise ValueError(f"not an expression of dims: {ast.dump(node)}")
