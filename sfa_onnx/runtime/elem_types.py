@@ -23,8 +23,15 @@ class ElemTypes:
     def of(self, value: str) -> int | None:
         """The type of `value`; None when it cannot be told."""
         if value not in self._declared and self._inferred is None:
-            self._inferred = _declared(onnx.shape_inference.infer_shapes(light_copy(self._model)))
+            self._inferred = self._infer()
         return self._declared.get(value) or (self._inferred or {}).get(value)
+
+    def _infer(self) -> dict[str, int]:
+        """What onnx infers; nothing for a model that it refuses."""
+        try:
+            return _declared(onnx.shape_inference.infer_shapes(light_copy(self._model)))
+        except onnx.shape_inference.InferenceError:
+            return {}
 
 
 def light_copy(model: ModelProto) -> ModelProto:

@@ -108,7 +108,7 @@ class _Feeds:
         self.shapes = {t.name: tuple(t.dims) for t in self.graph.initializer}
         self.sizes = self._sizes(fixed, wide)
         self.made = dict(given)
-        self.slots = self._all_slots([self.model, *([fused] if fused else [])])
+        self.slots = self._all_slots(fused)
 
     def _sizes(self, fixed: dict[str, int], wide: bool) -> Sizes:
         """Sizes by names and places first, then as the graph's own relations say."""
@@ -119,25 +119,40 @@ class _Feeds:
                 if dim.dim_param:
                     known.setdefault(dim.dim_param, size)
         self.roles = self._roles()
-        sizes = Sizes(self.inputs, known, self.roles, self._largest_selection(), wide)
+        slots = {n: [node for node, _ in self.readers.get(n, ())] for n in self.roles}
+        direct = {n for n, by in slots.items() if any(find_op(x.domain, x.op_type) for x in by)}
+        most = self._largest_selection()
+        sizes = Sizes(self.inputs, known, self.roles, direct, most, wide)
         first = [s for s, uses in sizes.uses.items() if any(is_cache(n) for n, _ in uses)]
         sizes.sizes = fit_sizes(self.model, sizes.sizes, known, first)
         return sizes
 
-    def _all_slots(self, models: list[ModelProto]) -> dict[str, Slots]:
-        """First output of each of our nodes -> what may stand in its slots."""
+    def _all_slots(self, fused: ModelProto | None) -> dict[str, Slots]:
+        """First output of each of our nodes -> what may stand in its slots.
+
+        The second model's nodes tell what the first one's inputs mean, but not their sizes when
+        its caches were converted: these are none of the first one's.
+        """
         found = {}
-        for model in models:
+        keys = self.sizes.past() + self._grown_by()
+        for model in (*((fused,) if fused else ()), self.model):
             nodes = [n for n in model.graph.node if n.domain and find_op(n.domain, n.op_type)]
             if not nodes:
                 continue
-            known = Concrete(GraphIndex.of(model), self.sizes.sizes)
+            same = model is self.model or {v.name for v in model.graph.input} >= set(self.inputs)
+            known = Concrete(GraphIndex.of(model), self.sizes.sizes) if same else None
             types = ElemTypes(model)
             for node in nodes:
-                found[node.output[0]] = Slots(
-                    node, partial(_shape, known), self._drawn, types.of, self.rng
-                )
+                shape = partial(_shape, known)
+                found[node.output[0]] = Slots(node, shape, self._drawn, types.of, self.rng, keys)
         return found
+
+    def _grown_by(self) -> int:
+        """How many rows are put behind a cache before it becomes a key."""
+        caches = [n for n, (slot, _) in self.roles.items() if slot in ("key", "key_rope")]
+        joins = (node for n in caches for node, _ in self.readers[n] if node.op_type == "Concat")
+        new = (self.inputs[n] for node in joins for n in node.input[1:] if n in self.inputs)
+        return min((_rows(self.sizes.shape(v)) for v in new), default=0)
 
     def all(self) -> dict[str, Array]:
         """Every input; whole numbers that say where are moved to where the graph can go."""
@@ -300,10 +315,15 @@ class _Feeds:
         return False
 
 
-def _shape(known: Concrete, value: str) -> tuple[int, ...] | None:
+def _rows(shape: tuple[int, ...]) -> int:
+    """The rows of new keys [B, S, C], [B, S, 1, C] or [B, 1, S, C]."""
+    return int(np.prod(shape[1:-1]))
+
+
+def _shape(known: Concrete | None, value: str) -> tuple[int, ...] | None:
     """The shape of a value of a graph at chosen sizes."""
     try:
-        return known.shape(value)
+        return None if known is None else known.shape(value)
     except SizesMeetError:
         return None
 

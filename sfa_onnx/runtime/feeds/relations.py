@@ -190,12 +190,24 @@ def _slots_meeting(known: Concrete, node: NodeProto) -> Iterator[_Short]:
         groups.append(sequences)
     else:
         groups[0] += [*sequences, *([("key", 0)] if keys == "BSND" else [])]
+    yield from _all_selected(shapes, keys)
     for group in groups:
         told = [(*shapes[s], axis) for s, axis in group if s in shapes]
         here = [(x[a], n, a) for n, x, a in told if x is not None and len(x) > a]
         if here and min(here)[0] != max(here)[0]:
             size, name, axis = min(here)
             yield _Short(name, axis, max(here)[0] - size, "")
+
+
+def _all_selected(
+    shapes: Mapping[str, tuple[str, tuple[int, ...] | None]], layout: str
+) -> Iterator[_Short]:
+    """The axis of keys that a given selection takes whole."""
+    key, chosen = (shapes.get(slot, ("", None)) for slot in ("key", "sparse_indices"))
+    if layout == "BSND" and key[1] and chosen[1] and len(key[1]) == 4:
+        missing = 2 * chosen[1][-1] - key[1][1]
+        if missing > 0:
+            yield _Short(key[0], 1, missing, "", chosen=True)
 
 
 def _shape(known: Concrete, name: str) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ told by the inputs and axes they stand at, and by the slots of our operators tha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from onnx import ValueInfoProto
@@ -42,6 +42,7 @@ class Sizes:
         inputs: Mapping[str, ValueInfoProto],
         known: Mapping[str, int],
         roles: Mapping[str, tuple[str, str]],
+        direct: Collection[str],
         selection: int,
         wide: bool = False,
     ) -> None:
@@ -51,10 +52,11 @@ class Sizes:
             inputs: the model's inputs.
             known: symbols that are fixed already.
             roles: input -> (slot of our operators that it reaches, that slot's layout).
+            direct: those of them that stand in the slot themselves.
             selection: the largest number of keys that is selected at once.
             wide: as many new tokens as keys, also where there seems to be a past.
         """
-        self.inputs, self.roles = inputs, roles
+        self.inputs, self.roles, self.direct = inputs, roles, direct
         self.sizes = dict(known)
         self.keys = min(max(2 * selection, 32), _MOST)
         self.uses: dict[str, list[tuple[str, int]]] = {}
@@ -82,7 +84,9 @@ class Sizes:
     def _by_slot(self, symbol: str) -> int | None:
         """The size of a dim of an input that is a slot of our operators as it stands."""
         for name, axis in self.uses[symbol]:
-            slot, layout = self.roles.get(name, ("", ""))
+            if name not in self.direct:
+                continue
+            slot, layout = self.roles[name]
             rank = len(self.inputs[name].type.tensor_type.shape.dim)
             if slot.startswith("actual_seq_lengths") or (slot == "block_table" and axis == 0):
                 return 2
@@ -121,6 +125,8 @@ class Sizes:
             return self.keys
         if self._leads(symbol):
             return 2
+        if any(axis and is_cache(n) and "new" not in n for n, axis in self.uses[symbol]):
+            return self.keys
         return self.few if self.has_past else self.keys
 
     def _leads(self, symbol: str) -> bool:
@@ -130,6 +136,12 @@ class Sizes:
         return beside and all(axis == 0 for _, axis in self.uses[symbol])
 
     def _by_use(self, symbol: str) -> int:
+        for name, axis in self.uses[symbol]:
+            slot, layout = self.roles.get(name, ("", ""))
+            if slot in ("key", "key_rope") and layout == "PA_BSND" and axis < 2:
+                return self._of_key(slot, axis, layout) or self.keys
+            if slot in ("key", "key_rope") and axis == (0 if layout == "TND" else 1):
+                return self.keys
         if any(axis == 0 for _, axis in self.uses[symbol]):
             return 2
         ranks = {n: len(v.type.tensor_type.shape.dim) for n, v in self.inputs.items()}

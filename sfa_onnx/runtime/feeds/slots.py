@@ -55,6 +55,7 @@ class Slots:
         drawn: the array of a graph input that a value is a plain view of; None for others.
         elem_type: element types of values.
         rng: the generator.
+        keys: how many keys a row may see where shapes and lengths do not tell.
     """
 
     node: NodeProto
@@ -62,6 +63,7 @@ class Slots:
     drawn: Callable[[str], Array | None]
     elem_type: Callable[[str], int | None]
     rng: np.random.Generator
+    keys: int
 
     def __post_init__(self) -> None:
         op = find_op(self.node.domain, self.node.op_type)
@@ -127,9 +129,7 @@ class Slots:
         visible = self._visible()
         rows = int(np.prod(shape[:-1]))
         if visible is None or len(visible) != rows:
-            key = self._slot("key") or (1, 1)
-            keys = key[1] if len(key) == 4 else key[0]
-            visible = np.full(rows, keys)
+            visible = np.full(rows, self.keys)
         counts = np.where(visible > 0, np.maximum(visible // size, 1), 0)
         return selection(self.rng, counts, shape[-1]).reshape(shape)
 
