@@ -309,16 +309,22 @@ CASES: list[Case] = [
     ("scatternd-copies-cache", lambda: one("ScatterND", "x", "i", "u", ins=(
         ("x", F, (1000, 1000)), ("i", I64, (1, 1)), ("u", F, (1, 1000))
     )), "warning", "", "4.0 MB a call"),
-    ("topk-bf16", lambda: model(TOPK, [("x", BF16, (4, 6))], [("v", BF16, None)], [K3]), "unknown",
-     "", "bfloat16"),
+    ("topk-bf16", lambda: model(
+        [N("TopK", ["x", "k"], ["v", "i"], name="n0", sorted=0)],
+        [("x", BF16, (4, 6))], [("v", BF16, None)], [K3],
+    ), "warning", "", "bfloat16"),
     ("topk-computed-k", lambda: model(TOPK, [X, ("k", I64, (1,))], [("v", F, None)]), "warning", "",
      "computed at run time"),
     ("topk-int32-indices", lambda: model(TOPK, outs=[("i", I64, None)], init=[K3]), "warning", "",
      "graph output 'i'"),
-    ("engine-unknown", lambda: one("MatMul", "x", "x"), "unknown", "", "no engine is declared"),
+    ("engine-unknown", lambda: one("MatMul", "x", "x"), "unknown", "", "no engine is listed"),
     ("engine-ai-cpu", lambda: one("TopK", "x", "k", ins=(X, ("k", I32, (1,)))), "warning", "",
      "AI CPU"),
-    ("engine-documented", lambda: one("Neg"), "info", "", "product table"),
+    ("engine-documented", lambda: one("Trilu"), "info", "", "product table"),
+    ("engine-nowhere", lambda: one("Neg", ins=[("x", TensorProto.UINT64, (2,))]), "warning", "",
+     "no engine lists"),
+    ("engine-reshape", lambda: one("Reshape", "x", "s", ins=(X, ("s", I64, (1,)))), "info", "",
+     "whether packages let it win"),
 ]  # fmt: skip
 
 

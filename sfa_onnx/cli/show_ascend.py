@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sfa_onnx.ascend.checks import CheckReport, Finding
+from sfa_onnx.ascend.checks.finding import leading
 from sfa_onnx.ascend.estimate import Estimate
 from sfa_onnx.cli.console import Console, human_bytes
 
@@ -26,7 +27,9 @@ def check_report(console: Console, report: CheckReport) -> None:
         f"checked for CANN {report.cann}, {report.soc_version or 'all chips'},"
         f" flavour {report.flavour}; the parser: {report.parser} {report.code}".rstrip()
     )
-    for finding in report.findings:
+    for family, line in report.summary.items():
+        console.say("{}: {}", family, line)
+    for finding in leading(report.findings):
         _finding(console, finding)
     rows = console.verbose and [
         (row.op_type, row.count, ", ".join(row.dtypes), *_engines(row)) for row in report.support
@@ -42,7 +45,8 @@ def check_report(console: Console, report: CheckReport) -> None:
 
 
 def _engines(row: Any) -> list[str]:
-    return [f"{engine} ({row.evidence[family]})" for family, engine in row.engines.items()]
+    said = {f: f"{row.evidence[f]} {row.releases.get(f, '')}".strip() for f in row.engines}
+    return [f"{engine} ({said[family]})" for family, engine in row.engines.items()]
 
 
 def _finding(console: Console, finding: Finding) -> None:

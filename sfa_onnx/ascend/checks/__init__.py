@@ -24,7 +24,7 @@ from sfa_onnx.ascend.checks.operators import operators
 from sfa_onnx.ascend.checks.parser import replay
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
 from sfa_onnx.ascend.checks.rules import RULES
-from sfa_onnx.ascend.checks.support import support_findings, support_rows
+from sfa_onnx.ascend.checks.support import layer_summary, support_findings, support_rows
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
 from sfa_onnx.errors import UsageError
 
@@ -88,7 +88,9 @@ def check(
         *graph_ops(ctx),
         *support_findings(support),
     ]
-    return CheckReport(cann, ctx.soc_version, _flavour(ctx), _merged(findings), support, strict)
+    found = _merged(findings)
+    engines = layer_summary(support)
+    return CheckReport(cann, ctx.soc_version, _flavour(ctx), found, support, strict, engines)
 
 
 def _merged(findings: Iterable[Finding]) -> list[Finding]:

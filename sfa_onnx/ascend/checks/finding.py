@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
@@ -13,6 +14,7 @@ __all__ = [
     "Severity",
     "Stage",
     "Verdict",
+    "leading",
     "misread",
     "refused",
 ]
@@ -53,6 +55,24 @@ class Finding:
     evidence: str = ""  # recorded | source | declared | documented | contract | model
     nodes: tuple[str, ...] = ()
     crash: bool = False  # the parser's process dies instead of reporting
+
+
+# What a layer pays for at every step: shown before the rest.
+_COSTS: Final = (
+    *("engine-ai-cpu", "scatternd-copies-cache", "data-dependent-shape", "topk-computed-k"),
+    *("int64-hot", "expert-gather", "engine-nowhere"),
+)
+
+
+def leading(findings: Sequence[Finding]) -> list[Finding]:
+    """Errors first, then what costs (AI CPU, copies, host-bound shapes), then the rest."""
+
+    def place(found: Finding) -> int:
+        if found.severity == "error":
+            return -1
+        return _COSTS.index(found.rule) if found.rule in _COSTS else len(_COSTS)
+
+    return sorted(findings, key=place)
 
 
 def misread(
@@ -100,6 +120,7 @@ class CheckReport:
     findings: list[Finding]
     support: list[SupportRow] = field(default_factory=list)
     strict: bool = False
+    summary: dict[str, str] = field(default_factory=dict)  # SoC family -> engines of all nodes
     parser: ParserVerdict = field(init=False)
     code: str = field(init=False)
     verdict: Verdict = field(init=False)
@@ -127,9 +148,10 @@ class CheckReport:
 class SupportRow:
     """One row of the support table: an ONNX op with the dtypes seen, and where it would run.
 
-    `engines` maps a SoC family to "AI Core" | "AI CPU" | "unknown" | "none"; `evidence` maps it to
-    declared | documented | unknown (declared: an operator definition lists the SoC; documented:
-    only the op's product table does).
+    `engines` maps a SoC family to "AI Core" | "AI CPU" | "GE" (GE resolves the node) | "none"
+    (listed nowhere) | "unknown"; `evidence` to listing | opdef | source | documented | unknown
+    (listing: a package's operator store; opdef: an open operator definition; documented: only the
+    op's product table says so); `releases` to where that was read.
     """
 
     op_type: str
@@ -139,3 +161,4 @@ class SupportRow:
     engines: dict[str, str]
     evidence: dict[str, str]
     note: str = ""
+    releases: dict[str, str] = field(default_factory=dict)

@@ -75,12 +75,11 @@ def graph_ops(ctx: Context) -> Iterator[Finding]:
 
 def _topk(ctx: Context, node: Node) -> Iterator[Finding]:
     proto, scope = node.proto, node.scope
-    if ctx.view.dtype(scope, proto.input[0]) == _T.BFLOAT16:
+    if ctx.view.dtype(scope, proto.input[0]) == _T.BFLOAT16 and not attribute(proto, "sorted", 1):
         yield _found(
             "topk-bf16",
-            "unknown",
-            "TopK over bfloat16: the only open definition (AI CPU) does not list it, no AI Core"
-            " definition is open",
+            "warning",
+            "TopK over bfloat16 with sorted = 0: it stays on AI CPU, which does not list bfloat16",
             [node],
             "Cast to float32 in front: the order and the values stay exactly the same",
             fixable=True,
@@ -158,7 +157,9 @@ def _scatter(ctx: Context, node: Node) -> Iterator[Finding]:
             "scatternd-copies-cache",
             "warning",
             f"ScatterND writes rows of graph input {data!r}, but becomes a functional"
-            f" TensorScatterUpdate: the whole cache is copied{cost}",
+            f" TensorScatterUpdate: the whole cache is copied{cost}, by an AI CPU kernel without"
+            " bfloat16 unless TensorScatterUpdateFusionPass (documented from 9.0 for A2 and 950,"
+            " not for bool and int32) makes it TensorMove and ScatterNdUpdate",
             [node],
             "keep the cache update outside the .om, or hand over only the new rows",
         )
@@ -178,7 +179,8 @@ def _einsum(ctx: Context, node: Node) -> Iterator[Finding]:
     yield _found(
         "einsum",
         "unknown",
-        f"Einsum {equation!r} becomes GE's Einsum, for which no engine is declared or documented",
+        f"Einsum {equation!r} becomes GE's Einsum, which no engine lists: EinsumPass (documented"
+        " for A2 and 950, some equations) has to rewrite it",
         [node],
         "write it as Transpose, Reshape and MatMul",
         fixable=fixable is not None,
@@ -306,7 +308,7 @@ def _int64(ctx: Context) -> Iterator[Finding]:
             "int64-hot",
             "warning",
             f"{len(nodes)} nodes compute on int64 tensors of {_HOT} elements or more ({kinds}):"
-            " twice the traffic of int32, and no open definition shows an engine on A2 and A3",
+            " twice the traffic of int32, and division, modulo and running sums go to AI CPU",
             nodes,
             "Cast indices to int32 early",
             evidence="model",

@@ -117,9 +117,11 @@ _GRAPH: Final = {
 }
 # Support: which engine.
 _SUPPORT: Final = {
-    "engine-ai-cpu": "only an AI CPU kernel is declared",
-    "engine-documented": "a product table says yes, no open definition shows it",
-    "engine-unknown": "nobody declares or documents an engine",
+    "engine-ai-cpu": "an op that runs on AI CPU",
+    "engine-documented": "a product table says yes, no listing shows it",
+    "engine-nowhere": "types that no engine lists",
+    "engine-reshape": "Reshape, which may run on AI CPU from 9.1 on",
+    "engine-unknown": "nobody lists or documents an engine",
 }
 
 RULES: Final[dict[str, str]] = {**_PARSE, **_MEANING, **_OPERATOR, **_GRAPH, **_SUPPORT}

@@ -239,6 +239,7 @@ def _sample(
 
 def _check(report: HandoverReport, model: ModelProto, dims: Mapping[str, str | int]) -> None:
     from sfa_onnx.ascend import checks
+    from sfa_onnx.ascend.checks.finding import leading
 
     found = checks.check(
         bind_dims(model, dims),
@@ -246,7 +247,8 @@ def _check(report: HandoverReport, model: ModelProto, dims: Mapping[str, str | i
         soc_version=report.soc_version,
         base_dir=report.model.parent,
     )
-    for finding in found.findings:
+    report.engines = found.summary
+    for finding in leading(found.findings):
         if finding.rule in _HANDLED:
             continue
         where = f" at {finding.node}" if finding.node else ""

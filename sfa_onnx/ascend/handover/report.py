@@ -28,6 +28,7 @@ class HandoverReport:
     errors: list[str] = field(default_factory=list)  # what ATC or the operators would refuse
     warnings: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)  # what nobody outside has shown to work
+    engines: dict[str, str] = field(default_factory=dict)  # SoC family -> nodes per engine
     ran: AtcRun | None = None
 
     @property
@@ -39,6 +40,7 @@ class HandoverReport:
         """The report for a person."""
         head = [f"ATC flavour: {self.model}", f"hand-over:   {self.folder}"]
         head += [f"  {note}" for note in _grouped(self.notes)]
+        head += [f"engines on {family}: {line}" for family, line in self.engines.items()]
         head += [f"renamed: {text}" for text in self.renamed]
         head += [f"error: {text}" for text in self.errors]
         head += [f"warning: {text}" for text in self.warnings]
