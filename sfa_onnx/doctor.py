@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import sfa_onnx
+from sfa_onnx.guard.doors import door
 
 __all__ = ["DoctorReport", "Probe", "examine"]
 
@@ -49,6 +50,7 @@ class DoctorReport:
         return all(probe.state != "missing" for probe in self.probes)
 
 
+@door
 def examine(model: Path | None = None) -> DoctorReport:
     """Look at versions, the compiled library, an installed CANN and a model's weights."""
     groups: list[tuple[str, Callable[[], list[Probe]]]] = [

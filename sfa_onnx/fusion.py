@@ -17,6 +17,7 @@ from sfa_onnx.errors import ModelError, UsageError, VerificationError
 from sfa_onnx.files.external import StorageReader
 from sfa_onnx.files.model import load_model, paused_gc, save_model
 from sfa_onnx.files.weights_file import WeightsFile
+from sfa_onnx.guard.doors import door
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
@@ -46,6 +47,7 @@ Target = Literal["any", "ascend", "cpu"]
 CacheForm = Literal["keep", "int8", "packed-int8", "paged-int8"]
 
 
+@door
 def fuse(
     model: str | os.PathLike[str] | onnx.ModelProto,
     output: str | os.PathLike[str] | None = None,

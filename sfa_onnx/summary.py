@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto
 
 from sfa_onnx.files.model import load_model
+from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.sub_graphs import bodies
 
@@ -36,6 +37,7 @@ class Summary:
     file_bytes: int = 0
 
 
+@door
 def summarise(path: Path) -> Summary:
     """Read the graph of `path` (never its weights) and count.
 

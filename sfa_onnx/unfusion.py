@@ -9,6 +9,7 @@ import onnx
 
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.model import load_model, save_model
+from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import body_views
@@ -22,6 +23,7 @@ def _is_ours(node: onnx.NodeProto) -> bool:
     return bool(node.domain) and find_op(node.domain, node.op_type) is not None
 
 
+@door
 def unfuse(
     model: str | os.PathLike[str] | onnx.ModelProto,
     output: str | os.PathLike[str] | None = None,

@@ -13,6 +13,7 @@ PACKAGE = "sfa_onnx"
 # floor above. Rooms of one floor may know each other; no import may close a circle of modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
+    ("guard",),
     ("report",),
     ("operator", "op", "reference", "kv_cache", "files"),
     ("passes", "passes.candidate"),

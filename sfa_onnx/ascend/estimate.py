@@ -31,6 +31,7 @@ from sfa_onnx.ascend.checks.tensors import nbytes
 from sfa_onnx.ascend.checks.view import Dims, ModelView, Scope, contract_of
 from sfa_onnx.ascend.chips import Chip, chip_of
 from sfa_onnx.errors import UsageError
+from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 
 __all__ = ["LABEL", "CopyEstimate", "Estimate", "SiteEstimate", "estimate"]
@@ -106,6 +107,7 @@ class Estimate:
         self.us = sum(known) if len(known) == len(parts) else None
 
 
+@door
 def estimate(
     model: onnx.ModelProto,
     *,

@@ -15,10 +15,20 @@ import sfa_onnx
 from sfa_onnx.cli import demo, deploy, execute, rewrite
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import SfaError, UsageError, VerificationError
+from sfa_onnx.guard.doors import as_ours
+from sfa_onnx.guard.text import printable
 
 __all__ = ["build_parser", "main"]
 
 DONE, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
+
+
+class _Plain(logging.Formatter):
+    """Log lines without characters that could steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, names in it escaped."""
+        return printable(super().format(record))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,22 +50,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; errors become one readable paragraph and an exit code."""
+    _open_streams()
     args = build_parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO if args.verbose else logging.WARNING,
-        format="%(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain("%(message)s"))
+    level = logging.DEBUG if args.debug else logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler])
     console = Console(json=args.json, verbose=args.verbose)
     try:
-        return int(args.action(args, console))
-    except SfaError as error:
-        if args.debug:
-            raise
-        console.error(error)
-        if isinstance(error, VerificationError):
-            return NOT_MET
-        return USAGE if isinstance(error, UsageError) else ERROR
+        code = int(args.action(args, console))
+        sys.stdout.flush()  # a full disk behind a redirection shows only now
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,5 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        console.unexpected(error)
-        return ERROR
+        return _told(console, error, args.verb)
+    return code
+
+
+def _told(console: Console, error: Exception, verb: str) -> int:
+    """Print what went wrong; the exit code that belongs to it."""
+    ours = error if isinstance(error, SfaError) else as_ours(error, verb)
+    if isinstance(error, OSError) and error.filename is None:
+        # Standard output itself: what is still buffered for it must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    console.error(ours)
+    if isinstance(ours, VerificationError):
+        return NOT_MET
+    return USAGE if isinstance(ours, UsageError) else ERROR
+
+
+def _open_streams() -> None:
+    """Stand in for standard streams that the caller closed (`>&-`)."""
+    for name, mode in (("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123 - lives on

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from sfa_onnx.guard.text import printable
 from sfa_onnx.report import JSON_VERSION, to_json
 
 __all__ = ["Console", "human_bytes"]
@@ -46,7 +47,7 @@ class Console:
         shapes such as [batch, 4] would otherwise read as markup.
         """
         if not self.is_json:
-            text = template.format(*(escape(str(value)) for value in values))
+            text = template.format(*(escape(printable(str(value))) for value in values))
             self.out.print(Text.from_markup(text, style=style))
 
     def title(self, text: str) -> None:
@@ -64,7 +65,7 @@ class Console:
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
+            table.add_row(*(c if isinstance(c, Text) else Text(printable(str(c))) for c in row))
         self.out.print(table)
 
     def result(self, kind: str, report: Any) -> None:
@@ -79,12 +80,7 @@ class Console:
             document = {"schema": "sfa-onnx/error", "version": JSON_VERSION}
             document |= {"error": type(error).__name__, "message": str(error)}
             sys.stdout.write(json_lib.dumps(document, indent=2) + "\n")
-        self.err.print(Text.assemble(("error: ", "bold red"), str(error)))
-
-    def unexpected(self, error: Exception) -> None:
-        """A fault of ours, not of the input: say so and how to see more."""
-        self.error(error)
-        self.err.print(f"({type(error).__name__}; run again with --debug for the traceback)")
+        self.err.print(Text.assemble(("error: ", "bold red"), printable(str(error))))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[str, float], None]]:
@@ -101,6 +97,7 @@ class Console:
             task = bar.add_task(label, total=1.0)
 
             def update(stage: str, fraction: float) -> None:
-                bar.update(task, description=f"{label}: {stage}", completed=fraction)
+                text = escape(printable(f"{label}: {stage}"))
+                bar.update(task, description=text, completed=fraction)
 
             yield update

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.errors import UsageError
+from sfa_onnx.guard.doors import door
 
 __all__ = ["MODEL", "PAST_LENGTH", "feeds", "materialise"]
 
@@ -25,6 +26,7 @@ PAST_LENGTH: Final = 2047  # with the new token: 2048 cached tokens, 256 of them
 _RECIPE = re.compile(r"normal mean=(\S+) std=(\S+)")
 
 
+@door
 def materialise(folder: str | Path, seed: int = 0, *, force: bool = False) -> Path:
     """Write the demo model and its weights file into `folder`; the model's path.
 
@@ -50,6 +52,7 @@ def materialise(folder: str | Path, seed: int = 0, *, force: bool = False) -> Pa
     return target
 
 
+@door
 def feeds(
     batch: int = 1, past_length: int = PAST_LENGTH, seed: int = 0, model: Path = MODEL
 ) -> dict[str, NDArray[np.generic]]:

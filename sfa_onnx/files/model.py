@@ -9,18 +9,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto
 
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.names import escape_names, is_utf8
+from sfa_onnx.files.sound import assert_sound
 from sfa_onnx.files.weights import place_weights
 from sfa_onnx.files.weights_file import WeightsFile
+from sfa_onnx.guard.doors import door
+from sfa_onnx.guard.text import printable
 
 __all__ = [
     "atomic_write",
@@ -31,6 +36,8 @@ __all__ = [
     "save_model",
 ]
 
+_log = logging.getLogger("sfa_onnx")
+_NAMES_LIMIT = 1 << 28  # bytes of a model in memory that is serialised to look at its names
 _PROTO_LIMIT = (1 << 31) - 1  # protobuf's own limit for one message
 
 
@@ -46,18 +53,26 @@ def paused_gc() -> Iterator[None]:
             gc.enable()
 
 
+@door
 def load_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
-    """Open a model without its external weights.
+    """Open a model without its external weights, and see that it is sound.
 
     Args:
-        source: a path to a binary `.onnx` file, or a `ModelProto`, which is returned as it is.
+        source: a path to a binary `.onnx` file, or a `ModelProto`, which is returned as it is
+            (a copy, where names had to be escaped because they are not UTF-8).
 
     Raises:
-        UsageError: there is no such file.
-        ModelError: the file is not an ONNX model, is empty, or is larger than protobuf allows.
+        UsageError: there is no such file, or it cannot be read.
+        ModelError: the file is not an ONNX model, is empty, is larger than protobuf allows, or
+            breaks the format's rules.
+        BudgetError: its functions would unfold into too many nodes.
     """
     if isinstance(source, onnx.ModelProto):
-        return source
+        return _sound(source, f"the model {source.graph.name!r}", source)
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(
+            f"expected the path of an .onnx file or an onnx.ModelProto, got {type(source).__name__}"
+        )
     path = Path(source)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -71,7 +86,12 @@ def load_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
     model = onnx.ModelProto()
     try:
         with paused_gc():
-            model.ParseFromString(path.read_bytes())
+            data = path.read_bytes()
+            model.ParseFromString(data)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     except DecodeError as error:
         raise ModelError(f"{path}: not a binary ONNX model ({error})") from error
     if not model.HasField("graph") or not model.graph.output:
@@ -79,6 +99,23 @@ def load_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
             f"{path}: this file parses but holds no ONNX graph with outputs; is it a truncated"
             " file, a Git LFS pointer or another protobuf?"
         )
+    with paused_gc():
+        return _sound(model, str(path), data)
+
+
+def _sound(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> onnx.ModelProto:
+    """The model, its names readable and its rules kept; `data` is its serialised form."""
+    if isinstance(data, onnx.ModelProto):
+        data = data.SerializeToString() if data.ByteSize() < _NAMES_LIMIT else b""
+    if not is_utf8(data):
+        if what.startswith("the model "):
+            model = onnx.ModelProto.FromString(data)
+        spelled = escape_names(model)
+        _log.warning(
+            "%s: %d names are not UTF-8; they are written escaped: %s",
+            printable(what), len(spelled), ", ".join(spelled[:3]),
+        )  # fmt: skip
+    assert_sound(model, what)
     return model
 
 
@@ -105,6 +142,7 @@ def atomic_write(path: Path, data: bytes, *, force: bool = False) -> None:
         raise
 
 
+@door
 def save_model(
     model: onnx.ModelProto,
     path: str | os.PathLike[str],

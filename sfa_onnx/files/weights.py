@@ -20,6 +20,7 @@ from onnx import TensorProto
 
 from sfa_onnx.errors import UsageError, WeightsError
 from sfa_onnx.files.external import external_range, iter_tensors
+from sfa_onnx.guard.doors import door
 
 __all__ = ["READERS", "WeightsFinding", "external_files", "place_weights", "weights_findings"]
 
@@ -109,6 +110,7 @@ def external_files(model: onnx.ModelProto) -> dict[str, int]:
     return files
 
 
+@door
 def weights_findings(
     model: onnx.ModelProto, folder: str | os.PathLike[str]
 ) -> list[WeightsFinding]:

@@ -17,6 +17,7 @@ import onnx
 
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.model import load_model, save_model
+from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
@@ -45,6 +46,7 @@ class KvReport:
     path: Path | None = None
 
 
+@door
 def convert(
     model: str | os.PathLike[str] | onnx.ModelProto,
     output: str | os.PathLike[str] | None = None,

@@ -21,6 +21,7 @@ from sfa_onnx.errors import UsageError, WeightsError
 from sfa_onnx.files.external import StorageReader, iter_tensors
 from sfa_onnx.files.model import atomic_write, hash_message, load_model, paused_gc
 from sfa_onnx.files.weights_file import digest_of
+from sfa_onnx.guard.doors import door
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
 from sfa_onnx.passes.graph.sub_graphs import bodies
@@ -187,6 +188,7 @@ def _gone(first: dict[str, str], second: dict[str, str]) -> tuple[str, ...]:
     return tuple(name for name, value in first.items() if second.get(name) != value)
 
 
+@door
 def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
     """The certificate of a fusion, ready for JSON.
 
@@ -214,6 +216,7 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
     }
 
 
+@door
 def write_certificate(
     certificate: dict[str, Any], path: str | os.PathLike[str], *, force: bool = False
 ) -> Path:
@@ -223,6 +226,7 @@ def write_certificate(
     return target
 
 
+@door
 def check_certificate(
     path: str | os.PathLike[str],
     before: str | os.PathLike[str] | onnx.ModelProto,

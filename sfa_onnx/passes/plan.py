@@ -23,6 +23,7 @@ from typing import Any
 
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.model import atomic_write
+from sfa_onnx.guard.doors import door
 from sfa_onnx.report import FuseReport
 
 __all__ = ["Plan", "read_plan", "write_plan"]
@@ -57,6 +58,7 @@ class Plan:
             )
 
 
+@door
 def write_plan(report: FuseReport, path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write the sites that would fuse; the others appear as comments with their reasons.
 
@@ -83,6 +85,7 @@ def write_plan(report: FuseReport, path: str | os.PathLike[str], *, force: bool 
     return target
 
 
+@door
 def read_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan.
 

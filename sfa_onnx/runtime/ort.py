@@ -21,6 +21,7 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
 from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
+from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import ALL_OPS
 
 __all__ = ["NUMPY_TYPES", "Model", "kernel_isa", "library_path", "register", "run", "session"]
@@ -48,6 +49,7 @@ _ONNX_ONLY: Final[dict[str, int]] = {  # types that onnxruntime's own NumPy conv
 }
 
 
+@door
 def library_path() -> Path:
     """Where the compiled operator library lies.
 
@@ -73,6 +75,7 @@ def library_path() -> Path:
     )
 
 
+@door
 def kernel_isa() -> str:
     """The kernel path this machine takes ("avx512_bf16", ..., "scalar").
 
@@ -90,6 +93,7 @@ def kernel_isa() -> str:
     return name
 
 
+@door
 def register(sess_options: ort.SessionOptions) -> ort.SessionOptions:
     """Register our operator library with `sess_options`, once; returns `sess_options`.
 
@@ -113,6 +117,7 @@ def register(sess_options: ort.SessionOptions) -> ort.SessionOptions:
     return sess_options
 
 
+@door
 def session(
     model: Model,
     sess_options: ort.SessionOptions | None = None,
@@ -166,6 +171,7 @@ def _source(model: Model, allow_external: bool) -> tuple[str | bytes, str]:
     return model.SerializeToString(), name
 
 
+@door
 def run(
     model: Model | ort.InferenceSession,
     feeds: Mapping[str, ArrayLike],

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from sfa_onnx.guard.doors import door
+
 __all__ = ["Timing", "time_session"]
 
 WARM_UP = 3
@@ -24,6 +26,7 @@ class Timing:
     best_ms: float
 
 
+@door
 def time_session(
     session: ort.InferenceSession, feeds: dict[str, np.ndarray[Any, Any]], runs: int
 ) -> Timing:

@@ -26,7 +26,8 @@ from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
 from sfa_onnx.ascend.checks.rules import RULES
 from sfa_onnx.ascend.checks.support import layer_summary, support_findings, support_rows
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
-from sfa_onnx.errors import UsageError
+from sfa_onnx.files.model import load_model
+from sfa_onnx.guard.doors import door
 
 __all__ = [
     "CANN_VERSIONS",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 
+@door
 def check(
     model: onnx.ModelProto | str | Path,
     *,
@@ -67,13 +69,11 @@ def check(
 
     Raises:
         UsageError: unknown CANN version, SoC or plug-in key, or no such file.
+        ModelError: not an ONNX model, or one that breaks the format's rules.
     """
     if not isinstance(model, onnx.ModelProto):
-        path = Path(model)
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file; give the path of an .onnx model")
-        base_dir = path.parent if base_dir is None else base_dir
-        model = onnx.load(path, load_external_data=False)
+        base_dir = Path(model).parent if base_dir is None else base_dir
+    model = load_model(model)
     view = ModelView(model, None if base_dir is None else Path(base_dir))
     plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
     parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)

@@ -22,6 +22,7 @@ from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Names, Rule, Scope, apply
 from sfa_onnx.errors import ModelError, SfaError
 from sfa_onnx.files.model import load_model, save_model
+from sfa_onnx.guard.doors import door
 
 __all__ = ["FixResult", "fix", "fix_file"]
 
@@ -41,6 +42,7 @@ class FixResult:
     path: Path | None = None
 
 
+@door
 def fix(model: ModelProto, report: CheckReport) -> tuple[ModelProto, list[str]]:
     """Apply the fixable findings of `report` to a copy of `model`.
 
@@ -54,6 +56,7 @@ def fix(model: ModelProto, report: CheckReport) -> tuple[ModelProto, list[str]]:
     return result.model, result.applied
 
 
+@door
 def fix_file(
     path: str | Path, report: CheckReport, output: str | Path, *, force: bool = False
 ) -> FixResult:
@@ -69,6 +72,7 @@ def fix_file(
     return result
 
 
+@door
 def apply_fixes(model: ModelProto, report: CheckReport) -> FixResult:
     """As `fix`, with the reasons of what was skipped."""
     work = ModelProto()

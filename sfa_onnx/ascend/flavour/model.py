@@ -29,6 +29,7 @@ from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.model import paused_gc
+from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
 
 __all__ = ["FLAVOUR_KEY", "AtcModel", "convert", "from_atc", "is_atc", "to_atc"]
@@ -50,6 +51,7 @@ class AtcModel:
     renamed: list[str] = field(default_factory=list)  # "old node name -> new node name"
 
 
+@door
 def to_atc(
     model: ModelProto,
     *,
@@ -62,6 +64,7 @@ def to_atc(
     return convert(model, binding=binding, npu_dtype=npu_dtype, opset=opset, cann=cann).model
 
 
+@door
 def convert(
     model: ModelProto,
     *,
@@ -143,6 +146,7 @@ def _rewrite(
     return target
 
 
+@door
 def from_atc(model: ModelProto) -> ModelProto:
     """The canonical flavour of an ATC model: our operators back in their own domains.
 
@@ -173,6 +177,7 @@ def from_atc(model: ModelProto) -> ModelProto:
     return work
 
 
+@door
 def is_atc(model: ModelProto) -> bool:
     """Whether a model has the ATC flavour: one default import, and our nodes (if any) in it."""
     imports = {i.domain or "ai.onnx" for i in model.opset_import}

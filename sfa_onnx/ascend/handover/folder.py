@@ -40,6 +40,7 @@ from sfa_onnx.ascend.handover.scope import cut, parse_scope
 from sfa_onnx.errors import SfaError, UsageError
 from sfa_onnx.files.model import atomic_write, load_model, save_model
 from sfa_onnx.files.weights import external_files
+from sfa_onnx.guard.doors import door
 
 __all__ = ["HandoverReport", "compare_against", "write"]
 
@@ -48,6 +49,7 @@ _HANDLED = frozenset({"precision-mode"})  # atc.sh passes must_keep_origin_dtype
 _SAMPLE_LIMIT = 64 << 20  # bytes of random inputs written unasked
 
 
+@door
 def write(
     model: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],

@@ -23,6 +23,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx.errors import ModelError, SfaError, UsageError
 from sfa_onnx.files.model import load_model
+from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
 from sfa_onnx.runtime.compare.converted import converted_feeds
 from sfa_onnx.runtime.compare.difference import CompareReport, OutputRow, SiteRow, measure
@@ -53,6 +54,7 @@ _PLAUSIBLE_LOSS: Final = 0.1  # relative; beyond it something else than int8 is 
 _TOGETHER: Final = 8  # sites whose border values are captured in one run
 
 
+@door
 def compare(
     before: Model,
     after: Model,

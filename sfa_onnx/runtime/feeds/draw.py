@@ -20,6 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.files.onnx_attrs import attribute, attributes
+from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
@@ -40,6 +41,7 @@ _VIEWS: Final = frozenset(
 _WHOLE: Final = (TensorProto.INT32, TensorProto.INT64)
 
 
+@door
 def random_feeds(
     model: Model | ort.InferenceSession,
     seed: int = 0,

@@ -16,6 +16,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, helper
 
 from sfa_onnx.errors import ModelError
 from sfa_onnx.files.onnx_attrs import attributes, subgraphs
+from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import ALL_OPS, KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from sfa_onnx.runtime.elem_types import ElemTypes
@@ -50,6 +51,7 @@ class _Signature:
         return _OPS[self.key]
 
 
+@door
 def make_portable(model: ModelProto) -> ModelProto:
     """A copy of `model` whose operators of ours also are model-local functions.
 
@@ -74,6 +76,7 @@ def make_portable(model: ModelProto) -> ModelProto:
     return out
 
 
+@door
 def unfuse(model: ModelProto) -> ModelProto:
     """A copy of `model` in which our operators are replaced by standard nodes.
 

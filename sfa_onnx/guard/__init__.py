@@ -1,0 +1,1 @@
+"""What stands between an untrusted model and everything else: budgets, doors, the worker."""

@@ -1,0 +1,133 @@
+"""What a sound model is: one rule broken at a time, by every verb, before anything else."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import sfa_onnx
+from sfa_onnx.errors import BudgetError, ModelError
+from sfa_onnx.files.model import load_model
+from sfa_onnx.files.sound import problems
+from tests.broken_models import BROKEN, doubling, sound
+from tests.zoo import bodies
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_one_broken_rule_is_told(name):
+    change, text = BROKEN[name]
+    model = sound()
+    assert problems(model) == []
+    change(model)
+    with pytest.raises(ModelError) as caught:
+        load_model(model)
+    message = str(caught.value)
+    assert text in message, message
+    assert "not a sound ONNX model" in message
+    assert "Export it again" in message
+
+
+def test_many_problems_are_counted_and_three_are_told():
+    model = sound()
+    model.graph.output.extend(onnx.ValueInfoProto(name=f"o{i}") for i in range(9))
+    with pytest.raises(ModelError, match=r"'o2'.*; and 6 more"):
+        load_model(model)
+
+
+def test_any_order_of_nodes_is_sound_as_long_as_one_runs():
+    model = sound()
+    nodes = list(
+        reversed([onnx.NodeProto.FromString(n.SerializeToString()) for n in model.graph.node])
+    )
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    assert problems(model) == []
+
+
+@pytest.mark.parametrize("hoist", [True, False])
+def test_bodies_see_the_values_around_them(hoist):
+    assert problems(bodies.in_if(sound(), hoist=hoist)) == []
+
+
+def test_a_cycle_through_a_body_is_seen():
+    model = sound()
+    out = model.graph.output[0].name
+    branch = helper.make_graph(
+        [helper.make_node("Relu", [out], ["r"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("r", TensorProto.FLOAT, None)],
+    )
+    model.graph.node.append(
+        helper.make_node("If", ["flag"], ["looped"], then_branch=branch, else_branch=branch)
+    )
+    model.graph.input.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    assert problems(model) == []
+    maker = next(n for n in model.graph.node if out in n.output)
+    maker.input[0] = "looped"
+    assert any("depends on itself" in p for p in problems(model))
+
+
+def test_functions_that_double_are_refused_by_their_budget(monkeypatch):
+    report = sfa_onnx.fuse(doubling(5))
+    assert report.nodes_before > 0
+    with pytest.raises(
+        BudgetError, match=r"4194\d\d\d nodes.*nodes after inlining.*SFA_ONNX_MAX_NODES"
+    ):
+        sfa_onnx.fuse(doubling(21))
+    monkeypatch.setenv("SFA_ONNX_MAX_NODES", "60")
+    with pytest.raises(BudgetError, match="budget of 60"):
+        sfa_onnx.fuse(doubling(6))
+
+
+def test_names_that_are_not_utf8_are_escaped_and_told(tmp_path, caplog):
+    """A name in GBK: onnxruntime loads the file, and so do we."""
+    data = sound().SerializeToString()
+    model = onnx.ModelProto.FromString(data)
+    node = next(n for n in model.graph.node if n.op_type == "Softmax")
+    node.name = "softmaxNAME"
+    old = model.graph.input[0].name
+    path = tmp_path / "gbk.onnx"
+    raw = model.SerializeToString().replace(b"softmaxNAME", b"softmax\xd6\xd0\xce\xc4")
+    path.write_bytes(raw)
+    loaded = load_model(path)
+    names = [n.name for n in loaded.graph.node]
+    assert "softmax\\xd6\\xd0\\xce\\xc4" in names
+    assert loaded.graph.input[0].name == old
+    assert "names are not UTF-8" in caplog.text
+    in_memory = onnx.ModelProto.FromString(raw)
+    assert [n.name for n in load_model(in_memory).graph.node] == names
+    report = sfa_onnx.fuse(path, tmp_path / "out.onnx")
+    assert len(report.fused) == 1
+    onnx.checker.check_model(onnx.load(tmp_path / "out.onnx"))
+
+
+def test_what_onnxruntime_accepts_is_sound():
+    """Optional inputs left out, shadowed names, initializers that are inputs too."""
+    inner = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["t"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("t", TensorProto.FLOAT, [2])],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Clip", ["x", "", "w"], ["c"]),
+            helper.make_node("If", ["flag"], ["y"], then_branch=inner, else_branch=inner),
+        ],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [2]),
+            helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("w", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [2]),
+            helper.make_tensor_value_info("c", TensorProto.FLOAT, [2]),
+        ],
+        [helper.make_tensor("w", TensorProto.FLOAT, [], [1.0])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    onnx.checker.check_model(model)
+    assert problems(model) == []
