@@ -233,7 +233,7 @@ def run(params: Params, threads: int = 1, order: list[int] | None = None) -> Non
     if lib.sfa_core_begin(ctypes.byref(params), ctypes.byref(call), ctypes.byref(error)):
         raise CoreError(error)
     todo = list(range(lib.sfa_core_num_tasks(call))) if order is None else list(order)
-    _share(lib, call, todo, threads)
+    share(lib.sfa_core_run_task, call, todo, threads)
     if lib.sfa_core_end(call, ctypes.byref(error)):
         raise CoreError(error)
 
@@ -247,10 +247,12 @@ def num_tasks(params: Params) -> int:
     return int(count)
 
 
-def _share(lib: ctypes.CDLL, call: ctypes.c_void_p, todo: list[int], threads: int) -> None:
+def share(run_task: Any, call: ctypes.c_void_p, todo: list[int], threads: int) -> None:
+    """Run the tasks of a call on some threads."""
+
     def work(part: list[int]) -> None:
         for task in part:
-            lib.sfa_core_run_task(call, task)
+            run_task(call, task)
 
     workers = [threading.Thread(target=work, args=(todo[i::threads],)) for i in range(1, threads)]
     for worker in workers:

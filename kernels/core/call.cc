@@ -237,20 +237,6 @@ int run_chunk(Call* c, int64_t token, int64_t chunk, char* memory) {
   return status;
 }
 
-int64_t longest_row(const sfa_core_params& p) {
-  int64_t longest = 0;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    Lengths len;
-    len.act_kv = p.actual_seq_lengths_kv ? p.actual_seq_lengths_kv[b] : p.kv_s;
-    if (p.layout_kv == SFA_CORE_TND && b > 0) len.act_kv -= p.actual_seq_lengths_kv[b - 1];
-    len.act_q = 1;
-    len.s1 = 0;
-    const int64_t slots = slot_count(p, len);
-    if (slots > longest) longest = slots;
-  }
-  return longest;
-}
-
 // Cuts heads into equal blocks and decides whether tokens are cut into chunks.
 int plan(Call* c, bool may_split, sfa_core_error* err) {
   const sfa_core_params& p = c->p;

@@ -7,26 +7,6 @@
 namespace sfa {
 namespace {
 
-struct Range {
-  const char* name;
-  int64_t value, lo, hi;
-};
-
-constexpr int64_t kBig = (int64_t)1 << 40;  // no tensor has so many rows
-constexpr int64_t kInt = (int64_t)1 << 30;
-
-int check_ranges(const Range* ranges, int n, sfa_core_error* err) {
-  for (int i = 0; i < n; ++i) {
-    if (ranges[i].value < ranges[i].lo) {
-      return set_error(err, SFA_CORE_BAD_PARAM, ranges[i].name, ranges[i].value, ranges[i].lo);
-    }
-    if (ranges[i].value > ranges[i].hi) {
-      return set_error(err, SFA_CORE_BAD_PARAM, ranges[i].name, ranges[i].value, ranges[i].hi);
-    }
-  }
-  return SFA_CORE_OK;
-}
-
 int check_scalars(const sfa_core_params& p, sfa_core_error* err) {
   const bool packed = p.cache_dtype == SFA_CORE_I8, paged = p.layout_kv == SFA_CORE_PA_BSND;
   const Range ranges[] = {
@@ -137,7 +117,7 @@ int check_paged(const sfa_core_params& p, sfa_core_error* err) {
     if (len < 0) return fail_batch(err, SFA_CORE_BAD_SEQ_KV, "actual_seq_lengths_kv", b, len, 0);
     const int64_t need = ceil_div(len, p.block_size);
     if (need > p.block_table_cols) {
-      return fail_batch(err, SFA_CORE_TABLE_TOO_SHORT, "block_table", b, need, p.block_table_cols);
+      return fail_batch(err, SFA_CORE_TABLE_TOO_SHORT, "actual_seq_lengths_kv", b, need, p.block_table_cols);
     }
   }
   return SFA_CORE_OK;
@@ -150,11 +130,20 @@ int set_error(sfa_core_error* err, int status, const char* what, int64_t value, 
   return status;
 }
 
-int check_params(const sfa_core_params& p, sfa_core_error* err) {
-  int status = check_scalars(p, err);
-  if (status == SFA_CORE_OK) status = check_pointers(p, err);
-  if (status != SFA_CORE_OK) return status;
-  status = p.layout_query == SFA_CORE_TND
+int check_ranges(const Range* ranges, int n, sfa_core_error* err) {
+  for (int i = 0; i < n; ++i) {
+    if (ranges[i].value < ranges[i].lo) {
+      return set_error(err, SFA_CORE_BAD_PARAM, ranges[i].name, ranges[i].value, ranges[i].lo);
+    }
+    if (ranges[i].value > ranges[i].hi) {
+      return set_error(err, SFA_CORE_BAD_PARAM, ranges[i].name, ranges[i].value, ranges[i].hi);
+    }
+  }
+  return SFA_CORE_OK;
+}
+
+int check_lengths(const sfa_core_params& p, sfa_core_error* err) {
+  const int status = p.layout_query == SFA_CORE_TND
                ? check_prefix(p.actual_seq_lengths_query, p.batch, p.query_t, true, err)
                : check_counts(p.actual_seq_lengths_query, p.batch, p.query_s, true, err);
   if (status != SFA_CORE_OK) return status;
@@ -166,6 +155,12 @@ int check_params(const sfa_core_params& p, sfa_core_error* err) {
     default:
       return check_counts(p.actual_seq_lengths_kv, p.batch, p.kv_s, false, err);
   }
+}
+
+int check_params(const sfa_core_params& p, sfa_core_error* err) {
+  int status = check_scalars(p, err);
+  if (status == SFA_CORE_OK) status = check_pointers(p, err);
+  return status == SFA_CORE_OK ? check_lengths(p, err) : status;
 }
 
 }  // namespace sfa
@@ -208,8 +203,8 @@ int32_t sfa_core_describe(const sfa_core_error* err, char* buf, int32_t size) {
       break;
     case SFA_CORE_TABLE_TOO_SHORT:
       n = snprintf(buf, size,
-                   "block_table has %lld columns, but actual_seq_lengths_kv[%lld] needs %lld pages",
-                   limit, batch, value);
+                   "block_table has %lld columns, but %s[%lld] needs %lld pages", limit, what,
+                   batch, value);
       break;
     case SFA_CORE_BAD_BLOCK:
       n = snprintf(buf, size,

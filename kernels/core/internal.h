@@ -104,6 +104,8 @@ struct Lengths {
 
 // Number of key slots that token looks at (a multiple of sparse_block_size), 0 for an empty row.
 int64_t slot_count(const sfa_core_params& p, const Lengths& len);
+// The largest slot_count that a token can have.
+int64_t longest_row(const sfa_core_params& p);
 // Fills `rows` with the usable rows among slots [first, first + kChunk). Nothing is read through
 // an unchecked value; on error `err` says why and the status is returned.
 int resolve_rows(const sfa_core_params& p, const Lengths& len, int64_t token, int64_t first,
@@ -111,6 +113,16 @@ int resolve_rows(const sfa_core_params& p, const Lengths& len, int64_t token, in
 // False for a padding row (its output is zero).
 bool find_lengths(const sfa_core_params& p, int64_t token, Lengths* len);
 int check_params(const sfa_core_params& p, sfa_core_error* err);
+
+// Pieces of check_params: numbers between bounds; lengths, prefix sums and the width of the table.
+struct Range {
+  const char* name;
+  int64_t value, lo, hi;
+};
+constexpr int64_t kBig = (int64_t)1 << 40;  // no tensor has so many
+constexpr int64_t kInt = (int64_t)1 << 30;
+int check_ranges(const Range* ranges, int n, sfa_core_error* err);
+int check_lengths(const sfa_core_params& p, sfa_core_error* err);
 
 }  // namespace sfa
 

@@ -19,6 +19,7 @@ constexpr int kMinOrder = 12, kMaxOrder = 40, kHugeOrder = 21;
 Header* g_idle[kMaxOrder + 1][kSlots];
 __thread int t_slot = -1;
 int g_next_slot;
+int64_t g_bytes;  // allocated and not freed
 
 // Threads start to look at different places, so that each tends to get its own warm buffer back.
 int start_slot() {
@@ -35,7 +36,14 @@ Header* allocate(int order) {
   if (huge) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
   ((Header*)memory)->order = order;
+  __atomic_add_fetch(&g_bytes, (int64_t)bytes, __ATOMIC_RELAXED);
   return (Header*)memory;
+}
+
+void release(Header* h) {
+  if (!h) return;
+  __atomic_sub_fetch(&g_bytes, (int64_t)1 << h->order, __ATOMIC_RELAXED);
+  free(h);
 }
 
 }  // namespace
@@ -65,13 +73,19 @@ void pool_give(void* buffer) {
       return;
     }
   }
-  free(h);
+  release(h);
 }
 
 }  // namespace sfa
 
-extern "C" void sfa_core_trim(void) {
+extern "C" {
+
+void sfa_core_trim(void) {
   for (auto& size : sfa::g_idle) {
-    for (auto& slot : size) free(__atomic_exchange_n(&slot, nullptr, __ATOMIC_ACQ_REL));
+    for (auto& slot : size) sfa::release(__atomic_exchange_n(&slot, nullptr, __ATOMIC_ACQ_REL));
   }
 }
+
+int64_t sfa_core_pool_bytes(void) { return __atomic_load_n(&sfa::g_bytes, __ATOMIC_RELAXED); }
+
+}  // extern "C"

@@ -193,6 +193,20 @@ int64_t slot_count(const sfa_core_params& p, const Lengths& len) {
   return (entries < p.sparse_count ? entries : p.sparse_count) * p.sparse_block_size;
 }
 
+int64_t longest_row(const sfa_core_params& p) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    Lengths len;
+    len.act_kv = p.actual_seq_lengths_kv ? p.actual_seq_lengths_kv[b] : p.kv_s;
+    if (p.layout_kv == SFA_CORE_TND && b > 0) len.act_kv -= p.actual_seq_lengths_kv[b - 1];
+    len.act_q = 1;
+    len.s1 = 0;
+    const int64_t slots = slot_count(p, len);
+    if (slots > longest) longest = slots;
+  }
+  return longest;
+}
+
 int resolve_rows(const sfa_core_params& p, const Lengths& len, int64_t token, int64_t first,
                  Rows* rows, sfa_core_error* err) {
   const int64_t left = slot_count(p, len) - first;

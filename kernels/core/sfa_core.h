@@ -172,6 +172,58 @@ SFA_CORE_API int sfa_core_end(sfa_core_call* call, sfa_core_error* err);
 // begin + all tasks on the calling thread + end.
 SFA_CORE_API int sfa_core_run(const sfa_core_params* params, sfa_core_error* err);
 
+// One call of NPULightningIndexer (float dtypes) or NPUQuantLightningIndexer (I8): for every query
+// row the sparse_count visible keys of the largest
+//
+//   score = key_scale * sum_h weights[h] * query_scale[h] * relu(query[h] . key)    (scales: I8 only)
+//
+// in descending order, ties by lower key, then -1. Scores are float32 sums. A NaN is the smallest of
+// all, below -infinity; -0 equals +0. begin, tasks and end are used as above; the result depends on
+// neither threads nor task order. Of the scores only a tile and O(sparse_count) per row are kept.
+typedef struct sfa_core_indexer_params {
+  uint32_t struct_size;   // sizeof(sfa_core_indexer_params)
+  int32_t isa;            // sfa_core_isa_id
+  int32_t dtype;          // F32 | F16 | BF16 | I8: query and key
+  int32_t weights_dtype;  // F32 | F16 | BF16; I8: F16
+  int32_t layout_query;   // BSND | TND
+  int32_t layout_key;     // BSND | TND | PA_BSND
+  int32_t sparse_mode;    // 0 | 3
+  int32_t rounding;       // sfa_core_rounding, I8 only. NPU: weights * query_scale and relu / 1024 are
+                          // rounded to float16, ties to even, and scores are smaller by 1024
+  int32_t num_heads;      // Hi >= 1
+  int32_t head_dim;       // Di >= 1
+  int32_t sparse_count;   // K >= 1
+  int32_t reserved;       // 0
+
+  int64_t batch;             // B
+  int64_t query_s;           // S1 (BSND); ignored for TND
+  int64_t query_t;           // number of query rows: B*S1 (BSND) or T (TND)
+  int64_t key_s;             // S2 (BSND) or T2 (TND: total rows); ignored for PA_BSND
+  int64_t block_num;         // PA_BSND: pages in the cache
+  int64_t block_size;        // PA_BSND: rows per page
+  int64_t block_table_cols;  // PA_BSND: columns of block_table
+
+  const void* query;            // [query_t, Hi, Di]
+  const void* key;              // [rows, Di]
+  const void* weights;          // [query_t, Hi]
+  const uint16_t* query_scale;  // I8: float16 [query_t, Hi]
+  const uint16_t* key_scale;    // I8: float16 [rows]
+  const int32_t* block_table;   // [B, block_table_cols], PA_BSND only
+  const int32_t* actual_seq_lengths_query;  // as for the attention
+  const int32_t* actual_seq_lengths_key;
+  int32_t* sparse_indices;  // [query_t, K]
+  void* sparse_values;      // [query_t, K] or NULL: scores in `dtype` (I8: float32), tail -infinity
+} sfa_core_indexer_params;
+
+typedef struct sfa_core_indexer_call sfa_core_indexer_call;
+
+SFA_CORE_API int sfa_core_indexer_begin(const sfa_core_indexer_params* params,
+                                        sfa_core_indexer_call** call, sfa_core_error* err);
+SFA_CORE_API int64_t sfa_core_indexer_num_tasks(const sfa_core_indexer_call* call);
+SFA_CORE_API int sfa_core_indexer_run_task(sfa_core_indexer_call* call, int64_t task);
+SFA_CORE_API int sfa_core_indexer_end(sfa_core_indexer_call* call, sfa_core_error* err);
+SFA_CORE_API int sfa_core_indexer_run(const sfa_core_indexer_params* params, sfa_core_error* err);
+
 // Bytes of one packed row: nope + rope * itemsize(rope_dtype) + 4 * nope / tile.
 SFA_CORE_API int64_t sfa_core_row_bytes(int32_t nope_dim, int32_t rope_dim, int32_t tile_size,
                                         int32_t rope_dtype);
@@ -207,6 +259,8 @@ SFA_CORE_API int32_t sfa_core_describe(const sfa_core_error* err, char* buf, int
 
 // Frees the pooled scratch that no call is using.
 SFA_CORE_API void sfa_core_trim(void);
+// Bytes of scratch that the pool holds, in use or idle.
+SFA_CORE_API int64_t sfa_core_pool_bytes(void);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -1,0 +1,78 @@
+// What the pieces of the lightning indexer share: the geometry of a call, the best keys of a row so
+// far, and the table of functions that an instruction-set path fills in.
+#ifndef SFA_ONNX_KERNELS_CORE_INDEXER_H_
+#define SFA_ONNX_KERNELS_CORE_INDEXER_H_
+
+#include "half.h"
+#include "internal.h"
+
+namespace sfa {
+
+constexpr int kMaxTile = 48;   // keys whose scores exist at a time
+constexpr int kBestPad = 64;   // writable entries of Best past `room`
+constexpr int kScorePad = 16;  // readable scores past a tile
+
+struct IndexerGeom {
+  int heads, width;  // Hi, Di
+  int dtype;         // of query and key
+  bool half;         // I8: relu / 1024 is rounded to float16
+};
+
+// Keys of one tile: addresses (repeated past the last, so that tiles may be padded) and scales.
+struct KeyTile {
+  int n;
+  int64_t first;  // position of the first key in its sequence
+  const uint8_t* row[kMaxTile + kRowPad];
+  uint16_t scale[kMaxTile + kRowPad];  // I8: float16
+};
+
+// The best `want` of the keys seen so far, and some that may still be: a buffer that is cut down to
+// `want` when it is full. Scores are kept as integers that compare as scores do (order_of).
+struct Best {
+  int32_t* order;  // [room + kBestPad], NaN is INT32_MIN + 1
+  int32_t* key;    // [room + kBestPad]
+  int64_t n, room, want;
+  int32_t floor;  // `want` keys reach above or to it: only what lies above it is of interest
+};
+
+constexpr int32_t kNoFloor = INT32_MIN;  // below every score, NaN included
+
+// One path for one kind of numbers. All functions are re-entrant.
+struct IndexerPath {
+  const char* name;
+  int tile;  // keys per call of `scores`, at most kMaxTile
+  size_t (*scratch_bytes)(const IndexerGeom& g);
+  // Packs one query row: query [heads, width], weights [heads] with all scales in them.
+  void (*load_query)(const IndexerGeom& g, const void* query, const float* weights, void* scratch);
+  // Scores of the tile's keys, out [tile.n + kScorePad]; `ahead` (may be null) will be read soon.
+  void (*scores)(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, void* scratch,
+                 float* out);
+  // Adds keys [first, first + n) to the best.
+  void (*collect)(const float* scores, int n, int64_t first, Best* best);
+  // Cuts the buffer down to `want` entries: the largest scores, among equal ones the lowest keys.
+  void (*keep_best)(Best* best);
+};
+
+// Path tables of the files that this build contains.
+const IndexerPath* indexer_scalar(bool int8);
+const IndexerPath* indexer_avx2(bool int8);
+const IndexerPath* indexer_avx512f(bool int8);
+const IndexerPath* indexer_avx512_vnni();  // int8
+const IndexerPath* indexer_avx512_bf16();  // bfloat16
+const IndexerPath* indexer_neon(bool int8);
+const IndexerPath* indexer_neon_dot();   // int8
+const IndexerPath* indexer_neon_bf16();  // bfloat16
+
+// The path for numbers of `dtype` when sfa_core_isa_id `id` was chosen (see find_path).
+const IndexerPath* indexer_path(int id, int dtype);
+
+int check_indexer(const sfa_core_indexer_params& p, sfa_core_params* sequences,
+                  sfa_core_error* err);
+
+// Sorts the best (at most `want`) and writes one row: keys and, where `values` is not null, scores
+// as `dtype`; then -1 and -infinity. `spare` has room for 2 * want entries of 8 bytes.
+void write_best(Best* best, int32_t* keys, void* values, int dtype, void* spare);
+
+}  // namespace sfa
+
+#endif  // SFA_ONNX_KERNELS_CORE_INDEXER_H_

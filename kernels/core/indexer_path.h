@@ -1,0 +1,290 @@
+// The skeleton of an indexer path: scores of one tile of keys against all heads of one query row.
+//
+// A row of numbers is cut into 32-bit words: a float, two bfloat16 or int16, four int8. Lanes are
+// heads: the query is packed as [word][head] once per row, and a word of a key is broadcast from
+// where the key lies (or from a widened copy). V vectors of heads and kSums / V keys are summed in
+// registers over the whole width; relu, weights and the sum over vectors follow while the sums are
+// there. What is left is one vector per key, whose lanes are added sixteen (W) keys at a time.
+//
+// An instruction set provides, in a struct D: type Acc and Word, kPack (numbers per word), kMaxV,
+// kSums, kTile, load, splat, dot, positive (relu as floats), raw (keys are read in place), widen and
+// widen_query (rows to words; the latter returns what the head's sums start from, see `start`).
+#ifndef SFA_ONNX_KERNELS_CORE_INDEXER_PATH_H_
+#define SFA_ONNX_KERNELS_CORE_INDEXER_PATH_H_
+
+#include <type_traits>
+
+#include "indexer.h"
+#include "vec.h"
+
+namespace sfa {
+namespace {
+
+inline int words_of(int width, int pack) { return (width + pack - 1) / pack; }
+
+// Heads of one group: start [V * W] | weights [V * W] | mask [W] | words [steps][V * W].
+struct Group {
+  int v;
+  const int32_t* start;
+  const float* weights;
+  const int32_t* mask;
+  const uint32_t* words;
+};
+
+template <class D>
+class Layout {
+ public:
+  Layout(const IndexerGeom& g, void* scratch)
+      : steps(words_of(g.width, D::kPack)),
+        vectors((g.heads + W - 1) / W),
+        groups((vectors + D::kMaxV - 1) / D::kMaxV),
+        base_((uint32_t*)scratch) {
+    sums = (float*)(base_ + groups * group_words());
+    words = (uint32_t*)(sums + (size_t)(kMaxTile + kRowPad + W) * W);
+    bytes = (size_t)((char*)(words + (size_t)(kMaxTile + kRowPad) * padded_steps()) - (char*)base_);
+  }
+
+  // A multiple of sixteen words, so that widening may write whole vectors.
+  size_t padded_steps() const { return (size_t)(steps + 15) / 16 * 16; }
+
+  uint32_t* group_at(int i) const { return base_ + i * group_words(); }
+  int vectors_of(int i) const {
+    const int left = vectors - i * D::kMaxV;
+    return left < D::kMaxV ? left : D::kMaxV;
+  }
+  Group group(int i) const {
+    const int v = vectors_of(i);
+    const uint32_t* at = group_at(i);
+    return {v, (const int32_t*)at, (const float*)(at + v * W), (const int32_t*)(at + 2 * v * W),
+            at + (2 * v + 1) * W};
+  }
+
+  const int steps, vectors, groups;
+  float* sums;      // [kMaxTile + pad][W]
+  uint32_t* words;  // widened keys [kMaxTile + pad][padded_steps]
+  size_t bytes;
+
+ private:
+  size_t group_words() const { return (size_t)D::kMaxV * W * (steps + 2) + W; }
+  uint32_t* base_;
+};
+
+template <class D>
+size_t scratch_bytes(const IndexerGeom& g) {
+  return Layout<D>(g, nullptr).bytes + 64;
+}
+
+template <class D>
+void load_query(const IndexerGeom& g, const void* query, const float* weights, void* scratch) {
+  const Layout<D> layout(g, scratch);
+  const int item = dtype_size(g.dtype), lanes = D::kMaxV * W;
+  for (int i = 0; i < layout.groups; ++i) {
+    const int v = layout.vectors_of(i), wide = v * W;
+    uint32_t* at = layout.group_at(i);
+    memset(at, 0, (size_t)wide * (layout.steps + 2) * 4 + W * 4);
+    for (int lane = 0; lane < wide && i * lanes + lane < g.heads; ++lane) {
+      const int head = i * lanes + lane;
+      memcpy(at + wide + lane, &weights[head], 4);
+      if (lane >= wide - W) at[2 * wide + lane - (wide - W)] = ~0u;
+      const uint8_t* row = (const uint8_t*)query + (size_t)head * g.width * item;
+      const int32_t start = D::widen_query(row, g.width, g.dtype, layout.words);
+      memcpy(at + lane, &start, 4);
+      uint32_t* column = at + 2 * wide + W + lane;
+      for (int s = 0; s < layout.steps; ++s) column[(size_t)s * wide] = layout.words[s];
+    }
+  }
+}
+
+// The lanes' part of the scores of kSums / V keys, sums [key][W]; `first`: nothing is there yet.
+template <class D, int V, bool kHalf>
+void score_block(const Group& group, int steps, const uint8_t* const* rows, bool first,
+                 float* sums) {
+  constexpr int R = D::kSums / V;
+  typename D::Acc acc[R][V];
+  for (int v = 0; v < V; ++v) {
+    const typename D::Acc start = D::start(group.start + v * W);
+    for (int r = 0; r < R; ++r) acc[r][v] = start;
+  }
+  const uint8_t* row[R];
+  for (int r = 0; r < R; ++r) row[r] = rows[r];
+  const uint32_t* q = group.words;
+#pragma GCC unroll 2
+  for (int s = 0; s < steps; ++s, q += V * W) {
+    typename D::Word words[V];
+    for (int v = 0; v < V; ++v) words[v] = D::load(q + v * W);
+    for (int r = 0; r < R; ++r) {
+      const typename D::Word key = D::splat(row[r] + 4 * (size_t)s);
+      for (int v = 0; v < V; ++v) acc[r][v] = D::dot(acc[r][v], words[v], key);
+    }
+  }
+  const vi mask = *(const vi*)group.mask;
+  for (int r = 0; r < R; ++r) {
+    vf total = first ? vf{} : load(sums + r * W);
+    for (int v = 0; v < V; ++v) {
+      vf x = D::positive(acc[r][v]);
+      if (kHalf) x = simd::round_f16(x * splat(1.0f / 1024));
+      // Lanes past the last head: infinite keys make NaN of their zeros.
+      if (v == V - 1) x = (vf)((vi)x & mask);
+      total += x * load(group.weights + v * W);
+    }
+    store(sums + r * W, total);
+  }
+}
+
+template <class D, int V, bool kHalf>
+void score_group(const Group& group, int steps, const uint8_t* const* rows,
+                 const KeyTile* ahead, int row_bytes, int n, bool first, float* sums) {
+  if constexpr (V > 1) {
+    if (group.v < V) {
+      return score_group<D, V - 1, kHalf>(group, steps, rows, ahead, row_bytes, n, first, sums);
+    }
+  }
+  constexpr int R = D::kSums / V;
+  for (int k = 0; k < n; k += R) {
+    // The next tile's keys come from memory while this one is computed.
+    if (ahead) {
+      for (int r = k; r < k + R && r < ahead->n; ++r) {
+        for (int b = 0; b < row_bytes; b += 64) __builtin_prefetch(ahead->row[r] + b, 0, 2);
+      }
+    }
+    score_block<D, V, kHalf>(group, steps, rows + k, first, sums + k * W);
+  }
+}
+
+// Lane i of the result is the sum of the lanes of row i, for W rows [W][W]. Each step adds halves
+// of two vectors: lane bit `unit` tells which of the two a lane belongs to.
+template <int kUnit>
+inline vf add_halves(vf a, vf b) {
+  vi low, high;
+  for (int i = 0; i < W; ++i) {
+    low[i] = i & kUnit ? W + i - kUnit : i;
+    high[i] = i & kUnit ? W + i : i + kUnit;
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+template <int kUnit>
+inline vf add_lanes(const float* rows) {
+  if constexpr (kUnit == 0) {
+    return load(rows);
+  } else {
+    return add_halves<kUnit>(add_lanes<kUnit / 2>(rows), add_lanes<kUnit / 2>(rows + kUnit * W));
+  }
+}
+
+template <class D, bool kHalf>
+void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, void* scratch,
+            float* out) {
+  const Layout<D> layout(g, scratch);
+  const uint8_t* copies[kMaxTile + kRowPad];
+  const uint8_t* const* rows = tile.row;
+  if (!D::raw(g)) {
+    const size_t stride = layout.padded_steps();
+    for (int i = 0; i < tile.n; ++i) {
+      D::widen(tile.row[i], g.width, g.dtype, layout.words + i * stride);
+      copies[i] = (const uint8_t*)(layout.words + i * stride);
+    }
+    for (int i = tile.n; i < tile.n + kRowPad; ++i) copies[i] = copies[tile.n - 1];
+    rows = copies;
+  }
+  const int row_bytes = g.width * dtype_size(g.dtype);
+  for (int i = 0; i < layout.groups; ++i) {
+    score_group<D, D::kMaxV, kHalf>(layout.group(i), layout.steps, rows, i ? nullptr : ahead,
+                                    row_bytes, tile.n, i == 0, layout.sums);
+  }
+  for (int i = 0; i < tile.n; i += W) {
+    vf score = add_lanes<W / 2>(layout.sums + i * W);
+    if (g.dtype == SFA_CORE_I8) score *= simd::load_f16((const uint8_t*)(tile.scale + i));
+    storeu(out + i, score);
+  }
+}
+
+template <class D>
+void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, void* scratch,
+            float* out) {
+  if constexpr (std::is_same_v<typename D::Acc, vi>) {
+    if (g.half) return scores<D, true>(g, tile, ahead, scratch, out);
+  }
+  scores<D, false>(g, tile, ahead, scratch, out);
+}
+
+// Calls convert(numbers, words) for every N numbers of a row; the last ones are padded with zeros,
+// and nothing is read past the row.
+template <int N, int kItem, class Convert>
+inline void in_pieces(const uint8_t* row, int width, int pack, uint32_t* words, Convert convert) {
+  int i = 0;
+  for (; i + N <= width; i += N) convert(row + i * kItem, words + i / pack);
+  if (i == width) return;
+  alignas(64) uint8_t piece[N * kItem] = {};
+  memcpy(piece, row + i * kItem, (size_t)(width - i) * kItem);
+  convert(piece, words + i / pack);
+}
+
+// Rows of a float type as floats.
+inline void widen_floats(const uint8_t* row, int width, int dtype, uint32_t* words) {
+  if (dtype == SFA_CORE_F32) {
+    memcpy(words, row, (size_t)width * 4);
+  } else if (dtype == SFA_CORE_F16) {
+    in_pieces<W, 2>(row, width, 1, words, [](const uint8_t* x, uint32_t* at) {
+      storeu((float*)at, simd::load_f16(x));
+    });
+  } else {
+    in_pieces<W, 2>(row, width, 1, words, [](const uint8_t* x, uint32_t* at) {
+      storeu((float*)at, simd::load_bf16(x));
+    });
+  }
+}
+
+// What float words and fused multiply-add need, for every instruction set.
+template <int kVectors, int kRegisters, int kKeys>
+struct FloatWords {
+  typedef vf Acc;
+  typedef vf Word;
+  static constexpr int kPack = 1, kMaxV = kVectors, kSums = kRegisters, kTile = kKeys;
+  static bool raw(const IndexerGeom& g) { return g.dtype == SFA_CORE_F32; }
+  static vf start(const int32_t*) { return vf{}; }
+  static vf load(const uint32_t* p) { return *(const vf*)p; }
+  static vf splat(const uint8_t* p) {
+    float x;
+    memcpy(&x, p, 4);
+    return sfa::splat(x);
+  }
+  static vf dot(vf acc, vf a, vf b) { return acc + a * b; }
+  static vf positive(vf x) { return simd::relu(x); }
+  static void widen(const uint8_t* row, int width, int dtype, uint32_t* words) {
+    widen_floats(row, width, dtype, words);
+  }
+  static int32_t widen_query(const uint8_t* row, int width, int dtype, uint32_t* words) {
+    widen_floats(row, width, dtype, words);
+    return 0;
+  }
+};
+
+// int8 as words of int32: what every instruction set can multiply exactly.
+template <int kVectors, int kRegisters>
+struct IntWords {
+  typedef vi Acc;
+  typedef vi Word;
+  static constexpr int kPack = 1, kMaxV = kVectors, kSums = kRegisters, kTile = 24;
+  static bool raw(const IndexerGeom&) { return false; }
+  static vi start(const int32_t*) { return vi{}; }
+  static vi load(const uint32_t* p) { return *(const vi*)p; }
+  static vi splat(const uint8_t* p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return x - vi{};
+  }
+  static vi dot(vi acc, vi a, vi b) { return acc + a * b; }
+  static vf positive(vi x) { return simd::relu(__builtin_convertvector(x, vf)); }
+  static void widen(const uint8_t* row, int width, int, uint32_t* words) {
+    for (int i = 0; i < width; ++i) words[i] = (uint32_t)(int8_t)row[i];
+  }
+  static int32_t widen_query(const uint8_t* row, int width, int dtype, uint32_t* words) {
+    widen(row, width, dtype, words);
+    return 0;
+  }
+};
+
+}  // namespace
+}  // namespace sfa
+
+#endif  // SFA_ONNX_KERNELS_CORE_INDEXER_PATH_H_

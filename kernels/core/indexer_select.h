@@ -1,0 +1,152 @@
+// Keeping the best keys of a row: an exact, streaming top-k in O(k) memory.
+//
+// Scores go past in tiles; what lies above the floor is appended to a buffer of several times k.
+// When that is full, the k-th largest is found by halving the range of scores and counting, the
+// buffer is cut down to k, and the floor rises. Of n scores in random order only about
+// k log(n / k) are ever stored. Needs simd::bits (lane mask to integer) and simd::append.
+#ifndef SFA_ONNX_KERNELS_CORE_INDEXER_SELECT_H_
+#define SFA_ONNX_KERNELS_CORE_INDEXER_SELECT_H_
+
+#include "indexer.h"
+#include "indexer_path.h"
+#include "vec.h"
+
+namespace sfa {
+namespace {
+
+inline vi loadi(const int32_t* p) {
+  vi v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void storei(int32_t* p, vi v) { memcpy(p, &v, sizeof v); }
+inline vi splati(int32_t x) { return x - vi{}; }
+
+inline vi iota() {
+  vi v;
+  for (int i = 0; i < W; ++i) v[i] = i;
+  return v;
+}
+
+// Integers in the order of the scores: NaN first, then -infinity; -0 is +0.
+inline vi order_of(vf score) {
+  const vi bits = (vi)(score + vf{});
+  const vi order = bits ^ ((bits >> 31) & 0x7fffffff);
+  return score == score ? order : splati(INT32_MIN + 1);
+}
+
+inline int64_t sum(vi v) {
+  int64_t total = 0;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+
+// Entries whose order exceeds `mid`.
+int64_t count_above(const Best& b, int32_t mid) {
+  const vi limit = splati(mid);
+  vi c0 = {}, c1 = {};
+  int64_t i = 0, tail = 0;
+  for (; i + 2 * W <= b.n; i += 2 * W) {
+    c0 -= loadi(b.order + i) > limit;
+    c1 -= loadi(b.order + i + W) > limit;
+  }
+  for (; i < b.n; ++i) tail += b.order[i] > mid;
+  return sum(c0 + c1) + tail;
+}
+
+// Entries that equal `order` and whose key is at most `key`.
+int64_t count_equal(const Best& b, int32_t order, int32_t key) {
+  vi count = {};
+  int64_t i = 0, tail = 0;
+  for (; i + W <= b.n; i += W) {
+    count -= (loadi(b.order + i) == splati(order)) & (loadi(b.key + i) <= splati(key));
+  }
+  for (; i < b.n; ++i) tail += b.order[i] == order && b.key[i] <= key;
+  return sum(count) + tail;
+}
+
+void bounds(const Best& b, int32_t* low, int32_t* high) {
+  *low = INT32_MAX;
+  *high = INT32_MIN;
+  for (int64_t i = 0; i < b.n; ++i) {
+    *low = b.order[i] < *low ? b.order[i] : *low;
+    *high = b.order[i] > *high ? b.order[i] : *high;
+  }
+}
+
+// Keeps what lies above `floor`, and of what equals it the keys up to `last`.
+void cut(Best* b, int32_t floor, int32_t last) {
+  const vi limit = splati(floor), last_key = splati(last);
+  const int64_t n = b->n;
+  b->n = 0;
+  for (int64_t i = 0; i < n; i += W) {
+    const vi order = loadi(b->order + i), key = loadi(b->key + i);
+    vi take = (order > limit) | ((order == limit) & (key <= last_key));
+    if (n - i < W) take &= iota() < splati((int32_t)(n - i));
+    // Never writes past i + W: no entry is overwritten before it was read.
+    b->n = simd::append(order, key, take, simd::bits(take), b->order, b->key, b->n);
+  }
+}
+
+// The lowest key such that `count` of the entries that equal `order` are at or before it.
+int32_t last_of_equal(const Best& b, int32_t order, int64_t count) {
+  int64_t low = 0, high = INT32_MAX;
+  while (low < high) {
+    const int64_t mid = (low + high) / 2;
+    if (count_equal(b, order, (int32_t)mid) >= count) {
+      high = mid;
+    } else {
+      low = mid + 1;
+    }
+  }
+  return (int32_t)low;
+}
+
+void keep_best(Best* b) {
+  if (b->n <= b->want) return;
+  int32_t lowest, highest;
+  bounds(*b, &lowest, &highest);
+  int64_t low = lowest, high = highest;  // the want-th largest lies in [low, high]
+  while (low < high) {
+    const int64_t mid = low + (high - low) / 2;
+    const int64_t above = count_above(*b, (int32_t)mid);
+    if (above == b->want) {
+      cut(b, (int32_t)mid, -1);
+      b->floor = (int32_t)mid;
+      return;
+    }
+    if (above < b->want) {
+      high = mid;
+    } else {
+      low = mid + 1;
+    }
+  }
+  const int32_t order = (int32_t)low;
+  const int64_t equal = b->want - count_above(*b, order);
+  cut(b, order, last_of_equal(*b, order, equal));
+  b->floor = order;
+}
+
+void collect(const float* scores, int n, int64_t first, Best* b) {
+  if (b->n + n > b->room) keep_best(b);
+  const vi floor = splati(b->floor);
+  for (int i = 0; i < n; i += W) {
+    const vi order = order_of(loadu(scores + i));
+    vi take = order > floor;
+    if (n - i < W) take &= iota() < splati(n - i);
+    const uint32_t bits = simd::bits(take);
+    if (!bits) continue;
+    const vi key = iota() + splati((int32_t)(first + i));
+    b->n = simd::append(order, key, take, bits, b->order, b->key, b->n);
+  }
+}
+
+template <class D>
+constexpr IndexerPath indexer_table(const char* name) {
+  return {name, D::kTile, scratch_bytes<D>, load_query<D>, scores<D>, collect, keep_best};
+}
+
+}  // namespace
+}  // namespace sfa
+
+#endif  // SFA_ONNX_KERNELS_CORE_INDEXER_SELECT_H_
