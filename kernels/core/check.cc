@@ -117,7 +117,8 @@ int check_paged(const sfa_core_params& p, sfa_core_error* err) {
     if (len < 0) return fail_batch(err, SFA_CORE_BAD_SEQ_KV, "actual_seq_lengths_kv", b, len, 0);
     const int64_t need = ceil_div(len, p.block_size);
     if (need > p.block_table_cols) {
-      return fail_batch(err, SFA_CORE_TABLE_TOO_SHORT, "actual_seq_lengths_kv", b, need, p.block_table_cols);
+      return fail_batch(err, SFA_CORE_TABLE_TOO_SHORT, "actual_seq_lengths_kv", b, need,
+                        p.block_table_cols);
     }
   }
   return SFA_CORE_OK;
@@ -144,8 +145,8 @@ int check_ranges(const Range* ranges, int n, sfa_core_error* err) {
 
 int check_lengths(const sfa_core_params& p, sfa_core_error* err) {
   const int status = p.layout_query == SFA_CORE_TND
-               ? check_prefix(p.actual_seq_lengths_query, p.batch, p.query_t, true, err)
-               : check_counts(p.actual_seq_lengths_query, p.batch, p.query_s, true, err);
+                         ? check_prefix(p.actual_seq_lengths_query, p.batch, p.query_t, true, err)
+                         : check_counts(p.actual_seq_lengths_query, p.batch, p.query_s, true, err);
   if (status != SFA_CORE_OK) return status;
   switch (p.layout_kv) {
     case SFA_CORE_PA_BSND:
@@ -202,9 +203,8 @@ int32_t sfa_core_describe(const sfa_core_error* err, char* buf, int32_t size) {
           batch, value, limit);
       break;
     case SFA_CORE_TABLE_TOO_SHORT:
-      n = snprintf(buf, size,
-                   "block_table has %lld columns, but %s[%lld] needs %lld pages", limit, what,
-                   batch, value);
+      n = snprintf(buf, size, "block_table has %lld columns, but %s[%lld] needs %lld pages", limit,
+                   what, batch, value);
       break;
     case SFA_CORE_BAD_BLOCK:
       n = snprintf(buf, size,

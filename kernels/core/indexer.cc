@@ -1,9 +1,9 @@
 // One indexer call: rows, or pieces of rows, are scored and their best keys kept.
 //
 // A row on its own is one task. Few rows are also cut along the keys: each piece keeps its own best
-// and adds them to the row's under a lock; the last one writes the row. Scores and keys have a total
-// order, so the best sparse_count are the same whoever finds them, and a piece may leave out what
-// other pieces have already beaten.
+// and adds them to the row's under a lock; the last one writes the row. Scores and keys have a
+// total order, so the best sparse_count are the same whoever finds them, and a piece may leave out
+// what other pieces have already beaten.
 #include "indexer.h"
 
 #include <string.h>
@@ -11,8 +11,8 @@
 namespace sfa {
 namespace {
 
-constexpr int64_t kSplitRows = 16;   // fewer rows than this are also cut along the keys
-constexpr int64_t kPiece = 4096;     // keys per piece
+constexpr int64_t kSplitRows = 16;    // fewer rows than this are also cut along the keys
+constexpr int64_t kPiece = 4096;      // keys per piece
 constexpr int64_t kLeastRoom = 4096;  // entries of a buffer of candidates
 
 // The best of a row that several tasks work on.
@@ -41,8 +41,8 @@ struct sfa_core_indexer_call {
   int64_t pieces;  // per row
   int64_t room;    // of a buffer of candidates
   size_t task_bytes;
-  sfa_core_error error;  // of the lowest row and column so far
-  int32_t lock;          // guards error
+  sfa_core_error error;     // of the lowest row and column so far
+  int32_t lock;             // guards error
   sfa::SharedBest* shared;  // [query_t] when pieces > 1
 };
 
@@ -326,10 +326,9 @@ int sfa_core_indexer_run_task(sfa_core_indexer_call* call, int64_t task) {
     return SFA_CORE_NO_MEMORY;
   }
   sfa::Scratch scratch(*call, memory);
-  const int status =
-      call->pieces > 1
-          ? sfa::run_piece(call, task / call->pieces, task % call->pieces, &scratch)
-          : sfa::run_row(call, task, &scratch);
+  const int status = call->pieces > 1
+                         ? sfa::run_piece(call, task / call->pieces, task % call->pieces, &scratch)
+                         : sfa::run_row(call, task, &scratch);
   sfa::pool_give(memory);
   return status;
 }

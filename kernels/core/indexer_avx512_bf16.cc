@@ -16,7 +16,9 @@ struct BFloat16Pairs {
     memcpy(&pair, p, 4);
     return pair - vi{};
   }
-  static Acc dot(Acc acc, Word a, Word b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+  static Acc dot(Acc acc, Word a, Word b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
   static vf positive(Acc x) { return simd::relu(x); }
   static void widen(const uint8_t* row, int width, int, uint32_t* words) {
     words[words_of(width, 2) - 1] = 0;

@@ -19,7 +19,9 @@ struct ByteQuads {
     memcpy(&quad, p, 4);
     return quad - vi{};
   }
-  static Acc dot(Acc acc, Word query, Word key) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)key, (__m512i)query); }
+  static Acc dot(Acc acc, Word query, Word key) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)key, (__m512i)query);
+  }
   static vf positive(Acc x) { return simd::relu((vf)_mm512_cvtepi32_ps((__m512i)x)); }
   static void widen(const uint8_t* row, int width, int, uint32_t* words) {
     in_pieces<64, 1>(row, width, 4, words, [](const uint8_t* x, uint32_t* at) {

@@ -7,8 +7,8 @@
 // there. What is left is one vector per key, whose lanes are added sixteen (W) keys at a time.
 //
 // An instruction set provides, in a struct D: type Acc and Word, kPack (numbers per word), kMaxV,
-// kSums, kTile, load, splat, dot, positive (relu as floats), raw (keys are read in place), widen and
-// widen_query (rows to words; the latter returns what the head's sums start from, see `start`).
+// kSums, kTile, load, splat, dot, positive (relu as floats), raw (keys are read in place), widen
+// and widen_query (rows to words; the latter returns what the head's sums start from, see `start`).
 #ifndef SFA_ONNX_KERNELS_CORE_INDEXER_PATH_H_
 #define SFA_ONNX_KERNELS_CORE_INDEXER_PATH_H_
 
@@ -132,8 +132,8 @@ void score_block(const Group& group, int steps, const uint8_t* const* rows, bool
 }
 
 template <class D, int V, bool kHalf>
-void score_group(const Group& group, int steps, const uint8_t* const* rows,
-                 const KeyTile* ahead, int row_bytes, int n, bool first, float* sums) {
+void score_group(const Group& group, int steps, const uint8_t* const* rows, const KeyTile* ahead,
+                 int row_bytes, int n, bool first, float* sums) {
   if constexpr (V > 1) {
     if (group.v < V) {
       return score_group<D, V - 1, kHalf>(group, steps, rows, ahead, row_bytes, n, first, sums);
@@ -224,13 +224,11 @@ inline void widen_floats(const uint8_t* row, int width, int dtype, uint32_t* wor
   if (dtype == SFA_CORE_F32) {
     memcpy(words, row, (size_t)width * 4);
   } else if (dtype == SFA_CORE_F16) {
-    in_pieces<W, 2>(row, width, 1, words, [](const uint8_t* x, uint32_t* at) {
-      storeu((float*)at, simd::load_f16(x));
-    });
+    in_pieces<W, 2>(row, width, 1, words,
+                    [](const uint8_t* x, uint32_t* at) { storeu((float*)at, simd::load_f16(x)); });
   } else {
-    in_pieces<W, 2>(row, width, 1, words, [](const uint8_t* x, uint32_t* at) {
-      storeu((float*)at, simd::load_bf16(x));
-    });
+    in_pieces<W, 2>(row, width, 1, words,
+                    [](const uint8_t* x, uint32_t* at) { storeu((float*)at, simd::load_bf16(x)); });
   }
 }
 
