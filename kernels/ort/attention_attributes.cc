@@ -3,12 +3,11 @@
 
 #include "attention.h"
 #include "attributes.h"
+#include "layouts.h"
 
 namespace sfa {
 namespace {
 
-constexpr const char* kLayouts[] = {"BSND", "TND", "PA_BSND", nullptr};  // as sfa_core_layout
-constexpr const char* kQueryLayouts[] = {"BSND", "TND", nullptr};
 constexpr int64_t kInt32Max = INT32_MAX;
 
 // An NPU gives parity-dependent results on holes, so a validation on CPU must not pass them; for
@@ -28,14 +27,6 @@ bool ReadHoles(int* holes, Message* error) {
   return true;
 }
 
-bool ReadLayouts(AttributeReader* read, AttentionAttributes* out, Message* error) {
-  if (!read->Choice("layout_query", kQueryLayouts, &out->layout_query)) return false;
-  if (!read->Choice("layout_kv", kLayouts, &out->layout_kv)) return false;
-  if (out->layout_kv == SFA_CORE_PA_BSND || out->layout_kv == out->layout_query) return true;
-  return error->Add("attribute layout_kv: expected PA_BSND or layout_query's %s, got %s",
-                    kLayouts[out->layout_query], kLayouts[out->layout_kv]);
-}
-
 // What all three ops have. The band attributes exist only in CANN's built-ins.
 bool ReadCommon(AttributeReader* read, AttentionAttributes* out, Message* error) {
   const bool required = out->op == AttentionOp::kAntiquant;
@@ -45,7 +36,7 @@ bool ReadCommon(AttributeReader* read, AttentionAttributes* out, Message* error)
                         &out->sparse_block_size)) {
     return false;
   }
-  if (!ReadLayouts(read, out, error)) return false;
+  if (!ReadLayouts(read, "layout_kv", &out->layout_query, &out->layout_kv, error)) return false;
   if (!read->IntOf2("sparse_mode", 3, 0, 3, &out->sparse_mode)) return false;
   if (out->op == AttentionOp::kAntiquant) return true;
   return read->IntOf("pre_tokens", INT64_MAX, INT64_MAX) &&

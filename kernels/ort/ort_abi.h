@@ -79,7 +79,7 @@ struct OrtApi {
   OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo* info, const char* name,
                                               char* value, size_t* size);
   OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext* context, size_t* count);
-  void* gap_89[1];
+  OrtStatus* (*KernelContext_GetOutputCount)(const OrtKernelContext* context, size_t* count);
   OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index,
                                        const OrtValue** value);
   OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index,
@@ -172,6 +172,7 @@ SFA_ORT_AT(KernelInfoGetAttribute_float, 85);
 SFA_ORT_AT(KernelInfoGetAttribute_int64, 86);
 SFA_ORT_AT(KernelInfoGetAttribute_string, 87);
 SFA_ORT_AT(KernelContext_GetInputCount, 88);
+SFA_ORT_AT(KernelContext_GetOutputCount, 89);
 SFA_ORT_AT(KernelContext_GetInput, 90);
 SFA_ORT_AT(KernelContext_GetOutput, 91);
 SFA_ORT_AT(ReleaseStatus, 93);

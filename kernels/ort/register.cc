@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "indexer.h"
 #include "kv_cache_pack.h"
 #include "message.h"
 #include "ort_abi.h"
@@ -23,8 +24,9 @@ const OrtApi* g_api = nullptr;
 struct Op : OrtCustomOp {
   const char* name;
   AttentionOp attention;
-  ONNXTensorElementDataType first;   // query | nope
-  ONNXTensorElementDataType second;  // key and value | rope
+  IndexerOp indexer;
+  ONNXTensorElementDataType first;   // query | query and key | nope
+  ONNXTensorElementDataType second;  // key and value | weights | rope
 };
 
 const Op& Self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
@@ -76,6 +78,51 @@ OrtStatusPtr NewAttention(const OrtCustomOp* op, const OrtApi* api, const OrtKer
 
 OrtStatusPtr AttentionShape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   return InferAttention(g_api, context, Self(op).attention);
+}
+
+// ---- the indexers ----
+
+size_t IndexerInputCount(const OrtCustomOp* op) { return IndexerInputs(Self(op).indexer); }
+
+ONNXTensorElementDataType IndexerInputType(const OrtCustomOp* op, size_t index) {
+  switch (IndexerRoleOf(Self(op).indexer, index)) {
+    case kIndexQuery:
+    case kIndexKey:
+      return Self(op).first;
+    case kIndexWeights:
+      return Self(op).second;
+    case kIndexQueryScale:
+    case kIndexKeyScale:
+      return kHalf;
+    default:
+      return kInt32;
+  }
+}
+
+OrtCustomOpInputOutputCharacteristic IndexerInputKind(const OrtCustomOp* op, size_t index) {
+  return IndexerRoleOf(Self(op).indexer, index) < kIndexLengthsQuery ? INPUT_OUTPUT_REQUIRED
+                                                                     : INPUT_OUTPUT_OPTIONAL;
+}
+
+size_t IndexerOutputCount(const OrtCustomOp* op) {
+  return Self(op).indexer == IndexerOp::kFloat ? 2 : 1;
+}
+
+ONNXTensorElementDataType IndexerOutputType(const OrtCustomOp* op, size_t index) {
+  return index == 0 ? kInt32 : Self(op).first;
+}
+
+OrtCustomOpInputOutputCharacteristic IndexerOutputKind(const OrtCustomOp*, size_t index) {
+  return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
+
+OrtStatusPtr NewIndexer(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
+                        void** kernel) {
+  return CreateIndexer(api, info, Self(op).indexer, kernel);
+}
+
+OrtStatusPtr IndexerShape(const OrtCustomOp*, OrtShapeInferContext* context) {
+  return InferIndexer(g_api, context);
 }
 
 // ---- KvCachePack ----
@@ -138,6 +185,23 @@ constexpr Op Attention(AttentionOp which, ONNXTensorElementDataType type, bool i
   return op;
 }
 
+constexpr Op Indexer(IndexerOp which, ONNXTensorElementDataType type,
+                     ONNXTensorElementDataType weights, bool infer_shapes) {
+  Op op = Common(NameOf(which), type, weights);
+  op.indexer = which;
+  op.GetInputType = IndexerInputType;
+  op.GetInputTypeCount = IndexerInputCount;
+  op.GetInputCharacteristic = IndexerInputKind;
+  op.GetOutputType = IndexerOutputType;
+  op.GetOutputTypeCount = IndexerOutputCount;
+  op.GetOutputCharacteristic = IndexerOutputKind;
+  op.CreateKernelV2 = NewIndexer;
+  op.KernelComputeV2 = ComputeIndexer;
+  op.KernelDestroy = DestroyIndexer;
+  op.InferOutputShapeFn = infer_shapes ? IndexerShape : nullptr;
+  return op;
+}
+
 constexpr Op Pack(ONNXTensorElementDataType nope, ONNXTensorElementDataType rope,
                   bool infer_shapes) {
   Op op = Common(kPackName, nope, rope);
@@ -154,20 +218,25 @@ constexpr Op Pack(ONNXTensorElementDataType nope, ONNXTensorElementDataType rope
 
 constexpr ONNXTensorElementDataType kFloats[] = {kFloat, kHalf, kBFloat16};
 constexpr ONNXTensorElementDataType kNopeTypes[] = {kFloat, kHalf, kBFloat16, kInt8};
-constexpr int kAttentionOps = 9, kPackOps = 12;
+constexpr int kAttentionOps = 9, kIndexerOps = 10, kPackOps = 12;
 
 struct Table {
-  Op attention[kAttentionOps];
+  Op npu[kAttentionOps + kIndexerOps];
   Op pack[kPackOps];
 };
 
 constexpr Table MakeTable(bool infer_shapes) {
   Table table{};
   for (int t = 0; t < 3; ++t) {
-    Op* row = &table.attention[3 * t];
+    Op* row = &table.npu[3 * t];
     row[0] = Attention(AttentionOp::kAntiquant, kFloats[t], infer_shapes);
     row[1] = Attention(AttentionOp::kKvQuant, kFloats[t], infer_shapes);
     row[2] = Attention(AttentionOp::kFloatCache, kFloats[t], infer_shapes);
+  }
+  Op* indexers = table.npu + kAttentionOps;
+  indexers[9] = Indexer(IndexerOp::kQuant, kInt8, kHalf, infer_shapes);
+  for (int i = 0; i < 9; ++i) {
+    indexers[i] = Indexer(IndexerOp::kFloat, kFloats[i / 3], kFloats[i % 3], infer_shapes);
   }
   for (int i = 0; i < kPackOps; ++i) {
     table.pack[i] = Pack(kNopeTypes[i / 3], kFloats[i % 3], infer_shapes);
@@ -218,11 +287,11 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   __atomic_store_n(&sfa::g_api, api, __ATOMIC_RELEASE);
   const sfa::Table& ops =
       sfa::ShapeInferenceIsSafe(version) ? sfa::kWithShapes : sfa::kWithoutShapes;
-  SFA_ORT_TRY(sfa::AddDomain(api, options, "npu", ops.attention, sfa::kAttentionOps));
+  SFA_ORT_TRY(sfa::AddDomain(api, options, "npu", ops.npu, sfa::kAttentionOps + sfa::kIndexerOps));
   SFA_ORT_TRY(sfa::AddDomain(api, options, "sfa_onnx", ops.pack, sfa::kPackOps));
   // Files for ATC have one opset import only: the same node types in ONNX's own domain. The price:
   // a model whose opset is newer than the runtime is refused for its first unknown node rather than
   // for its opset.
-  return sfa::AddDomain(api, options, "", ops.attention, sfa::kAttentionOps, ops.pack,
+  return sfa::AddDomain(api, options, "", ops.npu, sfa::kAttentionOps + sfa::kIndexerOps, ops.pack,
                         sfa::kPackOps);
 }

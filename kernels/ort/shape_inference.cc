@@ -34,9 +34,10 @@ class Shape {
   // like one of unknown rank and type.
   bool known() const { return rank > 0 && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
   int64_t last() const { return dims[rank - 1]; }
-  void SetLast(int64_t value) {
-    dims[rank - 1] = value;
-    names[rank - 1] = "";
+  void SetLast(int64_t value) { Set(rank - 1, value); }
+  void Set(size_t axis, int64_t value) {
+    dims[axis] = value;
+    names[axis] = "";
   }
 
   bool absent = false;
@@ -66,7 +67,7 @@ class FreshNames {
 };
 
 OrtStatus* SetOutput(const OrtApi* api, const OrtShapeInferContext* context, Shape* shape,
-                     ONNXTensorElementDataType type) {
+                     ONNXTensorElementDataType type, size_t index = 0) {
   FreshNames fresh;
   for (size_t i = 0; i < shape->rank; ++i) {
     const bool named = shape->names[i] != nullptr && *shape->names[i] != '\0';
@@ -77,7 +78,7 @@ OrtStatus* SetOutput(const OrtApi* api, const OrtShapeInferContext* context, Sha
   OrtStatus* status = api->SetTensorElementType(info, type);
   if (status == nullptr) status = api->SetDimensions(info, shape->dims, shape->rank);
   if (status == nullptr) status = api->SetSymbolicDimensions(info, shape->names, shape->rank);
-  if (status == nullptr) status = api->ShapeInferContext_SetOutputTypeShape(context, 0, info);
+  if (status == nullptr) status = api->ShapeInferContext_SetOutputTypeShape(context, index, info);
   api->ReleaseTensorTypeAndShapeInfo(info);
   return status;
 }
@@ -110,6 +111,18 @@ OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, At
     query.SetLast(0 <= rope && rope < query.last() ? query.last() - rope : kUnknown);
   }
   return SetOutput(api, context, &query, query.type);
+}
+
+OrtStatusPtr InferIndexer(const OrtApi* api, OrtShapeInferContext* context) {
+  Shape query(api);
+  SFA_ORT_TRY(query.Read(context, 0));
+  if (!query.known() || query.rank < 3) return nullptr;
+  const int64_t count = IntAttribute(api, context, "sparse_count", 2048);
+  query.Set(query.rank - 2, 1);
+  query.SetLast(Small(count) ? count : kUnknown);
+  SFA_ORT_TRY(SetOutput(api, context, &query, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32));
+  const bool values = IntAttribute(api, context, "return_values", 0) == 1;
+  return values ? SetOutput(api, context, &query, query.type, 1) : nullptr;
 }
 
 OrtStatusPtr InferPack(const OrtApi* api, OrtShapeInferContext* context) {

@@ -8,6 +8,7 @@
 namespace sfa {
 
 OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, AttentionOp op);
+OrtStatusPtr InferIndexer(const OrtApi* api, OrtShapeInferContext* context);
 OrtStatusPtr InferPack(const OrtApi* api, OrtShapeInferContext* context);
 
 }  // namespace sfa
