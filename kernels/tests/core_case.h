@@ -64,7 +64,10 @@ inline uint16_t ToHalf(float x) {
 
 inline double FromHalf(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  const double value = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+  const double special = mantissa ? NAN : INFINITY;
+  const double value = exponent == 31 ? special
+                       : exponent     ? ldexp(1024 + mantissa, exponent - 25)
+                                      : ldexp(mantissa, -24);
   return h & 0x8000 ? -value : value;
 }
 

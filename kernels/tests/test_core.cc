@@ -2,44 +2,11 @@
 //
 // Built with sanitizers by scripts/test-cpp.sh and run under qemu-user by scripts/test-aarch64.sh.
 // SFA_TEST_ROUNDS scales the work; SFA_TEST_SEED chooses other cases.
-#include <stdio.h>
-
-#include <string>
-#include <thread>
-
-#include "core_case.h"
 #include "core_reference.h"
+#include "harness.h"
 
 namespace sfa_test {
 namespace {
-
-int g_failures = 0;
-
-#define CHECK(condition, ...)                                \
-  do {                                                       \
-    if (!(condition)) {                                      \
-      printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      printf(__VA_ARGS__);                                   \
-      printf("\n");                                          \
-      ++g_failures;                                          \
-    }                                                        \
-  } while (0)
-
-int Number(const char* name, int fallback) {
-  const char* text = getenv(name);
-  return text ? atoi(text) : fallback;
-}
-
-std::vector<int32_t> Paths() {
-  std::vector<int32_t> paths;
-  std::string names = sfa_core_isa_available();
-  for (size_t at = 0; at < names.size();) {
-    const size_t end = std::min(names.find(',', at), names.size());
-    paths.push_back(sfa_core_isa_from_name(names.substr(at, end - at).c_str()));
-    at = end + 1;
-  }
-  return paths;
-}
 
 std::string Describe(const Case& c) {
   char text[256];
@@ -55,22 +22,11 @@ std::string Describe(const Case& c) {
   return text;
 }
 
-// Runs the tasks in a random order on some threads, as a runtime's pool would.
 int RunThreaded(const Case& c, int threads, uint64_t seed, sfa_core_error* error) {
   sfa_core_call* call = nullptr;
   const int status = sfa_core_begin(&c.p, &call, error);
   if (status != SFA_CORE_OK) return status;
-  std::vector<int64_t> tasks(sfa_core_num_tasks(call));
-  for (size_t i = 0; i < tasks.size(); ++i) tasks[i] = static_cast<int64_t>(i);
-  Random r(seed);
-  std::shuffle(tasks.begin(), tasks.end(), r);
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back([&, t] {
-      for (size_t i = t; i < tasks.size(); i += threads) sfa_core_run_task(call, tasks[i]);
-    });
-  }
-  for (auto& thread : pool) thread.join();
+  RunTasks(sfa_core_run_task, call, sfa_core_num_tasks(call), threads, seed);
   return sfa_core_end(call, error);
 }
 
