@@ -37,6 +37,7 @@ namespace {
 using Floats = FloatWords<2, 12, 24>;
 
 struct Int16Pairs {
+  static constexpr bool kInts = true;
   typedef vi Acc;  // the intrinsics' own types may alias, which costs spills
   typedef vi Word;
   static constexpr int kPack = 2, kMaxV = 2, kSums = 12, kTile = 48;

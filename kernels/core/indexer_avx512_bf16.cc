@@ -5,6 +5,7 @@ namespace sfa {
 namespace {
 
 struct BFloat16Pairs {
+  static constexpr bool kInts = false;
   typedef vf Acc;
   typedef vi Word;
   static constexpr int kPack = 2, kMaxV = 4, kSums = 24, kTile = 48;

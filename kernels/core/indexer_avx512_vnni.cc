@@ -8,6 +8,7 @@ namespace sfa {
 namespace {
 
 struct ByteQuads {
+  static constexpr bool kInts = true;
   typedef vi Acc;  // the intrinsics' own types may alias, which costs spills
   typedef vi Word;
   static constexpr int kPack = 4, kMaxV = 4, kSums = 24, kTile = 48;

@@ -8,6 +8,7 @@ namespace {
 using Floats = FloatWords<2, 24, 24>;
 
 struct Int16Pairs {
+  static constexpr bool kInts = true;
   typedef vi Acc;  // the intrinsics' own types may alias, which costs spills
   typedef vi Word;
   static constexpr int kPack = 2, kMaxV = 4, kSums = 24, kTile = 48;

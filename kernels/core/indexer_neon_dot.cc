@@ -5,6 +5,7 @@ namespace sfa {
 namespace {
 
 struct ByteQuads {
+  static constexpr bool kInts = true;
   typedef int32x4_t Acc;
   typedef int8x16_t Word;
   static constexpr int kPack = 4, kMaxV = 4, kSums = 24, kTile = 48;

@@ -6,13 +6,12 @@
 // registers over the whole width; relu, weights and the sum over vectors follow while the sums are
 // there. What is left is one vector per key, whose lanes are added sixteen (W) keys at a time.
 //
-// An instruction set provides, in a struct D: type Acc and Word, kPack (numbers per word), kMaxV,
-// kSums, kTile, load, splat, dot, positive (relu as floats), raw (keys are read in place), widen
-// and widen_query (rows to words; the latter returns what the head's sums start from, see `start`).
+// An instruction set provides, in a struct D: type Acc and Word, kPack (numbers per word), kInts,
+// kMaxV, kSums, kTile, load, splat, dot, positive (relu as floats), raw (keys are read in place),
+// widen and widen_query (rows to words; the latter returns what the head's sums start from, see
+// `start`).
 #ifndef SFA_ONNX_KERNELS_CORE_INDEXER_PATH_H_
 #define SFA_ONNX_KERNELS_CORE_INDEXER_PATH_H_
-
-#include <type_traits>
 
 #include "indexer.h"
 #include "vec.h"
@@ -201,7 +200,7 @@ void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, voi
 template <class D>
 void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, void* scratch,
             float* out) {
-  if constexpr (std::is_same_v<typename D::Acc, vi>) {
+  if constexpr (D::kInts) {
     if (g.half) return scores<D, true>(g, tile, ahead, scratch, out);
   }
   scores<D, false>(g, tile, ahead, scratch, out);
@@ -235,6 +234,7 @@ inline void widen_floats(const uint8_t* row, int width, int dtype, uint32_t* wor
 // What float words and fused multiply-add need, for every instruction set.
 template <int kVectors, int kRegisters, int kKeys>
 struct FloatWords {
+  static constexpr bool kInts = false;
   typedef vf Acc;
   typedef vf Word;
   static constexpr int kPack = 1, kMaxV = kVectors, kSums = kRegisters, kTile = kKeys;
@@ -260,6 +260,7 @@ struct FloatWords {
 // int8 as words of int32: what every instruction set can multiply exactly.
 template <int kVectors, int kRegisters>
 struct IntWords {
+  static constexpr bool kInts = true;
   typedef vi Acc;
   typedef vi Word;
   static constexpr int kPack = 1, kMaxV = kVectors, kSums = kRegisters, kTile = 24;
