@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Cross-builds the C++ tests for aarch64 and runs them under qemu-user: on a core without bfloat16
-# instructions (as Kunpeng 920) and on one with everything. Tries to install Debian's
+# Cross-builds the C++ tests for aarch64 and runs them under qemu-user: on a core of armv8.0, on one
+# with int8 dot products (as Kunpeng 920) and on one with everything. Tries to install Debian's
 # cross compiler and emulator where they are missing and we may; skips, loudly, where that fails.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -30,10 +30,10 @@ cmake -S "$root" -B "$work/build" -DSFA_ONNX_TESTS=ON \
 cmake --build "$work/build" --parallel "$(nproc)" >/dev/null
 
 export SFA_TEST_ROUNDS=${SFA_TEST_ROUNDS:-25}
-for cpu in cortex-a72 max; do
+for cpu in cortex-a72 neoverse-n1 max; do
   echo "== C++ tests, aarch64 under qemu-user, processor $cpu"
   QEMU_CPU=$cpu ctest --test-dir "$work/build" --verbose --no-tests=error |
-    grep -E 'paths|pack:|FAILED|tests passed|test_.*\.cc'
+    grep -E 'paths|pack:|indexer |FAILED|tests passed|test_.*\.cc'
 done
 QEMU_CPU=cortex-a72 "$(emulator)" "$work/build/kernels/tests/test_core" | grep -q 'neon' ||
   { echo "the NEON path was not among those tested"; exit 1; }

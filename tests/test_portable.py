@@ -19,6 +19,7 @@ from sfa_onnx.runtime.portable.body import Body
 from sfa_onnx.runtime.portable.model import make_portable, unfuse
 from sfa_onnx.runtime.portable.numbers import FORMATS, from_bytes, to_bytes
 from tests.attention_cases import BF16, LAYOUTS, make_case
+from tests.indexer_cases import indexer_call, indexer_model
 from tests.op_models import elem_type, needs_library, node_model, op_model
 
 SFAA, SFA = SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION
@@ -207,50 +208,6 @@ def test_old_opsets_and_unknown_types_are_refused():
 
 
 # ------------------------------------------------------------------ indexers
-
-
-def indexer_call(op, layouts, dtype, seed=0):
-    """Inputs and attributes of a legal indexer call with ragged lengths."""
-    case = make_case(SFA, layouts, dtype=np.float32, rope=0, heads=3, nope=16, seed=seed)
-    r = np.random.default_rng(seed)
-    query, key = case.inputs["query"], case.inputs["key"]
-    inputs = {
-        n: case.inputs[n] for n in ("actual_seq_lengths_query", "block_table") if n in case.inputs
-    }
-    if "actual_seq_lengths_kv" in case.inputs:
-        inputs["actual_seq_lengths_key"] = case.inputs["actual_seq_lengths_kv"]
-    if op is LIGHTNING_INDEXER:
-        inputs |= {"query": query.astype(dtype), "key": key.astype(dtype)}
-        inputs["weights"] = r.standard_normal(query.shape[:-1]).astype(dtype)
-    else:
-        inputs |= {n: r.integers(-127, 128, x.shape).astype(np.int8)
-                   for n, x in (("query", query), ("key", key))}  # fmt: skip
-        for name, shape in (("weights", query.shape[:-1]), ("key_dequant_scale", key.shape[:-1])):
-            inputs[name] = r.uniform(0.1, 1, shape).astype(np.float16)
-        inputs["query_dequant_scale"] = r.uniform(0.1, 1, query.shape[:-1]).astype(np.float16)
-    layout_query, layout_key = layouts
-    given = {"layout_query": layout_query, "layout_key": layout_key, "sparse_count": 9}
-    if op is LIGHTNING_INDEXER:
-        given["return_values"] = 1
-    return inputs, op.complete(given)
-
-
-def indexer_model(op, inputs, attributes):
-    infos = [
-        helper.make_tensor_value_info(n, elem_type(a.dtype), [f"{n}{i}" for i in range(a.ndim)])
-        for n, a in inputs.items()
-    ]
-    names = [t.name if t.name in inputs else "" for t in op.inputs]
-    model = node_model(op, names, infos, attributes)
-    dims = [None] * inputs["query"].ndim
-    model.graph.output[0].CopyFrom(
-        helper.make_tensor_value_info("sparse_indices", TensorProto.INT32, dims)
-    )
-    if op is LIGHTNING_INDEXER:
-        model.graph.node[0].output.append("sparse_values")
-        kind = elem_type(inputs["query"].dtype)
-        model.graph.output.append(helper.make_tensor_value_info("sparse_values", kind, dims))
-    return model
 
 
 @pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
