@@ -11,7 +11,6 @@ import numpy as np
 
 from benchmarks import kernel_abi as core
 
-ROUNDINGS = {"exact": 0, "npu": 1}
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _INTS = ["isa", "dtype", "weights_dtype", "layout_query", "layout_key", "sparse_mode", "rounding"]
 _SIZES = ["num_heads", "head_dim", "sparse_count", "reserved"]
@@ -71,7 +70,7 @@ class Call:
             layout_query=core.LAYOUTS[attributes["layout_query"]],
             layout_key=core.LAYOUTS[attributes["layout_key"]],
             sparse_mode=attributes["sparse_mode"],
-            rounding=ROUNDINGS[rounding],
+            rounding=core.ROUNDINGS[rounding],
             num_heads=query.shape[-2],
             head_dim=query.shape[-1],
             sparse_count=count,

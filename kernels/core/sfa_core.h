@@ -175,11 +175,13 @@ SFA_CORE_API int sfa_core_run(const sfa_core_params* params, sfa_core_error* err
 // One call of NPULightningIndexer (float dtypes) or NPUQuantLightningIndexer (I8): for every query
 // row the sparse_count visible keys of the largest
 //
-//   score = key_scale * sum_h weights[h] * query_scale[h] * relu(query[h] . key)    (scales: I8 only)
+//   score = key_scale * sum_h weights[h] * query_scale[h] * relu(query[h] . key)    (scales: I8
+//   only)
 //
-// in descending order, ties by lower key, then -1. Scores are float32 sums. A NaN is the smallest of
-// all, below -infinity; -0 equals +0. begin, tasks and end are used as above; the result depends on
-// neither threads nor task order. Of the scores only a tile and O(sparse_count) per row are kept.
+// in descending order, ties by lower key, then -1. Scores are float32 sums. A NaN is the smallest
+// of all, below -infinity; -0 equals +0. begin, tasks and end are used as above; the result depends
+// on neither threads nor task order. Of the scores only a tile and O(sparse_count) per row are
+// kept.
 typedef struct sfa_core_indexer_params {
   uint32_t struct_size;   // sizeof(sfa_core_indexer_params)
   int32_t isa;            // sfa_core_isa_id
@@ -188,12 +190,12 @@ typedef struct sfa_core_indexer_params {
   int32_t layout_query;   // BSND | TND
   int32_t layout_key;     // BSND | TND | PA_BSND
   int32_t sparse_mode;    // 0 | 3
-  int32_t rounding;       // sfa_core_rounding, I8 only. NPU: weights * query_scale and relu / 1024 are
-                          // rounded to float16, ties to even, and scores are smaller by 1024
-  int32_t num_heads;      // Hi >= 1
-  int32_t head_dim;       // Di >= 1
-  int32_t sparse_count;   // K >= 1
-  int32_t reserved;       // 0
+  int32_t rounding;   // sfa_core_rounding, I8 only. NPU: weights * query_scale and relu / 1024 are
+                      // rounded to float16, ties to even, and scores are smaller by 1024
+  int32_t num_heads;  // Hi >= 1
+  int32_t head_dim;   // Di >= 1
+  int32_t sparse_count;  // K >= 1
+  int32_t reserved;      // 0
 
   int64_t batch;             // B
   int64_t query_s;           // S1 (BSND); ignored for TND
@@ -203,12 +205,12 @@ typedef struct sfa_core_indexer_params {
   int64_t block_size;        // PA_BSND: rows per page
   int64_t block_table_cols;  // PA_BSND: columns of block_table
 
-  const void* query;            // [query_t, Hi, Di]
-  const void* key;              // [rows, Di]
-  const void* weights;          // [query_t, Hi]
-  const uint16_t* query_scale;  // I8: float16 [query_t, Hi]
-  const uint16_t* key_scale;    // I8: float16 [rows]
-  const int32_t* block_table;   // [B, block_table_cols], PA_BSND only
+  const void* query;                        // [query_t, Hi, Di]
+  const void* key;                          // [rows, Di]
+  const void* weights;                      // [query_t, Hi]
+  const uint16_t* query_scale;              // I8: float16 [query_t, Hi]
+  const uint16_t* key_scale;                // I8: float16 [rows]
+  const int32_t* block_table;               // [B, block_table_cols], PA_BSND only
   const int32_t* actual_seq_lengths_query;  // as for the attention
   const int32_t* actual_seq_lengths_key;
   int32_t* sparse_indices;  // [query_t, K]
