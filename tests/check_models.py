@@ -317,6 +317,16 @@ CASES: list[Case] = [
      "computed at run time"),
     ("topk-int32-indices", lambda: model(TOPK, outs=[("i", I64, None)], init=[K3]), "warning", "",
      "graph output 'i'"),
+    ("topk-unsorted", lambda: model(
+        [N("TopK", ["x", "k"], ["v", "i"], name="n0", sorted=0)], outs=[("v", F, None)], init=[K3]
+    ), "warning", "", "sorted = 0"),
+    ("scatter-mask", lambda: model([
+        N("ScatterElements", ["x", "i", "u"], ["y"], name="n0", axis=1)
+    ], [X, ("i", I64, (4, 2))], init=[const("u", [[0.0, 0.0]] * 4, np.float32)]), "warning", "",
+     "one value"),
+    ("int64-fits", lambda: model([
+        N("TopK", ["x", "k"], ["v", "i"]), N("Mod", ["i", "two"], ["y"], name="n0")
+    ], outs=[("y", I64, None)], init=[K3, const("two", [2])]), "warning", "", "fit int32"),
     ("engine-unknown", lambda: one("MatMul", "x", "x"), "unknown", "", "no engine is listed"),
     ("engine-ai-cpu", lambda: one("TopK", "x", "k", ins=(X, ("k", I32, (1,)))), "warning", "",
      "AI CPU"),

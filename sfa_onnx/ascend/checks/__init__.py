@@ -20,6 +20,7 @@ from sfa_onnx.ascend.checks.fixing import FixResult, apply_fixes, fix, fix_file
 from sfa_onnx.ascend.checks.graph_ops import graph_ops
 from sfa_onnx.ascend.checks.graph_rules import custom_op_conflict, graph_rules
 from sfa_onnx.ascend.checks.meaning import meaning
+from sfa_onnx.ascend.checks.moves import moves
 from sfa_onnx.ascend.checks.operators import operators
 from sfa_onnx.ascend.checks.parser import replay
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
@@ -86,6 +87,7 @@ def check(
         *operators(ctx),
         *graph_rules(ctx),
         *graph_ops(ctx),
+        *moves(ctx),
         *support_findings(support),
     ]
     found = _merged(findings)

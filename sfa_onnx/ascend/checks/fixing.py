@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Names, Rule, Scope, apply
 from sfa_onnx.errors import ModelError, SfaError
 from sfa_onnx.files.model import load_model, save_model
+from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.guard.doors import door
 
 __all__ = ["FixResult", "fix", "fix_file"]
@@ -160,17 +162,30 @@ class _Tried:
         if new is None:
             self._to.skipped.append(f"{self._id}: {label}: not mechanical here")
             return None
-        forced = {node.input[1]: np.asarray([self._proven[first]])} if first in self._proven else {}
-        reason = self._same_constant(node, new) or compare(scope, node, new, forced)
+        forced = self._forced(scope, node, first)
+        loose = self._id == "topk-unsorted"  # any order of the old node is as good
+        reason = self._same_constant(node, new) or compare(scope, node, new, forced, loose=loose)
         if reason and reason != "same":
             del scope.graph.initializer[kept:]
             self._to.skipped.append(f"{self._id}: {label}: {reason}")
             return None
         self._to.applied.append(
             f"{self._id}: {node.op_type} {label} -> {', '.join(n.op_type for n in new)}"
-            " (equal bit for bit in a trial run)"
+            f" (equal bit for bit in a trial run{', up to the order it leaves open' * loose})"
         )
         return new
+
+    def _forced(self, scope: Scope, node: NodeProto, first: str) -> dict[str, np.ndarray[Any, Any]]:
+        """Inputs of the trial that are not free: a proven k; one value, at slots that may meet."""
+        if first in self._proven:
+            return {node.input[1]: np.asarray([self._proven[first]])}
+        if self._id != "scatter-mask":
+            return {}
+        dims = [d or 0 for d in scope.dims(node.input[1]) or ()]
+        kinds = [onnx.helper.tensor_dtype_to_np_dtype(scope.dtype(n)) for n in node.input[1:]]
+        size = (scope.dims(node.input[0]) or ())[int(attribute(node, "axis", 0))] or 1
+        slots = np.random.default_rng(len(dims)).integers(-size, size, dims).astype(kinds[0])
+        return {node.input[1]: slots, node.input[2]: np.full(dims, 1, kinds[1])}
 
     def _same_constant(self, node: NodeProto, new: Sequence[NodeProto]) -> str:
         """Constants need no trial: their tensors are compared."""

@@ -15,6 +15,7 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from sfa_onnx.ascend.checks.einsum import MatMulForm, as_matmul
+from sfa_onnx.ascend.checks.move_rewrites import narrow_int64, sorted_top_k, uniform_scatter
 from sfa_onnx.ascend.flavour.reductions import readable_reductions
 from sfa_onnx.ascend.flavour.repairs import (
     cast_like,
@@ -242,14 +243,17 @@ NODE_RULES: Final[dict[str, Callable[[Scope, NodeProto], Sequence[NodeProto] | N
     "gathernd-batch-dims": gather_nd,
     "gathernd-negative": gather_nd,
     "gemm-alpha": gemm_alpha,
+    "int64-fits": narrow_int64,
     "mod-sign": mod_sign,
     "prototype-not-open": lambda s, n: cast_like(s, n) or dropped_dropout(s, n),
     "scatter-dtype": bool_scatter,
+    "scatter-mask": uniform_scatter,
     "scatternd-reduction": scatter_nd,
     "shape-slice": shape_range,
     "split-num-outputs": split_outputs,
     "topk-bf16": topk_bf16,
     "topk-int32-indices": topk_int64,
+    "topk-unsorted": sorted_top_k,
     "transpose-without-perm": written_perm,
     "unregistered-op": readable_reductions(None),
 }

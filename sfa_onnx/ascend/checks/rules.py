@@ -105,14 +105,17 @@ _GRAPH: Final = {
     "expert-gather": "expert weights gathered at run time",
     "input-dtype-documented": "graph inputs beyond the dtypes the manual lists",
     "input-shape": "open dims: --input_shape is needed",
+    "int64-fits": "int64 division, modulo or running sum whose numbers fit int32",
     "int64-hot": "big int64 tensors that are computed with",
     "int8-input-dynamic": "an int8 graph input with open dims",
     "precision-mode": "bfloat16 under the default precision mode",
     "recipes-package": "a binding that needs a package no longer published",
     "scatter-dtype": "a scatter over a dtype no definition lists",
+    "scatter-mask": "a mask written by ScatterElements: AI CPU on A2 and A3",
     "scatternd-copies-cache": "ScatterND on a graph input: the whole cache is copied",
     "topk-bf16": "TopK over bfloat16",
     "topk-computed-k": "TopK whose k is computed",
+    "topk-unsorted": "TopK with sorted = 0: AI CPU",
     "topk-int32-indices": "TopK's indices used as int64",
 }
 # Support: which engine.

@@ -66,7 +66,7 @@ def _written_out(scope: Scope, node: NodeProto, kind: str) -> list[NodeProto]:
     axis = int(attribute(node, "axis", 0)) % len(dims)
     if any(dims[i] is None or dims[i] != given[i] for i in range(len(dims)) if i != axis):
         raise _refusal(node, kind)
-    nodes, hit = _hits(scope, node, axis)
+    nodes, hit = hits(scope, node, axis)
     new = _unsqueeze(scope, updates, axis + 1, f"{label}/new")
     none = _neutral(scope, kind, dtype, label)
     wide = (*given[: axis + 1], *dims[axis:])  # [.., updates, targets, ..]
@@ -77,7 +77,7 @@ def _written_out(scope: Scope, node: NodeProto, kind: str) -> list[NodeProto]:
     return [*nodes, new, picked, total, step]
 
 
-def _hits(scope: Scope, node: NodeProto, axis: int) -> tuple[list[NodeProto], str]:
+def hits(scope: Scope, node: NodeProto, axis: int) -> tuple[list[NodeProto], str]:
     """[.., updates, targets, ..]: whether an update goes to a target; negative indices count."""
     data, index, label = node.input[0], node.input[1], node.name
     nodes: list[NodeProto] = []

@@ -121,15 +121,16 @@ class Scope:
         found = self._producers.get(name)
         return found if found is not None or self.parent is None else self.parent.producer(name)
 
-    def _initializer(self, name: str) -> TensorProto | None:
+    def initializer(self, name: str) -> TensorProto | None:
+        """The initializer called `name`, here or in an enclosing graph."""
         if self._tensors is None:
             self._tensors = {t.name: t for t in self.graph.initializer}
         found = self._tensors.get(name)
-        return found if found is not None or self.parent is None else self.parent._initializer(name)
+        return found if found is not None or self.parent is None else self.parent.initializer(name)
 
     def array(self, name: str) -> npt.NDArray[np.generic] | None:
         """The value of a small embedded constant, else None."""
-        tensor = self._initializer(name)
+        tensor = self.initializer(name)
         if tensor is None:
             node = self.producer(name)
             if node is None or node.op_type != "Constant":
