@@ -12,7 +12,8 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING, CacheEntry
 from sfa_onnx.kv_convert.trace import Stream
-from sfa_onnx.kv_convert.translate import Translated, Translator
+from sfa_onnx.kv_convert.translate import CacheInput, Translated, Translator
+from sfa_onnx.kv_convert.writes import position_input
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Boundary"]
@@ -31,6 +32,7 @@ class Boundary:
         self.latents: dict[str, tuple[Translator, Translated]] = {}
         self.ropes: dict[str, tuple[Translator, Translated]] = {}
         self.old_inputs: set[str] = set()
+        self.caches: list[CacheInput] = []
 
     def convert(self, translators: list[Translator]) -> list[CacheEntry]:
         """Change inputs, outputs and shape readers; returns the new interface's entries."""
@@ -39,6 +41,7 @@ class Boundary:
                 self.latents[done.latent.value] = translator, done
                 if done.rope:
                     self.ropes[done.rope.value] = translator, done
+        self.caches = [c for translator in translators for c in translator.caches.values()]
         outputs = self._outputs()
         self._shapes()
         self._inputs(translators)
@@ -174,11 +177,29 @@ class Boundary:
             shape = emit.op("Shape", [done.packed])
             return tuple(emit.op("Gather", [shape, emit.constant([i])]) for i in (0, 1))  # type: ignore[return-value]
         batch = emit.op("Gather", [emit.op("Shape", [BLOCK_TABLE]), emit.constant([0])])
+        if done.cache is not None and done.cache.writes:
+            return batch, self._capacity(done.cache)
         longest = emit.op("ReduceMax", [emit.op("Cast", [LENGTHS_KV], to=7)], keepdims=1)
         if done.cache is None or done.packed != done.cache.packed:
             return batch, longest
         fresh = emit.op("Shape", [SLOT_MAPPING])
         return batch, emit.op("Sub", [longest, emit.op("Div", [fresh, batch])])
+
+    def _capacity(self, cache: CacheInput) -> str:
+        """Rows per sequence of a cache that is written in place: what its float form declared."""
+        emit, stream = self.emit, cache.latent
+        shape = self.index.shape(stream.value)
+        size = None if shape is None else shape[stream.axis("S")]
+        if isinstance(size, int):
+            return emit.constant([size])
+        gone = {c.latent.value for c in self.caches} | {c.rope.value for c in self.caches if c.rope}
+        for value in self.graph.input:
+            dims = () if value.name in gone else self.index.shape(value.name) or ()
+            if size is not None and size in dims:
+                whole = emit.op("Shape", [value.name])
+                return emit.op("Gather", [whole, emit.constant([dims.index(size)])])
+        columns = emit.op("Gather", [emit.op("Shape", [BLOCK_TABLE]), emit.constant([1])])
+        return emit.op("Mul", [columns, emit.constant([self.block_size])])
 
     # -- afterwards -------------------------------------------------------------------------------
 
@@ -206,31 +227,36 @@ class Boundary:
             rope_base = done.rope.value if done.rope else ""
             rope_out = next((n for n, _ in outputs.get(rope_base, [])), "")
             key = done.cache.packed if done.cache else done.packed
-            entries[key] = _entry(translator, done, names[0][0], rope_out)
+            entries[key] = self._entry(translator, done, names[0][0], rope_out)
         for translator, done in self.latents.values():
             if done.cache and done.cache.packed not in entries:
-                entries[done.cache.packed] = _entry(translator, done, "", "")
+                entries[done.cache.packed] = self._entry(translator, done, "", "")
         return list(entries.values())
 
-
-def _entry(translator: Translator, done: Translated, latent_out: str, rope_out: str) -> CacheEntry:
-    cache, row = done.cache, translator.row
-    latent = cache.latent if cache else done.latent
-    rope = cache.rope if cache else done.rope
-    return CacheEntry(
-        latent_in=latent.value if cache else "",
-        rope_in=rope.value if cache and rope else "",
-        packed_in=cache.packed if cache else "",
-        latent_out=latent_out,
-        rope_out=rope_out,
-        packed_out=f"{latent_out}_packed" if latent_out else "",
-        latent_axes=latent.axes,
-        rope_axes=rope.axes if rope else (),
-        nope=row.nope,
-        rope=row.rope,
-        tile=row.tile,
-        elem_type=translator.query_type,
-    )
+    def _entry(
+        self, translator: Translator, done: Translated, latent_out: str, rope_out: str
+    ) -> CacheEntry:
+        cache, row = done.cache, translator.row
+        latent = cache.latent if cache else done.latent
+        rope = cache.rope if cache else done.rope
+        places = {position_input(self.index, w.places) for w in cache.writes} if cache else set()
+        return CacheEntry(
+            latent_in=latent.value if cache else "",
+            rope_in=rope.value if cache and rope else "",
+            packed_in=cache.packed if cache else "",
+            latent_out=latent_out,
+            rope_out=rope_out,
+            packed_out=f"{latent_out}_packed" if latent_out else "",
+            latent_axes=latent.axes,
+            rope_axes=rope.axes if rope else (),
+            nope=row.nope,
+            rope=row.rope,
+            tile=row.tile,
+            elem_type=translator.query_type,
+            in_place=bool(cache and cache.writes),
+            position=places.pop() if len(places) == 1 else "",
+            ragged=any(w.ragged for w in cache.writes) if cache else False,
+        )
 
 
 def _product(batch: int | str | None, rows: int | str | None) -> int | str:

@@ -86,7 +86,8 @@ class Emitter:
         units = [i for i, label in enumerate(axes) if label == "1"]
         labels = [label for label in axes if label != "1"]
         flat = self.squeeze(value, units)
-        if "B" not in labels:
-            flat, labels = self.unsqueeze(flat, [0]), ["B", *labels]
+        for label in "SB":  # dropped where their size is one
+            if label not in labels:
+                flat, labels = self.unsqueeze(flat, [0]), [label, *labels]
         ordered = self.transpose(flat, [labels.index(label) for label in "BSC"])
         return self.unsqueeze(ordered, [2])

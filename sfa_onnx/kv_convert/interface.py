@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from sfa_onnx.errors import ModelError
+from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.operator import kv_cache
 from sfa_onnx.operator.contract import PackedRow
 
@@ -63,6 +63,9 @@ class CacheEntry:
     rope: int
     tile: int
     elem_type: int  # of rope and query: onnx.TensorProto.DataType
+    in_place: bool = False  # rows are written into a buffer of fixed length, not appended
+    position: str = ""  # the input that says where they are written, when it is one
+    ragged: bool = False  # it may say so for every sequence
 
     @property
     def row(self) -> PackedRow:
@@ -118,7 +121,11 @@ def _entry(raw: dict[str, Any]) -> CacheEntry:
 
 
 def adapt_feeds(
-    interface: Interface, feeds: dict[str, Array], *, new_tokens: int = 0
+    interface: Interface,
+    feeds: dict[str, Array],
+    *,
+    new_tokens: int = 0,
+    start: int | Array | None = None,
 ) -> dict[str, Array]:
     """Feeds of the float model -> feeds of the converted one.
 
@@ -126,9 +133,15 @@ def adapt_feeds(
         interface: of the converted model.
         feeds: arrays of the original model, float caches included.
         new_tokens: rows that one run appends per sequence (paged form only).
+        start: where they go: the rows in use before the run, one number or one per sequence [B]
+            (paged form only). Default: behind the cache, or where the model's own position input
+            says for a cache that is written in place.
+
+    Raises:
+        UsageError: a cache is written in place and nothing says where.
     """
     adapted = dict(feeds)
-    lengths: Array | None = None
+    where: Array | None = None  # [B, new rows]
     for cache in interface.caches:
         rows = _packed_rows(cache, feeds)  # [B, S, 1, D]
         adapted.pop(cache.latent_in, None)
@@ -138,24 +151,66 @@ def adapt_feeds(
         if interface.form != "paged-int8":
             adapted[cache.packed_in] = rows
             continue
-        lengths = np.full(rows.shape[0], rows.shape[1] + new_tokens, np.int32)
-        pages, table = kv_cache.page(_roomy(rows, int(lengths.max())), interface.block_size)
-        adapted[cache.packed_in] = pages
-        adapted[BLOCK_TABLE] = table
-    if lengths is not None:
-        adapted[LENGTHS_KV] = lengths
-        adapted[SLOT_MAPPING] = _slots(
-            adapted[BLOCK_TABLE], lengths, new_tokens, interface.block_size
-        )
+        where = _places(cache, feeds, rows, new_tokens, start)
+        used = _used(cache, rows, where, start)
+        room = max(rows.shape[1], int(used.max(initial=0)))
+        pages, table = kv_cache.page(_roomy(rows, room), interface.block_size)
+        adapted |= {cache.packed_in: pages, BLOCK_TABLE: table, LENGTHS_KV: used}
+    if where is not None:
+        adapted[SLOT_MAPPING] = _slots(adapted[BLOCK_TABLE], where, interface.block_size)
     return adapted
 
 
+def _places(
+    cache: CacheEntry, feeds: dict[str, Array], rows: Array, count: int, start: int | Array | None
+) -> Array:
+    """The positions of the rows that a run writes [B, new rows]."""
+    batch, length = rows.shape[:2]
+    if start is None and cache.in_place and cache.position in feeds:
+        said = np.asarray(feeds[cache.position]).astype(np.int64)
+        if said.size > 1 or (said.ndim and not count):  # every position is said, not the first
+            own = cache.ragged and said.ndim > 1 and said.shape[0] == batch
+            said = said.reshape(batch if own else 1, -1)
+            return np.broadcast_to(said, (batch, said.shape[-1]))
+        start = int(said.ravel()[0])
+    if start is None and cache.in_place and count:
+        raise UsageError(
+            f"{cache.packed_in}: its rows are written in place, and nothing says where: pass"
+            " start, the number of rows in use before the run"
+        )
+    first = np.broadcast_to(np.asarray(length if start is None else start, np.int64), (batch,))
+    return first[:, None] + np.arange(count)
+
+
+def _used(cache: CacheEntry, rows: Array, where: Array, start: int | Array | None) -> Array:
+    """Rows in use of each sequence after the run [B]: all of a buffer of fixed length."""
+    batch, length = rows.shape[:2]
+    if cache.in_place:
+        if where.size and where.max() >= length:
+            raise UsageError(
+                f"{cache.packed_in}: row {where.max()} is to be written, and the buffer has"
+                f" {length} per sequence"
+            )
+        return np.full(batch, length, np.int32)
+    if where.shape[1]:
+        return np.asarray(where.max(-1) + 1, np.int32)
+    return np.array(np.broadcast_to(length if start is None else start, batch), np.int32)
+
+
 def float_outputs(
-    interface: Interface, outputs: dict[str, Array], feeds: dict[str, Array] | None = None
+    interface: Interface,
+    outputs: dict[str, Array],
+    feeds: dict[str, Array] | None = None,
+    *,
+    length: int | None = None,
 ) -> dict[str, Array]:
     """Outputs of the converted model under the original names, caches dequantised to float32.
 
-    `feeds` of the converted run are needed to read pages back (block table and lengths).
+    Args:
+        interface: of the converted model.
+        outputs: what it made.
+        feeds: of the converted run: block table and lengths are needed to read pages back.
+        length: rows per sequence of a cache that is written in place (default: those in use).
     """
     result = dict(outputs)
     for cache in interface.caches:
@@ -165,7 +220,8 @@ def float_outputs(
         if interface.form == "paged-int8":
             if feeds is None:
                 continue
-            packed = kv_cache.unpage(packed, feeds[BLOCK_TABLE], feeds[LENGTHS_KV])
+            rows = length if cache.in_place else None
+            packed = kv_cache.unpage(packed, feeds[BLOCK_TABLE], feeds[LENGTHS_KV], rows)
         latent, rope = _dequantised(cache, packed)
         if cache.joint:
             latent = np.concatenate([latent, rope], axis=-1)
@@ -226,11 +282,7 @@ def _roomy(rows: Array, tokens: int) -> Array:
     return np.pad(rows, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
 
-def _slots(table: Array, lengths: Array, new_tokens: int, block_size: int) -> Array:
-    """Physical slots [B * new_tokens] of the last `new_tokens` positions of each sequence."""
-    slots = [
-        int(table[b, p // block_size]) * block_size + p % block_size
-        for b in range(table.shape[0])
-        for p in range(int(lengths[b]) - new_tokens, int(lengths[b]))
-    ]
-    return np.asarray(slots, np.int32)
+def _slots(table: Array, where: Array, block_size: int) -> Array:
+    """Physical slots [B * new rows] of positions [B, new rows]."""
+    pages = np.take_along_axis(table.astype(np.int64), where // block_size, axis=1)
+    return np.asarray(pages * block_size + where % block_size, np.int32).ravel()

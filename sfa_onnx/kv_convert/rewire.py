@@ -109,7 +109,14 @@ class Conversion:
         if self.form == "int8":
             packed = translator.pack(latent, rope)
         else:
-            packed = translator.packed(latent, rope).packed
+            done = translator.packed(latent, rope)
+            packed = done.packed
+            if done.cache is None and self.form == "paged-int8":
+                raise ModelError(
+                    f"{label}: its keys do not come from a cache among the inputs (a prefill, or a"
+                    " cache that is changed in other ways than by writing rows), so there is"
+                    " nothing to page; use --to int8 or packed-int8"
+                )
             if not translator.caches and self.form == "packed-int8":
                 self.notes.append(f"{label}: keys do not come from a cache input")
         self._replace(node, packed, translator.row)
@@ -180,9 +187,13 @@ def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
 
 
 def _index_with_shapes(model: onnx.ModelProto) -> GraphIndex:
-    """An index over the graph; where the file tells no widths, onnx infers them (no weights)."""
+    """An index over the graph; where the file tells no widths, onnx infers them (no weights).
+
+    Widths are those of the operator's inputs, and of the indices that rows are written at.
+    """
     index = GraphIndex.of(model)
     wanted = [_input(model.graph.node[i], n) for i in float_sites(model.graph) for n in _WIDTHS]
+    wanted += [n.input[1] for n in model.graph.node if n.op_type == "ScatterND"]
     if all(index.shape(v) and isinstance(index.shape(v)[-1], int) for v in wanted if v):  # type: ignore[index]
         return index
     inferred = onnx.shape_inference.infer_shapes(model)

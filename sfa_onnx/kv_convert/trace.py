@@ -100,23 +100,48 @@ def _unit_dims(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Strea
 
 
 def _reshape(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | None:
-    """Only unit dims may come or go: the other dims keep their order."""
-    before = index.shape(node.input[0])
+    """Only unit dims may come or go: the others keep their order and their sizes.
+
+    A label whose dim is 1 (one new token, a batch of one) moves to a unit dim between the same
+    neighbours; where there is none left it is dropped.
+    """
+    before, after = index.shape(node.input[0]), index.shape(node.output[0])
     if before is None:
         return None
-    labels = [label for label in stream.axes if label != "1"]
-    solid = [i for i, dim in enumerate(before) if dim != 1]
-    while len(labels) > len(solid) and labels[0] == "B":
-        labels.pop(0)  # a batch of one lives in a unit dim
-    if len(labels) != len(solid):
+    if after is None or len(after) != len(stream.axes):
+        after = tuple(1 if label == "1" else None for label in stream.axes)
+    solid = [[i for i, dim in enumerate(dims) if dim != 1] for dims in (before, after)]
+    if len(solid[0]) != len(solid[1]):
         return None
     axes = ["1"] * len(before)
-    for i, label in zip(solid, labels, strict=True):
-        axes[i] = label
-    missing_batch = "B" in stream.axes and "B" not in labels
-    if missing_batch and "1" in axes:
-        axes[axes.index("1")] = "B"
+    for source, target in zip(*solid, strict=True):
+        if not _may_be_same(before[source], after[target]) or stream.axes[target] == "1":
+            return None
+        axes[source] = stream.axes[target]
+    _place_units(axes, set(solid[0]), stream.axes)
     return replace(stream, value=node.input[0], axes=tuple(axes))
+
+
+def _may_be_same(one: int | str | None, other: int | str | None) -> bool:
+    """Whether two declared dims may be one; names are the exporter's, numbers are facts."""
+    numbers = [d for d in (one, other) if isinstance(d, int)]
+    return len(numbers) < 2 or numbers[0] == numbers[1]
+
+
+def _place_units(axes: list[str], solid: set[int], labels: tuple[str, ...]) -> None:
+    """Give labels of unit dims a free unit dim in `axes`, in their order where that can be."""
+    at = -1
+    for label in labels:
+        if label in axes and label != "1":
+            at = max(at, axes.index(label))
+        elif label != "1":
+            later = [axes.index(n) for n in labels[labels.index(label) :] if n in axes and n != "1"]
+            stop = min(later, default=len(axes))
+            free = [i for i, here in enumerate(axes) if here == "1" and i not in solid]
+            free.sort(key=lambda i: not at < i < stop)
+            if free:
+                axes[free[0]] = label
+                at = max(at, free[0])
 
 
 def _columns(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | None:

@@ -7,7 +7,7 @@ and at anything that is not mere movement of rows (new rows: packed there by `Kv
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import onnx
 
@@ -15,6 +15,7 @@ from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.pages import PageWriter
 from sfa_onnx.kv_convert.trace import Stream, peel
+from sfa_onnx.kv_convert.writes import Write, Writes
 from sfa_onnx.operator.contract import PackedRow
 from sfa_onnx.operator.op import DOMAIN_OWN, KV_CACHE_PACK
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -22,7 +23,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 __all__ = ["CacheInput", "Translated", "Translator"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheInput:
     """A float cache among the graph inputs, and the packed input that takes its place."""
 
@@ -30,6 +31,7 @@ class CacheInput:
     rope: Stream | None
     packed: str
     elem_type: int
+    writes: list[Write] = field(default_factory=list)  # scatters into it, in place
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Translator:
         # How many rows one run appends, and for how many sequences, as far as the file tells.
         self.fresh: dict[str, int | str | None] = {"B": None, "S": None}
         self.caches: dict[str, CacheInput] = {}
+        self.writes = Writes(index, emitter)
 
     def packed(self, latent: Stream, rope: Stream | None) -> Translated:
         """The packed counterpart of two streams (memoised: sites share caches)."""
@@ -103,7 +106,7 @@ class Translator:
         if node is not None and same_kind:
             if node.op_type == "Concat":
                 moved = self._concat(node, other, lat, rot)
-            elif node.op_type == "ScatterND":
+            elif node.op_type in ("ScatterND", "ScatterElements"):
                 moved = self._scatter(node, other, lat, rot)
             elif node.op_type == "Slice":
                 moved = self._slice(node, other, lat, rot)
@@ -178,28 +181,22 @@ class Translator:
     def _scatter(
         self, node: onnx.NodeProto, other: onnx.NodeProto | None, lat: Stream, rot: Stream | None
     ) -> Translated | None:
-        """Slice assignment or index_copy: the same write over packed rows."""
-        depth_shape = self.index.shape(node.input[1])
-        if depth_shape is None or not isinstance(depth_shape[-1], int):
-            return None
-        depth = depth_shape[-1]
-        if depth == 0 or "C" in lat.axes[:depth] or "S" not in lat.axes[:depth]:
+        """Slice assignment, index_copy or scatter: the same write over packed rows."""
+        found = self.writes.read(node, other, lat, rot)
+        if found is None:
             return None
         data = self._pair(lat, rot, node.input[0], other.input[0] if other else "")
         updates = self._pair(lat, rot, node.input[2], other.input[2] if other else "")
         before, rows = self.packed(*data), self._fresh(*updates)
+        if before.cache is not None:
+            before.cache.writes.append(found)
         if self.form == "paged-int8":
             if before.cache is None:
                 return None
             written = self._write(before.packed, rows.packed)
-            return Translated(lat, rot, written, before.cache)
-        perm = _row_order(lat.axes)
-        if perm is None:
-            return None
-        moved = [self.emit.transpose(v, perm) for v in (before.packed, rows.packed)]
-        written = self.emit.op("ScatterND", [moved[0], node.input[1], moved[1]])
-        back = [perm.index(i) for i in range(4)]
-        return Translated(lat, rot, self.emit.transpose(written, back), before.cache)
+        else:
+            written = self.writes.emit(found, before.packed, rows.packed)
+        return Translated(lat, rot, written, before.cache)
 
     def _slice(
         self, node: onnx.NodeProto, other: onnx.NodeProto | None, lat: Stream, rot: Stream | None
@@ -234,14 +231,3 @@ class Translator:
 def _on_sequence(node: onnx.NodeProto, stream: Stream) -> bool:
     axis = int(attribute(node, "axis", 0))
     return stream.axes[axis] == "S"
-
-
-def _row_order(axes: tuple[str, ...]) -> list[int] | None:
-    """Permutation of [B, S, 1, D] that brings it into the order of `axes` (C stands for D)."""
-    if axes.count("1") > 1 or axes[-1] != "C" or "B" not in axes:
-        return None
-    source = {"B": 0, "S": 1, "1": 2, "C": 3}
-    perm = [source[label] for label in axes]
-    if "1" not in axes:
-        perm.insert(-1, 2)
-    return perm

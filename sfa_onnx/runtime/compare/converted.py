@@ -8,14 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfa_onnx.kv_convert.interface import (
-    BLOCK_TABLE,
-    SLOT_MAPPING,
     CacheEntry,
     Interface,
     adapt_feeds,
 )
 
-__all__ = ["converted_feeds"]
+__all__ = ["capacity", "converted_feeds"]
 
 Array = NDArray[Any]
 
@@ -38,17 +36,22 @@ def converted_feeds(
         return adapt_feeds(interface, feeds)
     before, after = (_by_row(x, cache) for x in (feeds[cache.latent_in], outputs[cache.latent_out]))
     grown = after.shape[1] - before.shape[1]
-    adapted = adapt_feeds(interface, feeds, new_tokens=max(grown, 0))
-    if grown == 0 and SLOT_MAPPING in adapted:
-        written = (before != after).any(-1)
-        table, size = adapted[BLOCK_TABLE], interface.block_size
-        slots = [
-            int(table[b, p // size]) * size + p % size
-            for b in range(len(written))
-            for p in np.flatnonzero(written[b])
-        ]
-        adapted[SLOT_MAPPING] = np.asarray(slots, np.int32)
-    return adapted
+    if grown > 0 or not cache.in_place:
+        return adapt_feeds(interface, feeds, new_tokens=max(grown, 0))
+    written = (before != after).any(-1)  # [B, S]
+    counts = written.sum(-1)
+    first = written.argmax(-1)
+    span = np.arange(written.shape[1])
+    between = (span >= first[:, None]) & (span < (first + counts)[:, None])
+    if counts.min(initial=0) != counts.max(initial=0) or (written != between).any():
+        return adapt_feeds(interface, feeds)  # the model's own positions say where
+    return adapt_feeds(interface, feeds, new_tokens=int(counts.max(initial=0)), start=first)
+
+
+def capacity(interface: Interface, feeds: dict[str, Array]) -> int | None:
+    """Rows per sequence of the float caches; None where none is fed."""
+    cache = next((c for c in interface.caches if c.latent_in in feeds), None)
+    return None if cache is None else _by_row(feeds[cache.latent_in], cache).shape[1]
 
 
 def _by_row(array: Array, cache: CacheEntry) -> Array:

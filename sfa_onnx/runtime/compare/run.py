@@ -25,7 +25,7 @@ from sfa_onnx.errors import ModelError, SfaError, UsageError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
-from sfa_onnx.runtime.compare.converted import converted_feeds
+from sfa_onnx.runtime.compare.converted import capacity, converted_feeds
 from sfa_onnx.runtime.compare.difference import CompareReport, OutputRow, SiteRow, measure
 from sfa_onnx.runtime.compare.extract import (
     AFTER,
@@ -173,7 +173,8 @@ class _Comparison:
         adapted = self._adapted(feeds, want)
         got = execute(self.second, self.folders[1], adapted)
         if self.interface is not None:
-            got = float_outputs(self.interface, got, adapted)
+            room = capacity(self.interface, feeds)
+            got = float_outputs(self.interface, got, adapted, length=room)
         exact = self._exact_outputs(feeds)
         if self.lossy:
             self._note("int8 caches are no equivalence: outputs are told, sites are judged")
