@@ -88,6 +88,9 @@ const Path* find_path(int id);
 // The path that runs geometry `g` when `path` was chosen: itself, or the next one that can.
 const Path* usable_path(const Path* path, const Geom& g);
 
+// All tasks of one piece of work, on the calling thread and up to `threads` - 1 helpers.
+void run_tasks(void (*run)(void* context, int64_t task), void* context, int64_t tasks, int threads);
+
 // A process-wide pool of 64-byte aligned buffers.
 void* pool_take(size_t bytes);
 void pool_give(void* buffer);

@@ -172,6 +172,12 @@ SFA_CORE_API int sfa_core_end(sfa_core_call* call, sfa_core_error* err);
 // begin + all tasks on the calling thread + end.
 SFA_CORE_API int sfa_core_run(const sfa_core_params* params, sfa_core_error* err);
 
+// The same on the calling thread and up to `threads` - 1 helpers of the core's own, for hosts
+// without a thread pool. The helpers stay for later calls and sleep between them; a second call at
+// the same time runs on its own thread only.
+SFA_CORE_API int sfa_core_run_threads(const sfa_core_params* params, int32_t threads,
+                                      sfa_core_error* err);
+
 // One call of NPULightningIndexer (float dtypes) or NPUQuantLightningIndexer (I8): for every query
 // row the sparse_count visible keys of the largest
 //
