@@ -14,7 +14,7 @@ from sfa_onnx import runtime  # noqa: E402
 from sfa_onnx.errors import ContractError  # noqa: E402
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT  # noqa: E402
 from sfa_onnx.runtime.portable.model import make_portable  # noqa: E402
-from sfa_onnx.torch.ops import _numpy, _torch  # noqa: E402
+from sfa_onnx.torch.tensors import as_numpy, as_torch  # noqa: E402
 from tests.attention_cases import BF16, LAYOUTS, make_case  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -34,7 +34,7 @@ int rope_head_dim=0"""
 
 def call(case):
     """The case through torch, as a user calls it."""
-    tensors = {n: _torch(a) for n, a in case.inputs.items()}
+    tensors = {n: as_torch(a) for n, a in case.inputs.items()}
     return getattr(OPS, NAMES[case.op.name])(**tensors, **case.attributes)
 
 
@@ -52,7 +52,7 @@ def test_eager_calls_are_the_reference(op, layouts):
     case = make_case(op, layouts, dtype=BF16)
     got = call(case)
     assert got.dtype == torch.bfloat16
-    assert (_numpy(got) == case.reference()).all()
+    assert (as_numpy(got) == case.reference()).all()
 
 
 def test_illegal_calls_are_refused():
@@ -64,7 +64,7 @@ def test_illegal_calls_are_refused():
 
 def test_operators_pass_torchs_own_checks():
     case = make_case(dtype=np.float32)
-    tensors = {n: _torch(a) for n, a in case.inputs.items()}
+    tensors = {n: as_torch(a) for n, a in case.inputs.items()}
     names = ("query", "key", "value", "sparse_indices")
     attributes = dict(case.attributes)
     positional = [tensors.pop(n) for n in names]

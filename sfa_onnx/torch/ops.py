@@ -1,8 +1,8 @@
 """`torch.library` operators with CANN's argument lists: eager on CPU, traceable by torch.export.
 
 The schemas are written from the contract tables: required inputs and attributes first, in order,
-the optional ones by keyword. That is the argument list of `torch_npu.npu_*`, so a model changes
-from one to the other by the namespace alone. Eager calls go through the NumPy reference.
+the optional ones by keyword, and `rounding` after them where it means something. The vendors' own
+names, with their spellings, defaults and results, are `sfa_onnx.torch.enable_ascend_names()`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-import ml_dtypes
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from sfa_onnx.operator import kv_cache, reference
-from sfa_onnx.operator.contract import Attribute, OpContract, PackedRow
+from sfa_onnx.operator.contract import Attribute, OpContract
 from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
     LIGHTNING_INDEXER,
@@ -24,6 +20,7 @@ from sfa_onnx.operator.op import (
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
+from sfa_onnx.torch.compute import compute, shapes_of
 
 __all__ = ["OPERATORS", "arguments_of", "schema_of"]
 
@@ -36,6 +33,12 @@ OPERATORS: Final[dict[str, OpContract]] = {
     "npu_quant_lightning_indexer": QUANT_LIGHTNING_INDEXER,
     "kv_cache_pack": KV_CACHE_PACK,
 }
+# Operators that the vendor computes with roundings of its own.
+ROUNDED: Final = (
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+    SPARSE_FLASH_ATTENTION,
+    QUANT_LIGHTNING_INDEXER,
+)
 _SCHEMA_TYPES: Final = {"float": "float", "int": "int", "string": "str"}
 
 
@@ -64,6 +67,13 @@ def schema_of(op: OpContract) -> str:
     return f"({', '.join([*positional, '*', *keyword])}) -> {returns}"
 
 
+def _definition(op: OpContract) -> str:
+    """What is registered: CANN's list and, where the vendor rounds, how to round."""
+    arguments, returns = schema_of(op).rsplit(") -> ", 1)
+    extra = ', str rounding="exact"' if op in ROUNDED else ""
+    return f"{arguments}{extra}) -> {returns}"
+
+
 def _declare_attribute(attribute: Attribute) -> str:
     kind = _SCHEMA_TYPES[attribute.kind]
     if attribute.default is None:
@@ -72,85 +82,48 @@ def _declare_attribute(attribute: Attribute) -> str:
     return f"{kind} {attribute.name}={repr(default) if isinstance(default, str) else default}"
 
 
-def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
-    """A view of a CPU tensor; bfloat16 becomes ml_dtypes'."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return np.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-    return np.asarray(tensor.numpy())
+def _bound(op: OpContract) -> Callable[..., tuple[dict[str, Any], dict[str, Any], str]]:
+    """How a call becomes tensors and attributes by name, and its rounding."""
+    names = [name for group in arguments_of(op) for name in group]
+    tensors = {t.name for t in op.inputs}
+    defaults = {a.name: a.default for a in op.attributes} | {"rounding": "exact"}
 
+    def bind(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], str]:
+        given: dict[str, Any] = defaults | dict(zip(names, args, strict=False)) | kwargs
+        rounding = given.pop("rounding")
+        present = {n: t for n, t in given.items() if n in tensors and t is not None}
+        return present, {n: given[n] for n in defaults if n in given}, rounding
 
-def _torch(array: NDArray[Any]) -> torch.Tensor:
-    array = np.ascontiguousarray(array)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return bind
 
 
 def _eager(op: OpContract) -> Callable[..., Any]:
     """The CPU implementation: any split of positional and keyword arguments."""
-    names = [name for group in arguments_of(op) for name in group]
+    bind = _bound(op)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        arrays = {t.name: _numpy(given[t.name]) for t in op.inputs if given.get(t.name) is not None}
-        attributes = {a.name: given.get(a.name, a.default) for a in op.attributes}
-        result = _compute(op, arrays, attributes)
-        return tuple(map(_torch, result)) if isinstance(result, tuple) else _torch(result)
+        results = compute(op, *bind(*args, **kwargs))
+        return results if len(results) > 1 else results[0]
 
     return run
-
-
-def _compute(op: OpContract, arrays: dict[str, Any], attributes: dict[str, Any]) -> Any:
-    inputs = [arrays.get(t.name) for t in op.inputs]
-    if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-        return reference.sparse_flash_attention_antiquant(*inputs, **attributes)  # type: ignore[arg-type]
-    if op is SPARSE_FLASH_ATTENTION:
-        return reference.sparse_flash_attention(*inputs, **attributes)  # type: ignore[arg-type]
-    if op is LIGHTNING_INDEXER:
-        return reference.lightning_indexer(*inputs, **attributes)  # type: ignore[arg-type]
-    if op is QUANT_LIGHTNING_INDEXER:
-        return reference.quant_lightning_indexer(*inputs, **attributes)  # type: ignore[arg-type]
-    op.check_attributes(attributes)
-    clip = arrays.pop("clip", None)
-    alpha = None if clip is None else float(clip)
-    return kv_cache.pack(**arrays, clip=alpha, tile_size=attributes["tile_size"])
 
 
 def _fake(op: OpContract) -> Callable[..., Any]:
-    """Shapes and types only; dims may be symbolic."""
-    names = [name for group in arguments_of(op) for name in group]
-    defaults = {a.name: a.default for a in op.attributes}
+    bind = _bound(op)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        given: dict[str, Any] = defaults | dict(zip(names, args, strict=False)) | kwargs
-        if op is KV_CACHE_PACK:
-            return _fake_rows(given)
-        query = given["query"]
-        if op is SPARSE_FLASH_ATTENTION:
-            return torch.empty_like(query, memory_format=torch.contiguous_format)
-        if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-            return query.new_empty((*query.shape[:-1], query.shape[-1] - given["rope_head_dim"]))
-        shape = (*query.shape[:-2], 1, given["sparse_count"])
-        indices = query.new_empty(shape, dtype=torch.int32)
-        return (indices, query.new_empty(shape)) if op is LIGHTNING_INDEXER else indices
+        tensors, attributes, _ = bind(*args, **kwargs)
+        results = shapes_of(op, tensors, attributes)
+        return results if len(results) > 1 else results[0]
 
     return run
-
-
-def _fake_rows(given: dict[str, Any]) -> torch.Tensor:
-    nope, rope = given["nope"], given.get("rope")
-    width, itemsize = (0, 2) if rope is None else (int(rope.shape[-1]), rope.element_size())
-    row = PackedRow(int(nope.shape[-1]), width, given["tile_size"], itemsize)
-    made: torch.Tensor = nope.new_empty((*nope.shape[:-1], row.bytes), dtype=torch.int8)
-    return made
 
 
 def _register() -> torch.library.Library:
     """Not `torch.library.custom_op`: that has no keyword-only tensors, and CANN's lists do."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, op in OPERATORS.items():
-        library.define(name + schema_of(op), tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(name + _definition(op), tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, _eager(op), "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(op), lib=library)
     return library

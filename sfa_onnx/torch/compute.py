@@ -1,0 +1,152 @@
+"""What the torch operators compute: one function for every name, own or a vendor's.
+
+The C++ core does the attention and the packing; the NumPy reference does what the core lacks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from sfa_onnx.errors import ContractError, MissingError
+from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator.contract import OpContract, PackedRow
+from sfa_onnx.operator.op import (
+    KV_CACHE_PACK,
+    LIGHTNING_INDEXER,
+    QUANT_LIGHTNING_INDEXER,
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+)
+from sfa_onnx.runtime.core import DTYPES, Error, PackParams, core, refuse_if
+from sfa_onnx.torch.attend import attend
+from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable
+
+__all__ = ["ROUNDINGS", "compute", "shapes_of"]
+
+ROUNDINGS: Final = ("exact", "npu")
+_ATTENTIONS: Final = (SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT)
+
+
+def compute(
+    op: OpContract,
+    tensors: Mapping[str, torch.Tensor],
+    attributes: Mapping[str, Any],
+    rounding: str,
+) -> tuple[torch.Tensor, ...]:
+    """All results of one call.
+
+    Args:
+        op: the operator.
+        tensors: the given inputs by their names in the contract.
+        attributes: every attribute of the contract.
+        rounding: "exact" or "npu", see `sfa_onnx.operator.reference`.
+
+    Raises:
+        ContractError: the call breaks the contract.
+    """
+    check_usable(tensors)
+    if rounding not in ROUNDINGS:
+        raise ContractError(f"rounding: expected {' or '.join(ROUNDINGS)}, got {rounding!r}")
+    if op is KV_CACHE_PACK:
+        return (_pack(op, tensors, attributes),)
+    if op in _ATTENTIONS and rounding == "exact" and _core_is_built():
+        return (attend(op, tensors, attributes),)
+    return _by_reference(op, tensors, attributes, rounding)
+
+
+def _core_is_built() -> bool:
+    try:
+        core()
+    except MissingError:
+        return False
+    return True
+
+
+def _by_reference(
+    op: OpContract,
+    tensors: Mapping[str, torch.Tensor],
+    attributes: Mapping[str, Any],
+    rounding: str,
+) -> tuple[torch.Tensor, ...]:
+    arrays: list[Any] = [
+        as_numpy(tensors[t.name]) if t.name in tensors else None for t in op.inputs
+    ]
+    mode: Any = rounding
+    if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
+        out = reference.sparse_flash_attention_antiquant(*arrays, mode=mode, **attributes)
+        return (as_torch(out),)
+    if op is SPARSE_FLASH_ATTENTION:
+        return (as_torch(reference.sparse_flash_attention(*arrays, mode=mode, **attributes)),)
+    if op is LIGHTNING_INDEXER:
+        indices, values = reference.lightning_indexer(*arrays, **attributes)
+        return as_torch(indices), as_torch(values)
+    if op is QUANT_LIGHTNING_INDEXER:
+        return (as_torch(reference.quant_lightning_indexer(*arrays, mode=mode, **attributes)),)
+    raise ContractError(f"no implementation of {op.name}")
+
+
+def _pack(
+    op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
+) -> torch.Tensor:
+    """`sfa_onnx::KvCachePack`: checked by the definition on one row, computed by the core."""
+    op.check_attributes(attributes)
+    tile = attributes["tile_size"]
+    clip = float(tensors["clip"]) if "clip" in tensors else None
+    parts = {name: t for name, t in tensors.items() if name != "clip"}
+    if not _core_is_built():
+        rows = {name: as_numpy(t) for name, t in parts.items()}
+        return as_torch(kv_cache.pack(**rows, clip=clip, tile_size=tile))
+    _check_rows(parts, clip, tile)
+    nope, rope, scale = (parts.get(n) for n in ("nope", "rope", "scale"))
+    assert nope is not None
+    width = 0 if rope is None else rope.shape[-1]
+    row = PackedRow(nope.shape[-1], width, tile, 2 if rope is None else rope.element_size())
+    out = nope.new_empty((*nope.shape[:-1], row.bytes), dtype=torch.int8)
+    params, error = PackParams(), Error()
+    params.struct_size = ctypes.sizeof(PackParams)
+    params.nope_dtype = DTYPES[str(nope.dtype).removeprefix("torch.")]
+    params.rope_dtype = DTYPES["bfloat16" if rope is None else str(rope.dtype)[6:]]
+    params.nope_dim, params.rope_dim, params.tile_size = nope.shape[-1], width, tile
+    params.clip, params.rows = 1.0 if clip is None else clip, nope.shape[:-1].numel()
+    params.nope, params.out = nope.data_ptr(), out.data_ptr()
+    params.rope = rope.data_ptr() if width and rope is not None else None
+    params.scale = None if scale is None else scale.data_ptr()
+    if params.rows:
+        status = core().sfa_core_pack(ctypes.byref(params), 0, params.rows, ctypes.byref(error))
+        refuse_if(status, error)
+    return out
+
+
+def _check_rows(parts: Mapping[str, torch.Tensor], clip: float | None, tile: int) -> None:
+    """Types and shapes, by packing no row at all."""
+    lead = parts["nope"].shape[:-1]
+    for name, part in parts.items():
+        if part.shape[:-1] != lead:
+            raise ContractError(
+                f"{name}: expected leading dimensions {list(lead)} like nope,"
+                f" got {list(part.shape)}"
+            )
+    empty = {n: as_numpy(p.new_empty((0, p.shape[-1]))) for n, p in parts.items()}
+    kv_cache.pack(**empty, clip=clip, tile_size=tile)
+
+
+def shapes_of(
+    op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """Results without values, for tracing; dims may be symbolic."""
+    if op is KV_CACHE_PACK:
+        nope, rope = tensors["nope"], tensors.get("rope")
+        width, itemsize = (0, 2) if rope is None else (int(rope.shape[-1]), rope.element_size())
+        row = PackedRow(int(nope.shape[-1]), width, attributes["tile_size"], itemsize)
+        return (nope.new_empty((*nope.shape[:-1], row.bytes), dtype=torch.int8),)
+    query = tensors["query"]
+    if op in _ATTENTIONS:
+        rope = 0 if op is SPARSE_FLASH_ATTENTION else attributes["rope_head_dim"]
+        return (query.new_empty((*query.shape[:-1], query.shape[-1] - rope)),)
+    shape = (*query.shape[:-2], 1, attributes["sparse_count"])
+    indices = query.new_empty(shape, dtype=torch.int32)
+    return (indices, query.new_empty(shape)) if op is LIGHTNING_INDEXER else (indices,)

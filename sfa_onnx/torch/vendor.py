@@ -1,0 +1,169 @@
+"""The vendors' torch operators: their schemas as data, and how their calls become ours.
+
+`data/vendor_schemas.json` holds every schema that was published, with the releases that have it and
+where it was read. An adapter works by argument *names*, so that it serves any of them, also one
+that a vendor's library has already registered.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final
+
+import torch
+
+from sfa_onnx.errors import ContractError, UsageError
+from sfa_onnx.operator.contract import OpContract
+from sfa_onnx.operator.op import ALL_OPS, INT64_MAX, LIGHTNING_INDEXER
+from sfa_onnx.torch.compute import compute, shapes_of
+
+__all__ = ["Adapter", "VendorOperator", "vendor_operators", "vendor_schemas"]
+
+# Arguments with one legal value that some of the contracts leave out.
+_FIXED: Final = {"pre_tokens": INT64_MAX, "next_tokens": INT64_MAX}
+# Arguments by which a vendor says what the contract says with another word.
+_SPELLINGS: Final = {"return_value": "return_values"}
+
+
+@dataclass(frozen=True)
+class VendorOperator:
+    """One published operator: "custom::name" of the recipes, "npu::name" of torch_npu."""
+
+    namespace: str
+    name: str
+    op: OpContract
+    schema: str  # "(Tensor query, ...) -> Tensor"
+    releases: tuple[str, ...]  # of torch_npu, oldest first; none for the recipes' package
+    source: str
+
+    @property
+    def qualified(self) -> str:
+        """The name as torch's dispatcher has it."""
+        return f"{self.namespace}::{self.name}"
+
+
+@functools.cache
+def vendor_schemas() -> tuple[VendorOperator, ...]:
+    """Every schema of the data file; of one name the widest comes last."""
+    text = resources.files("sfa_onnx.torch").joinpath("data/vendor_schemas.json").read_text("utf-8")
+    ops = {op.name: op for op in ALL_OPS}
+    return tuple(
+        VendorOperator(
+            entry["namespace"],
+            entry["name"],
+            ops[entry["operator"]],
+            entry["schema"],
+            tuple(entry["releases"]),
+            entry["source"],
+        )
+        for entry in json.loads(text)
+    )
+
+
+def vendor_operators(release: str | None = None) -> tuple[VendorOperator, ...]:
+    """One schema per name: those of a torch_npu release, and the recipes'.
+
+    Args:
+        release: as "2.9.0.post2"; None: the installed torch_npu's where its schemas are known, else
+            the widest of each name.
+
+    Raises:
+        UsageError: the release is not among the data, or has none of the operators.
+    """
+    known = {r for entry in vendor_schemas() for r in entry.releases}
+    if release is None:
+        release = _installed() if _installed() in known else None
+    elif release not in known:
+        raise UsageError(
+            f"no schemas of torch_npu {release}: expected one of {', '.join(sorted(known))}"
+        )
+    chosen = {}
+    for entry in vendor_schemas():
+        if release is None or not entry.releases or release in entry.releases:
+            chosen[entry.qualified] = entry
+    return tuple(chosen.values())
+
+
+def _installed() -> str | None:
+    try:
+        return importlib.metadata.version("torch_npu").split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class Adapter:
+    """A call under a vendor's name as tensors and attributes of the contract, and back."""
+
+    def __init__(self, op: OpContract, schema: torch.FunctionSchema) -> None:
+        self.op = op
+        self.results = len(schema.returns)
+        self._names = [a.name for a in schema.arguments]
+        self._defaults = {a.name: a.default_value for a in schema.arguments}
+        self._tensors = {t.name for t in op.inputs}
+        # What a schema does not mention is what a node of ours says by default.
+        self._attributes = {a.name: a.usual if a.default is None else a.default
+                            for a in op.attributes}  # fmt: skip
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Every argument by the vendor's name."""
+        return {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and attributes of the contract.
+
+        Raises:
+            ContractError: an argument is given that CPU and A2/A3 know nothing of.
+        """
+        tensors, attributes = {}, dict(self._attributes)
+        for word, value in self.given(args, kwargs).items():
+            name = _SPELLINGS.get(word, word)
+            if name in self._tensors:
+                if value is not None:
+                    tensors[name] = value
+            elif name in attributes:
+                attributes[name] = int(value) if isinstance(value, bool) else value
+            elif word in _FIXED:
+                if value != _FIXED[word]:
+                    raise ContractError(f"{word}: expected {_FIXED[word]}, got {value}")
+            elif value is not None:
+                raise ContractError(
+                    f"{word}: expected None (float8 and hifloat8 are types of Ascend 950 only),"
+                    f" got {value!r}"
+                )
+        return tensors, attributes
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rounding: str) -> Any:
+        """The CPU implementation."""
+        tensors, attributes = self.bind(args, kwargs)
+        return self._shaped(compute(self.op, tensors, attributes, rounding), tensors, attributes)
+
+    def fake(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The same results without values."""
+        tensors, attributes = self.bind(args, kwargs)
+        return self._shaped(shapes_of(self.op, tensors, attributes), tensors, attributes)
+
+    def _shaped(
+        self,
+        values: tuple[torch.Tensor, ...],
+        tensors: Mapping[str, torch.Tensor],
+        attributes: Mapping[str, Any],
+    ) -> Any:
+        """As many results as the schema has; what was not asked for is empty, as the vendor's."""
+        if self.results == 1:
+            return values[0]
+        query = tensors["query"]
+        if self.op is LIGHTNING_INDEXER:
+            asked, empty = attributes["return_values"], query.dtype
+        else:
+            asked, empty = attributes["return_softmax_lse"], torch.float32
+        if asked:
+            return values
+        rest = self.results - 1
+        return (values[0], *(query.new_empty((0,), dtype=empty) for _ in range(rest)))

@@ -1,0 +1,115 @@
+"""Scripts written for the NPU, on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+SCRIPT = """
+import sys
+
+import torch
+import torch_npu
+import torchair
+import custom_ops
+import torch.nn as nn
+from torch_npu.testing.testcase import TestCase, run_tests
+from torchair.configs.compiler_config import CompilerConfig
+
+torch_npu.npu.set_device(0)
+
+
+def arguments():
+    torch.manual_seed(0)
+    nope = torch.randint(-127, 128, (4, 16, 1, 512)).to(torch.int8)
+    rope = torch.randn(4, 16, 1, 64).to(torch.bfloat16)
+    scale = torch.rand(4, 16, 1, 4)
+    key = torch.cat((nope, rope.view(torch.int8), scale.view(torch.int8)), -1)
+    query = torch.randn(2, 1, 4, 576).to(torch.bfloat16)
+    indices = torch.stack([torch.randperm(32)[:8] for _ in range(2)]).reshape(2, 1, 1, 8).int()
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    lengths = torch.tensor([32, 32], dtype=torch.int32)
+    return query, key, indices, table, lengths
+
+
+class Net(nn.Module):
+    def forward(self, query, key, indices, table, lengths):
+        return torch_npu.npu_sparse_flash_attention_antiquant(
+            query, key, key, indices, 0.05, 1, 2, 2, block_table=table,
+            actual_seq_lengths_kv=lengths, layout_kv="PA_BSND", attention_mode=2,
+            quant_scale_repo_mode=1, tile_size=128, rope_head_dim=64)
+
+
+class TestOperator(TestCase):
+    def test_eager_and_graph(self):
+        args = [a.to("npu:0") for a in arguments()]
+        config = CompilerConfig()
+        config.experimental_config.frozen_parameter = True
+        backend = torchair.get_npu_backend(compiler_config=config)
+        eager = Net().npu()(*(a.npu() for a in args))
+        graph = torch.compile(Net().npu(), backend=backend, fullgraph=True)(*args)
+        self.assertTrue(torch.equal(eager, graph))
+        torch.npu.synchronize()
+        assert eager.shape == (2, 1, 4, 512) and torch.zeros(1, device="npu").is_cpu
+        self.assertRtolEqual(eager.cpu(), graph)
+        assert "Ascend910" in torch.npu.get_device_properties().name
+        assert torch_npu.npu_kv_quant_sparse_flash_attention is not None
+        try:
+            torch_npu.npu_fused_infer_attention_score
+        except AttributeError as error:
+            assert "CPU stand-in for torch_npu has no" in str(error)
+        print("arguments:", sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_tests()
+"""
+
+
+def on_cpu(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "sfa_onnx.torch.on_cpu", *arguments],
+        capture_output=True, text=True, cwd=cwd,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+
+
+def test_a_vendor_script_runs_unchanged(tmp_path):
+    script = tmp_path / "test_op.py"
+    script.write_text(SCRIPT)
+    done = on_cpu(str(script), "-v")
+    assert done.returncode == 0, done.stderr
+    assert "arguments: ['-v']" in done.stdout
+    assert "OK" in done.stderr
+    done = on_cpu("-m", "test_op", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_failures_and_exit_codes_are_the_scripts(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("import torch_npu, sys\nsys.exit(5)\n")
+    assert on_cpu(str(script)).returncode == 5
+    assert "no such file" in on_cpu("nowhere.py").stderr
+    done = on_cpu("--release", "1.0", str(script))
+    assert done.returncode == 2
+    assert "no schemas of torch_npu 1.0" in done.stderr
+
+
+def test_an_installed_torch_npu_that_needs_cann_is_not_in_the_way(tmp_path):
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libascendcl.so')\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import torch_npu
+        print(torch_npu.npu.is_available(), torch_npu.npu_lightning_indexer)
+    """)
+    )
+    done = on_cpu(str(script))
+    assert done.stdout.startswith("True npu"), done.stderr
