@@ -12,12 +12,23 @@ from typing import Any, Final
 from sfa_onnx.errors import ContractError, MissingError
 from sfa_onnx.runtime.ort import library_path
 
-__all__ = ["DTYPES", "HOLES", "LAYOUTS", "Error", "PackParams", "Params", "core", "refuse_if"]
+__all__ = [
+    "DTYPES",
+    "HOLES",
+    "LAYOUTS",
+    "ROUNDINGS",
+    "Error",
+    "PackParams",
+    "Params",
+    "core",
+    "refuse_if",
+]
 
 # Numbers of sfa_core_dtype by the item's name as NumPy and torch spell it.
 DTYPES: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 LAYOUTS: Final = {"BSND": 0, "TND": 1, "PA_BSND": 2}
 HOLES: Final = {"error": 0, "skip": 1, "stop": 2}
+ROUNDINGS: Final = {"exact": 0, "npu": 1}
 
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -40,6 +51,8 @@ class Params(ctypes.Structure):
         *_fields(_I64, "block_table_cols"),
         *_fields(_PTR, "query", "query_rope", "key", "key_rope", "sparse_indices", "block_table"),
         *_fields(_PTR, "actual_seq_lengths_query", "actual_seq_lengths_kv", "out"),
+        *_fields(_I32, "rounding", "reserved2"),
+        *_fields(_PTR, "sinks", "softmax_max", "softmax_sum"),
     ]
 
 

@@ -18,9 +18,9 @@ import torch
 from sfa_onnx.errors import ContractError
 from sfa_onnx.operator.contract import PackedRow
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, OpContract
-from sfa_onnx.runtime.core import DTYPES, HOLES, LAYOUTS, Error, Params, core, refuse_if
+from sfa_onnx.runtime.core import DTYPES, HOLES, LAYOUTS, ROUNDINGS, Error, Params, core, refuse_if
 
-__all__ = ["attend"]
+__all__ = ["attend", "softmax_shape"]
 
 _KEPT: Final = 512  # forms of calls
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,37 +41,53 @@ _forms: dict[Any, _Form] = {}
 
 
 def attend(
-    op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
-) -> torch.Tensor:
+    op: OpContract,
+    tensors: Mapping[str, torch.Tensor],
+    attributes: Mapping[str, Any],
+    rounding: str,
+) -> tuple[torch.Tensor, ...]:
     """One call of an attention operator, on as many threads as torch uses.
 
     Args:
         op: which of the two.
         tensors: the given inputs by name, on CPU and contiguous.
         attributes: all attributes of the contract.
+        rounding: "exact" or "npu" (of packed latents; float caches are what they are).
 
     Returns:
-        attention_out, [B, S1, N1, C] or [T, N1, C] in the query's type.
+        attention_out, [B, S1, N1, C] or [T, N1, C] in the query's type; with return_softmax_lse
+        also softmax_max and softmax_sum, float32 [B, 1, S1, N1] or [1, T, N1].
 
     Raises:
         ContractError: a shape, type, attribute or value breaks the contract.
         MissingError: the library was not built.
     """
     form = _form_of(op, tensors, attributes)
-    out = tensors["query"].new_empty(form.out_shape)
+    query = tensors["query"]
+    out = query.new_empty(form.out_shape)
     params = Params.from_buffer_copy(form.block)
-    params.holes = _holes()
+    params.holes, params.rounding = _holes(), ROUNDINGS[rounding]
     for name in form.addresses:
         setattr(params, name, tensors[name].data_ptr())
     params.out = out.data_ptr()
+    results = [out]
+    if attributes.get("return_softmax_lse"):
+        top, total = (query.new_zeros(softmax_shape(query), dtype=torch.float32) for _ in "01")
+        params.softmax_max, params.softmax_sum = top.data_ptr(), total.data_ptr()
+        results += [top, total]
     if out.numel() == 0:
-        return out
+        return tuple(results)
     error = Error()
     status = core().sfa_core_run_threads(
         ctypes.byref(params), torch.get_num_threads(), ctypes.byref(error)
     )
     refuse_if(status, error)
-    return out
+    return tuple(results)
+
+
+def softmax_shape(query: torch.Tensor) -> tuple[int, ...]:
+    """CANN's [B, N2, S1, N1/N2] or [N2, T, N1/N2], of one key head."""
+    return (*query.shape[:-3], 1, *query.shape[-3:-1])
 
 
 def _form_of(
@@ -159,6 +175,11 @@ def _check_types(op: OpContract, tensors: Mapping[str, torch.Tensor]) -> None:
         if name in tensors and tensors[name].dtype != cache:
             why = " (the query's type)" if cache is query.dtype else ""
             raise _refuse(name, f"{cache}{why}", tensors[name].dtype)
+    if "sinks" in tensors:
+        sinks, expected = tensors["sinks"], [query.shape[-2]]
+        if sinks.dtype != torch.float32 or list(sinks.shape) != expected:
+            got = f"{sinks.dtype} {list(sinks.shape)}"
+            raise _refuse("sinks", f"torch.float32 {expected} (one per query head)", got)
     for name, tensor in tensors.items():
         ints = name in ("sparse_indices", "block_table") or name.startswith("actual_seq")
         if ints and tensor.dtype != torch.int32:

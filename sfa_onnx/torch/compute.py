@@ -22,7 +22,7 @@ from sfa_onnx.operator.op import (
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
 from sfa_onnx.runtime.core import DTYPES, Error, PackParams, core, refuse_if
-from sfa_onnx.torch.attend import attend
+from sfa_onnx.torch.attend import attend, softmax_shape
 from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable
 
 __all__ = ["ROUNDINGS", "compute", "shapes_of"]
@@ -53,8 +53,8 @@ def compute(
         raise ContractError(f"rounding: expected {' or '.join(ROUNDINGS)}, got {rounding!r}")
     if op is KV_CACHE_PACK:
         return (_pack(op, tensors, attributes),)
-    if op in _ATTENTIONS and rounding == "exact" and _core_is_built():
-        return (attend(op, tensors, attributes),)
+    if op in _ATTENTIONS and _core_is_built():
+        return attend(op, tensors, attributes, rounding)
     return _by_reference(op, tensors, attributes, rounding)
 
 
@@ -146,7 +146,11 @@ def shapes_of(
     query = tensors["query"]
     if op in _ATTENTIONS:
         rope = 0 if op is SPARSE_FLASH_ATTENTION else attributes["rope_head_dim"]
-        return (query.new_empty((*query.shape[:-1], query.shape[-1] - rope)),)
+        out = query.new_empty((*query.shape[:-1], query.shape[-1] - rope))
+        if not attributes.get("return_softmax_lse"):
+            return (out,)
+        shape = softmax_shape(query)
+        return (out, *(query.new_empty(shape, dtype=torch.float32) for _ in range(2)))
     shape = (*query.shape[:-2], 1, attributes["sparse_count"])
     indices = query.new_empty(shape, dtype=torch.int32)
     return (indices, query.new_empty(shape)) if op is LIGHTNING_INDEXER else (indices,)
