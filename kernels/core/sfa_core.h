@@ -231,6 +231,8 @@ SFA_CORE_API int64_t sfa_core_indexer_num_tasks(const sfa_core_indexer_call* cal
 SFA_CORE_API int sfa_core_indexer_run_task(sfa_core_indexer_call* call, int64_t task);
 SFA_CORE_API int sfa_core_indexer_end(sfa_core_indexer_call* call, sfa_core_error* err);
 SFA_CORE_API int sfa_core_indexer_run(const sfa_core_indexer_params* params, sfa_core_error* err);
+SFA_CORE_API int sfa_core_indexer_run_threads(const sfa_core_indexer_params* params,
+                                              int32_t threads, sfa_core_error* err);
 
 // Bytes of one packed row: nope + rope * itemsize(rope_dtype) + 4 * nope / tile.
 SFA_CORE_API int64_t sfa_core_row_bytes(int32_t nope_dim, int32_t rope_dim, int32_t tile_size,

@@ -163,3 +163,16 @@ extern "C" int sfa_core_run_threads(const sfa_core_params* params, int32_t threa
   sfa::run_tasks(run, call, sfa_core_num_tasks(call), threads);
   return sfa_core_end(call, err);
 }
+
+extern "C" int sfa_core_indexer_run_threads(const sfa_core_indexer_params* params, int32_t threads,
+                                            sfa_core_error* err) {
+  if (threads <= 1) return sfa_core_indexer_run(params, err);
+  sfa_core_indexer_call* call = nullptr;
+  const int status = sfa_core_indexer_begin(params, &call, err);
+  if (status != SFA_CORE_OK) return status;
+  const auto run = [](void* c, int64_t task) {
+    sfa_core_indexer_run_task((sfa_core_indexer_call*)c, task);
+  };
+  sfa::run_tasks(run, call, sfa_core_indexer_num_tasks(call), threads);
+  return sfa_core_indexer_end(call, err);
+}
