@@ -18,7 +18,7 @@ from sfa_onnx.errors import ContractError, UsageError  # noqa: E402
 from sfa_onnx.operator import reference  # noqa: E402
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT  # noqa: E402
 from sfa_onnx.torch import names  # noqa: E402
-from sfa_onnx.torch.tensors import as_numpy, as_torch  # noqa: E402
+from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable  # noqa: E402
 from sfa_onnx.torch.vendor import vendor_operators, vendor_schemas  # noqa: E402
 from tests.attention_cases import BF16, LAYOUTS, make_case  # noqa: E402
 
@@ -174,7 +174,7 @@ def test_refusals_name_argument_expectation_and_value():
     with pytest.raises(ContractError, match="query: expected requires_grad=False"):
         call(**(given | {"query": query.clone().requires_grad_()}))
     with pytest.raises(ContractError, match="key: expected a tensor on cpu"):
-        call(**(given | {"key": given["key"].to("meta")}))
+        check_usable({"query": query, "key": given["key"].to("meta")})
     holes = given["sparse_indices"].clone()
     holes[0, -1, 0, 0] = -1
     with pytest.raises(ContractError, match="sparse_indices"):
