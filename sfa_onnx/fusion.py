@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import onnx
 
-from sfa_onnx.errors import ModelError, UsageError, VerificationError
+from sfa_onnx.errors import BudgetError, CrashError, ModelError, UsageError, VerificationError
 from sfa_onnx.files.external import StorageReader
 from sfa_onnx.files.model import load_model, paused_gc, save_model
 from sfa_onnx.files.weights_file import WeightsFile
+from sfa_onnx.guard import worker
 from sfa_onnx.guard.doors import door
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
@@ -220,6 +221,8 @@ class _Run:
         self, source: str | os.PathLike[str] | onnx.ModelProto, plan: plans.Plan | None
     ) -> FuseReport:
         """Find, verify and splice; nothing is written."""
+        if self.verify:
+            worker.warm()  # it gets ready while sites are looked for
         with self.stage("load"):
             given = self._load(source)
         reader = StorageReader(self.source_dir)
@@ -371,6 +374,8 @@ class _Run:
             return VerifyRecord((), {}, (), ("not verified: verification was switched off",), ())
         try:
             verdict: VerifyRecord | Refusal = verifier.verify(item)
+        except (CrashError, BudgetError) as error:
+            return Refusal(str(error))
         except Exception as error:
             _log.exception("verification of %s failed", item.site_id)
             return Refusal(

@@ -139,6 +139,11 @@ CASES: list[Case] = [
     ("cast-to", lambda: one("Cast"), "error", "EZ9999", "no attribute to"),
     ("clip-without-bounds", lambda: one("Clip"), "error", "EZ9999", "neither min nor max"),
     ("concat-axis", lambda: one("Concat"), "error", "EZ9999", "no attribute axis"),
+    ("not-sound", lambda: model([N("Relu", ["y"], ["t"]), N("Relu", ["t"], ["y"])]),
+     "error", "", "depends on itself"),
+    ("negative-size", lambda: one("Relu", ins=[("x", F, (2, -1))]), "warning", "", "size -1"),
+    ("no-inference", lambda: model([N("Foo", ["x"], ["y"], domain="nowhere")]),
+     "warning", "", "infers no shapes"),
     ("constant-dtype", lambda: model([N("Add", ["x", "w"], ["y"])], init=[
         TensorProto(name="w", data_type=TensorProto.FLOAT8E5M2, dims=[1], raw_data=b"1")
     ]), "error", "E19999", "float8_e5m2"),

@@ -69,7 +69,7 @@ def test_load_returns_a_model_as_it_is():
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [
-        (None, UsageError, "does not exist"),
+        (None, UsageError, "no such file"),
         (b"version https://git-lfs.github.com/spec/v1\n", ModelError, "not a binary ONNX model"),
         (b"", ModelError, "no ONNX graph"),
     ],

@@ -33,6 +33,7 @@ __all__ = [
     "hash_tensors_and_nodes",
     "load_model",
     "paused_gc",
+    "read_model",
     "save_model",
 ]
 
@@ -67,16 +68,33 @@ def load_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
             breaks the format's rules.
         BudgetError: its functions would unfold into too many nodes.
     """
+    model = read_model(source)
+    in_memory = isinstance(source, onnx.ModelProto)
+    with paused_gc():
+        assert_sound(model, f"the model {model.graph.name!r}" if in_memory else str(source))
+    return model
+
+
+def read_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+    """Open a model without its external weights; whether it is sound is for the caller to ask.
+
+    Args:
+        source: as in `load_model`.
+
+    Raises:
+        UsageError: there is no such file, or it cannot be read.
+        ModelError: the file is not an ONNX model, is empty, or is larger than protobuf allows.
+    """
     if isinstance(source, onnx.ModelProto):
-        return _sound(source, f"the model {source.graph.name!r}", source)
+        return _named(source, f"the model {source.graph.name!r}", source)
     if not isinstance(source, str | os.PathLike):
         raise UsageError(
             f"expected the path of an .onnx file or an onnx.ModelProto, got {type(source).__name__}"
         )
     path = Path(source)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError(f"{path}: the model file {what}; expected a path to an .onnx file")
+        what = "this is a folder" if path.is_dir() else "no such file"
+        raise UsageError(f"{path}: {what}; expected the path of an .onnx file")
     size = path.stat().st_size
     if size > _PROTO_LIMIT:
         raise ModelError(
@@ -100,11 +118,11 @@ def load_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
             " file, a Git LFS pointer or another protobuf?"
         )
     with paused_gc():
-        return _sound(model, str(path), data)
+        return _named(model, str(path), data)
 
 
-def _sound(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> onnx.ModelProto:
-    """The model, its names readable and its rules kept; `data` is its serialised form."""
+def _named(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> onnx.ModelProto:
+    """The model, its names readable; `data` is its serialised form."""
     if isinstance(data, onnx.ModelProto):
         data = data.SerializeToString() if data.ByteSize() < _NAMES_LIMIT else b""
     if not is_utf8(data):
@@ -115,7 +133,6 @@ def _sound(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> 
             "%s: %d names are not UTF-8; they are written escaped: %s",
             printable(what), len(spelled), ", ".join(spelled[:3]),
         )  # fmt: skip
-    assert_sound(model, what)
     return model
 
 

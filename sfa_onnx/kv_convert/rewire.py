@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from sfa_onnx.errors import ModelError
 from sfa_onnx.files.onnx_attrs import attribute, attributes
+from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.kv_convert.arrange import Arrangement, declare_domain
 from sfa_onnx.kv_convert.boundary import Boundary
 from sfa_onnx.kv_convert.emit import Emitter
@@ -196,7 +197,9 @@ def _index_with_shapes(model: onnx.ModelProto) -> GraphIndex:
     wanted += [n.input[1] for n in model.graph.node if n.op_type == "ScatterND"]
     if all(index.shape(v) and isinstance(index.shape(v)[-1], int) for v in wanted if v):  # type: ignore[index]
         return index
-    inferred = onnx.shape_inference.infer_shapes(model)
+    inferred, _ = infer_shapes(model)
+    if inferred is None:
+        return index
     known = {v.name for v in model.graph.value_info}
     model.graph.value_info.extend(v for v in inferred.graph.value_info if v.name not in known)
     return GraphIndex.of(model)

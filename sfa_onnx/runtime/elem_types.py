@@ -6,6 +6,7 @@ import onnx
 from onnx import ModelProto
 
 from sfa_onnx.files.onnx_attrs import subgraphs
+from sfa_onnx.guard.guarded import infer_shapes
 
 __all__ = ["ElemTypes", "light_copy"]
 
@@ -28,10 +29,8 @@ class ElemTypes:
 
     def _infer(self) -> dict[str, int]:
         """What onnx infers; nothing for a model that it refuses."""
-        try:
-            return _declared(onnx.shape_inference.infer_shapes(light_copy(self._model)))
-        except onnx.shape_inference.InferenceError:
-            return {}
+        inferred, _ = infer_shapes(light_copy(self._model))
+        return {} if inferred is None else _declared(inferred)
 
 
 def light_copy(model: ModelProto) -> ModelProto:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx.errors import WeightsError
+from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.runtime.elem_types import ElemTypes, light_copy
 from sfa_onnx.runtime.ort import run, session
 
@@ -57,7 +58,7 @@ def infos(model: ModelProto, feeds: Mapping[str, Array]) -> dict[str, onnx.Value
         shape = feeds[value.name].shape if value.name in feeds else ()
         for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=False):
             dim.dim_value = size
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    inferred = infer_shapes(light, data_prop=True)[0] or light
     values = (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info)
     infos = {v.name: v for v in values if v.type.tensor_type.HasField("shape")}
     for tensor in model.graph.initializer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import onnx
 
@@ -25,9 +25,10 @@ from sfa_onnx.ascend.checks.operators import operators
 from sfa_onnx.ascend.checks.parser import replay
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
 from sfa_onnx.ascend.checks.rules import RULES
+from sfa_onnx.ascend.checks.soundness import broken, inferred
 from sfa_onnx.ascend.checks.support import layer_summary, support_findings, support_rows
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
-from sfa_onnx.files.model import load_model
+from sfa_onnx.files.model import read_model
 from sfa_onnx.guard.doors import door
 
 __all__ = [
@@ -45,6 +46,11 @@ __all__ = [
     "fix_file",
     "parse_plugin",
 ]
+
+_RULES_IN_ORDER: Final = (
+    *(custom_op_conflict, replay, meaning, operators),
+    *(graph_rules, graph_ops, moves),
+)
 
 
 @door
@@ -70,26 +76,35 @@ def check(
 
     Raises:
         UsageError: unknown CANN version, SoC or plug-in key, or no such file.
-        ModelError: not an ONNX model, or one that breaks the format's rules.
+        ModelError: not an ONNX model. One that breaks the format's rules is told by findings.
     """
     if not isinstance(model, onnx.ModelProto):
         base_dir = Path(model).parent if base_dir is None else base_dir
-    model = load_model(model)
+    model = read_model(model)
+    unsound = list(broken(model))
     view = ModelView(model, None if base_dir is None else Path(base_dir))
     plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
     parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)
     ctx = Context(view, _line(cann), parsed, soc_version or "")
-    support = support_rows(ctx)
-    findings = [
-        *custom_op_conflict(ctx),
-        *replay(ctx),
-        *meaning(ctx),
-        *operators(ctx),
-        *graph_rules(ctx),
-        *graph_ops(ctx),
-        *moves(ctx),
-        *support_findings(support),
-    ]
+    support: list[SupportRow] = []
+    findings: list[Finding] = [*unsound]
+    try:
+        support = support_rows(ctx)
+        for rules in (
+            custom_op_conflict,
+            replay,
+            meaning,
+            operators,
+            graph_rules,
+            graph_ops,
+            moves,
+        ):
+            findings += rules(ctx)
+        findings += [*support_findings(support), *inferred(ctx.view)]
+    except Exception:  # rules lean on what a sound model keeps
+        if not unsound:
+            raise
+        findings.append(replace(unsound[-1], message="the rules further on cannot be asked"))
     found = _merged(findings)
     engines = layer_summary(support)
     return CheckReport(cann, ctx.soc_version, _flavour(ctx), found, support, strict, engines)

@@ -6,10 +6,12 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from sfa_onnx.ascend.checks.view import ModelView, Scope
+from sfa_onnx.errors import BudgetError, CrashError
 from sfa_onnx.files.onnx_attrs import attribute
+from sfa_onnx.guard.guarded import evaluate
+from sfa_onnx.guard.worker import RemoteError
 
 __all__ = ["provable"]
 
@@ -75,7 +77,6 @@ def _run(node: onnx.NodeProto, feeds: dict[str, Array], opset: int) -> Array | N
     graph = onnx.helper.make_graph([bare], "fold", inputs, outputs)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     try:
-        outputs_made: Any = ReferenceEvaluator(model).run(None, feeds)
-        return np.asarray(outputs_made[0])
-    except Exception:  # the evaluator raises whatever NumPy raises; unproven is the safe answer
+        return evaluate(model, feeds)[0]
+    except (RemoteError, CrashError, BudgetError):  # unproven is the safe answer
         return None

@@ -11,12 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import NodeProto, TensorProto
-from onnx.reference import ReferenceEvaluator
 
 from sfa_onnx.ascend.flavour.scope import Scope
 from sfa_onnx.files.onnx_attrs import attribute
+from sfa_onnx.guard.guarded import Stage, evaluate
 
 __all__ = ["compare"]
 
@@ -178,13 +177,7 @@ def _run(
     given = {n: feeds[n] for n in read & feeds.keys()}
     if any(v.dtype.kind == "V" or v.dtype.name == "bfloat16" for v in given.values()):
         # onnxruntime's CPU provider lacks bf16 kernels for these ops; onnx's own evaluator has them
-        reference: list[Any] = list(ReferenceEvaluator(model).run(None, given))
-        return [np.asarray(r) for r in reference]
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        return evaluate(model, given)
+    return Stage(model, fallback=False, what=f"{nodes[0].op_type} {nodes[0].name!r}").run(
+        outputs, given
     )
-    return [np.asarray(r) for r in session.run(outputs, given)]

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.ascend.flavour.scope import Facts
+from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.operator.op import OpContract, find_op
 
 __all__ = ["Dims", "ModelView", "Scope", "contract_of", "is_external"]
@@ -118,6 +119,7 @@ class ModelView:
     def __init__(self, model: onnx.ModelProto, base_dir: Path | None = None):
         self.model = model
         self.base_dir = base_dir
+        self._problem = ""
         self.root = Scope(model.graph)
         self.scopes = [self.root]
         self._name_nodes()
@@ -207,9 +209,14 @@ class ModelView:
             name = node.input[0]
         return None
 
+    @property
+    def inference_problem(self) -> str:
+        """Why onnx infers no shapes for this model; empty when it does."""
+        return self._problem if self._values is not None else ""
+
     @cached_property
     def _values(self) -> dict[tuple[str, str], tuple[int, Dims | None]]:
-        inferred = _infer(self.model)
+        inferred, self._problem = _infer(self.model)
         table: dict[tuple[str, str], tuple[int, Dims | None]] = {}
         other = ModelView(inferred) if inferred is not None else self
         for scope in other.scopes:
@@ -270,7 +277,7 @@ def _constant_node(node: onnx.NodeProto) -> np.ndarray[Any, Any] | None:
     return None
 
 
-def _infer(model: onnx.ModelProto) -> onnx.ModelProto | None:
+def _infer(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, str]:
     """Infer shapes on a copy whose big initializers are inputs: no weight is copied."""
     light = onnx.ModelProto(ir_version=model.ir_version)
     light.opset_import.extend(model.opset_import)
@@ -288,10 +295,4 @@ def _infer(model: onnx.ModelProto) -> onnx.ModelProto | None:
         elif tensor.name not in listed:
             info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             graph.input.append(info)
-    if light.ByteSize() > 1 << 30:
-        return None
-    try:
-        return onnx.shape_inference.infer_shapes(light, data_prop=True)
-    except Exception as error:  # onnx raises several unrelated types on models that break its rules
-        _log.debug("shape inference gave up: %s", error)
-        return None
+    return infer_shapes(light, data_prop=True)

@@ -13,8 +13,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import onnx
-import onnx.inliner
 from onnx import GraphProto, ModelProto, TensorProto
 
 from sfa_onnx.ascend.cann import cann as line_of
@@ -30,6 +28,7 @@ from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.model import paused_gc
 from sfa_onnx.guard.doors import door
+from sfa_onnx.guard.guarded import inline
 from sfa_onnx.operator.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
 
 __all__ = ["FLAVOUR_KEY", "AtcModel", "convert", "from_atc", "is_atc", "to_atc"]
@@ -216,7 +215,7 @@ def _inline(model: ModelProto) -> ModelProto:
     if not rest:
         return model
     model.functions.extend(rest)
-    inlined = onnx.inliner.inline_local_functions(model)
+    inlined = inline(model)
     form.one_domain(inlined.graph)
     return inlined
 

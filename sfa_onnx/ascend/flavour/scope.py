@@ -16,6 +16,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sfa_onnx.files.onnx_attrs import subgraphs
+from sfa_onnx.guard.guarded import infer_shapes
 
 __all__ = ["Facts", "Names", "Rule", "Scope", "apply", "inner_graphs", "scopes"]
 
@@ -78,11 +79,9 @@ class Facts:
         """What the model says about its values, completed by onnx's own shape inference."""
         facts = cls()
         facts._read(model.graph)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        except (ValueError, RuntimeError, onnx.shape_inference.InferenceError):
-            return facts  # too large for one message, or a graph inference gives up on
-        facts._read(inferred.graph)
+        inferred, _ = infer_shapes(model, data_prop=True)
+        if inferred is not None:
+            facts._read(inferred.graph)
         return facts
 
     def _read(self, graph: GraphProto) -> None:

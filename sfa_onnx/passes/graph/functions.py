@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import onnx
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, inliner
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
 
 from sfa_onnx.errors import ModelError
+from sfa_onnx.guard.guarded import inline
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.candidate import Candidate, RefusedSite
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -107,7 +108,7 @@ def inline_functions(model: ModelProto, wanted: Collection[FunctionId]) -> Inlin
     for function in _once(model.functions):
         if _id(function) in chosen:
             work.functions.append(_marked(function, model))
-    work = inliner.inline_selected_functions(work, sorted(chosen))
+    work = inline(work, sorted(chosen))
     work.functions.extend(f for f in _once(model.functions) if _id(f) not in chosen)
     calls = _Calls({(*_id(f), f.overload): f for f in model.functions}, chosen, model.ir_version)
     calls.tell(model.graph.node, work.graph)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.guard.guarded import infer_node
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold
@@ -332,18 +333,10 @@ def _infer_by_schema(sizes: Concrete, node: onnx.NodeProto) -> list[Shape | None
         array = sizes.value(name)
         if array is not None and array.dtype.kind in "ib":
             data[name] = onnx.numpy_helper.from_array(array, name)
-    try:
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
-        inferred: Mapping[str, Any] = onnx.shape_inference.infer_node_outputs(
-            schema, node, types, data, opset_imports=_imports(sizes.index)
-        )
-    except Exception:  # onnx raises its own and plain ones; unknown stays unknown
+    inferred = infer_node(node, version, types, data, sizes.index.opsets)
+    if inferred is None:
         return nothing
     return [_shape_of_type(inferred.get(name)) for name in node.output]
-
-
-def _imports(index: GraphIndex) -> list[onnx.OperatorSetIdProto]:
-    return [onnx.helper.make_opsetid(d, v) for d, v in index.opsets.items()]
 
 
 def _shape_of_type(proto: onnx.TypeProto | None) -> Shape | None:

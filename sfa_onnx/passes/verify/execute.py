@@ -1,4 +1,4 @@
-"""Run promoted models: onnxruntime for standard operators, the judge for ours."""
+"""Run promoted models: onnxruntime, in the worker, for standard operators; the judge for ours."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx.reference import ReferenceEvaluator
 
+from sfa_onnx.guard.guarded import Stage
+from sfa_onnx.guard.worker import RemoteError
 from sfa_onnx.passes.verify.judge import Judge, is_own
 
 __all__ = ["Executable", "Feeds"]
@@ -45,6 +45,7 @@ class Executable:
 
         Raises:
             RuntimeError: a runtime rejected the model or the inputs.
+            CrashError, BudgetError: it died of them, or asked for too much memory.
             ContractError: our operator rejected its inputs.
         """
         self.judge.forget()
@@ -118,13 +119,15 @@ class _Stage:
                 part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
         self._inputs = [i for i in self._inputs if i not in constants]
         part.graph.output.extend(onnx.ValueInfoProto(name=o) for o in self._outputs)
-        self._runner, self.engine = _open(part)
+        try:
+            self._runner = Stage(part)
+        except RemoteError as error:
+            raise RuntimeError(_told(error)) from error
+        self.engine = self._runner.engine
 
     def kinds(self) -> dict[str, int]:
         """Element types of the values that this stage hands on, where its engine tells."""
-        if self.engine != "onnxruntime":
-            return {}
-        names = ((o.name, o.type.removeprefix("tensor(")[:-1]) for o in self._runner.get_outputs())
+        names = ((n, t.removeprefix("tensor(")[:-1]) for n, t in self._runner.types.items())
         return {name: _KINDS[kind] for name, kind in names if kind in _KINDS}
 
     def run(self, values: Feeds) -> dict[str, Array]:
@@ -132,7 +135,7 @@ class _Stage:
         feeds = {name: values[name] for name in self._inputs}
         try:
             results = self._runner.run(self._outputs, feeds)
-        except Exception as error:  # onnxruntime raises its own classes, and so does numpy
+        except RemoteError as error:
             raise RuntimeError(_told(error)) from error
         return dict(zip(self._outputs, results, strict=True))
 
@@ -152,7 +155,7 @@ def _is_packed(model: onnx.ModelProto, name: str) -> bool:
     return any(name in n.output and n.op_type == "KvCachePack" for n in model.graph.node)
 
 
-def _told(error: Exception) -> str:
+def _told(error: RemoteError) -> str:
     """What a runtime complains about, without its codes: "Expand 'name': invalid expand shape"."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
     return re.sub(
@@ -160,22 +163,3 @@ def _told(error: Exception) -> str:
         r"\1 \2:",
         text,
     )
-
-
-def _open(model: onnx.ModelProto) -> tuple[Any, str]:
-    """A runner for a standard model: onnxruntime, else onnx's reference implementation."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    try:
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as first:  # no kernel in double, or an invalid graph
-        try:
-            return ReferenceEvaluator(model), "onnx.reference"
-        except Exception as second:
-            raise RuntimeError(f"{_told(first)}; {_told(second)}") from second
-    return session, "onnxruntime"
