@@ -209,8 +209,8 @@ def test_step_budget_ends_in_a_refusal():
 
 
 @pytest.mark.parametrize("op", ["And", "Add"])
-def test_a_lattice_of_doublings_meets_the_budget(op):
-    """2**40 paths lead upwards; the answer is a sentence, soon."""
+def test_a_lattice_of_doublings_is_read_once(op):
+    """2**40 paths lead upwards; every value on them is read once."""
     lines, value = [], "scaled" if op == "Add" else "chosen"
     for i in range(40):
         lines.append(f"l{i} = {op}({value}, {value})")
@@ -221,8 +221,7 @@ def test_a_lattice_of_doublings_meets_the_budget(op):
     else:
         model = dense(mask="\n".join(lines) + f"\nmasked = Add({value}, picked)")
     (site,) = find(model, max_steps=20_000)
-    assert isinstance(site, RefusedSite)
-    assert "more steps" in site.refusal.reason
+    assert isinstance(site, Candidate)
 
 
 def test_refusal_tells_how_far_recognition_got():

@@ -8,10 +8,10 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
-from sfa_onnx.passes.axes.expr import Expr, fresh
+from sfa_onnx.passes.axes.expr import ZERO, Expr, fresh
 from sfa_onnx.passes.axes.steps import Ref
 
-__all__ = ["all_written", "window"]
+__all__ = ["all_written", "assigned_where", "window"]
 
 _MOST: Final = 256  # windows of one tensor, one written after the other
 
@@ -98,3 +98,39 @@ def all_written(tracer: Tracing, node: onnx.NodeProto) -> list[str]:
 def _window_of(tracer: Tracing, node: onnx.NodeProto) -> tuple[int, int, int] | None:
     tracer.spend(node.output[0])
     return window(tracer, node) if node.op_type in ("ScatterND", "ScatterElements") else None
+
+
+def assigned_where(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> tuple[Ref, Ref] | None:
+    """(mask, update) of `x[mask] = update`, read at the element `ref` of what ScatterND makes.
+
+    Boolean assignment is exported as NonZero, Transpose, ScatterND: where the mask holds, the
+    update, else what was there. The update is one number, or is read at the same positions.
+    """
+    index = tracer.index
+    if node.op_type != "ScatterND" or attributes(node).get("reduction", "none") != "none":
+        return None
+    chain = index.origin(node.input[1])
+    if chain is None or chain.op_type != "Transpose":
+        return None
+    nonzero = index.origin(chain.input[0])
+    if nonzero is None or nonzero.op_type != "NonZero":
+        return None
+    mask = nonzero.input[0]
+    shape, whole = tracer.shape(mask), tracer.shape(node.input[0])
+    if whole[: len(shape)] != shape:
+        return None
+    at = Ref(mask, ref.coords[: len(shape)])
+    update = node.input[2]
+    if tracer.fill(update) is not None:
+        return at, Ref(update, (ZERO,) * len(whole))
+    return (at, source) if (source := _picked(tracer, update, node.input[1], ref)) else None
+
+
+def _picked(tracer: Tracing, update: str, points: str, ref: Ref) -> Ref | None:
+    """The element of which `y[mask]` (GatherND at the same points) is made."""
+    gather = tracer.index.origin(update)
+    if gather is None or gather.op_type != "GatherND" or attributes(gather).get("batch_dims", 0):
+        return None
+    same = tracer.index.source(gather.input[1]) == tracer.index.source(points)
+    whole = tracer.shape(gather.input[0])
+    return Ref(gather.input[0], ref.coords) if same and len(whole) == len(ref.coords) else None

@@ -6,6 +6,7 @@ from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Dot, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.attention import Parts, read_attention, split_heads
 from sfa_onnx.passes.bind.axes import check_rows, rows_changed, splits, take_masks, tell_rows
+from sfa_onnx.passes.bind.formula import read_formula
 from sfa_onnx.passes.bind.heads import check_heads
 from sfa_onnx.passes.bind.mask import boolean
 from sfa_onnx.passes.bind.nans import check_nan
@@ -55,11 +56,8 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
             "fuse first, then optimise with onnxruntime (or optimise without attention fusion)",
         )
     fused = anchor.form == "Attention"
-    out_node, out = (anchor.node, anchor.weights) if fused else weighted_sum(tracer, anchor)
-    if anchor.divided is not None:
-        out_node, out = anchor.divided, tracer.index.nodes[anchor.divided].output[0]
+    out_node, product, out = _result(tracer, anchor, fused=fused)
     bound.append(f"weighted sum {tracer.index.label(out_node)}")
-    product, out = out, out if fused else leaves_at(tracer, anchor, out)
     labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
     coords = tuple(Expr.of(x) for x in labels)
     if fused:
@@ -81,10 +79,23 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
     )
 
 
+def _result(tracer: Tracer, anchor: Anchor, *, fused: bool) -> tuple[int, str, str]:
+    """(node of the weighted sum, its value, the value that leaves the attention)."""
+    if anchor.region is not None:
+        out = anchor.region.result
+        return tracer.index.producer[out], out, out
+    out_node, out = (anchor.node, anchor.weights) if fused else weighted_sum(tracer, anchor)
+    if anchor.divided is not None:
+        out_node, out = anchor.divided, tracer.index.nodes[anchor.divided].output[0]
+    return out_node, out, out if fused else leaves_at(tracer, anchor, out)
+
+
 def _bind_at(
     tracer: Tracer, anchor: Anchor, out_node: int, product: str, out: Ref, bound: list[str]
 ) -> Site:
-    if anchor.form == "Attention":
+    if anchor.region is not None:
+        parts = read_formula(tracer, anchor.region, out)
+    elif anchor.form == "Attention":
         parts = read_attention(tracer, tracer.index.nodes[anchor.node], out)
     else:
         parts = _read_softmax(tracer, anchor, at_product(tracer, out, product), out_node)

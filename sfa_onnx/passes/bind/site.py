@@ -9,7 +9,7 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.mask import Kept, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 
-__all__ = ["Anchor", "NotASite", "Query", "Site"]
+__all__ = ["Anchor", "AttentionRegion", "NotASite", "Query", "Site"]
 
 
 class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
@@ -18,6 +18,27 @@ class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
     def __init__(self, refusal: Stop | None = None) -> None:
         super().__init__()
         self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class AttentionRegion:
+    """Values between products of queries and keys and one result.
+
+    Attributes:
+        anchor: the node that names it: its first exponential.
+        result: the value that all weighted rows reach.
+        inner: the values that depend on scores, products and result included.
+        scores: what the first exponential is of.
+        weights: what weights rows first.
+        sides: other inner values that are read outside, such as log-sum-exps.
+    """
+
+    anchor: int
+    result: str
+    inner: frozenset[str]
+    scores: str
+    weights: str
+    sides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,7 @@ class Anchor:
     padded: str = ""
     keeps: bool = True
     inner: int = -1
+    region: AttentionRegion | None = None
 
 
 @dataclass(frozen=True)

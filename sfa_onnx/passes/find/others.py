@@ -20,7 +20,7 @@ from sfa_onnx.passes.find.fed import (
 )
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["other_attention"]
+__all__ = ["is_product", "operands", "other_attention"]
 
 _NEAR, _FAR = 48, 256  # nodes between two products; nodes behind a selection
 _ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK", "Attention")) | GATHERS
@@ -58,7 +58,7 @@ def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
     products = [
         i
         for i, kind in kinds.items()
-        if (kind in PRODUCTS or kind == "ReduceSum") and _is_product(index, index.nodes[i])
+        if (kind in PRODUCTS or kind == "ReduceSum") and is_product(index, index.nodes[i])
     ]
     for i in products:
         pair = _pair(index, i, taken)
@@ -85,14 +85,14 @@ def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
             )
 
 
-def _is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
+def is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """A contraction of two tensors neither of which is a weight."""
     if node.op_type == "Einsum" and not _contracts(node):
         return False
     if any(n in index.initializers for n in node.input[:2]) and node.op_type in PRODUCTS:
         return False
-    operands = _operands(index, node)
-    return bool(operands) and not any(is_weight(index, n) for n in operands)
+    factors = operands(index, node)
+    return bool(factors) and not any(is_weight(index, n) for n in factors)
 
 
 def _contracts(node: onnx.NodeProto) -> bool:
@@ -101,7 +101,7 @@ def _contracts(node: onnx.NodeProto) -> bool:
     return not out or any(c.isalpha() and c not in out for c in terms)
 
 
-def _operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
+def operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
     """The two factors of a product, also of one that is written as Mul and ReduceSum."""
     if node.op_type in PRODUCTS:
         return list(node.input[:2])
@@ -111,8 +111,8 @@ def _operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
 
 def _pair(index: GraphIndex, weighted: int, taken: set[int]) -> _Pair | None:
     """The product of which the operand of another one is made, without softmax between them."""
-    operands = _operands(index, index.nodes[weighted])
-    for own, other in zip(operands, operands[::-1], strict=True):
+    factors = operands(index, index.nodes[weighted])
+    for own, other in zip(factors, factors[::-1], strict=True):
         found = _upstream(index, own, taken)
         if found is None:
             return None
@@ -135,7 +135,7 @@ def _upstream(index: GraphIndex, value: str, taken: set[int]) -> tuple[set[int],
         if i in taken or node.op_type == "Softmax":
             return None
         if node.op_type in PRODUCTS or node.op_type == "ReduceSum":
-            if _is_product(index, node) and not picks_rows(index, node):
+            if is_product(index, node) and not picks_rows(index, node):
                 products.add(i)
                 continue
             if node.op_type in PRODUCTS:
@@ -161,7 +161,7 @@ def _between(index: GraphIndex, scores: int, weighted: int, other: str, nodes: s
 
 
 def _is_fed(tracer: Tracer, pair: _Pair) -> bool:
-    names = _operands(tracer.index, tracer.index.nodes[pair.scores])
+    names = operands(tracer.index, tracer.index.nodes[pair.scores])
     roots = [(n, 1) for n in (*names, pair.other) if n]
     return reaches_selection(tracer, [*roots, *((n, 0) for n in pair.sides)]) == "surely"
 
@@ -202,7 +202,7 @@ def _makes_scores(index: GraphIndex, product: int, taken: set[int]) -> bool:
 
 def _best_weights(index: GraphIndex, weighted: int, taken: set[int]) -> tuple[int, int] | None:
     """(softmax, TopK) where the weights of a sum are the best that a softmax of q.k leaves."""
-    stack, seen = _operands(index, index.nodes[weighted]), set[int]()
+    stack, seen = operands(index, index.nodes[weighted]), set[int]()
     while stack and len(seen) < _NEAR:
         i = index.producer.get(stack.pop())
         if i is None or i in seen:

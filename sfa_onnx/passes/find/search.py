@@ -23,6 +23,7 @@ from sfa_onnx.passes.emit.site import build_site
 from sfa_onnx.passes.find.anchors import anchors
 from sfa_onnx.passes.find.fed import fed_by_selection
 from sfa_onnx.passes.find.others import other_attention
+from sfa_onnx.passes.find.regions import attention_regions
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 
@@ -64,22 +65,56 @@ def find_candidates(
     options = options or FindOptions()
     sizes = Concrete(index)
     other = Concrete(index, second=True) if sizes.dynamic else sizes
-    found: list[Candidate | RefusedSite] = []
-    everyone = anchors(index)
-    named = Counter(index.label(a.node) for a in everyone)
-    for anchor in everyone:
-        tracer = Tracer(index, sizes, other, options.max_steps)
-        label = index.label(anchor.node)
-        tracer.stem = label if named[label] == 1 else anchor.weights
+    search = _Search(index, sizes, other, options)
+    search.regions()
+    search.spellings()
+    found = search.found
+    tracer = Tracer(index, sizes, other, options.max_steps)
+    found += other_attention(tracer, search.taken)
+    return sorted(found, key=lambda site: site.anchor)
+
+
+class _Search:
+    """Looks at every region and every softmax of a graph."""
+
+    def __init__(
+        self, index: GraphIndex, sizes: Concrete, other: Concrete, options: FindOptions
+    ) -> None:
+        self.index, self.sizes, self.other, self.options = index, sizes, other, options
+        self.found: list[Candidate | RefusedSite] = []
+        self.everyone = anchors(index)
+        self.named = Counter(index.label(a.node) for a in self.everyone)
+        self.taken = {a.node for a in self.everyone}
+        self._done: set[int] = set()
+
+    def regions(self) -> None:
+        """Attention whose term is the operator's, however it is spelt."""
+        for region in attention_regions(self.index):
+            own = [a for a in self.everyone if region.inner & {*self.index.nodes[a.node].output}]
+            node = own[0].node if own else region.anchor
+            form = own[0].form if own else self.index.nodes[node].op_type
+            anchor = Anchor(node, region.scores, -1, region.weights, form=form, region=region)
+            site = self._look(anchor)
+            if isinstance(site, Candidate) or (site is not None and not own):
+                self.found.append(site)
+                self._done |= {a.node for a in own}
+                self.taken.add(node)
+
+    def spellings(self) -> None:
+        """Every other softmax, by its spelling."""
+        for anchor in self.everyone:
+            if anchor.node not in self._done and (site := self._look(anchor)) is not None:
+                self.found.append(site)
+
+    def _look(self, anchor: Anchor) -> Candidate | RefusedSite | None:
+        tracer = Tracer(self.index, self.sizes, self.other, self.options.max_steps)
+        label = self.index.label(anchor.node)
+        tracer.stem = label if self.named[label] <= 1 else anchor.weights
         fed = fed_by_selection(tracer, anchor)
         if not fed:
-            continue
-        site = _one(tracer, anchor, options, surely=fed == "surely")
-        if site is not None and (fed != "maybe" or isinstance(site, Candidate)):
-            found.append(site)
-    tracer = Tracer(index, sizes, other, options.max_steps)
-    found += other_attention(tracer, {a.node for a in everyone})
-    return sorted(found, key=lambda site: site.anchor)
+            return None
+        site = _one(tracer, anchor, self.options, surely=fed == "surely")
+        return site if fed != "maybe" or isinstance(site, Candidate) else None
 
 
 def _one(

@@ -1,0 +1,122 @@
+"""An attention read off the normal form of its result: operands, scale and masks.
+
+Whatever the graph spells between products and result is one term (`values`); this module hands its
+leaves to those that know stored rows and masks.
+"""
+
+from __future__ import annotations
+
+from sfa_onnx.passes.axes.expr import Expr, fresh
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.bind.attention import Parts
+from sfa_onnx.passes.bind.literals import Literal
+from sfa_onnx.passes.bind.mask import additive, boolean
+from sfa_onnx.passes.bind.scores import Scores
+from sfa_onnx.passes.bind.scores import Term as Product
+from sfa_onnx.passes.bind.site import AttentionRegion
+from sfa_onnx.passes.values.arithmetic import addends, coefficient
+from sfa_onnx.passes.values.attention import Weight, as_attention
+from sfa_onnx.passes.values.read import Reader
+from sfa_onnx.passes.values.table import normal
+from sfa_onnx.passes.values.terms import Term
+
+__all__ = ["read_formula"]
+
+
+def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
+    """Operands of the attention whose result is `out`.
+
+    Raises:
+        Stop: the term of the result is not the operator's.
+    """
+    reader = Reader(tracer, normal(), region.inner)
+    found = as_attention(reader.term(out), region.result)
+    if len(found.parts) != 1:
+        raise Stop(f"{len(found.parts)} ranges of keys are attended to apart", region.result)
+    ((weight, value),) = found.parts
+    if found.sinks:
+        raise Stop("a sink takes part in the softmax", region.result, "the operator has no sink")
+    key = fresh("t", weight.label.size)
+    swap = {weight.label: Expr.of(key)}
+    weight = Weight(
+        key,
+        weight.exponent.rename(swap),
+        tuple(f.rename(swap) for f in weight.flags),
+    )
+    value = value.substitute(swap)
+    others = set().union(weight.exponent.labels, *(f.labels for f in weight.flags)) - {key}
+    return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions))
+
+
+def _scores(reader: Reader, weight: Weight, conditions: tuple[Term, ...]) -> Scores:
+    found = Scores(axes=reader.axes)
+    for addend in addends(weight.exponent):
+        _take(reader, found, addend)
+    if not found.terms:
+        raise Stop(
+            f"no product of queries and keys leads to the scores {weight.exponent}",
+            next(iter(reader.axes), ""),
+        )
+    for flag in weight.flags:
+        found.masks.extend(_literals(reader, flag, found.masks))
+    for condition in conditions:
+        _check_condition(reader, condition, weight, found.masks)
+    return found
+
+
+def _take(reader: Reader, found: Scores, addend: Term) -> None:
+    """One addend of a score: a product, or a mask."""
+    by, rest = coefficient(addend)
+    if rest.op == "dot":
+        query, key, inner = rest.factors
+        swap = {inner: Expr.of(own := fresh("d", inner.size))}
+        names = reader.products[_unlabelled(reader, rest)]
+        found.terms.append(Product(query.substitute(swap), key.substitute(swap), own, by, names[0]))
+        return
+    if rest.op == "element" and abs(by) > 0:
+        found.masks.extend(additive(reader.tracer, rest.ref, negated=by < 0))
+        return
+    raise Stop(f"{addend} on the score path is not part of softmax(scale * q.k + mask)")
+
+
+def _unlabelled(reader: Reader, product: Term) -> Term:
+    """The product as it was read: its bound label has another name since."""
+    query, key, _ = product.factors
+    return next(
+        p
+        for p in reader.products
+        if p.factors[0].value == query.value and p.factors[1].value == key.value
+    )
+
+
+def _literals(reader: Reader, flag: Term, masks: list[Literal]) -> list[Literal]:
+    """A condition that a key is seen under."""
+    tracer, positive = reader.tracer, True
+    if flag.op == "not":
+        flag, positive = flag.args[0], False
+    if flag.op == "element":
+        return boolean(tracer, flag.ref, positive=positive)
+    if flag.op == "eq" and flag.args[0].op == "element" and not positive and masks:
+        return additive(tracer, flag.args[0].ref)  # finite where the mask does not hide
+    raise Stop(f"keys are hidden where {flag}, which is no mask of this graph")
+
+
+def _check_condition(reader: Reader, condition: Term, weight: Weight, masks: list[Literal]) -> None:
+    """A row is zeroed where no key is seen, and nowhere else."""
+    own = condition
+    if own.op == "any":
+        inner = own.args[0].rename({own.label: Expr.of(weight.label)})
+        parts = inner.args if inner.op == "and" else (inner,)
+        if all(p in weight.flags or _known(reader, p, masks) for p in parts):
+            return
+    raise Stop(
+        f"the result is set to zero unless {condition}, and the scores are not hidden by the same"
+        " mask",
+        next(iter(reader.axes), ""),
+        "mask the scores instead of the result",
+    )
+
+
+def _known(reader: Reader, part: Term, masks: list[Literal]) -> bool:
+    literals = _literals(reader, part, masks)
+    return all(x in masks for x in literals)

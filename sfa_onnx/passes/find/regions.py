@@ -1,0 +1,158 @@
+"""Where attention may be: from products of queries and keys to the value that all of them reach.
+
+Nothing is asked about spellings. Downstream of a product of two computed tensors, values that
+depend on it are followed through pointwise operators, reductions, views and sums of rows. Where
+what was weighted by them is one value again, and nothing else is left to join it, an attention may
+end: its term tells.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from typing import Final
+
+from sfa_onnx.passes.bind.site import AttentionRegion
+from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
+from sfa_onnx.passes.find.others import is_product, operands
+from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["attention_regions"]
+
+_MOST: Final = 4000  # nodes followed from one product
+_EXPONENTIALS: Final = frozenset(
+    ("Exp", "LogSoftmax", "Pow", "ReduceLogSumExp", "Sigmoid", "Softmax")
+)
+_SIZES: Final = frozenset(("Shape", "Size"))
+_VIEWS: Final = frozenset(
+    ("Cast", "Concat", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND")
+) | frozenset(("Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose"))
+_POINTWISE: Final = (
+    frozenset(("Abs", "Add", "And", "Clip", "Div", "Equal", "Exp", "Greater", "GreaterOrEqual"))
+    | frozenset(("IsInf", "IsNaN", "Less", "LessOrEqual", "Log", "LogSoftmax", "LpNormalization"))
+    | frozenset(("Max", "Min", "Mul", "Neg", "NonZero", "Not", "Or", "Pow", "Reciprocal", "Relu"))
+    | frozenset(("Sigmoid", "Softmax", "Softplus", "Sqrt", "Sub", "Sum", "Tanh", "Where", "Xor"))
+)
+_FOLLOWED: Final = (
+    _VIEWS
+    | _POINTWISE
+    | frozenset(("ScatterElements", "ScatterND", "Unsqueeze", "ReduceL1", "ReduceLogSum"))
+    | frozenset(("ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceSum"))
+)
+
+
+def attention_regions(index: GraphIndex) -> list[AttentionRegion]:
+    """Every region of the graph, in graph order; products that reach one result share it."""
+    sweeps: dict[str, list[_Sweep]] = {}
+    for i in index.own:
+        node = index.nodes[i]
+        if (node.op_type in PRODUCTS or node.op_type == "ReduceSum") and is_product(index, node):
+            sweep = _Sweep(index, i)
+            if sweep.result:
+                sweeps.setdefault(sweep.result, []).append(sweep)
+    found = [_joined(index, result, group) for result, group in sweeps.items()]
+    return sorted((r for r in found if r is not None), key=lambda r: r.anchor)
+
+
+def _joined(index: GraphIndex, result: str, group: list[_Sweep]) -> AttentionRegion | None:
+    inner = frozenset().union(*(s.inner for s in group))
+    made = sorted({index.producer[v] for v in inner})
+    first = next((i for i in made if index.nodes[i].op_type in _EXPONENTIALS), None)
+    if first is None:
+        return None
+    own = index.nodes[first]
+    scores = next((n for n in own.input if n in inner), own.input[0])
+    sides = tuple(dict.fromkeys(v for s in group for v in s.sides if v != result))
+    return AttentionRegion(first, result, inner, scores, group[0].weights, sides)
+
+
+class _Sweep:
+    """Downstream of one product, in graph order."""
+
+    def __init__(self, index: GraphIndex, start: int) -> None:
+        self.index = index
+        self.inner: set[str] = set()
+        self.rows: set[str] = set()  # what depends on weighted rows
+        self.pending: Counter[str] = Counter()  # readers that are still to come
+        self.outside: set[str] = set()
+        self.singles: list[str] = []
+        self.weights = ""
+        self._heap: list[int] = []
+        self._queued: set[int] = set()
+        self._exponential = False
+        self._enter(index.nodes[start].output[0], rows=False)
+        self.result = self._run()
+        self.sides = tuple(v for v in self.outside if v in self.inner and v not in self.rows)
+
+    def _enter(self, value: str, *, rows: bool) -> None:
+        self.inner.add(value)
+        if rows:
+            self.rows.add(value)
+        if self.index.is_graph_output(value):
+            self.outside.add(value)
+        for i, position in self.index.uses(value):
+            if position < 0:
+                self.outside.add(value)
+            elif self.index.nodes[i].op_type not in _SIZES:
+                self.pending[value] += 1
+                if i not in self._queued:
+                    self._queued.add(i)
+                    heapq.heappush(self._heap, i)
+
+    def _run(self) -> str:
+        while self._heap:
+            if len(self._queued) > _MOST or not self._node(heapq.heappop(self._heap)):
+                return ""
+        return self.singles[0] if self.singles else ""
+
+    def _node(self, i: int) -> bool:
+        """Look at a reader of inner values; False: these scores select, they do not weigh."""
+        node = self.index.nodes[i]
+        read = [n for n in node.input if n in self.inner]
+        for name in read:
+            self.pending[name] -= 1
+        if node.op_type in ("TopK", "ArgMax", "Hardmax"):
+            return bool(self.rows & set(read))
+        follows = self._follows(i, read)
+        if not follows:
+            self.outside.update(read)
+            return True
+        self._exponential = self._exponential or node.op_type in _EXPONENTIALS
+        rows = follows == "rows" or any(n in self.rows for n in read)
+        if rows and any(n not in self.rows for n in read):
+            self.singles.clear()  # something joins the weighted rows
+        for name in node.output:
+            if (name and self.index.uses(name)) or self.index.is_graph_output(name):
+                self._enter(name, rows=rows)
+        live = [v for v in self.rows if self.pending[v] or v in self.outside]
+        if len(live) == 1 and live[0] not in self.singles:
+            self.singles.append(live[0])
+        return True
+
+    def _follows(self, i: int, read: list[str]) -> str:
+        """Say "rows" where rows are weighted, "yes" where values change, "" where they leave."""
+        node = self.index.nodes[i]
+        if node.op_type in PRODUCTS or (
+            node.op_type == "ReduceSum" and len(operands(self.index, node)) == 2
+        ):
+            return self._weighs(i, read)
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _FOLLOWED:
+            return ""
+        return "yes"
+
+    def _weighs(self, i: int, read: list[str]) -> str:
+        node = self.index.nodes[i]
+        if node.op_type == "ReduceSum":
+            sides = operands(self.index, node)
+            if not is_product(self.index, node) or not any(s not in self.inner for s in sides):
+                return "yes"
+            own = [s for s in sides if s in self.inner]
+        else:
+            own = read
+            if any(is_weight(self.index, n) for n in node.input[:2] if n not in self.inner):
+                return ""
+        if not self._exponential:
+            return ""
+        if not any(n in self.rows for n in own):
+            self.weights = self.weights or own[0]
+        return "rows"

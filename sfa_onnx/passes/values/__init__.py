@@ -1,0 +1,1 @@
+"""Terms: what an element of a tensor is, normalised by a table of identities."""

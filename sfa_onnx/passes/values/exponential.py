@@ -1,0 +1,294 @@
+"""Identities of exponentials, logarithms, maxima and sums over keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Final
+
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient, factors
+from sfa_onnx.passes.values.identity import Identity, Normal
+from sfa_onnx.passes.values.terms import ZERO, Term, number
+
+__all__ = ["ROWS", "is_positive", "reaches_one", "weighed"]
+
+_NEAR: Final = 1e-6
+
+
+def _exp(n: Normal, term: Term) -> Term | None:
+    del n
+    inner = term.args[0]
+    return number(math.exp(inner.value)) if inner.is_number() and inner.value < 700 else None
+
+
+def _exp_where(n: Normal, term: Term) -> Term | None:
+    inner = term.args[0]
+    if inner.op != "where":
+        return None
+    return n.where(inner.args[0], n.exp(inner.args[1]), n.exp(inner.args[2]))
+
+
+def _exp_low(n: Normal, term: Term) -> Term | None:
+    """exp(low [c] + x) = [not c] exp(x)."""
+    for a in addends(term.args[0]):
+        by, rest = coefficient(a)
+        if rest.op == "flag" and by < LOW:
+            left = n.add(*(b for b in addends(term.args[0]) if b != a))
+            return n.mul(n.flag(n.negate(rest.args[0])), n.exp(left))
+    return None
+
+
+def _exp_log(n: Normal, term: Term) -> Term | None:
+    """exp(k log(x) + y) = x^k exp(y); k is a whole number but for its rounding."""
+    for a in addends(term.args[0]):
+        by, rest = coefficient(a)
+        if rest.op == "log" and abs(by - round(by)) <= _NEAR and round(by):
+            left = n.add(*(b for b in addends(term.args[0]) if b != a))
+            return n.mul(n.power(rest.args[0], round(by)), n.exp(left))
+    return None
+
+
+def _log(n: Normal, term: Term) -> Term | None:
+    inner = term.args[0]
+    if inner.is_number() and inner.value > 0:
+        return number(math.log(inner.value))
+    if inner.op == "exp":
+        return inner.args[0]
+    if inner.op == "pow" and is_positive(inner.args[0]):
+        return n.mul(number(inner.exponent), n.log(inner.args[0]))
+    if inner.op == "mul" and all(is_positive(f) for f in inner.args):
+        return n.add(*map(n.log, inner.args))
+    if inner.is_number(0.0):
+        return number(-math.inf)
+    return n.where(inner.args[0], ZERO, number(-math.inf)) if inner.op == "flag" else None
+
+
+def is_positive(term: Term, *, among: bool = False) -> bool:
+    """Whether a term is above 0 in a row that sees a key (`among`: that one, or some are)."""
+    if term.is_number():
+        return term.value > 0
+    if term.op == "sum":
+        return is_positive(term.args[0], among=True)
+    if term.op in ("add", "mul", "pow"):
+        return all(is_positive(a, among=among) for a in term.args)
+    return term.op == "exp" or (among and term.op == "flag")
+
+
+# -- maxima ---------------------------------------------------------------------------------------
+
+
+def _max(n: Normal, term: Term) -> Term | None:
+    """Max(-inf, a) = a; of numbers the largest."""
+    known = [a.value for a in term.args if a.is_number()]
+    rest = [a for a in dict.fromkeys(term.args) if not a.is_number()]
+    neutral = -math.inf if term.op == "max" else math.inf
+    best = max([neutral, *known]) if term.op == "max" else min([neutral, *known])
+    if not rest:
+        return number(best)
+    kept = (number(best), *rest) if best != neutral else tuple(rest)
+    if len(kept) == 1:
+        return kept[0]
+    return n.make(term.op, kept) if len(kept) < len(term.args) else None
+
+
+def _max_low(n: Normal, term: Term) -> Term | None:
+    """Max(low, maximum of scores) = the maximum: no score that is seen lies that low."""
+    del n
+    if len(term.args) != 2 or not term.args[0].is_number() or term.args[0].value >= LOW:
+        return None
+    inner = term.args[1]
+    return inner if inner.op in ("maximum", "max", "log") or _is_shifted(inner) else None
+
+
+def _is_shifted(term: Term) -> bool:
+    return term.op == "add" and any(
+        coefficient(a)[1].op in ("maximum", "max", "log") for a in term.args
+    )
+
+
+def _floor(n: Normal, term: Term) -> Term | None:
+    """Max(floor, sum exp(s - max s)) = the sum, which is 1 at least, for a floor of 1 or less."""
+    del n
+    if term.op != "max" or len(term.args) != 2 or not term.args[0].is_number():
+        return None
+    floor, total = term.args[0].value, term.args[1]
+    if not 0 <= floor <= 1:
+        return None
+    acts = not (floor == 0 and is_positive(total)) and not reaches_one(total)
+    return None if acts else total
+
+
+def reaches_one(total: Term) -> bool:
+    """Whether a sum of exponentials is shifted by the largest of their very exponents."""
+    shift = next((f for f in factors(total) if f.op == "exp"), None)
+    rest = [f for f in factors(total) if f.op != "exp"]
+    if shift is None or len(rest) != 1 or any(f.is_number() for f in rest):
+        return False
+    by, most = coefficient(shift.args[0])
+    if abs(by + 1) > _NEAR:
+        return False
+    seen = set().union(*(weighed(m) for m in most.args)) if most.op == "max" else weighed(most)
+    summed = {(a.label, a.args[0]) for a in addends(rest[0]) if a.op == "sum"}
+    return bool(summed) and len(summed) == len(addends(rest[0])) and summed <= seen
+
+
+def weighed(most: Term) -> set[tuple[Label, Term]]:
+    """(label, exp(s)) of the maximum over the label of s."""
+    if most.op == "max":
+        return set().union(*(weighed(m) for m in most.args))
+    if most.op != "maximum":
+        return set()
+    return {(most.label, _plain_exp(most.args[0]))}
+
+
+def _plain_exp(scores: Term) -> Term:
+    """exp(s), as the table has it, without a normaliser."""
+    flags: list[Term] = []
+    while scores.op == "where" and scores.args[2].is_number(-math.inf):
+        condition = scores.args[0]
+        flags += [Term("flag", (c,)) for c in _both(condition)]
+        scores = scores.args[1]
+    exp = Term("exp", (scores,))
+    return Term("mul", tuple(sorted([exp, *flags], key=lambda t: t.order))) if flags else exp
+
+
+def _both(condition: Term) -> tuple[Term, ...]:
+    return condition.args if condition.op == "and" else (condition,)
+
+
+# -- reductions -----------------------------------------------------------------------------------
+
+
+def _named(n: Normal, term: Term) -> Term | None:
+    """What a bound label is called is no matter."""
+    own, body = term.label, term.args[0]
+    name = Label(f"key{body.height}", own.size)
+    if own == name or own not in body.labels:
+        return None
+    return n.make(term.op, (body.rename({own: Expr.of(name)}, n.make),), name)
+
+
+def _outside(n: Normal, term: Term) -> Term | None:
+    """Sum(c f) = c sum(f): what does not depend on the key, also as a part of an exponent."""
+    label = term.label
+    out: list[Term] = []
+    kept: list[Term] = []
+    for f in factors(term.args[0]):
+        if f.op == "exp" and label in f.labels:
+            free = [a for a in addends(f.args[0]) if label not in a.labels]
+            own = [a for a in addends(f.args[0]) if label in a.labels]
+            out += [n.exp(n.add(*free))] if free else []
+            kept.append(n.exp(n.add(*own)))
+        else:
+            (kept if label in f.labels else out).append(f)
+    if not out or not kept:
+        return None
+    return n.mul(*out, n.make("sum", (n.mul(*kept),), label))
+
+
+def _by_parts(n: Normal, term: Term) -> Term | None:
+    """The sum (maximum) over a Concat is that of the sums (maxima) over its parts."""
+    body = term.args[0]
+    if body.op != "pieces" or body.ranges[0] != term.label:
+        return None
+    parts = []
+    for (low, high), inner in zip(body.ranges[1], body.args, strict=True):
+        own = Label(f"{term.label.name}[{low}:{high}]", high - low)
+        part = inner.rename({term.label: Expr.of(own) + low}, n.make)
+        parts.append(part if high - low == 1 else n.make(term.op, (part,), own))
+    joined = {"sum": "add", "maximum": "max", "minimum": "min", "any": "or", "all": "and"}
+    return n.make(joined[term.op], tuple(parts))
+
+
+def _added(n: Normal, term: Term) -> Term | None:
+    """Sum(a + b) = sum(a) + sum(b)."""
+    if term.args[0].op != "add":
+        return None
+    return n.add(*(n.make("sum", (a,), term.label) for a in term.args[0].args))
+
+
+def _empty(n: Normal, term: Term) -> Term | None:
+    del n
+    return ZERO if term.args[0].is_number(0.0) else None
+
+
+def _maximum_of_constant(n: Normal, term: Term) -> Term | None:
+    """Maximum(s + c) = maximum(s) + c."""
+    label = term.label
+    free = [a for a in addends(term.args[0]) if label not in a.labels]
+    own = [a for a in addends(term.args[0]) if label in a.labels]
+    if not free or not own:
+        return None
+    return n.add(*free, n.make(term.op, (n.add(*own),), label))
+
+
+def _of_flags(n: Normal, term: Term) -> Term | None:
+    """The maximum of flags tells whether there is any, the minimum whether all are set."""
+    body = term.args[0]
+    if body.op != "flag":
+        return None
+    return n.flag(n.make("any" if term.op == "maximum" else "all", body.args, term.label))
+
+
+def _rows() -> Iterable[Identity]:
+    def row(name: str, ops: str, left: str, right: str, rule, *unless: str) -> Identity:  # type: ignore[no-untyped-def]
+        pair = (unless[0], unless[1]) if unless else None
+        return Identity(name, tuple(ops.split()), left, right, rule, pair)
+
+    # numbers; exp(-inf) = 0: a hidden key has no weight
+    yield row("exp of a number", "exp", "exp(-inf)", "0", _exp)
+    # a mask in front of the exponential is a flag behind it
+    yield row("exp of a mask", "exp", "exp(where(c, a, -inf))", "flag(c) * exp(a)", _exp_where)
+    # mask * finfo.min
+    yield row(
+        *("exp of a low", "exp", "exp(a - 1e30 * flag(c))", "flag(not c) * exp(a)", _exp_low),
+        *("exp(a - 2 * flag(c))", "flag(not c) * exp(a)"),
+    )
+    # subtracting a log-sum-exp divides by the sum; log2(e) ln(2) is 1 but for its rounding
+    yield row(
+        *("exp of a log", "exp", "exp(a - log(p))", "exp(a) * p ** -1", _exp_log),
+        *("exp(a - 0.5 * log(p))", "exp(a) * p ** -1"),
+    )
+    # log-sum-exp of shifted scores is the shift and the rest
+    yield row("log", "log", "log(exp(a) * sum(t, exp(s)))", "a + log(sum(t, exp(s)))", _log)
+    # a running maximum starts at -inf
+    yield row("max of numbers", "max min", "max(-inf, a)", "a", _max)
+    # a floor under a maximum, below every score
+    yield row(
+        *("floor under scores", "max", "max(-1e30, maximum(t, s))", "maximum(t, s)", _max_low),
+        *("max(2, maximum(t, s))", "maximum(t, s)"),
+    )
+    # a floor under a sum that holds exp(0)
+    yield row(
+        "floor under a shifted sum",
+        "max",
+        "max(1e-6, sum(t, exp(s - maximum(t, s))))",
+        "sum(t, exp(s - maximum(t, s)))",
+        _floor,
+        "max(2.5e3, sum(t, exp(s - maximum(t, s))))",
+        "sum(t, exp(s - maximum(t, s)))",
+    )
+    yield row("empty sum", "sum", "sum(t, 0)", "0", _empty)
+    # a Concat of keys
+    yield row(
+        *("sum by parts", "sum maximum minimum any all", "sum(t, pieces(s, v))"),
+        *("sum_parts(s, v)", _by_parts),
+    )
+    yield row("sum of sums", "sum", "sum(t, s + v)", "sum(t, s) + sum(t, v)", _added)
+    # any shift that does not depend on the key leaves the sum
+    yield row(
+        *("outside the sum", "sum", "sum(t, a * exp(s - b))", "a * exp(-b) * sum(t, exp(s))"),
+        *(_outside, "sum(t, v * exp(s))", "v * sum(t, exp(s))"),
+    )
+    yield row(
+        *("outside the maximum", "maximum", "maximum(t, s + a)", "maximum(t, s) + a"),
+        _maximum_of_constant,
+    )
+    yield row("maximum of flags", "maximum", "maximum(t, flag(ct))", "flag(any(t, ct))", _of_flags)
+    yield row("minimum of flags", "minimum", "minimum(t, flag(ct))", "flag(all(t, ct))", _of_flags)
+    # the sum over one key is that key
+    yield row("bound label", "sum maximum minimum any all", "sum(u, su)", "sum(t, s)", _named)
+
+
+ROWS: Final = tuple(_rows())

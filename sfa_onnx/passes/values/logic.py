@@ -1,0 +1,289 @@
+"""Identities of conditions: flags, masks, and guards of rows that see no key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+from sfa_onnx.passes.values.arithmetic import LOW, factors
+from sfa_onnx.passes.values.exponential import is_positive, reaches_one
+from sfa_onnx.passes.values.identity import Identity, Normal
+from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, ZERO, Term, number
+
+__all__ = ["ROWS", "seen"]
+
+_COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
+    "eq": lambda a, b: a == b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+}
+
+
+def _truth(value: bool) -> Term:
+    return TRUE if value else FALSE
+
+
+# -- conditions -----------------------------------------------------------------------------------
+
+
+def _not(n: Normal, term: Term) -> Term | None:
+    inner = term.args[0]
+    if inner.op in ("true", "false"):
+        return _truth(inner.op == "false")
+    if inner.op == "not":
+        return inner.args[0]
+    if inner.op in ("and", "or"):
+        other = "or" if inner.op == "and" else "and"
+        return n.make(other, tuple(map(n.negate, inner.args)))
+    if inner.op in ("any", "all"):
+        other = "all" if inner.op == "any" else "any"
+        return n.make(other, (n.negate(inner.args[0]),), inner.data)
+    return None
+
+
+def _joined(n: Normal, term: Term) -> Term | None:
+    absorbing, neutral = (FALSE, TRUE) if term.op == "and" else (TRUE, FALSE)
+    inner = [b for a in term.args for b in (a.args if a.op == term.op else (a,))]
+    kept = [a for a in dict.fromkeys(inner) if a != neutral]
+    if absorbing in kept or any(n.negate(a) in kept for a in kept):
+        return absorbing
+    if not kept:
+        return neutral
+    args = tuple(sorted(kept, key=lambda t: t.order))
+    if len(args) == 1:
+        return args[0]
+    return n.make(term.op, args) if args != term.args else None
+
+
+def _compared(n: Normal, term: Term) -> Term | None:
+    a, b = term.args
+    if a.is_number() and b.is_number():
+        return _truth(_COMPARE[term.op](a.value, b.value))
+    if term.op == "eq" and a.is_number():
+        return n.make("eq", (b, a))
+    return None
+
+
+def _flag_compared(n: Normal, term: Term) -> Term | None:
+    """A flag, compared with a number, is its condition, the opposite, or settled."""
+    for i, (own, other) in enumerate((term.args, term.args[::-1])):
+        if own.op == "flag" and other.is_number():
+            of = _COMPARE[term.op]
+            zero, one = (of(x, other.value) if not i else of(other.value, x) for x in (0.0, 1.0))
+            if zero == one:
+                return _truth(zero)
+            return own.args[0] if one else n.negate(own.args[0])
+    return None
+
+
+def _counted(n: Normal, term: Term) -> Term | None:
+    """A count of flags, compared with 0 (or with 1): whether there is any."""
+    for i, (own, other) in enumerate((term.args, term.args[::-1])):
+        if own.op == "sum" and own.args[0].op == "flag" and other.is_number():
+            of = _COMPARE[term.op]
+            none, one, two = (
+                of(x, other.value) if not i else of(other.value, x) for x in (0.0, 1.0, 2.0)
+            )
+            if none != one and one == two:
+                found = n.make("any", own.args[0].args, own.data)
+                return found if one else n.negate(found)
+    return None
+
+
+def _hidden(n: Normal, term: Term) -> Term | None:
+    """Where(c, a, -inf) == -inf, or below a low: exactly where c does not hold."""
+    a, b = term.args
+    if _masked(a) and b.is_number() and b.value < LOW:
+        return n.negate(a.args[0])
+    if term.op != "eq" and _masked(b) and a.is_number() and -math.inf < a.value < LOW:
+        return b.args[0]
+    if term.op == "eq" and b.is_number(math.inf) and a.op == "where" and _finite(a.args[1]):
+        return FALSE if a.args[2].is_number() and a.args[2].value < math.inf else None
+    return None
+
+
+def _masked(term: Term) -> bool:
+    return term.op == "where" and term.args[2].is_number(-math.inf) and _finite(term.args[1])
+
+
+def _finite(term: Term) -> bool:
+    """Whether a term is a finite number in a row that sees a key."""
+    if term.is_number():
+        return math.isfinite(term.value)
+    if term.op in ("dot", "maximum", "sum", "exp", "flag"):
+        return True
+    if term.op == "log":
+        return is_positive(term.args[0])
+    if term.op in ("add", "mul", "pow", "max", "min"):
+        return all(map(_finite, term.args))
+    return False
+
+
+def seen(term: Term) -> bool | None:
+    """What a condition on scores says in every row that sees a key; None: that depends.
+
+    Rows without keys are an edge: verification notes them, originals differ there by design.
+    """
+    if term.op in ("true", "false"):
+        return term.op == "true"
+    if term.op == "isnan":
+        return False if _finite(term.args[0]) or _is_weight(term.args[0]) else None
+    if term.op == "not":
+        inner = seen(term.args[0])
+        return None if inner is None else not inner
+    if term.op in ("and", "or"):
+        return _joint(term)
+    if term.op in ("any", "all"):
+        return None
+    return _seen_compared(term) if term.op in _COMPARE else None
+
+
+def _joint(term: Term) -> bool | None:
+    parts = [seen(a) for a in term.args]
+    absorbing = term.op == "or"
+    if absorbing in parts:
+        return absorbing
+    return None if None in parts else not absorbing
+
+
+def _is_weight(term: Term) -> bool:
+    """Whether it is built of exponentials, sums and rows: NaN only where the row sees no key."""
+    inside = {t.op for t in term.walk()}
+    return bool(inside & {"exp", "sum"}) and not inside & {"isnan", "lt", "le", "eq"}
+
+
+def _seen_compared(term: Term) -> bool | None:
+    a, b = term.args
+    if a == b:
+        return term.op != "lt"
+    for low, (own, other) in enumerate((term.args, term.args[::-1])):
+        if not other.is_number():
+            continue
+        limit = other.value
+        if math.isinf(limit) or limit < LOW:
+            if not _finite(own) and not _is_weight(own):
+                return None
+            if math.isinf(limit) or own.op in ("maximum", "max", "log") or _top(own):
+                return term.op != "eq" and (limit > 0) != bool(low)
+        if (limit == 0 and is_positive(own)) or (0 < limit < 1 and reaches_one(own)):
+            return term.op != "eq" and bool(low)
+    return None
+
+
+def _top(term: Term) -> bool:
+    return term.op == "add" and any(
+        f.op in ("maximum", "max", "log") for a in term.args for f in factors(a)
+    )
+
+
+# -- choices --------------------------------------------------------------------------------------
+
+
+def _chosen(n: Normal, term: Term) -> Term | None:
+    condition, then, other = term.args
+    if condition.op in ("true", "false"):
+        return then if condition.op == "true" else other
+    if then == other:
+        return then
+    fills = then.is_number() - other.is_number()  # a number comes last
+    turned = fills > 0 or (not fills and condition.op == "not")
+    return n.where(n.negate(condition), other, then) if turned else None
+
+
+def _guard(n: Normal, term: Term) -> Term | None:
+    """A guard of rows without keys: what it gives in all the others."""
+    del n
+    value = seen(term.args[0])
+    return None if value is None else term.args[1 if value else 2]
+
+
+def _scrubbed(n: Normal, term: Term) -> Term | None:
+    """Where(isnan(x), y, x) = x: weights are numbers in a row that sees a key."""
+    del n
+    condition, then, other = term.args
+    if condition.op == "isnan" and condition.args[0] == other:
+        return other
+    if condition.op == "not" and condition.args[0].op == "isnan":
+        return then if condition.args[0].args[0] == then else None
+    return None
+
+
+def _flagged(n: Normal, term: Term) -> Term | None:
+    """Where(c, a, 0) = [c] a."""
+    if not term.args[2].is_number(0.0):
+        return None
+    return n.mul(n.flag(term.args[0]), term.args[1])
+
+
+def _low(n: Normal, term: Term) -> Term | None:
+    """Where(c, a, low) = where(c, a, -inf): the exponential of either is nothing."""
+    condition, then, other = term.args
+    if not other.is_number() or not -math.inf < other.value < LOW:
+        return None
+    scores = any(t.op == "dot" for t in then.walk())
+    return n.where(condition, then, number(-math.inf)) if scores else None
+
+
+def _nested(n: Normal, term: Term) -> Term | None:
+    """Where(c, where(d, a, b), b) = where(c and d, a, b)."""
+    condition, then, other = term.args
+    if then.op == "where" and then.args[2] == other:
+        return n.where(n.make("and", (condition, then.args[0])), then.args[1], other)
+    return None
+
+
+def _flag(n: Normal, term: Term) -> Term | None:
+    condition = term.args[0]
+    if condition.op in ("true", "false"):
+        return ONE if condition.op == "true" else ZERO
+    if condition.op == "and":
+        return n.mul(*(n.flag(c) for c in condition.args))
+    known = seen(condition)
+    return None if known is None else ONE if known else ZERO
+
+
+def _row(
+    name: str,
+    ops: str,
+    left: str,
+    right: str,
+    rule: Callable[[Normal, Term], Term | None],
+    *unless: str,
+) -> Identity:
+    pair = (unless[0], unless[1]) if unless else None
+    return Identity(name, tuple(ops.split()), left, right, rule, pair)
+
+
+ROWS: Final = (
+    _row("not", "not", "not (c and d)", "(not c) or (not d)", _not),
+    _row("and, or", "and or", "c and c and true", "c", _joined),
+    _row("numbers compared", "eq lt le", "2 < 3", "true", _compared),
+    # flags that are counted, cast and compared again
+    _row(
+        *("flag compared", "eq lt le", "0.5 < flag(c)", "c", _flag_compared),
+        *("2 < flag(c)", "c"),
+    ),
+    _row(
+        *("count compared", "eq lt le", "0 < sum(t, flag(ct))", "any(t, ct)", _counted),
+        *("1 < sum(t, flag(ct))", "any(t, ct)"),
+    ),
+    # scores are tested where the mask hid them
+    _row(
+        *("hidden score", "eq lt le", "where(c, dot, -inf) == -inf", "not c", _hidden),
+        *("where(c, dot, 2) == 2", "c"),
+    ),
+    _row("choice", "where", "where(not c, a, b)", "where(c, b, a)", _chosen),
+    # nan_to_num, x != x
+    _row("NaN scrubbed", "where", "where(isnan(a), b, a)", "a", _scrubbed),
+    # max == -inf, sum == 0, log-sum-exp == -inf: rows that see no key
+    _row(
+        *("empty row", "where", "where(sum(t, exp(s)) == 0, a, b)", "b", _guard),
+        *("where(sum(t, v) == 0, a, b)", "a"),
+    ),
+    _row("low", "where", "where(c, dot, -1e30) <= -1e20", "not c", _low),
+    _row("mask twice", "where", "where(c, where(d, a, b), b)", "where(c and d, a, b)", _nested),
+    # a choice between a value and nothing
+    _row("choice of 0", "where", "where(c, a, 0)", "flag(c) * a", _flagged),
+    _row("flag", "flag", "flag(c and d)", "flag(c) * flag(d)", _flag),
+)

@@ -1,0 +1,365 @@
+"""From the graph to terms: what an element of a tensor is, as far as scores decide it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Final
+
+import numpy as np
+import onnx
+
+from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.axes.expr import Expr, Label, fresh
+from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Ref, Scaled, Tracer
+from sfa_onnx.passes.axes.writes import assigned_where
+from sfa_onnx.passes.values.identity import Normal
+from sfa_onnx.passes.values.terms import ONE, ZERO, Term, dot, element, number
+
+__all__ = ["INNER", "Reader"]
+
+_T = onnx.TensorProto
+INNER: Final = "inner"  # name of the label that a product of queries and keys is summed over
+_LAYOUT: Final = frozenset(("Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+_REDUCE: Final = {
+    "ReduceSum": "sum",
+    "ReduceMax": "maximum",
+    "ReduceMin": "minimum",
+    "ReduceLogSumExp": "sum",
+    "ReduceLogSum": "sum",
+    "ReduceL1": "sum",
+}
+
+
+class Reader:
+    """Reads elements of one attention as terms.
+
+    Attributes:
+        axes: every tensor between the products and the result, with what its axes run over.
+        products: (query, key) -> the values that hold their product.
+        opaque: operators that were met and have no meaning here: value -> operator.
+    """
+
+    def __init__(self, tracer: Tracer, normal: Normal, inner: Collection[str]) -> None:
+        """`inner` names the values that depend on scores; all others are leaves."""
+        self.tracer, self.n, self.inner = tracer, normal, inner
+        self.axes: dict[str, tuple[Expr, ...]] = {}
+        self.products: dict[Term, list[str]] = {}
+        self.opaque: dict[str, str] = {}
+        self._known: dict[Ref, Term] = {}
+
+    def term(self, ref: Ref) -> Term:
+        """What the element `ref` is.
+
+        Raises:
+            Stop: a shape on the way is not known, or the budget is used up.
+        """
+        if ref not in self._known:
+            self.tracer.spend(ref.value)
+            inner = ref.value in self.inner
+            if inner:
+                self.axes.setdefault(ref.value, ref.coords)
+            self._known[ref] = self._inner(ref) if inner else self._outer(ref)
+        return self._known[ref]
+
+    # -- values that scores do not decide -------------------------------------------------------
+
+    def _outer(self, ref: Ref) -> Term:
+        """A number, a flag made of a condition, or a leaf."""
+        tracer = self.tracer
+        fill = tracer.fill(ref.value)
+        if fill is not None and self._fixed(ref.value, fill):
+            return self._number(ref, fill)
+        node = tracer.index.node_of(ref.value)
+        if node is None:
+            return element(ref)
+        if self._is_bool(ref.value):
+            return self._condition(node, ref)
+        if node.op_type == "Cast" and self._is_bool(node.input[0]):
+            return self.n.flag(self.term(Ref(node.input[0], ref.coords)))
+        if node.op_type in _LAYOUT and isinstance(step := tracer.step(ref), Move):
+            return self.term(step.ref)
+        if node.op_type in ("Add", "Sub", "Mul", "Neg"):
+            found = _POINTWISE[node.op_type](self, node, ref)
+            if not any(t.op in ("element", "dot") and not self._flags(t) for t in found.walk()):
+                return found
+        return element(ref)
+
+    def _flags(self, term: Term) -> bool:
+        """Whether a leaf is a condition, not a number."""
+        return term.op == "element" and self._is_bool(term.ref.value)
+
+    def _condition(self, node: onnx.NodeProto, ref: Ref) -> Term:
+        if node.op_type in ("Not", "And"):
+            return _POINTWISE[node.op_type](self, node, ref)
+        views = node.op_type in _LAYOUT or node.op_type == "Cast"
+        step = self.tracer.step(ref) if views else None
+        if isinstance(step, Move):
+            return self.term(step.ref)
+        if node.op_type == "Cast" and self._is_bool(node.input[0]):
+            return self.term(Ref(node.input[0], ref.coords))
+        return element(ref)
+
+    def _fixed(self, value: str, fill: float) -> bool:
+        """Whether a number does not depend on the sizes of the inputs."""
+        again = self.tracer.other.value(value)
+        return again is None or bool((again == fill).all())
+
+    def _number(self, ref: Ref, fill: float) -> Term:
+        if self._is_bool(ref.value):
+            return Term("true" if fill else "false")
+        return number(fill)
+
+    def _is_bool(self, value: str) -> bool:
+        return self.tracer.sizes.elem_type(value) == _T.BOOL
+
+    # -- values between products and result -----------------------------------------------------
+
+    def _inner(self, ref: Ref) -> Term:
+        node = self.tracer.index.node_of(ref.value)
+        if node is None:
+            return element(ref)
+        if node.op_type in _REDUCE:
+            step = self.tracer.step(ref) if node.op_type == "ReduceSum" else None
+            return self._dot(step, ref) if isinstance(step, Dot) else self._reduced(node, ref)
+        if (rule := _POINTWISE.get(node.op_type)) is not None:
+            return rule(self, node, ref)
+        if (written := self._assigned(node, ref)) is not None:
+            return written
+        step = self.tracer.step(ref)
+        if isinstance(step, Move):
+            return self.term(step.ref)
+        if isinstance(step, Scaled):
+            return self.n.mul(number(step.factor), self.term(step.ref))
+        if isinstance(step, Dot):
+            return self._dot(step, ref)
+        if isinstance(step, Pieces):
+            ranges = tuple((low, high) for low, high, _ in step.parts)
+            parts = tuple(self.term(part) for _, _, part in step.parts)
+            return self.n.make("pieces", parts, (step.label, ranges))
+        self.opaque[ref.value] = node.op_type
+        return element(ref)
+
+    def _dot(self, step: Dot, ref: Ref) -> Term:
+        """A product of queries and keys, or a sum of rows that are weighted by scores."""
+        sides = [r.value in self.inner for r in (step.a, step.b)]
+        by = number(step.factor)
+        if not any(sides):
+            own = Label(INNER, step.label.size)
+            swap = {step.label: Expr.of(own)}
+            found = dot(step.a.substitute(swap), step.b.substitute(swap), own)
+            self.products.setdefault(found, []).append(ref.value)
+            return self.n.mul(by, found)
+        terms = [
+            self.term(r) if s else element(r) for r, s in zip((step.a, step.b), sides, strict=True)
+        ]
+        return self.n.mul(by, self.n.make("sum", (self.n.mul(*terms),), step.label))
+
+    def _assigned(self, node: onnx.NodeProto, ref: Ref) -> Term | None:
+        """X[mask] = y: y where the mask says so, else x."""
+        found = assigned_where(self.tracer, node, ref)
+        if found is None:
+            return None
+        mask, update = found
+        data = self.term(Ref(node.input[0], ref.coords))
+        return self.n.where(self.term(mask), self.term(update), data)
+
+    def reduced_at(self, node: onnx.NodeProto, ref: Ref) -> tuple[Ref, list[Label]] | None:
+        """The element that a reduction runs over, and its labels; None: its axes are unknown."""
+        source = node.input[0]
+        shape, a = self.tracer.shape(source), attributes(node)
+        given = (
+            self.tracer.sizes.value(node.input[1])
+            if len(node.input) > 1 and node.input[1]
+            else None
+        )
+        if given is None and len(node.input) > 1 and node.input[1]:
+            return None
+        named = a.get("axes") if given is None else np.asarray(given).reshape(-1).tolist()
+        axes = sorted(int(x) % len(shape) for x in (named or range(len(shape))))
+        labels = [fresh("r", shape[axis]) for axis in axes]
+        own = list(ref.coords)
+        for axis, label in zip(axes, labels, strict=True):
+            if a.get("keepdims", 1):
+                own[axis] = Expr.of(label)
+            else:
+                own.insert(axis, Expr.of(label))
+        return Ref(source, tuple(own)), labels
+
+    def _reduced(self, node: onnx.NodeProto, ref: Ref) -> Term:
+        found = self.reduced_at(node, ref)
+        if found is None:
+            self.opaque[ref.value] = node.op_type
+            return element(ref)
+        inner, labels = found
+        body, kind = self.term(inner), _REDUCE[node.op_type]
+        if self._is_bool(inner.value):
+            kind = {"maximum": "any", "minimum": "all"}[kind]
+        if node.op_type == "ReduceLogSumExp":
+            body = self.n.exp(body)
+        for label in reversed(labels):
+            body = self.over(kind, label, body)
+        return self.n.log(body) if node.op_type in ("ReduceLogSumExp", "ReduceLogSum") else body
+
+    def over(self, kind: str, label: Label, body: Term) -> Term:
+        """A reduction over an axis; an axis of one element is that element."""
+        one = label.size == 1 or (label not in body.labels and kind != "sum")
+        return body if one else self.n.make(kind, (body,), label)
+
+    def operands(self, node: onnx.NodeProto, ref: Ref) -> list[Term]:
+        """What a pointwise operator computes with."""
+        return [self.term(self.tracer.operand(name, ref.coords)) for name in node.input if name]
+
+
+# -- pointwise operators --------------------------------------------------------------------------
+
+_Rule = Callable[[Reader, onnx.NodeProto, Ref], Term]
+
+
+def _plain(op: str) -> _Rule:
+    def rule(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+        return r.n.make(op, tuple(r.operands(node, ref)))
+
+    return rule
+
+
+def _difference(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    a, b = r.operands(node, ref)
+    return r.n.add(a, r.n.mul(number(-1), b))
+
+
+def _quotient(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    a, b = r.operands(node, ref)
+    return r.n.mul(a, r.n.power(b, -1))
+
+
+def _negative(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    return r.n.mul(number(-1), *r.operands(node, ref))
+
+
+def _inverse(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    (x,) = r.operands(node, ref)
+    return r.n.power(x, -1)
+
+
+def _power(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    base, by = r.operands(node, ref)
+    if base.is_number() and base.value > 0:
+        # a rounded e counts as e
+        rate = 1.0 if abs(base.value - math.e) < 1e-6 else math.log(base.value)
+        return r.n.exp(r.n.mul(number(rate), by))
+    if by.is_number() and by.value == int(by.value):
+        return r.n.power(base, int(by.value))
+    r.opaque[ref.value] = node.op_type
+    return element(ref)
+
+
+def _greater(op: str) -> _Rule:
+    def rule(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+        a, b = r.operands(node, ref)
+        return r.n.make(op, (b, a))
+
+    return rule
+
+
+def _equal(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    a, b = r.operands(node, ref)
+    if a == b and not a.is_number():  # x == x, but for NaN
+        return r.n.negate(r.n.make("isnan", (a,)))
+    return r.n.make("eq", (a, b))
+
+
+def _infinite(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    (x,), a = r.operands(node, ref), attributes(node)
+    ends = [number(math.inf)] if a.get("detect_positive", 1) else []
+    ends += [number(-math.inf)] if a.get("detect_negative", 1) else []
+    return r.n.make("or", tuple(r.n.make("eq", (x, end)) for end in ends))
+
+
+def _cast(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    source = r.tracer.sizes.elem_type(node.input[0])
+    target = r.tracer.sizes.elem_type(ref.value)
+    inner = r.term(Ref(node.input[0], ref.coords))
+    if (source == _T.BOOL) == (target == _T.BOOL):
+        return inner
+    return r.n.flag(inner) if source == _T.BOOL else r.n.negate(r.n.make("eq", (inner, ZERO)))
+
+
+def _clip(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    a = attributes(node)
+    found = r.term(Ref(node.input[0], ref.coords))
+    for i, (op, name) in enumerate((("max", "min"), ("min", "max")), 1):
+        given = node.input[i] if len(node.input) > i else ""
+        end = number(a[name]) if name in a else r.term(Ref(given, ())) if given else None
+        found = found if end is None else r.n.make(op, (end, found))
+    return found
+
+
+def _softmax(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    axis = _last(r, node, ref)
+    if axis is None:
+        r.opaque[ref.value] = node.op_type
+        return element(ref)
+    scores = r.term(Ref(node.input[0], ref.coords))
+    label = fresh("r", r.tracer.shape(node.input[0])[axis])
+    coords = (*ref.coords[:axis], Expr.of(label), *ref.coords[axis + 1 :])
+    total = r.over("sum", label, r.n.exp(r.term(Ref(node.input[0], coords))))
+    if node.op_type == "LogSoftmax":
+        return r.n.add(scores, r.n.mul(number(-1), r.n.log(total)))
+    return r.n.mul(r.n.exp(scores), r.n.power(total, -1))
+
+
+def _last(r: Reader, node: onnx.NodeProto, ref: Ref) -> int | None:
+    """The axis of a Softmax; before opset 13 only the last one is an axis of its own."""
+    new, rank = r.tracer.index.opsets.get("", 18) >= 13, len(ref.coords)
+    axis = int(attributes(node).get("axis", -1 if new else 1)) % rank
+    return axis if new or axis == rank - 1 else None
+
+
+def _normalised(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    """Exponentials over their sum, as one node."""
+    a, axis = attributes(node), int(attributes(node).get("axis", -1)) % len(ref.coords)
+    if a.get("p", 2) != 1:
+        r.opaque[ref.value] = node.op_type
+        return element(ref)
+    label = fresh("r", r.tracer.shape(node.input[0])[axis])
+    coords = (*ref.coords[:axis], Expr.of(label), *ref.coords[axis + 1 :])
+    total = r.over("sum", label, r.term(Ref(node.input[0], coords)))
+    return r.n.mul(r.term(Ref(node.input[0], ref.coords)), r.n.power(total, -1))
+
+
+def _sigmoid(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    (x,) = r.operands(node, ref)
+    return r.n.power(r.n.add(ONE, r.n.exp(r.n.mul(number(-1), x))), -1)
+
+
+def _softplus(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    return r.n.log(r.n.add(ONE, r.n.exp(*r.operands(node, ref))))
+
+
+def _relu(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
+    return r.n.make("max", (ZERO, *r.operands(node, ref)))
+
+
+_POINTWISE: Final[dict[str, _Rule]] = {
+    **{op: _plain(name) for op, name in (("Add", "add"), ("Sum", "add"), ("Mul", "mul"))},
+    **{op: _plain(op.lower()) for op in ("Exp", "Log", "Max", "Min", "Where", "And", "Or", "Not")},
+    **{op: _plain(name) for op, name in (("Less", "lt"), ("LessOrEqual", "le"))},
+    **{op: _greater(name) for op, name in (("Greater", "lt"), ("GreaterOrEqual", "le"))},
+    "IsNaN": _plain("isnan"),
+    "IsInf": _infinite,
+    "Equal": _equal,
+    "Sub": _difference,
+    "Div": _quotient,
+    "Neg": _negative,
+    "Reciprocal": _inverse,
+    "Pow": _power,
+    "Cast": _cast,
+    "Clip": _clip,
+    "Softmax": _softmax,
+    "LogSoftmax": _softmax,
+    "LpNormalization": _normalised,
+    "Sigmoid": _sigmoid,
+    "Softplus": _softplus,
+    "Relu": _relu,
+}

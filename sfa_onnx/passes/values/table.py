@@ -1,0 +1,23 @@
+"""The table of identities: what makes terms equal, one row per equation.
+
+A row is an equation, its condition and a rule that applies it. To add one, write the rule beside
+its kin and give both sides in the notation of the tests; where there is a condition, a left side
+that violates it as well. `tests/test_values.py` evaluates both sides in float64, and removes each
+row in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sfa_onnx.passes.values import arithmetic, exponential, logic
+from sfa_onnx.passes.values.identity import Identity, Normal
+
+__all__ = ["TABLE", "normal"]
+
+TABLE: Final[tuple[Identity, ...]] = (*arithmetic.ROWS, *exponential.ROWS, *logic.ROWS)
+
+
+def normal(*without: str) -> Normal:
+    """A normaliser with the whole table, but for the rows named."""
+    return Normal([row for row in TABLE if row.name not in without])
