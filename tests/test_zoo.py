@@ -53,6 +53,11 @@ FUSED = (
     "hand-mask-scatter_max",
     "mask-dense-input-ts",
     "mask-gathered-causal-ts",
+    "kernels-prefill-length-dynamo-dyn",
+    "kernels-decode-length-ts-static",
+    "kernels-running-5-isinf-dynamo-dyn",
+    "kernels-masked-ts-static",
+    "kernels-halves-dynamo-static",
 )
 HONEST = ("int8-honest-ts", "dense-honest-ts")
 

@@ -30,6 +30,7 @@ FAMILIES = (
     "elsewhere",
     "outsiders",
     "guarded",
+    "kernels",
 )
 
 

@@ -13,7 +13,7 @@ from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
-from sfa_onnx.passes.axes.writes import all_written, window
+from sfa_onnx.passes.axes.writes import all_written, assigned_where, window
 from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds, sliced
 
 __all__ = ["STEPS"]
@@ -151,6 +151,10 @@ def _scatter(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A window written in place at constant positions: along one axis, a range is the update's."""
     if 0 in (tracer.sizes.shape(node.input[2]) or ()):  # what x[:, :0] = y leaves behind
         return Move(Ref(node.input[0], ref.coords))
+    if (written := assigned_where(tracer, node, ref)) is not None:  # x[x != x] = 0
+        scrubs = _tests_nan(tracer, written[0].value, node.input[0], holds=True)
+        zero = tracer.fill(written[1].value) == 0
+        return Move(Ref(node.input[0], ref.coords)) if scrubs and zero else None
     own = window(tracer, node)
     if own is None:
         return None
@@ -223,19 +227,25 @@ def _neg(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 
 def _scrubbed(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    """Where(IsNaN(x), 0, x): x, as far as x is a number."""
+    """Where(x is NaN, 0, x): x, as far as x is a number."""
+    for kept, other, holds in ((2, 1, True), (1, 2, False)):
+        nan = _tests_nan(tracer, node.input[0], node.input[kept], holds)
+        if nan and tracer.fill(node.input[other]) == 0:
+            return Move(Ref(node.input[kept], ref.coords))
+    return None
+
+
+def _tests_nan(tracer: Tracing, condition: str, value: str, holds: bool) -> bool:
+    """Whether a condition says `holds` exactly where `value` is NaN: IsNaN(x), x != x."""
     index = tracer.index
-    guard = index.origin(node.input[0])
-    if guard is not None and guard.op_type == "Cast":  # bool to bool, as TorchScript writes it
-        guard = index.origin(guard.input[0])
-    same = (
-        guard is not None
-        and guard.op_type == "IsNaN"
-        and index.source(guard.input[0]) == index.source(node.input[2])
-    )
-    return (
-        Move(Ref(node.input[2], ref.coords)) if same and tracer.fill(node.input[1]) == 0 else None
-    )
+    test = index.origin(condition)
+    while test is not None and test.op_type in ("Cast", "Not"):  # bool to bool, or turned
+        holds = holds != (test.op_type == "Not")
+        test = index.origin(test.input[0])
+    if test is None or test.op_type not in ("IsNaN", "Equal"):
+        return False
+    same = {index.source(n) for n in test.input} == {index.source(value)}
+    return same and holds == (test.op_type == "IsNaN")
 
 
 def _matmul(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:

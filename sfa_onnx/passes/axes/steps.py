@@ -9,7 +9,19 @@ import onnx
 
 from sfa_onnx.passes.axes.expr import Expr, Label
 
-__all__ = ["Dot", "Leaf", "Move", "Pieces", "Product", "Ref", "Scaled", "Step", "Stop", "is_float"]
+__all__ = [
+    "Dot",
+    "Joined",
+    "Leaf",
+    "Move",
+    "Pieces",
+    "Product",
+    "Ref",
+    "Scaled",
+    "Step",
+    "Stop",
+    "is_float",
+]
 
 _T = onnx.TensorProto
 _FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16, _T.DOUBLE)
@@ -48,6 +60,21 @@ class Ref:
     def labels(self) -> frozenset[Label]:
         """Every label the coordinates depend on."""
         return frozenset().union(*(c.labels for c in self.coords))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What chunks have apart, as one tensor that a replacement may make: a Concat along the keys.
+
+    Attributes:
+        parts: an element of every chunk, and the label that runs over its keys.
+        rows: the other labels, one axis each, in front of the keys.
+        whole: runs over all keys.
+    """
+
+    parts: tuple[tuple[Ref, Label], ...]
+    rows: tuple[Label, ...]
+    whole: Label
 
 
 @dataclass(frozen=True)

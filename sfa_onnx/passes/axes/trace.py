@@ -13,6 +13,7 @@ from sfa_onnx.passes.axes.one_hot import picked
 from sfa_onnx.passes.axes.rules import STEPS
 from sfa_onnx.passes.axes.steps import (
     Dot,
+    Joined,
     Leaf,
     Move,
     Pieces,
@@ -28,6 +29,7 @@ from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 
 __all__ = [
     "Dot",
+    "Joined",
     "Leaf",
     "Move",
     "Pieces",
@@ -50,6 +52,12 @@ _SOURCES = frozenset(("TopK", "MatMul", "If", "Loop", "Scan", "RandomUniform", "
 _TINY = 64  # elements of a constant that is compared by content
 
 
+def _size_in(sizes: Concrete, own: Concrete, label: Label) -> int:
+    """The size of a label of `own` where symbols have other sizes."""
+    symbol = next((name for name, size in own.symbols.items() if size == label.size), "")
+    return sizes.symbols.get(symbol, label.size)
+
+
 class UnifyError(Exception):
     """Two symbols must be one size for the attention to make sense; bind again with them equal."""
 
@@ -68,6 +76,7 @@ class Tracer:
         self.stem = ""  # how new names begin
         self._representatives: dict[str, str] = {}
         self._equal: dict[object, str] = {}
+        self.joined: dict[str, Joined] = {}  # tensors that only a replacement has
         self.opaque = False  # True: index tensors are read as they are, without arithmetic
         self.tables = False  # True: but for constant tables of positions
 
@@ -83,6 +92,19 @@ class Tracer:
                 "run onnx.shape_inference on the model first",
             )
         return shape
+
+    def join(self, chunks: Joined) -> str:
+        """A name for the tensor that chunks make up; the same chunks have one name."""
+        for name, known in self.joined.items():
+            if [r for r, _ in known.parts] == [r for r, _ in chunks.parts]:
+                return name
+        name = f"{self.stem}/chunks_{len(self.joined)}"
+        self.joined[name] = chunks
+        first = chunks.parts[0][0].value
+        for sizes in (self.sizes, self.other):
+            shape = tuple(_size_in(sizes, self.sizes, x) for x in (*chunks.rows, chunks.whole))
+            sizes.declare(name, shape, self.sizes.elem_type(first))
+        return name
 
     def static(self, value: str, axis: int) -> bool:
         """Whether this dim has the same size whatever the symbols are."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from sfa_onnx.passes.axes.expr import Expr, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.attention import Parts
+from sfa_onnx.passes.bind.joined import join_chunks
 from sfa_onnx.passes.bind.literals import Literal
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.bind.scores import Scores
@@ -31,25 +32,22 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     """
     reader = Reader(tracer, normal(), region.inner)
     found = as_attention(reader.term(out), region.result)
-    if len(found.parts) != 1:
-        raise Stop(f"{len(found.parts)} ranges of keys are attended to apart", region.result)
-    ((weight, value),) = found.parts
     if found.sinks:
         raise Stop("a sink takes part in the softmax", region.result, "the operator has no sink")
+    weight, value = found.parts[0]
+    if len(found.parts) > 1:
+        weight, value = join_chunks(tracer, found.parts, region.result)
     key = fresh("t", weight.label.size)
     swap = {weight.label: Expr.of(key)}
-    weight = Weight(
-        key,
-        weight.exponent.rename(swap),
-        tuple(f.rename(swap) for f in weight.flags),
-    )
-    value = value.substitute(swap)
+    flags = tuple(f.rename(swap) for f in weight.flags)
+    weight, value = Weight(key, weight.exponent.rename(swap), flags), value.substitute(swap)
     others = set().union(weight.exponent.labels, *(f.labels for f in weight.flags)) - {key}
     return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions))
 
 
 def _scores(reader: Reader, weight: Weight, conditions: tuple[Term, ...]) -> Scores:
-    found = Scores(axes=reader.axes)
+    products = [name for names in reader.products.values() for name in names]
+    found = Scores(axes=reader.axes, products=products)
     for addend in addends(weight.exponent):
         _take(reader, found, addend)
     if not found.terms:
@@ -70,23 +68,13 @@ def _take(reader: Reader, found: Scores, addend: Term) -> None:
     if rest.op == "dot":
         query, key, inner = rest.factors
         swap = {inner: Expr.of(own := fresh("d", inner.size))}
-        names = reader.products[_unlabelled(reader, rest)]
-        found.terms.append(Product(query.substitute(swap), key.substitute(swap), own, by, names[0]))
+        name = found.products[min(len(found.terms), len(found.products) - 1)]
+        found.terms.append(Product(query.substitute(swap), key.substitute(swap), own, by, name))
         return
     if rest.op == "element" and abs(by) > 0:
         found.masks.extend(additive(reader.tracer, rest.ref, negated=by < 0))
         return
     raise Stop(f"{addend} on the score path is not part of softmax(scale * q.k + mask)")
-
-
-def _unlabelled(reader: Reader, product: Term) -> Term:
-    """The product as it was read: its bound label has another name since."""
-    query, key, _ = product.factors
-    return next(
-        p
-        for p in reader.products
-        if p.factors[0].value == query.value and p.factors[1].value == key.value
-    )
 
 
 def _literals(reader: Reader, flag: Term, masks: list[Literal]) -> list[Literal]:

@@ -107,7 +107,7 @@ def _bind_at(
     site = _keys(tracer, scores, parts.key, value, anchor)
     site.out, site.out_node, site.column = out, out_node, column
     site.score_axes = scores.axes
-    site.products = [t.product for t in scores.terms if t.product]
+    site.products = scores.products or [t.product for t in scores.terms if t.product]
     site.bound = bound
     take_masks(site, scores.masks)
     same_addresses(tracer, site.nope, site.rope)

@@ -44,6 +44,7 @@ class Scores:
     terms: list[Term] = field(default_factory=list)
     masks: list[Literal] = field(default_factory=list)
     axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)  # every score tensor
+    products: list[str] = field(default_factory=list)  # every value that holds part of a score
 
 
 def read_scores(tracer: Tracer, ref: Ref, factor: float = 1.0) -> Scores:

@@ -9,6 +9,7 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
+from sfa_onnx.passes.axes.writes import assigned_where
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -38,6 +39,9 @@ def index_sources(tracer: Tracer, ref: Ref) -> dict[str, Ref]:
         if here in seen:
             continue
         seen.add(here)
+        if here.value in tracer.joined:
+            stack += [part for part, _ in tracer.joined[here.value].parts]
+            continue
         node = tracer.index.node_of(here.value)
         given = tracer.index.is_given(here.value)
         if node is None or given or node.op_type == "TopK" or _joins(node, here):
@@ -57,6 +61,8 @@ def _joins(node: onnx.NodeProto, ref: Ref) -> bool:
 
 
 def _behind(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Ref]:
+    if (written := assigned_where(tracer, node, ref)) is not None:  # indices[invalid] = 0
+        return [Ref(node.input[0], ref.coords), written[0]]
     if node.op_type in _ELEMENTWISE:
         rank = len(ref.coords)
         names = [n for n in node.input if n and len(tracer.shape(n)) <= rank]

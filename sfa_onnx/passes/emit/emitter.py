@@ -198,9 +198,24 @@ class Emitter:
         Raises:
             Stop: its elements are not a view of this form.
         """
+        if ref.value in self.tracer.joined:
+            self._join(ref.value)
         self.learn(ref)
         value, axes = self._cut(ref)
         return self.permute(value, axes, groups, hint)
+
+    def _join(self, value: str) -> None:
+        """Make the tensor that chunks make up, once."""
+        if value in self._made:
+            return
+        chunks = self.tracer.joined[value]
+        parts = []
+        for ref, label in chunks.parts:
+            groups: list[Group] = [*([x] for x in chunks.rows), [label]]
+            part = self.arrange(ref, groups, "chunk")
+            parts.append(self.broadcast(part, groups, ref.labels))
+        kind = self.elem_type(parts[0])
+        self.emit("Concat", parts, "chunks", kind, out=value, axis=len(chunks.rows))
 
     def permute(
         self, value: str, axes: Sequence[Group], groups: Sequence[Group], hint: str = "view"

@@ -12,6 +12,8 @@ import heapq
 from collections import Counter
 from typing import Final
 
+import onnx
+
 from sfa_onnx.passes.bind.site import AttentionRegion
 from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
 from sfa_onnx.passes.find.others import is_product, operands
@@ -144,7 +146,8 @@ class _Sweep:
         node = self.index.nodes[i]
         if node.op_type == "ReduceSum":
             sides = operands(self.index, node)
-            if not is_product(self.index, node) or not any(s not in self.inner for s in sides):
+            others = [s for s in sides if s not in self.inner]
+            if not is_product(self.index, node) or not others or _is_mask(self.index, others[0]):
                 return "yes"
             own = [s for s in sides if s in self.inner]
         else:
@@ -156,3 +159,13 @@ class _Sweep:
         if not any(n in self.rows for n in own):
             self.weights = self.weights or own[0]
         return "rows"
+
+
+def _is_mask(index: GraphIndex, value: str) -> bool:
+    """Whether a tensor is a condition that was cast to numbers."""
+    node = index.node_of(value)
+    while node is not None and node.op_type in _VIEWS | {"Unsqueeze"}:
+        if node.op_type == "Cast" and index.elem_type(node.input[0]) == onnx.TensorProto.BOOL:
+            return True
+        node = index.node_of(node.input[0])
+    return False

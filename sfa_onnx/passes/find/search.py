@@ -98,7 +98,7 @@ class _Search:
             if isinstance(site, Candidate) or (site is not None and not own):
                 self.found.append(site)
                 self._done |= {a.node for a in own}
-                self.taken.add(node)
+                self.taken |= {self.index.producer[v] for v in region.inner}
 
     def spellings(self) -> None:
         """Every other softmax, by its spelling."""

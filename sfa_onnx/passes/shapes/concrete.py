@@ -102,6 +102,10 @@ class Concrete:
         """The concrete shape of `value`; None when it cannot be known without running the graph."""
         return self._settled(lambda: self.look_up(value))
 
+    def declare(self, value: str, shape: Shape, elem_type: int) -> None:
+        """Tell the shape and type of a value that no node of the graph makes."""
+        self._shapes[value], self._types[value] = shape, elem_type
+
     def _settled(self, ask: Callable[[], _Found | None]) -> _Found | None:
         """The answer once all sizes that meet on the way to it are made one."""
         if self._asking:  # a rule asks: the question it serves starts again

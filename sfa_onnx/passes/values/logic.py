@@ -195,18 +195,26 @@ def _guard(n: Normal, term: Term) -> Term | None:
     """A guard of rows without keys: what it gives in all the others."""
     del n
     value = seen(term.args[0])
-    return None if value is None else term.args[1 if value else 2]
+    if value is None:
+        return None
+    kept, other = term.args[1:] if value else term.args[:0:-1]
+    return kept if other.is_number(0.0) or not _is_share(kept) else None
+
+
+def _is_share(term: Term) -> bool:
+    """Whether a term is divided by a sum: rows without keys must have none of it, as they do."""
+    return any(t.op == "pow" and t.exponent < 0 for t in term.walk())
 
 
 def _scrubbed(n: Normal, term: Term) -> Term | None:
     """Where(isnan(x), y, x) = x: weights are numbers in a row that sees a key."""
     del n
     condition, then, other = term.args
-    if condition.op == "isnan" and condition.args[0] == other:
-        return other
-    if condition.op == "not" and condition.args[0].op == "isnan":
-        return then if condition.args[0].args[0] == then else None
-    return None
+    if condition.op == "not":
+        condition, then, other = condition.args[0], other, then
+    if condition.op != "isnan" or condition.args[0] != other:
+        return None
+    return other if then.is_number(0.0) or not _is_share(other) else None
 
 
 def _flagged(n: Normal, term: Term) -> Term | None:

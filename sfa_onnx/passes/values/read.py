@@ -59,17 +59,18 @@ class Reader:
             inner = ref.value in self.inner
             if inner:
                 self.axes.setdefault(ref.value, ref.coords)
-            self._known[ref] = self._inner(ref) if inner else self._outer(ref)
+            fill = self.tracer.fill(ref.value)
+            if fill is not None and self._fixed(ref.value, fill):
+                self._known[ref] = self._number(ref, fill)
+            else:
+                self._known[ref] = self._inner(ref) if inner else self._outer(ref)
         return self._known[ref]
 
     # -- values that scores do not decide -------------------------------------------------------
 
     def _outer(self, ref: Ref) -> Term:
-        """A number, a flag made of a condition, or a leaf."""
+        """A flag made of a condition, or a leaf."""
         tracer = self.tracer
-        fill = tracer.fill(ref.value)
-        if fill is not None and self._fixed(ref.value, fill):
-            return self._number(ref, fill)
         node = tracer.index.node_of(ref.value)
         if node is None:
             return element(ref)
@@ -150,10 +151,13 @@ class Reader:
             found = dot(step.a.substitute(swap), step.b.substitute(swap), own)
             self.products.setdefault(found, []).append(ref.value)
             return self.n.mul(by, found)
-        terms = [
-            self.term(r) if s else element(r) for r, s in zip((step.a, step.b), sides, strict=True)
-        ]
-        return self.n.mul(by, self.n.make("sum", (self.n.mul(*terms),), step.label))
+        terms = [self._factor(r) for r in (step.a, step.b)]
+        return self.n.mul(by, self.over("sum", step.label, self.n.mul(*terms)))
+
+    def _factor(self, ref: Ref) -> Term:
+        """Weights, flags that are counted, or stored rows."""
+        found = self.term(ref)
+        return found if ref.value in self.inner or _of_flags(found) else element(ref)
 
     def _assigned(self, node: onnx.NodeProto, ref: Ref) -> Term | None:
         """X[mask] = y: y where the mask says so, else x."""
@@ -209,6 +213,11 @@ class Reader:
     def operands(self, node: onnx.NodeProto, ref: Ref) -> list[Term]:
         """What a pointwise operator computes with."""
         return [self.term(self.tracer.operand(name, ref.coords)) for name in node.input if name]
+
+
+def _of_flags(term: Term) -> bool:
+    parts = term.args if term.op == "mul" else (term,)
+    return all(p.op in ("flag", "number") for p in parts)
 
 
 # -- pointwise operators --------------------------------------------------------------------------
