@@ -33,11 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("", "doctor"),  # "": the package itself, which only hands out names
     ("cli", "__main__"),
 )
-# Two circles that are to go; nothing may join them.
-STANDING = {
-    *("passes.bind.mask", "passes.bind.written"),
-    *("passes.verify.geometry", "passes.verify.packed_rows", "passes.verify.problem"),
-}
+# A circle that is to go; nothing may join it.
+STANDING = {"passes.bind.mask", "passes.bind.written"}
 FACADES = ("",)  # read by everyone for a name or two; their own imports are lazy
 
 

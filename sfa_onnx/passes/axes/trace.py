@@ -26,6 +26,7 @@ from sfa_onnx.passes.axes.steps import (
 )
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
+from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = [
     "Dot",
@@ -108,8 +109,12 @@ class Tracer:
 
     def static(self, value: str, axis: int) -> bool:
         """Whether this dim has the same size whatever the symbols are."""
-        other = self.other.shape(value)
-        return other is not None and other[axis] == self.shape(value)[axis]
+        own, other = self.shape(value)[axis], self.other.shape(value)
+        return not self.open(own) and other is not None and other[axis] == own
+
+    def open(self, size: int) -> bool:
+        """Whether a size changes with the sizes of the inputs, or is not known not to."""
+        return is_open(size) or bool(self.sizes.stands_for(size))
 
     def scalar(self, value: str) -> float | None:
         """The number in a one-element constant that does not depend on any dynamic size."""
@@ -145,14 +150,13 @@ class Tracer:
         return float(flat[0]) if bool((flat == flat[0]).all()) else None
 
     def unify(self, a: int, b: int) -> None:
-        """Sizes `a` and `b` meet on one axis: if both are symbols, start again with them equal.
+        """Sizes `a` and `b` meet on one axis: where symbols can make them equal, start again so.
 
         Raises:
             UnifyError: they are.
         """
-        names = {size: symbol for symbol, size in self.sizes.symbols.items()}
-        if a in names and b in names:
-            raise UnifyError(names[a], names[b])
+        for symbol, form in self.sizes.swaps(a, b)[:1]:
+            raise UnifyError(str(form), symbol)
 
     def same_count(self, source: Shape, target: Shape) -> None:
         """A view keeps the number of elements; where it does not, symbols are too many.
@@ -172,7 +176,9 @@ class Tracer:
 
     def _symbols_in(self, shape: Shape) -> list[str]:
         symbols = self.sizes.symbols.items()
-        return [name for dim in shape for name, size in symbols if dim % size == 0]
+        return [
+            name for dim in shape for name, size in symbols if is_open(size) and dim % size == 0
+        ]
 
     def spend(self, value: str) -> None:
         """Count one step; stops recognition when the budget is used up."""

@@ -26,11 +26,12 @@ from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.emit.emitter import axis_labels
 from sfa_onnx.passes.emit.plan import is_view
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = ["Region", "cover"]
 
 _T = onnx.TensorProto
-_PRIME, _NEAR = 10_000, 6  # symbols have sizes above; how far apart two sizes may be
+_NEAR = 6  # how far apart two sizes may be
 
 
 @dataclass
@@ -393,6 +394,6 @@ def _guess(site: Site, shape: tuple[int, ...], names: _Names) -> tuple[str, ...]
 def _nearly(size: int, labels: list[Label], names: _Names) -> str:
     """Such as "S2-1" for the cache before a token is appended."""
     for label in labels:
-        if label.size > _PRIME and 0 < abs(size - label.size) < _NEAR:
+        if is_open(label.size) and 0 < abs(size - label.size) < _NEAR:
             return f"{names.names.get(label, '')}{size - label.size:+d}"
     return ""

@@ -39,10 +39,9 @@ def scattered(
         valid, update = Ref(node.input[2], at), 1.0
     here, (block, exact) = Visible(ref, positive, is_bool), place(ref.coords[axis])
     width = tracer.shape(node.input[0])[axis]
-    if block > 1 and tracer.static(node.input[0], axis):  # so many blocks, however many keys
-        open_sizes = set(tracer.sizes.symbols.values())
-        if any(x.size in open_sizes for x in ref.coords[axis].labels):
-            return None
+    fixed = block > 1 and tracer.static(node.input[0], axis)  # so many blocks, however many keys
+    if fixed and any(tracer.open(x.size) for x in ref.coords[axis].labels):
+        return None
     chosen = Selected(
         Ref(node.input[1], at), slot, width, valid=valid, block=block, exact=exact, mask=here
     )

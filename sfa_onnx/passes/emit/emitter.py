@@ -12,7 +12,9 @@ from onnx import helper, numpy_helper
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.emit.sized import sized
 from sfa_onnx.passes.graph.order import in_order
+from sfa_onnx.passes.shapes.size import form_of
 
 __all__ = ["Emitter", "axis_labels"]
 
@@ -150,8 +152,10 @@ class Emitter:
 
     def static(self, label: Label) -> bool:
         """Whether the label's size is a number in every run."""
-        if label.size == 1 or label not in self._sources:
+        if label.size == 1:
             return True
+        if label not in self._sources:
+            return not self.tracer.open(label.size)
         return self.tracer.static(*self._sources[label])
 
     def size(self, labels: Group) -> str:
@@ -166,7 +170,12 @@ class Emitter:
         return total
 
     def _dim(self, label: Label) -> str:
-        value, axis = self._sources[label]
+        if label not in self._sources:
+            return sized(self, self.tracer.sizes, form_of(label.size))
+        return self.dim_of(*self._sources[label])
+
+    def dim_of(self, value: str, axis: int) -> str:
+        """An int64 [1] tensor with one dim of a value."""
         shape = self.emit("Shape", [value], "shape", _T.INT64)
         return self.emit("Gather", [shape, self.ints([axis])], "dim", _T.INT64, axis=0)
 

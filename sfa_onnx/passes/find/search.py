@@ -192,7 +192,8 @@ def _unified(tracer: Tracer, anchor: Anchor, make: Callable[[], Candidate]) -> C
             return make()
         except UnifyError as same:
             tracer.sizes.unify(*same.pair)
-            tracer.other.unify(*same.pair)
+            for pair in tracer.sizes.equal:
+                tracer.other.unify(*pair)
     raise Stop("the dynamic sizes of the attention contradict each other", anchor.scores)
 
 
@@ -244,9 +245,10 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
     e = built.emitter
     detach(e, site)
     e.prune(built.output)
-    check_open_sizes(e.nodes, e.initializers, site.tracer.sizes.symbols, built.output)
+    check_open_sizes(e.nodes, e.initializers, site.tracer.sizes.stands_for, built.output)
     queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
     region = cover(named, built.output, [q.value for q in queries], e.used)
+    _check_sizes(site.tracer, region)
     _check_closed(site, region, built.output)
     index = site.tracer.index
     if buried := index.buried_below(region.nodes, [built.output]):
@@ -269,6 +271,20 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
         notes=built.notes,
         equal=site.tracer.sizes.equal,
     )
+
+
+def _check_sizes(tracer: Tracer, region: Region) -> None:
+    """Sizes that meet in the site are one, also where the file declares the results.
+
+    Raises:
+        UnifyError: symbols turned out to be another size.
+    """
+    before = dict(tracer.sizes.symbols)
+    for i in sorted({*region.nodes, *region.support}):
+        tracer.sizes.check(tracer.index.nodes[i])
+        for what, symbol in tracer.sizes.equal:
+            if before[symbol] != tracer.sizes.symbols[symbol]:
+                raise UnifyError(what, symbol)
 
 
 def _check_closed(site: Site, region: Region, output: str) -> None:

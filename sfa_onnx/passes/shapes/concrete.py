@@ -1,47 +1,39 @@
 """Concrete sizes for a graph: every symbolic dim becomes a number, and shape chains are computed.
 
 Exporters spell sizes as chains of Shape, Gather, Concat, Range ... that only say what a number is.
-With a number in place of every symbol (a large prime of its own, unless the caller chooses) these
-chains are simply evaluated, and each Reshape, Expand or Slice has concrete targets. Only ancestors
-of what is asked for are visited.
+With a number in place of every symbol these chains are simply evaluated, and each Reshape, Expand
+or Slice has concrete targets. The numbers are a `Size` each, which knows the expression it stands
+for (`size.py`), unless the caller chooses them. Only ancestors of what is asked for are visited.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
-from sfa_onnx.guard.guarded import infer_node
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold
+from sfa_onnx.passes.shapes.fold_open import keeps_open, numbers_of
+from sfa_onnx.passes.shapes.form import Atom, Form
+from sfa_onnx.passes.shapes.meet import Swap, made_equal
 from sfa_onnx.passes.shapes.rules import RULES, Shape
+from sfa_onnx.passes.shapes.schema import infer_by_schema
+from sfa_onnx.passes.shapes.size import CollisionError, StandIns, form_of, is_open
 from sfa_onnx.passes.shapes.types import type_step
 
 __all__ = ["Concrete", "Shape", "SizesMeetError"]
 
 _Found = TypeVar("_Found")
 
-# Far above any top-k, so that Min(2048, S2) is 2048, and no product of two equals a third.
-_PRIMES = (10007, 10039, 10061, 10067, 10079, 10093, 10103, 10133, 10141, 10159, 10169, 10181)
-_PRIMES_2 = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # below any top-k: Min(2048, S2) is S2
-_APART = 8  # sizes that are nearer to each other than this are taken for S2 and S2 - 1
+_FEW = 64  # elements of a value whose entries may be sizes
+_LAID_OUT = frozenset(("ConstantOfShape", "Range"))  # open sizes decide their length only
 _FOLD_LIMIT = 1 << 20  # elements of one evaluated value
-
-
-def _more_primes() -> Iterator[int]:
-    """Primes above all others in use, well apart."""
-    last = 20_000
-    for n in itertools.count(20_011, 2):
-        if n - last >= _APART and all(n % d for d in range(3, math.isqrt(n) + 1, 2)):
-            last = n
-            yield n
 
 
 class SizesMeetError(ValueError):
@@ -49,7 +41,7 @@ class SizesMeetError(ValueError):
 
 
 class _Unify(Exception):  # noqa: N818 - control flow, never seen outside
-    """Two symbols turned out to be the same size."""
+    """Two sizes turned out to be the same."""
 
     def __init__(self, a: int, b: int) -> None:
         self.pair = (a, b)
@@ -65,21 +57,21 @@ class Concrete:
     def __init__(
         self, index: GraphIndex, symbols: Mapping[str, int] | None = None, *, second: bool = False
     ) -> None:
-        """Assign sizes: those of `symbols`, primes for the rest (`second`: other primes)."""
+        """Assign sizes: those of `symbols`, stand-ins for the rest (`second`: other ones)."""
         self.index = index
         self.symbols: dict[str, int] = dict(symbols or {})
-        primes = itertools.chain(_PRIMES_2 if second else _PRIMES, _more_primes())
-        for dims in index.entering.values():
-            for dim in dims or ():
-                if isinstance(dim, str) and dim.isidentifier() and dim not in self.symbols:
-                    self.symbols[dim] = next(primes)
-        for dims in index.entering.values():
-            for dim in dims or ():
-                if isinstance(dim, str) and size_of(dim, self.symbols) is None:
-                    self.symbols[dim] = next(primes)
-        self._fresh = primes
+        self._start = int(second)
+        self._home = StandIns(self._start)
+        dims = [d for shape in index.entering.values() for d in shape or () if isinstance(d, str)]
+        for dim in dims:
+            if dim.isidentifier() and dim not in self.symbols:
+                self.symbols[dim] = self._home.symbol(dim)
+        for dim in dims:
+            if size_of(dim, self.symbols) is None:
+                self.symbols[dim] = self._home.symbol(dim)
         self._shapes: dict[str, Shape | None] = {}
         self._values: dict[str, np.ndarray | None] = {}
+        self._moving: set[str] = set()  # values that were computed of stand-ins
         self._asking = False
         self._types: dict[str, int] = {}
 
@@ -91,10 +83,9 @@ class Concrete:
 
     @property
     def equal(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of symbols that turned out to be one size."""
-        first: dict[int, str] = {}
-        pairs = ((first.setdefault(size, symbol), symbol) for symbol, size in self.symbols.items())
-        return tuple((a, b) for a, b in pairs if a != b)
+        """(what it is, symbol) of every symbol that turned out to be another size, or several."""
+        forms = ((str(form_of(size)), symbol) for symbol, size in self.symbols.items())
+        return tuple((form, symbol) for form, symbol in forms if form != symbol)
 
     # -- shapes -----------------------------------------------------------------------------------
 
@@ -116,6 +107,8 @@ class Concrete:
                 return ask()
             except _Unify as same:
                 self._unify(*same.pair)
+            except CollisionError:
+                self._redraw()
             finally:
                 self._asking = False
         return None
@@ -137,11 +130,11 @@ class Concrete:
             if not name or name in self._shapes:
                 continue
             if (declared := self._declared(name)) is not None:
-                self._shapes[name] = declared
+                self._store(name, declared)
                 continue
             i = self.index.producer.get(name)
             if i is None:
-                self._shapes[name] = self._guess(name)
+                self._store(name, self._guess(name))
             elif i not in found:
                 found.add(i)
                 stack.extend(self.index.nodes[i].input)
@@ -152,7 +145,11 @@ class Concrete:
         if dims is None:
             return None
         sizes = [d if isinstance(d, int) else size_of(d, self.symbols) for d in dims]
-        return None if any(s is None for s in sizes) else tuple(int(s or 0) for s in sizes)
+        return None if any(s is None for s in sizes) else tuple(s or 0 for s in sizes)
+
+    def _store(self, value: str, shape: Shape | None) -> None:
+        self._home.seen(shape or ())
+        self._shapes[value] = shape
 
     def _guess(self, value: str) -> Shape | None:
         """A graph input with nameless dims gets a prime for each of them."""
@@ -162,7 +159,7 @@ class Concrete:
         sizes: list[int] = []
         for d in dims:
             known = d if isinstance(d, int) else size_of(d, self.symbols)
-            sizes.append(next(self._fresh) if known is None else known)
+            sizes.append(self._home.symbol(f"{value}_{len(sizes)}") if known is None else known)
         return tuple(sizes)
 
     def _infer(self, i: int) -> None:
@@ -175,13 +172,20 @@ class Concrete:
             except (IndexError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
                 outputs = None
         if outputs is None:
-            outputs = _infer_by_schema(self, node)
+            outputs = [self._recognized(i, s) for s in infer_by_schema(self, node)]
         for k, name in enumerate(node.output):
             if name and name not in self._shapes:
-                self._shapes[name] = outputs[k] if k < len(outputs) else None
+                self._store(name, outputs[k] if k < len(outputs) else None)
+
+    def _recognized(self, node: int, shape: Shape | None) -> Shape | None:
+        """A shape of plain numbers with the sizes that they stand for."""
+        if shape is None or not any(map(is_open, self.symbols.values())):
+            return shape
+        value = self.index.nodes[node].output[0]
+        return tuple(self._home.told(d, value, axis) for axis, d in enumerate(shape))
 
     def broadcast(self, *shapes: Shape) -> Shape:
-        """NumPy broadcasting; two symbols that meet are taken to be the same size from then on."""
+        """NumPy broadcasting; two sizes that meet are taken to be the same from then on."""
         first = shapes[0]
         if all(s == first for s in shapes):
             return first
@@ -194,59 +198,74 @@ class Concrete:
             out.append(sizes.pop() if sizes else 1)
         return tuple(out)
 
-    def unify(self, a: str, b: str) -> None:
-        """Take symbols `a` and `b` to be the same size from now on."""
-        keep, drop = self.symbols[a], self.symbols[b]
-        self.symbols = {s: keep if n == drop else n for s, n in self.symbols.items()}
-        self._shapes.clear()
-        self._values.clear()
+    def meet(self, a: int, b: int) -> None:
+        """Sizes that must be equal for the graph to run are one, where symbols can make them so."""
+        if a != b and 1 not in (a, b) and self.swaps(a, b):
+            raise _Unify(a, b)
 
-    def _unify(self, a: int, b: int) -> None:
-        own = set(self.symbols.values())
-        keep, drop = (a, b) if b in own else (b, a)
-        pairs = [(keep, drop)] if drop in own else self._factors(a, b)
-        if not pairs:
-            raise SizesMeetError(
-                f"sizes {self._told(a)} and {self._told(b)} meet on one axis, but the inputs do not"
-                " declare them as equal"
-            )
-        swap = {drop: keep for keep, drop in pairs}
-        self.symbols = {s: swap.get(n, n) for s, n in self.symbols.items()}
-        self._shapes.clear()
-        self._values.clear()
+    def check(self, node: onnx.NodeProto) -> None:
+        """Let all sizes meet that this node makes meet, also where the file declares its result."""
+        rule = RULES.get(node.op_type)
+        declared = [self.shape(name) for name in node.output]
+        if rule is None or node.domain not in ("", "ai.onnx"):
+            return
 
-    def _factors(self, a: int, b: int) -> list[tuple[int, int]]:
-        """Which sizes are equal when two merged axes such as B*S1 are; empty: it cannot be told.
+        def ask() -> None:
+            try:
+                inferred = rule(self, node)
+            except (IndexError, ValueError, TypeError, KeyError, ZeroDivisionError):
+                return
+            for known, found in zip(declared, inferred, strict=False):
+                if known is not None and found is not None and len(known) == len(found):
+                    for a, b in zip(known, found, strict=True):
+                        self.meet(a, b)
 
-        The symbols are paired in the order in which the inputs declare them, and only where no two
-        axes of one input become the same size by it.
-        """
-        common = math.gcd(a, b)
-        sizes = list(dict.fromkeys(self.symbols.values()))
-        left, right = ([n for n in sizes if rest % n == 0] for rest in (a // common, b // common))
-        if not left and right == [b // common]:
-            return [(a // common, b // common)]
-        if not right and left == [a // common]:
-            return [(b // common, a // common)]
-        if math.prod(left) != a // common or math.prod(right) != b // common:
-            return []
-        pairs = list(zip(left, right, strict=False))
-        taken = {n: n for n in sizes} | {drop: keep for keep, drop in pairs}
+        self._settled(ask)
+
+    def swaps(self, a: int, b: int) -> list[Swap]:
+        """What symbols must be for two sizes to be one; nothing where that cannot be told."""
+        inputs = []
         for info in self.index.inputs:
             dims = self.index.shape(info.name) or ()
-            own = {self.symbols[d] for d in dims if isinstance(d, str) and d in self.symbols}
-            if len({taken[n] for n in own}) < len(own):
-                return []
-        return pairs if len(left) == len(right) else []
+            inputs.append(frozenset(d for d in dims if isinstance(d, str)))
+        own = [s for s, size in self.symbols.items() if form_of(size).plain == s]
+        return made_equal(form_of(a), form_of(b), own, inputs) or []
 
-    def _told(self, size: int) -> str:
-        """A size as a product of the inputs' symbols."""
-        names = []
-        for symbol, prime in self.symbols.items():
-            if size % prime == 0:
-                names.append(symbol)
-                size //= prime
-        return "*".join([*([str(size)] if size > 1 or not names else []), *names])
+    def unify(self, what: str, symbol: str) -> None:
+        """Take `symbol` to be `what` from now on: another symbol, or an expression of symbols."""
+        known = size_of(what, self.symbols)
+        if known is not None:
+            self._swap([(symbol, form_of(known))])
+
+    def _unify(self, a: int, b: int) -> None:
+        swaps = self.swaps(a, b)
+        if not swaps:
+            raise SizesMeetError(
+                f"sizes {form_of(a)} and {form_of(b)} meet on one axis, but the inputs do not"
+                " declare them as equal"
+            )
+        self._swap(swaps)
+
+    def _swap(self, swaps: Iterable[Swap]) -> None:
+        for symbol, form in swaps:
+            swap: dict[Atom, Form] = {symbol: form}
+            self._rename({s: form_of(n).substitute(swap) for s, n in self.symbols.items()})
+
+    def _rename(self, forms: Mapping[str, Form]) -> None:
+        self.symbols = {s: self._home.size(form) for s, form in forms.items()}
+        self._shapes.clear()
+        self._values.clear()
+        self._moving.clear()
+
+    def _redraw(self) -> None:
+        """Other stand-ins, for two sizes had the same."""
+        self._start += 2
+        self._home = StandIns(self._start)
+        self._rename({s: form_of(size) for s, size in self.symbols.items()})
+
+    def stands_for(self, number: int) -> str:
+        """The open size that a plain number is, or is a multiple of; "" where it is none."""
+        return self._home.within(number)
 
     def maker(self, value: str) -> onnx.NodeProto | None:
         """The node that makes `value`, for rules."""
@@ -256,7 +275,15 @@ class Concrete:
 
     def value(self, value: str) -> np.ndarray | None:
         """What `value` holds when constants and sizes alone decide it; None otherwise."""
-        return self._settled(lambda: self._value(value)) if value else None
+        found = self._settled(lambda: self._value(value)) if value else None
+        return None if found is None else numbers_of(found)
+
+    def entries(self, value: str) -> list[int] | None:
+        """As `value`, of integers and flat; those that are open are sizes."""
+        found = self._settled(lambda: self._value(value)) if value else None
+        if found is None or found.dtype.kind not in "iubO":
+            return None
+        return [x if is_open(x) else int(x) for x in found.flat]
 
     def _value(self, value: str) -> np.ndarray | None:
         if value in self._values:
@@ -274,9 +301,11 @@ class Concrete:
             if shape is None:
                 return None
             if node.op_type == "Size":
-                return np.asarray(math.prod(shape), np.int64)
+                count = math.prod(shape)
+                return np.asarray(count, object if is_open(count) else np.int64)
             a = attributes(node)
-            return np.asarray(shape[a.get("start", 0) : a.get("end", None)], np.int64)
+            part = shape[a.get("start", 0) : a.get("end", None)]
+            return np.asarray(part, object if any(map(is_open, part)) else np.int64)
         if node.op_type not in FOLD or node.domain not in ("", "ai.onnx"):
             return None
         inputs: list[np.ndarray | None] = []
@@ -286,7 +315,29 @@ class Concrete:
                 return None
             inputs.append(array)
         result = fold(node, inputs, _FOLD_LIMIT)
-        return None if result is None else result[list(node.output).index(value)]
+        found = None if result is None else result[list(node.output).index(value)]
+        return found if found is None else self._kept_open(node, inputs, found, value)
+
+    def _kept_open(
+        self,
+        node: onnx.NodeProto,
+        inputs: list[np.ndarray | None],
+        found: np.ndarray,
+        value: str,
+    ) -> np.ndarray:
+        """What was computed of stand-ins as sizes of which no more is known; else `found`."""
+        opened = [x for x in inputs if x is not None and x.dtype == object]
+        lengths = (s for n in node.input[:1] for s in self.look_up(n) or ())
+        moves = any(n in self._moving for n in node.input)
+        moves |= bool(opened) and not keeps_open(node, inputs) and node.op_type not in _LAID_OUT
+        moves |= node.op_type.startswith("Reduce") and any(map(is_open, lengths))
+        if not moves or found.dtype == object:
+            return found
+        self._moving.add(value)
+        if found.dtype.kind not in "iu" or found.size > _FEW:
+            return found
+        told = [self._home.told(int(n), value, i, True) for i, n in enumerate(found.flat)]
+        return np.asarray([*told, None], object)[:-1].reshape(found.shape)
 
     def _shape_or_none(self, value: str) -> Shape | None:
         # Inside shape inference the ancestors are already in order; outside, infer them first.
@@ -318,33 +369,3 @@ class Concrete:
         for name in chain:
             self._types[name] = found
         return found
-
-
-def _infer_by_schema(sizes: Concrete, node: onnx.NodeProto) -> list[Shape | None]:
-    """Ask onnx's own inference for one node; nothing when it knows nothing either."""
-    nothing: list[Shape | None] = [None] * len(node.output)
-    version = sizes.index.opsets.get(node.domain if node.domain != "ai.onnx" else "", 18)
-    types: dict[str, onnx.TypeProto] = {}
-    data: dict[str, onnx.TensorProto] = {}
-    for name in node.input:
-        if not name:
-            continue
-        shape = sizes.look_up(name)
-        if shape is None:
-            return nothing
-        elem = sizes.elem_type(name) or onnx.TensorProto.FLOAT
-        types[name] = onnx.helper.make_tensor_type_proto(elem, shape)
-        array = sizes.value(name)
-        if array is not None and array.dtype.kind in "ib":
-            data[name] = onnx.numpy_helper.from_array(array, name)
-    inferred = infer_node(node, version, types, data, sizes.index.opsets)
-    if inferred is None:
-        return nothing
-    return [_shape_of_type(inferred.get(name)) for name in node.output]
-
-
-def _shape_of_type(proto: onnx.TypeProto | None) -> Shape | None:
-    if proto is None or not proto.tensor_type.HasField("shape"):
-        return None
-    dims = proto.tensor_type.shape.dim
-    return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None

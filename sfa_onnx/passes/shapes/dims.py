@@ -1,10 +1,12 @@
-"""Numbers for dims that a file spells as expressions of symbols."""
+"""Sizes for dims that a file spells as expressions of symbols."""
 
 from __future__ import annotations
 
 import ast
 import operator
 from collections.abc import Callable, Mapping
+
+from sfa_onnx.passes.shapes.size import greatest, least
 
 __all__ = ["size_of", "text_of"]
 
@@ -14,14 +16,13 @@ _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Div: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
+    ast.Mod: lambda a, b: a - a // b * b,
 }
 _FUNCTIONS: dict[str, Callable[..., int]] = {
-    "Min": min,
-    "Max": max,
-    "min": min,
-    "max": max,
+    "Min": least,
+    "Max": greatest,
+    "min": least,
+    "max": greatest,
     "floor": lambda x: x,
 }
 

@@ -12,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.shapes.fold_open import OPEN, axes_of, keeps_open, numbers_of, plain
 from sfa_onnx.passes.shapes.rules import slice_bounds
 
 __all__ = ["FOLD", "fold"]
@@ -24,14 +25,20 @@ def fold(node: onnx.NodeProto, inputs: Arrays, limit: int) -> list[np.ndarray] |
     """The outputs of `node` on concrete inputs; None when unknown, failing, or above `limit`."""
     if any(x is not None and x.size > limit for x in inputs):
         return None
+    function = FOLD[node.op_type]
+    if any(x is not None and x.dtype == object for x in inputs):
+        if keeps_open(node, inputs):
+            function = OPEN.get(node.op_type, function)
+        else:
+            inputs = [None if x is None else numbers_of(x) for x in inputs]
     try:
         if _too_large(node, inputs, limit):
             return None
         with np.errstate(all="ignore"):
-            result = FOLD[node.op_type](attributes(node), inputs)
+            result = function(attributes(node), inputs)
     except (ValueError, IndexError, TypeError, KeyError, ZeroDivisionError):
         return None
-    arrays = [np.asarray(r) for r in result] if isinstance(result, list) else [np.asarray(result)]
+    arrays = [plain(r) for r in (result if isinstance(result, list) else [result])]
     return None if any(a.size > limit for a in arrays) else arrays
 
 
@@ -55,15 +62,8 @@ def _too_large(node: onnx.NodeProto, inputs: Arrays, limit: int) -> bool:
     return node.op_type == "Tile" and inputs[0].size * math.prod(inputs[1].tolist()) > limit
 
 
-def _axes(a: dict[str, Any], x: Arrays, position: int = 1) -> tuple[int, ...] | None:
-    if len(x) > position and x[position] is not None:
-        return tuple(int(v) for v in x[position].reshape(-1))
-    axes = a.get("axes")
-    return None if axes is None else tuple(int(v) for v in axes)
-
-
 def _unsqueeze(a: dict[str, Any], x: Arrays) -> np.ndarray:
-    axes = _axes(a, x) or ()
+    axes = axes_of(a, x) or ()
     return np.asarray(np.expand_dims(x[0], axes))
 
 
@@ -105,13 +105,18 @@ def _divide(_: dict[str, Any], x: Arrays) -> np.ndarray:
 
 def _reduce(function: Callable[..., Any]) -> _Fold:
     def run(a: dict[str, Any], x: Arrays) -> np.ndarray:
-        axes = _axes(a, x)
+        axes = axes_of(a, x)
         if axes is None and a.get("noop_with_empty_axes", 0):
             return np.asarray(x[0])
         result = function(x[0], axis=axes, keepdims=bool(a.get("keepdims", 1)))
         return np.asarray(result).astype(x[0].dtype)
 
     return run
+
+
+def _clip(_: dict[str, Any], x: Arrays) -> np.ndarray:
+    low, high = (*x, None, None)[1:3]
+    return np.asarray(np.clip(x[0], low, high)) if len(x) > 1 else np.asarray(x[0])
 
 
 def _concat(a: dict[str, Any], x: Arrays) -> np.ndarray:
@@ -151,6 +156,7 @@ FOLD: Final[dict[str, _Fold]] = {
     "Cast": _cast,
     "CastLike": lambda _, x: np.asarray(x[0]).astype(np.asarray(x[1]).dtype),
     "Ceil": _unary(np.ceil),
+    "Clip": _clip,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "CumSum": lambda _, x: np.cumsum(x[0], axis=int(x[1].reshape(-1)[0])),
@@ -186,7 +192,7 @@ FOLD: Final[dict[str, _Fold]] = {
     "Slice": _slice,
     "Split": _split,
     "Sqrt": _unary(np.sqrt),
-    "Squeeze": lambda a, x: np.squeeze(x[0], _axes(a, x)),
+    "Squeeze": lambda a, x: np.squeeze(x[0], axes_of(a, x)),
     "Sub": _binary(np.subtract),
     "Tile": lambda _, x: np.tile(x[0], [int(r) for r in x[1]]),
     "Transpose": lambda a, x: np.transpose(x[0], a.get("perm")),

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = ["RULES", "Shape", "Shapes", "Sizes", "einsum_terms", "slice_bounds", "sliced"]
 
@@ -29,6 +30,12 @@ class Sizes(Protocol):
     def value(self, value: str) -> np.ndarray | None:
         """A constant, or what a chain of sizes evaluates to."""
 
+    def entries(self, value: str) -> list[int] | None:
+        """The same, flat, with open sizes as what they are."""
+
+    def meet(self, a: int, b: int) -> None:
+        """Two sizes must be equal."""
+
     def broadcast(self, *shapes: Shape) -> Shape:
         """The common shape of operands."""
 
@@ -47,7 +54,7 @@ def slice_bounds(
     def ints(position: int, name: str) -> list[int] | None:
         array = inputs[position] if len(inputs) > position else None
         found = array.reshape(-1) if array is not None else a.get(name)
-        return None if found is None else [int(v) for v in found]
+        return None if found is None else [v if is_open(v) else int(v) for v in found]
 
     starts, ends = ints(1, "starts") or [], ints(2, "ends") or []
     axes = ints(3, "axes") or list(range(len(starts)))
@@ -66,6 +73,16 @@ def sliced(start: int, end: int, step: int, size: int) -> range:
     if step == 1 and 0 < end < _TO_THE_END and (beyond or crossed):
         return range(start, end)
     return taken
+
+
+def sliced_size(start: int, end: int, step: int, size: int) -> int:
+    """How many positions a Slice takes, as an expression where that is open."""
+    taken = sliced(int(start), int(end), step, int(size))
+    if step != 1 or not any(map(is_open, (start, end, size))):
+        return len(taken)
+    ends = {int(x): x for x in (0, start, size + start, end, size + end, size)}
+    first, last = (ends.get(x) for x in (taken.start, taken.stop))
+    return len(taken) if first is None or last is None else last - first
 
 
 def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
@@ -94,10 +111,10 @@ def _need(shape: Shape | None) -> Shape:
 def _ints(sizes: Sizes, node: onnx.NodeProto, position: int) -> list[int] | None:
     if len(node.input) <= position or not node.input[position]:
         return None
-    array = sizes.value(node.input[position])
-    if array is None:
+    found = sizes.entries(node.input[position])
+    if found is None:
         raise ValueError("unknown value")
-    return [int(v) for v in array.reshape(-1)]
+    return found
 
 
 def _input(sizes: Sizes, node: onnx.NodeProto, position: int) -> Shape:
@@ -115,6 +132,7 @@ def _broadcast(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
 def _matmul(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     a, b = list(_input(sizes, node, 0)), list(_input(sizes, node, 1))
     if len(b) == 2 and len(a) > 1 and not node.attribute:
+        sizes.meet(a[-1], b[0])
         return [(*a[:-1], b[1])]
     flags = attributes(node)
     if flags.get("transBatchA"):  # onnxruntime: [M, batch ..., K]
@@ -129,6 +147,7 @@ def _matmul(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
         return [tuple(a[:-1])]
     if len(a) == 1:
         return [(*b[:-2], b[-1])]
+    sizes.meet(a[-1], b[-2])
     return [(*sizes.broadcast(tuple(a[:-2]), tuple(b[:-2])), a[-2], b[-1])]
 
 
@@ -161,6 +180,10 @@ def _concat(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shapes = [_need(sizes.look_up(n)) for n in node.input]
     axis = int(attributes(node)["axis"]) % len(shapes[0])
     dims = list(shapes[0])
+    for shape in shapes[1:]:
+        for i, (a, b) in enumerate(zip(dims, shape, strict=True)):
+            if i != axis:
+                sizes.meet(a, b)
     dims[axis] = sum(s[axis] for s in shapes)
     return [tuple(dims)]
 
@@ -174,18 +197,21 @@ def _gather(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
 def _gather_nd(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     data, indices = _input(sizes, node, 0), _input(sizes, node, 1)
     batch = int(attributes(node).get("batch_dims", 0))
+    for a, b in zip(data[:batch], indices[:batch], strict=True):
+        sizes.meet(a, b)
     return [(*indices[:-1], *data[batch + indices[-1] :])]
 
 
 def _slice(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     shape = list(_input(sizes, node, 0))
-    inputs = [None, *(sizes.value(n) for n in node.input[1:])]
-    if any(v is None and n for v, n in zip(inputs[1:], node.input[1:], strict=True)):
+    given = [sizes.entries(n) if n else None for n in node.input[1:]]
+    if any(v is None and n for v, n in zip(given, node.input[1:], strict=True)):
         raise ValueError("unknown slice")
+    inputs = [None, *(None if v is None else np.asarray(v, object) for v in given)]
     for start, end, axis, step in zip(
         *slice_bounds(attributes(node), inputs, len(shape)), strict=True
     ):
-        shape[axis] = len(sliced(start, end, step, shape[axis]))
+        shape[axis] = sliced_size(start, end, step, shape[axis])
     return [tuple(shape)]
 
 
@@ -269,8 +295,25 @@ def _einsum(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     found: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         for letter, size in zip(term, shape, strict=True):
+            sizes.meet(found.get(letter, size), size)
             found[letter] = max(found.get(letter, 1), size)
     return [tuple(found[c] for c in out)]
+
+
+def _range(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    start, stop, step = ((_ints(sizes, node, i) or [0])[0] for i in range(3))
+    array = sizes.value(node.output[0])
+    if array is None or array.dtype.kind != "i" or not any(map(is_open, (start, stop, step))):
+        return [None if array is None else array.shape]
+    return [(-((start - stop) // step),)]
+
+
+def _scatter(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    data, indices, updates = (_input(sizes, node, i) for i in range(3))
+    if node.op_type != "ScatterND" and len(indices) == len(updates):
+        for a, b in zip(indices, updates, strict=True):
+            sizes.meet(a, b)
+    return [data]
 
 
 def _shape_op(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
@@ -298,9 +341,9 @@ def _attention(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
 _SAME = (
     "Abs Cast CastLike Ceil Clip CumSum DequantizeLinear Dropout Erf Exp Floor Gelu"
     " HardSigmoid Identity IsInf IsNaN LayerNormalization Log LogSoftmax Neg Not"
-    " RMSNormalization Reciprocal Relu RotaryEmbedding Round ScatterElements ScatterND Sigmoid"
+    " RMSNormalization Reciprocal Relu RotaryEmbedding Round Sigmoid"
     " Sign SimplifiedLayerNormalization Sin Cos LeakyRelu SkipSimplifiedLayerNormalization"
-    " Softmax Softplus Sqrt Swish Tanh Trilu BitCast BitwiseNot QuickGelu Scatter"
+    " Softmax Softplus Sqrt Swish Tanh Trilu BitCast BitwiseNot QuickGelu"
 )
 _BROADCAST = (
     "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less"
@@ -327,8 +370,9 @@ RULES: Final[dict[str, _Rule]] = {
     "GatherND": _gather_nd,
     "Gemm": _gemm,
     "MatMul": _matmul,
-    "Range": _shape_op,
+    "Range": _range,
     "Reshape": _reshape,
+    **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND"), _scatter),
     "SequenceAt": _sequence_at,
     "Shape": _shape_op,
     "Size": _shape_op,

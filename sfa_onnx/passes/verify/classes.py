@@ -17,7 +17,7 @@ def fingerprint(
     region: onnx.ModelProto,
     replacement: onnx.ModelProto,
     masks: Iterable[onnx.ModelProto],
-    shapes: Iterable[tuple[int, ...]],
+    shapes: Iterable[tuple[str, ...]],
 ) -> str:
     """A hash that two sites share exactly when one verification holds for both.
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sfa_onnx.passes.candidate import Operand, Role
+from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.sizes.roles import KEYS
-
-if TYPE_CHECKING:
-    from sfa_onnx.passes.verify.problem import Draw, Problem
 
 __all__ = ["Geometry"]
 

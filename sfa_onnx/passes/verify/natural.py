@@ -15,7 +15,7 @@ from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError, embedded_constant
-from sfa_onnx.passes.verify.sizes.concrete import Dims
+from sfa_onnx.passes.verify.sizes.dims import Dims
 
 __all__ = ["hidden_by_mask", "mask_models"]
 

@@ -6,7 +6,7 @@ whole range of int8, and, where a draw asks for it, numbers of one binade far fr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 
 from sfa_onnx.operator import kv_cache
 from sfa_onnx.operator.op import PackedRow
-
-if TYPE_CHECKING:
-    from sfa_onnx.passes.verify.problem import Draw
+from sfa_onnx.passes.verify.problem import Draw
 
 __all__ = ["draw_rows", "normal_powers", "row_layout", "subnormal_power"]
 

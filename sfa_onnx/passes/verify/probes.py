@@ -15,7 +15,7 @@ import numpy as np
 from sfa_onnx.passes.candidate import Role
 from sfa_onnx.passes.verify.packed_rows import normal_powers, subnormal_power
 from sfa_onnx.passes.verify.problem import Draw, Problem
-from sfa_onnx.passes.verify.sizes.concrete import Dims
+from sfa_onnx.passes.verify.sizes.dims import Dims
 
 __all__ = ["BOUND", "PROBES", "Probe"]
 

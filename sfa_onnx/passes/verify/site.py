@@ -21,11 +21,13 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify.distance import mostly_empty, relative_error
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError
+from sfa_onnx.passes.verify.inputs import inputs
 from sfa_onnx.passes.verify.judge import Judge
 from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.promote import promote
-from sfa_onnx.passes.verify.sizes.concrete import Sizer, integer_constants
+from sfa_onnx.passes.verify.sizes.concrete import Sizer
+from sfa_onnx.passes.verify.sizes.turns import integer_constants
 from sfa_onnx.passes.verify.unrunnable import first_line, unrunnable
 from sfa_onnx.report import ProbeResult, VerifyRecord
 
@@ -114,11 +116,18 @@ class Site:
             probes=tuple(results),
             sizes=problem.dims.named(),
             shrunk=(),
-            assumptions=tuple(sorted(self._edges)),
+            assumptions=(*sorted(self._edges), *self._unturned()),
             constants_read=tuple(dict.fromkeys(self._index.constants_read[: self._read])),
             own_rounding=self._own_rounding(problem),
             seconds=time.monotonic() - begin,
         )
+
+    def _unturned(self) -> list[str]:
+        """What the sizes leave open: Mins and Maxes of which one side is too large to be run."""
+        return [
+            f"{turn} may have either sign: computed in the graph, too large to probe on both sides"
+            for turn in self._sizer.unturned
+        ]
 
     def hurry(self, seconds: float) -> None:
         """Ask two questions per probe where all of them would take more than `seconds`.
@@ -137,7 +146,7 @@ class Site:
         """
         problem = self.start()
         begin = time.thread_time()
-        feeds = problem.feeds(Draw())
+        feeds = inputs(problem, Draw())
         with contextlib.suppress(RuntimeError, ContractError):
             self._region.run(feeds)
             self._fused.run(feeds)
@@ -212,7 +221,7 @@ class Site:
         for shapes, dims in self._sizer.bases():
             problem = Problem(self._candidate, shapes, dims, self._attributes, self._constants)
             try:
-                feeds = problem.feeds(Draw())
+                feeds = inputs(problem, Draw())
                 begin = time.thread_time()  # whatever else the machine does
                 self._region.run(feeds)
                 self._most = 1 if time.thread_time() - begin > _SLOW else None
@@ -231,7 +240,7 @@ class Site:
         One Gauss-Newton step per round on the residual of a random draw: the output depends
         smoothly on the scale, and only the scale may differ before the probes judge the rest.
         """
-        feeds = problem.feeds(Draw(seed=1, lengths="full"))
+        feeds = inputs(problem, Draw(seed=1, lengths="full"))
         try:
             want = self._flat(self._region.run(feeds))
         except RuntimeError as error:
@@ -293,7 +302,7 @@ class Site:
             _NothingShownError: most rows have no visible key.
             _OriginalFailsError: the original rejects the draw.
         """
-        feeds = problem.feeds(draw)
+        feeds = inputs(problem, draw)
         try:
             want = self._region.run(feeds)
         except RuntimeError as error:
@@ -340,7 +349,7 @@ class Site:
     def _own_rounding(self, problem: Problem) -> float | None:
         """Error of the site in the model's own types against float64; None where it cannot run."""
         kinds = {o.value: o.elem_type for o in self._candidate.operands}
-        feeds = problem.feeds(Draw(seed=2, lengths="full"))
+        feeds = inputs(problem, Draw(seed=2, lengths="full"))
         narrow = {
             name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
             for name, array in feeds.items()

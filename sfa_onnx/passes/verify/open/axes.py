@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.form import Form
+from sfa_onnx.passes.shapes.size import form_of, is_open
 from sfa_onnx.passes.verify.sizes.equal import operand_shapes
-from sfa_onnx.passes.verify.sizes.forms import SMALL, Form, Forms
+from sfa_onnx.passes.verify.sizes.forms import SMALL, Forms
 from sfa_onnx.passes.verify.sizes.roles import KEYS
 
 __all__ = ["OpenAxes"]
@@ -52,7 +54,7 @@ class OpenAxes:
         labels = found._labels(candidate, shapes)
         for operand in candidate.operands:
             found.axes[operand.value] = tuple(
-                found._form(index, operand, axis, size, own, labels)
+                found._form(index, operand, axis, size, labels)
                 for axis, size in enumerate(shapes[operand.value])
             )
         return found
@@ -95,14 +97,13 @@ class OpenAxes:
         operand: Operand,
         axis: int,
         size: int,
-        own: dict[int, str],
         labels: dict[str, int],
     ) -> Form:
         """The form of one dim; itself where it stays."""
         declared = index.shape(operand.value)
         static = declared is not None and isinstance(declared[axis], int)
-        if not static and own and (form := _of_own(size, own)) is not None:
-            return form
+        if not static and is_open(size):
+            return form_of(size)
         tabled = operand.role in (Role.MASK, Role.SHAPE, Role.LENGTHS_KV, Role.LENGTHS_QUERY)
         if size <= SMALL or not (_opens(operand, axis) or tabled):
             return Form(const=size)
@@ -126,24 +127,10 @@ class OpenAxes:
             numbers[numbers.index(None)] = size // rest
         if None in numbers or math.prod(n or 0 for n in numbers) != size:
             return None
-        form: Form | None = Form(const=1)
+        form = Form(const=1)
         for number in numbers:
-            part = self.forms.known(number or 0) or Form(const=number or 0)
-            form = form.times(part) if form is not None else None
+            form = form.times(self.forms.known(number or 0) or Form(const=number or 0))
         return form
-
-
-def _of_own(size: int, own: dict[int, str]) -> Form | None:
-    """A size in terms of the symbols that the file leaves open."""
-    symbols, rest = [], size
-    for prime, name in own.items():
-        while rest % prime == 0:
-            symbols.append(name)
-            rest //= prime
-    if symbols:
-        return Form(((rest, tuple(symbols)),))
-    near = [(size - p, n) for p, n in own.items() if abs(size - p) <= SMALL]
-    return Form(((1, (near[0][1],)),), near[0][0]) if near else None
 
 
 def _parts(operand: Operand, axis: int) -> list[str]:

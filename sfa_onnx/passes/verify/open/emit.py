@@ -10,8 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from sfa_onnx.passes.shapes.form import Call, Form
 from sfa_onnx.passes.verify.open.meaning import Decision
-from sfa_onnx.passes.verify.sizes.forms import Form
 from sfa_onnx.passes.verify.sizes.tables import Band, Entries, Fill, Stairs
 
 __all__ = ["Maker"]
@@ -80,12 +80,16 @@ class Maker:
             if form.plain:
                 self._made[form] = self._symbol(form.plain)
                 return self._made[form]
+            if isinstance(call := form.alone, Call):
+                operator = "Div" if call.name == "//" else call.name
+                parts = [self._number(a) for a in call.arguments]
+                self._made[form] = self._node(operator, parts)
+                return self._made[form]
             total = ""
-            for coefficient, symbols in form.terms:
+            for coefficient, atoms in form.terms:
                 term = self._word(coefficient)
-                for symbol in symbols:
-                    factor = self._number(Form(((1, (symbol,)),)))
-                    term = self._node("Mul", [term, factor])
+                for atom in atoms:
+                    term = self._node("Mul", [term, self._number(Form.of(atom))])
                 total = self._node("Add", [total, term]) if total else term
             self._made[form] = self._node("Add", [total, self._word(form.const)])
         return self._made[form]

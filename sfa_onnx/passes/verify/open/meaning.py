@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.shapes.form import Form
 from sfa_onnx.passes.verify.open.graph import SHAPE_INPUTS, SiteGraph
-from sfa_onnx.passes.verify.sizes.forms import SMALL, Form, Forms
+from sfa_onnx.passes.verify.sizes.forms import SMALL, Forms
 from sfa_onnx.passes.verify.sizes.tables import Band, Entries, Fill, Rule, Stairs, rule_of
 
 __all__ = ["Decision", "Meanings", "meanings"]

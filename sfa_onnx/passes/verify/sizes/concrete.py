@@ -6,16 +6,15 @@ the graph's own shape rules, so that inner values ("past + 1") fit what feeds th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
 
 from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.shapes.form import Form
+from sfa_onnx.passes.shapes.size import form_of
 from sfa_onnx.passes.verify.effort import Effort
 from sfa_onnx.passes.verify.extract import UnverifiableError
 from sfa_onnx.passes.verify.sizes.choices import (
@@ -26,59 +25,27 @@ from sfa_onnx.passes.verify.sizes.choices import (
     OPENED_OTHERS,
     OTHERS,
 )
+from sfa_onnx.passes.verify.sizes.dims import Dims
 from sfa_onnx.passes.verify.sizes.equal import Shapes, operand_shapes, settled
 from sfa_onnx.passes.verify.sizes.forms import Family
 from sfa_onnx.passes.verify.sizes.roles import KEYS, find_roles, ragged
+from sfa_onnx.passes.verify.sizes.turns import turns
 
-__all__ = ["Dims", "Sizer", "integer_constants"]
+__all__ = ["Sizer"]
 
 _Key = tuple[tuple[str, int], ...]  # sizes of the symbols
 
 MEMORY_LIMIT = 2_000_000_000  # bytes of one run in float64
 _WORK_MAX = 250_000  # query rows * keys of another size
-_CONSTANT_MAX = 600  # integer constants up to this size are straddled by S2
 _ORDER = ("pages", "M", "slots", "S2", "K", "T", "S1", "B", "T2", "N1", "width")
 
 
-@dataclass(frozen=True)
-class Dims:
-    """What the shapes of indices, keys and tables say.
+class Sizer:
+    """Shapes of a candidate's operands under any choice of the graph's symbols.
 
     Attributes:
-        batches: B.
-        rows: shape of the indices without their last axis.
-        batch_axis: axis of `rows` that runs over batches; None when there is one batch.
-        slots: K.
-        capacity: S2, key slots per sequence (TND keys: all keys together).
-        keys: axes that number key rows: (B, S2), (T2,) or (pages, page size).
-        swapped: keys lie as [S2, B, ...].
+        unturned: differences of sizes that could not be probed on both sides of 0.
     """
-
-    batches: int
-    rows: tuple[int, ...]
-    batch_axis: int | None
-    slots: int
-    capacity: int
-    keys: tuple[int, ...]
-    swapped: bool = False
-
-    @property
-    def count(self) -> int:
-        """Number of query rows."""
-        return int(np.prod(self.rows, dtype=np.int64))
-
-    def named(self) -> dict[str, int]:
-        """The sizes for the record."""
-        return {
-            "B": self.batches,
-            "S1": self.count // max(self.batches, 1),
-            "S2": self.capacity,
-            "K": self.slots,
-        }
-
-
-class Sizer:
-    """Shapes of a candidate's operands under any choice of the graph's symbols."""
 
     def __init__(
         self,
@@ -92,13 +59,15 @@ class Sizer:
         self._layout_kv = layout_kv
         self._family = family
         self._ragged = ragged(candidate)
-        sizes, groups = settled(index, candidate)
-        self._primes = dict(sizes.symbols)
+        self._sizes, free = settled(index, candidate)
+        self._derived = {s: form_of(n) for s, n in self._sizes.symbols.items() if s not in free}
+        self._primes = {s: int(self._sizes.symbols[s]) for s in free}
         self._efforts: list[Effort] = []  # per choice
         self._evaluated: dict[_Key, Shapes] = {}
         self._known: dict[_Key, Effort] = {}
         self._unlimited = False
-        self._roles = find_roles(self._evaluate, self._primes, groups, candidate, layout_kv)
+        self.unturned: list[str] = []
+        self._roles = find_roles(self._evaluate, self._primes, candidate, layout_kv)
         self._decided = {s for s, r in self._roles.items() if r & {"S1", "S2", "K", "T", "T2"}}
 
     def bases(self) -> list[tuple[Shapes, Dims]]:
@@ -140,7 +109,31 @@ class Sizer:
         straddled = [n for c in sorted(set(constants)) for n in (c, 2 * c + 1)]
         wanted = [*OTHERS, *({**BASES[0], "S2": n, "K": n} for n in straddled)]
         found = (s for w in wanted if (s := self.choose(w)) is not None)
-        return _distinct(s for s in found if s[1].count * s[1].capacity <= _WORK_MAX)
+        few = [s for s in found if s[1].count * s[1].capacity <= _WORK_MAX]
+        return _distinct([*few, *self._turned()])
+
+    def _turned(self) -> Iterator[tuple[Shapes, Dims]]:
+        """Sizes on both sides of where a Min or Max turns, and where it does; see `unturned`."""
+        self.unturned = []
+        for turn in turns(self._index, self._sizes, self._candidate):
+            for target in (-1, 0, 1):
+                symbols = self._reaching(turn, target)
+                choice = self._at(symbols) if symbols is not None else None
+                if choice is not None and self._efforts[-1].seconds <= OPENED_EFFORT:
+                    yield choice
+                elif symbols is not None and str(turn) not in self.unturned:
+                    self.unturned.append(str(turn))
+
+    def _reaching(self, turn: Form, target: int) -> dict[str, int] | None:
+        """Symbols at which a difference of sizes is `target`, from few queries."""
+        symbols = self._symbols({**BASES[0], "B": 2, "S1": 2})
+        lone = [(c, a[0]) for c, a in turn.terms if len(a) == 1 and isinstance(a[0], str)]
+        lone.sort(key=lambda t: "S2" not in self._roles.get(t[1], ()))
+        for c, symbol in lone:
+            size = symbols[symbol] + c * (target - turn(symbols))
+            if abs(c) == 1 and size >= 1:
+                return {**symbols, symbol: size}
+        return None
 
     def _opened_others(self, family: Family) -> list[tuple[Shapes, Dims]]:
         """Sizes on either side of what was opened, and of every number that is no size.
@@ -210,18 +203,29 @@ class Sizer:
         return min(self._efforts, key=lambda e: e.seconds)
 
     def choose(self, wanted: Mapping[str, int]) -> tuple[Shapes, Dims] | None:
-        """Shapes for wanted sizes of axes; None where the operator's domain forbids them."""
+        """Shapes for wanted sizes of axes; None where the graph or the operator forbids them."""
+        return self._at(self._symbols(wanted))
+
+    def _symbols(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """The open symbols for wanted sizes of axes."""
         sizes = {**DEFAULTS, **wanted}
         sizes["S1"] = min(sizes["S1"], sizes["S2"])
-        symbols = dict(self._primes)
+        symbols = dict.fromkeys(self._primes, 1)  # what sizes no operand
         for symbol, roles in self._roles.items():
             role = next((r for r in _ORDER if r in roles), None)
             if "S1" in roles and "S2" in roles:  # prefill: queries and keys grow together
                 role = "S1" if self._offset("S2") else "S2"
             symbols[symbol] = sizes.get(role or "", 5)
+        return symbols
+
+    def _at(self, symbols: dict[str, int]) -> tuple[Shapes, Dims] | None:
+        """Shapes where the open symbols have these sizes; None where something forbids them."""
         if self._family is not None and not self._family.admits(symbols, self._decided):
             return None
-        shapes = self._evaluate(symbols)
+        try:
+            shapes = self._evaluate(symbols)
+        except SizesMeetError:
+            return None
         dims = self.dims(shapes)
         domain = _operand(self._candidate, Role.INDICES).domain
         crowded = dims.slots > dims.capacity
@@ -229,14 +233,14 @@ class Sizer:
             free = [s for s, roles in self._roles.items() if roles == {"K"}]
             if not free:
                 return None
-            symbols.update(dict.fromkeys(free, dims.capacity))
+            symbols = {**symbols, **dict.fromkeys(free, dims.capacity)}
             shapes = self._evaluate(symbols)
             dims = self.dims(shapes)
         if self._ragged and dims.count < dims.batches:  # every sequence has a query
             return None
         key = tuple(sorted(symbols.items()))
         if key not in self._known:
-            self._known[key] = Effort.of(self._index, self._candidate, symbols)
+            self._known[key] = Effort.of(self._index, self._candidate, self._all(symbols))
         self._efforts.append(self._known[key])
         if not self._unlimited and self._efforts[-1].bytes > MEMORY_LIMIT:
             return None
@@ -310,11 +314,20 @@ class Sizer:
         named = [i for i in fitting if labels[i] == "B"]
         return next(iter((*named, *fitting)), None)
 
+    def _all(self, symbols: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of all symbols: those that are open, and what follows from them."""
+        return {**symbols, **{s: max(form(symbols), 0) for s, form in self._derived.items()}}
+
     def _evaluate(self, symbols: Mapping[str, int]) -> Shapes:
-        """Shape of every operand when the symbols have these sizes."""
+        """Shape of every operand when the open symbols have these sizes.
+
+        Raises:
+            SizesMeetError: the graph cannot run at them.
+        """
         key = tuple(sorted(symbols.items()))
         if key not in self._evaluated:
-            found = operand_shapes(Concrete(self._index, symbols), self._candidate)
+            sizes = Concrete(self._index, self._all(symbols))
+            found = operand_shapes(sizes, self._candidate)
             self._evaluated[key] = found
         return self._evaluated[key]
 
@@ -326,21 +339,6 @@ def _several_batches(operand: Operand, batches: list[str]) -> Refusal:
         operand.value,
         "merge them into one in front of the attention",
     )
-
-
-def integer_constants(region: onnx.ModelProto) -> set[int]:
-    """Small positive integers that a region's constants mention."""
-    graph = region.graph
-    arrays = [numpy_helper.to_array(t) for t in graph.initializer]
-    for attribute in (a for n in graph.node if n.op_type == "Constant" for a in n.attribute):
-        value = helper.get_attribute_value(attribute)
-        is_tensor = attribute.type == onnx.AttributeProto.TENSOR
-        arrays.append(numpy_helper.to_array(value) if is_tensor else np.asarray(value))
-    found: set[int] = set()
-    for array in arrays:
-        if array.dtype.kind in "iu" and array.size <= 8:
-            found |= {int(v) for v in array.reshape(-1) if 2 <= v <= _CONSTANT_MAX}
-    return found
 
 
 def _first(candidate: Candidate, *roles: Role) -> Operand | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.form import Atom, Form
+from sfa_onnx.passes.shapes.size import form_of
 from sfa_onnx.passes.verify.extract import UnverifiableError
 
 __all__ = ["Shapes", "assumed_equal", "canonical_shapes", "operand_shapes", "settled", "unified"]
@@ -15,41 +17,38 @@ Shapes = dict[str, tuple[int, ...]]
 def unified(index: GraphIndex, candidate: Candidate) -> Concrete:
     """Sizes of the graph, those equal that recognition took for equal."""
     sizes = Concrete(index)
-    for a, b in candidate.equal:
-        if a in sizes.symbols and b in sizes.symbols:
-            sizes.unify(a, b)
+    for what, symbol in candidate.equal:
+        if symbol in sizes.symbols:
+            sizes.unify(what, symbol)
     return sizes
 
 
-def settled(index: GraphIndex, candidate: Candidate) -> tuple[Concrete, list[list[str]]]:
-    """Sizes after all that meet in the site were made one, and the symbols of each open size.
+def settled(index: GraphIndex, candidate: Candidate) -> tuple[Concrete, list[str]]:
+    """Sizes after all that meet in the site were made one, and the symbols that stay open.
 
     Inputs often name one size differently (`batch` of the query, `batch_1` of the cache). What
     recognition took for equal and what meets on an axis of the site is one size; a symbol that
-    meets a number is that number, and in no group.
+    meets a number, or an expression of other symbols, is that, and not open.
 
     Raises:
         SizesMeetError: sizes meet that cannot be equal.
     """
     sizes = unified(index, candidate)
-    open_sizes = set(sizes.symbols.values())
     for i in sorted({*candidate.nodes, *candidate.support}):
         for name in (*index.nodes[i].input, *index.nodes[i].output):
             if name:
                 sizes.shape(name)
-    groups: dict[int, list[str]] = {}
-    for symbol, size in sizes.symbols.items():
-        if size in open_sizes:
-            groups.setdefault(size, []).append(symbol)
-    return sizes, list(groups.values())
+    return sizes, [s for s, size in sizes.symbols.items() if form_of(size).plain == s]
 
 
 def assumed_equal(index: GraphIndex, candidate: Candidate) -> list[tuple[str, str]]:
-    """Names of sizes of the operands that recognition took for equal, one pair each."""
+    """What was taken for equal on the way to this site: (what it is, symbol of an input)."""
     sizes = Concrete(index)
-    dims = {d for o in candidate.operands for d in sizes.shape(o.value) or ()}
-    read = {s for s, size in sizes.symbols.items() if any(d % size == 0 for d in dims)}
-    return [(a, b) for a, b in candidate.equal if a in read and b in read]
+    dims = [d for o in candidate.operands for d in sizes.shape(o.value) or ()]
+    for i in sorted({*candidate.nodes, *candidate.support}):
+        sizes.check(index.nodes[i])
+    read = {s for d in dims for s in form_of(d).symbols} | {s for _, s in sizes.equal}
+    return [(what, s) for what, s in candidate.equal if s in read]
 
 
 def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:
@@ -73,11 +72,15 @@ def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:
     return shapes
 
 
-def canonical_shapes(concrete: Concrete, candidate: Candidate) -> list[tuple[int, ...]]:
+def canonical_shapes(concrete: Concrete, candidate: Candidate) -> list[tuple[str, ...]]:
     """Operand shapes with symbols numbered by appearance: equal for equal sites."""
-    symbols = set(concrete.symbols.values())
-    seen: dict[int, int] = {}
-    return [
-        tuple(seen.setdefault(n, -1 - len(seen)) if n in symbols else n for n in shape)
-        for shape in operand_shapes(concrete, candidate).values()
-    ]
+    names: dict[Atom, Form] = {}
+
+    def told(size: int) -> str:
+        form = form_of(size)
+        for symbol in sorted(form.symbols - names.keys()):
+            names[symbol] = Form.of(f"s{len(names)}")
+        return str(form.substitute(names))
+
+    shapes = operand_shapes(concrete, candidate)
+    return [tuple(map(told, shape)) for shape in shapes.values()]

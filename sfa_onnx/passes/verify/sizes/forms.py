@@ -7,58 +7,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["SMALL", "Family", "Form", "Forms"]
+from sfa_onnx.passes.shapes.form import Form
+
+__all__ = ["SMALL", "Family", "Forms"]
 
 SMALL = 24  # sizes and constants up to here stay as they are
 _SENTINEL = 1 << 31  # "to the end", not a size
 _FACTORS_MAX = 3
 _NEAR = 8  # a number this near a size may be the size and a bit
-
-
-@dataclass(frozen=True)
-class Form:
-    """The sum of products of symbols: terms ((coefficient, (symbol, ...)), ...) and a constant."""
-
-    terms: tuple[tuple[int, tuple[str, ...]], ...] = ()
-    const: int = 0
-
-    def __call__(self, sizes: Mapping[str, int]) -> int:
-        """The number at these sizes."""
-        products = (c * math.prod(sizes[s] for s in symbols) for c, symbols in self.terms)
-        return sum(products) + self.const
-
-    def __str__(self) -> str:
-        """Such as "2*size_4096 - 1": what `Concrete` reads as a dim."""
-        parts = ["*".join([str(c), *symbols]) for c, symbols in self.terms]
-        return " + ".join([*parts, *([str(self.const)] if self.const or not parts else [])])
-
-    @property
-    def plain(self) -> str | None:
-        """The symbol, where the form is nothing else."""
-        if self.const or len(self.terms) != 1 or self.terms[0][0] != 1:
-            return None
-        symbols = self.terms[0][1]
-        return symbols[0] if len(symbols) == 1 else None
-
-    @property
-    def fixed(self) -> bool:
-        """Whether no size enters."""
-        return not self.terms
-
-    def plus(self, other: Form, sign: int = 1) -> Form:
-        """The sum, or the difference for `sign` -1."""
-        terms = self.terms + tuple((sign * c, s) for c, s in other.terms)
-        return Form(terms, self.const + sign * other.const)
-
-    def times(self, other: Form) -> Form | None:
-        """The product of two forms without constants and sums; None for others."""
-        if len(self.terms) > 1 or len(other.terms) > 1 or (self.terms and self.const):
-            return None
-        if other.terms and other.const:
-            return None
-        (a, left), (b, right) = (f.terms[0] if f.terms else (f.const, ()) for f in (self, other))
-        symbols = (*left, *right)
-        return Form(((a * b, symbols),)) if symbols else Form(const=a * b)
 
 
 class Forms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 
@@ -15,7 +15,6 @@ Shapes = dict[str, tuple[int, ...]]
 def find_roles(
     evaluate: Callable[[Mapping[str, int]], Shapes],
     symbols: Mapping[str, int],
-    groups: Iterable[Sequence[str]],
     candidate: Candidate,
     layout_kv: str,
 ) -> dict[str, set[str]]:
@@ -23,16 +22,15 @@ def find_roles(
 
     Args:
         evaluate: shapes of the operands for sizes of the symbols.
-        symbols: sizes to start from.
-        groups: symbols that are one size; those left out have a size that cannot change.
+        symbols: sizes to start from, of the symbols that are open.
         candidate: the site.
         layout_kv: how the graph takes its keys.
     """
     base = evaluate(symbols)
     found: dict[str, set[str]] = {}
     used: dict[tuple[str, int], int] = {}  # (operand, merged axis) -> symbols seen so far
-    for group in groups:
-        changed = evaluate({**symbols, **{s: symbols[s] + 4 for s in group}})
+    for symbol, size in symbols.items():
+        changed = evaluate({**symbols, symbol: size + 4})
         roles: set[str] = set()
         for operand in candidate.operands:
             before, after = base[operand.value], changed[operand.value]
@@ -42,7 +40,7 @@ def find_roles(
                     roles.add(_role(candidate, layout_kv, operand, axis, used.get(place, 0)))
                     used[place] = used.get(place, 0) + 1
         if roles:
-            found |= {symbol: roles - {""} or {"other"} for symbol in group}
+            found[symbol] = roles - {""} or {"other"}
     return found
 
 

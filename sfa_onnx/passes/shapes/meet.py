@@ -1,0 +1,106 @@
+"""Which symbols are one size when two expressions meet on one axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from sfa_onnx.passes.shapes.form import Atom, Call, Form
+
+__all__ = ["Swap", "made_equal"]
+
+Swap = tuple[str, Form]  # a symbol, and what it is
+
+
+def made_equal(
+    a: Form, b: Form, symbols: Sequence[str], inputs: Iterable[frozenset[str]]
+) -> list[Swap] | None:
+    """What symbols must be for `a` and `b` to be equal; None where it cannot be told.
+
+    Args:
+        a: one size.
+        b: the other.
+        symbols: in the order in which the inputs declare them; the later one is replaced.
+        inputs: the symbols of each input: no two axes of one become the same size by pairing.
+    """
+    difference = _primitive(a.plus(b, -1))
+    if difference.fixed:
+        return None if difference.const else []
+    solutions = [(s, f) for s in reversed(symbols) if (f := _solved(difference, s)) is not None]
+    for fits in (_is_sum, _is_less):  # a total is past + new, rather than a past total - new
+        if found := [swap for swap in solutions if fits(swap[1])]:
+            return found[:1]
+    known = _paired(a, b, symbols, inputs) or _inside(a, b, symbols, inputs)
+    return known or ([s for s in solutions if s[1].terms][:1] or None)
+
+
+def _primitive(form: Form) -> Form:
+    """Without the factors that all its terms have."""
+    if form.const or not form.terms:
+        return form
+    first = form.terms[0][1]
+    common: list[Atom] = []
+    for atom in dict.fromkeys(first):
+        common += [atom] * min(atoms.count(atom) for _, atoms in form.terms)
+    number = math.gcd(*(c for c, _ in form.terms))
+    return form.over(Form(((number, tuple(common)),)) if common else Form(const=number)) or form
+
+
+def _solved(difference: Form, symbol: str) -> Form | None:
+    """What `symbol` is where `difference` is 0, and it stands there once and by itself."""
+    own = [t for t in difference.terms if symbol in Form((t,)).symbols]
+    if len(own) != 1 or own[0][1] != (symbol,) or abs(own[0][0]) != 1:
+        return None
+    rest = difference.plus(Form((own[0],)), -1)
+    return rest.times(Form(const=-own[0][0]))
+
+
+def _is_sum(form: Form) -> bool:
+    return form.const >= 0 and all(c > 0 for c, _ in form.terms)
+
+
+def _is_less(form: Form) -> bool:
+    """A sum less a number."""
+    return bool(form.terms) and all(c > 0 for c, _ in form.terms)
+
+
+def _paired(
+    a: Form, b: Form, symbols: Sequence[str], inputs: Iterable[frozenset[str]]
+) -> list[Swap] | None:
+    """Merged axes such as B*S1: symbols are paired in the order of their declaration."""
+    left, right = _factors(a, symbols), _factors(b, symbols)
+    if left is None or right is None or left[0] != right[0]:
+        return None
+    mine = [s for s in left[1] if s not in right[1]]
+    theirs = [s for s in right[1] if s not in left[1]]
+    if not mine or len(mine) != len(theirs):
+        return None
+    swap = dict(zip(theirs, mine, strict=True))
+    for own in inputs:
+        if len({swap.get(s, s) for s in own}) < len(own):
+            return None
+    return [(drop, Form.of(keep)) for drop, keep in swap.items()]
+
+
+def _factors(form: Form, symbols: Sequence[str]) -> tuple[int, list[str]] | None:
+    """(coefficient, symbols in order) of a single product of symbols."""
+    if len(form.terms) != 1 or form.const:
+        return None
+    (c, atoms) = form.terms[0]
+    if any(a not in symbols for a in atoms) or len(set(atoms)) < len(atoms):
+        return None
+    return c, [s for s in symbols if s in atoms]
+
+
+def _inside(
+    a: Form, b: Form, symbols: Sequence[str], inputs: Iterable[frozenset[str]]
+) -> list[Swap] | None:
+    """Min(8, n) and Min(8, m): n and m."""
+    one, other = a.alone, b.alone
+    if not (isinstance(one, Call) and isinstance(other, Call)) or one.name != other.name:
+        return None
+    mine = [x for x in one.arguments if x not in other.arguments]
+    theirs = [x for x in other.arguments if x not in one.arguments]
+    if one.name == "size" or len(mine) != 1 or len(theirs) != 1:
+        return None
+    return made_equal(mine[0], theirs[0], symbols, inputs)
