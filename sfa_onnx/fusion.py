@@ -329,14 +329,15 @@ class _Run:
         refusal = self._refusal(scope.index, item, site, plan)
         verdict = refusal or self._verdict(verifier, item)
         if isinstance(verdict, Refusal):
-            site.reason, site.hint = verdict.reason, verdict.hint
-            site.stopped_at = verdict.stopped_at
+            site.refuse(verdict.reason, verdict.hint, verdict.stopped_at)
             again = None if refusal or verdict.final or not item.otherwise else item.otherwise()
             if again is None or check_region(scope.index, again) is not None:
                 return
             again.site_id, item = item.site_id, again
             verdict = self._verdict(verifier, item)
             if isinstance(verdict, Refusal):
+                if verdict.final:
+                    site.refuse(verdict.reason, verdict.hint, verdict.stopped_at)
                 return
             site.reason = site.hint = site.stopped_at = ""
             site.family = item.family

@@ -70,6 +70,10 @@ class SiteReport:
     added: tuple[str, ...] = ()
     cost: dict[str, float] = field(default_factory=dict)  # flops/bytes before and after
 
+    def refuse(self, reason: str, hint: str, stopped_at: str) -> None:
+        """Say why the site is not fused, what would help, and where recognition ended."""
+        self.reason, self.hint, self.stopped_at = reason, hint, stopped_at
+
 
 @dataclass(frozen=True)
 class MaterializedWeight:

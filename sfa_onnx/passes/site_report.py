@@ -54,7 +54,7 @@ def describe(
     )
     if isinstance(item, RefusedSite):
         refusal = item.refusal
-        site.reason, site.hint, site.stopped_at = refusal.reason, refusal.hint, refusal.stopped_at
+        site.refuse(refusal.reason, refusal.hint, refusal.stopped_at)
         site.bound = item.bound
         return site
     site.op_type = item.op.name

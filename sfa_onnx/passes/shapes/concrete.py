@@ -19,7 +19,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold
-from sfa_onnx.passes.shapes.fold_open import keeps_open, numbers_of
+from sfa_onnx.passes.shapes.fold_open import counts, keeps_open, numbers_of
 from sfa_onnx.passes.shapes.form import Atom, Form
 from sfa_onnx.passes.shapes.meet import Swap, made_equal
 from sfa_onnx.passes.shapes.rules import RULES, Shape
@@ -281,7 +281,7 @@ class Concrete:
     def entries(self, value: str) -> list[int] | None:
         """As `value`, of integers and flat; those that are open are sizes."""
         found = self._settled(lambda: self._value(value)) if value else None
-        if found is None or found.dtype.kind not in "iubO":
+        if found is None or found.dtype.kind not in "iuO" or not counts(found):
             return None
         return [x if is_open(x) else int(x) for x in found.flat]
 

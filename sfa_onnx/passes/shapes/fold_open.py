@@ -18,7 +18,7 @@ import onnx
 
 from sfa_onnx.passes.shapes.size import form_of, greatest, is_open, least
 
-__all__ = ["OPEN", "axes_of", "keeps_open", "numbers_of", "plain"]
+__all__ = ["OPEN", "axes_of", "counts", "keeps_open", "numbers_of", "plain"]
 
 Arrays = list[Any]
 _Fold = Callable[[dict[str, Any], Arrays], Any]
@@ -60,6 +60,11 @@ def numbers_of(array: np.ndarray) -> np.ndarray:
     if array.dtype != object:
         return array
     return array.astype(bool if isinstance(next(array.flat, None), bool | Order) else np.int64)
+
+
+def counts(array: np.ndarray) -> bool:
+    """Whether an array holds integers and sizes only."""
+    return not any(isinstance(x, bool | Order) for x in array.flat[:1])
 
 
 def plain(result: Any) -> np.ndarray:

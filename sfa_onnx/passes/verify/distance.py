@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["mostly_empty", "relative_error"]
+__all__ = ["empty_rows", "mostly_empty", "relative_error", "without_keys"]
 
 Array = NDArray[Any]
+_NOTHING = 1e-12  # of results around 1
 _LONELY_MAX = 0.5  # share of empty rows beyond which a draw shows nothing
 
 
@@ -21,6 +22,24 @@ def mostly_empty(want: Array, got: Array) -> bool:
 
 def _empty(want: Array, got: Array) -> Array:
     return np.asarray(np.isnan(want) & (got == 0.0))
+
+
+def without_keys(before: str) -> str:
+    """The assumption that rows without a visible key, which the operator zeroes, do not matter."""
+    return f"rows without a visible key: {before} before, zeros after"
+
+
+def empty_rows(want: Array, got: Array) -> set[str]:
+    """What becomes of rows without a visible key, given a draw with some; nothing if both agree.
+
+    The operator's exact zeros tell where they are: no other element of random values is one.
+    """
+    if want.shape != got.shape or not (zero := got == 0.0).any():
+        return set()
+    lonely = want[zero]
+    if np.isnan(lonely).any():
+        return {without_keys("NaN")}
+    return {without_keys("average")} if np.abs(lonely).max() > _NOTHING else set()
 
 
 def relative_error(want: Array, got: Array, lonely: set[str] | None = None) -> float:
@@ -34,7 +53,7 @@ def relative_error(want: Array, got: Array, lonely: set[str] | None = None) -> f
     if lonely is not None and (empty := _empty(want, got)).any():
         if mostly_empty(want, got):
             return math.inf
-        lonely.add("a row without any visible key: the original gives NaN, the operator zeros")
+        lonely.add(without_keys("NaN"))
         want, got = want[~empty], got[~empty]
     finite = np.isfinite(want)
     if (finite != np.isfinite(got)).any() or not np.array_equal(

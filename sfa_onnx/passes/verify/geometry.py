@@ -13,7 +13,7 @@ from sfa_onnx.passes.candidate import Operand, Role
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.sizes.roles import KEYS
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "and_mask", "over_slots"]
 
 Array = NDArray[Any]
 Tables = dict[str, Array]
@@ -42,11 +42,13 @@ class Geometry:
         for operand in problem.all(Role.MASK):
             mask = _mask(problem, operand, common, draw, rng)
             tables[operand.value] = _mask_values(operand, mask)
-            if _over_slots(problem, operand):
-                slots = _and_mask(problem, slots, mask)
+            if over_slots(problem, operand):
+                slots = and_mask(problem, slots, mask)
             else:
-                visible = _and_mask(problem, visible, mask)
+                visible = and_mask(problem, visible, mask)
         selected = _select(problem, draw, layout, visible, common, rng)  # [rows, K]
+        if draw.lonely and problem.indices.domain.negative_allowed:
+            selected[0] = -1 if draw.lonely == "no index" else layout.anywhere(problem, rng)
         for operand in problem.all(Role.INDICES):
             tables[operand.value] = _along(problem, operand, rng, selected)
         read = np.where(slots, selected, -1)
@@ -115,6 +117,13 @@ class _Layout:
         certain = np.maximum(self.keys - self.queries + 1, 1)
         return np.asarray(rng.integers(0, certain))
 
+    def anywhere(self, problem: Problem, rng: np.random.Generator) -> Array:
+        """[K] entries of the first row, whatever it may see."""
+        packed = problem.attributes.get("layout_kv") == "TND"  # the next sequence follows at once
+        there = int(self.keys[self.batch[0]]) if packed else self.capacity
+        blocks = -(-there // int(problem.attributes.get("sparse_block_size", 1)))
+        return rng.integers(0, max(blocks, 1), problem.dims.slots)
+
     def hidden(self, problem: Problem, read: Array, visible: Array, tables: Tables) -> Array:
         """[key rows]: True where no query row selects the key and may see it."""
         entries = _tokens(problem, read)
@@ -181,6 +190,8 @@ def _lengths(
     else:
         lengths = rng.integers(low, capacity + 1, len(queries))
     lengths = np.clip(lengths, low, capacity)
+    if draw.lonely == "no key":
+        lengths[0] = 0
     if math.prod(problem.shapes[operand.value]) == 1:
         lengths[:] = lengths[0]
     return np.asarray(lengths)
@@ -206,19 +217,21 @@ def _mask(
     Over slots (last axis K) the first slot stays visible, over keys each sequence's common key.
     """
     shape = problem.shapes[operand.value]
-    if not shape:  # one switch for everything: off would leave every row empty
-        return np.asarray(True)
+    if not shape:  # one switch for everything: off leaves every row empty
+        return np.asarray(draw.lonely != "no key")
     mask = rng.random(shape) < (1.0 if draw.lengths == "full" else draw.visible)
-    if _over_slots(problem, operand):
+    if over_slots(problem, operand):
         mask[..., 0] = True
-        return mask
-    for key in common if len(common) > 1 else common[:1]:
-        if key < shape[-1]:
-            mask[..., key] = True
+    else:
+        for key in common if len(common) > 1 else common[:1]:
+            if key < shape[-1]:
+                mask[..., key] = True
+    if draw.lonely == "no key":
+        mask.reshape(-1, shape[-1])[0] = False
     return mask
 
 
-def _over_slots(problem: Problem, operand: Operand) -> bool:
+def over_slots(problem: Problem, operand: Operand) -> bool:
     """Whether a mask runs over index entries rather than over keys."""
     shape = problem.shapes[operand.value]
     if not shape or operand.axes[-1] == "K":
@@ -226,7 +239,7 @@ def _over_slots(problem: Problem, operand: Operand) -> bool:
     return operand.axes[-1] != "S2" and shape[-1] == problem.dims.slots != problem.dims.capacity
 
 
-def _and_mask(problem: Problem, visible: Array, mask: Array) -> Array:
+def and_mask(problem: Problem, visible: Array, mask: Array) -> Array:
     """[rows, n] and a mask over the same last axis, where its shape lines up with the rows."""
     if not mask.shape or mask.shape[-1] != visible.shape[1]:
         return visible
@@ -332,7 +345,7 @@ class _Picker:
     def _slot_rule(self, row: Array, sure: int) -> Array:
         """Masks over slots leave the first slot visible: put the sure block there."""
         masks = self.problem.all(Role.MASK)
-        if not any(_over_slots(self.problem, o) for o in masks):
+        if not any(over_slots(self.problem, o) for o in masks):
             return row
         at = int(np.argmax(row == sure))
         row[0], row[at] = row[at], row[0]

@@ -7,18 +7,21 @@ it into arrays.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import onnx
 from numpy.typing import NDArray
 
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.candidate import Candidate, Operand, Role
 from sfa_onnx.passes.verify.sizes.dims import Dims
 
-__all__ = ["Draw", "Problem"]
+__all__ = ["LONELY", "Draw", "Problem", "inputs_as"]
 
 Array = NDArray[Any]
 Shapes = dict[str, tuple[int, ...]]
+Lonely = Literal["", "no index", "no key"]
+LONELY: Final[tuple[Lonely, ...]] = ("no index", "no key")
 Selection = Literal["random", "shared", "single", "duplicates", "shuffled"]
 
 
@@ -36,6 +39,7 @@ class Draw:
     selection: Selection = "random"
     lengths: Literal["ragged", "full", "short", "edge"] = "ragged"
     visible: float = 0.6  # share of the mask that is visible
+    lonely: Lonely = ""  # the first row selects no key, or sees none of those it selects
     part: Literal["", "nope", "scale", "rope"] = ""  # of packed rows: the part that is asked about
     power: int = 0  # of packed rows: ropes and scales are multiples of 2**power
 
@@ -85,3 +89,28 @@ class Problem:
     def indices(self) -> Operand:
         """The operand that selects keys."""
         return self.all(Role.INDICES)[0]
+
+
+def _attributes(candidate: Candidate) -> dict[str, Any]:
+    """Attributes of the fused node in the replacement."""
+    node = next(n for n in candidate.replacement if n.op_type == candidate.op.name)
+    return attributes(node)
+
+
+def inputs_as(candidate: Candidate) -> dict[str, Any]:
+    """The attributes, with the layout in which the *graph* takes its inputs.
+
+    A graph that tells sequences apart by prefix sums takes packed ones, whatever the fused node
+    is given: rows of no sequence would be drawn else.
+    """
+    found = _attributes(candidate)
+    packed = {o.role for o in candidate.operands if o.domain.cumulative}
+    paged = any(o.role is Role.BLOCK_TABLE for o in candidate.operands)
+    if Role.LENGTHS_QUERY in packed:
+        found["layout_query"] = "TND"
+    if Role.LENGTHS_KV in packed and not paged:
+        found["layout_kv"] = "TND"
+    chosen = [o.domain.block for o in candidate.operands if o.role is Role.INDICES]
+    if chosen and chosen[0] > 1:  # the graph selects blocks, the operator may be given tokens
+        found["sparse_block_size"] = chosen[0]
+    return found

@@ -15,23 +15,22 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.errors import ContractError
-from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.verify.distance import mostly_empty, relative_error
+from sfa_onnx.passes.verify.distance import empty_rows, mostly_empty, relative_error
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError
 from sfa_onnx.passes.verify.inputs import inputs
 from sfa_onnx.passes.verify.judge import Judge
 from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
-from sfa_onnx.passes.verify.problem import Draw, Problem
+from sfa_onnx.passes.verify.problem import LONELY, Draw, Problem, inputs_as
 from sfa_onnx.passes.verify.promote import promote
 from sfa_onnx.passes.verify.sizes.concrete import Sizer
 from sfa_onnx.passes.verify.sizes.turns import integer_constants
 from sfa_onnx.passes.verify.unrunnable import first_line, unrunnable
 from sfa_onnx.report import ProbeResult, VerifyRecord
 
-__all__ = ["QUESTIONS", "Site", "inputs_as"]
+__all__ = ["QUESTIONS", "Site"]
 
 QUESTIONS = 32  # about as many are asked of a site
 
@@ -112,6 +111,7 @@ class Site:
                 return result
             if result.draws:
                 results.append(result)
+        self._without_keys(problem)
         return VerifyRecord(
             probes=tuple(results),
             sizes=problem.dims.named(),
@@ -121,6 +121,14 @@ class Site:
             own_rounding=self._own_rounding(problem),
             seconds=time.monotonic() - begin,
         )
+
+    def _without_keys(self, problem: Problem) -> None:
+        """Note what becomes of rows in which the mask hides every key."""
+        for lonely in LONELY:
+            feeds = inputs(problem, Draw(91, lonely=lonely))
+            with contextlib.suppress(RuntimeError, ContractError):
+                want, got = self._region.run(feeds), self._fused.run(feeds)
+                self._edges |= empty_rows(self._flat(want), self._flat(got))
 
     def _unturned(self) -> list[str]:
         """What the sizes leave open: Mins and Maxes of which one side is too large to be run."""
@@ -371,28 +379,3 @@ def _rope_dtype(candidate: Candidate) -> Any:
     """Type of the rope bytes in packed rows: the query's own type."""
     kinds = [o.elem_type for o in candidate.operands if o.role is Role.QUERY]
     return onnx.helper.tensor_dtype_to_np_dtype(kinds[0]) if kinds else np.float32
-
-
-def _attributes(candidate: Candidate) -> dict[str, Any]:
-    """Attributes of the fused node in the replacement."""
-    node = next(n for n in candidate.replacement if n.op_type == candidate.op.name)
-    return attributes(node)
-
-
-def inputs_as(candidate: Candidate) -> dict[str, Any]:
-    """The attributes, with the layout in which the *graph* takes its inputs.
-
-    A graph that tells sequences apart by prefix sums takes packed ones, whatever the fused node
-    is given: rows of no sequence would be drawn else.
-    """
-    found = _attributes(candidate)
-    packed = {o.role for o in candidate.operands if o.domain.cumulative}
-    paged = any(o.role is Role.BLOCK_TABLE for o in candidate.operands)
-    if Role.LENGTHS_QUERY in packed:
-        found["layout_query"] = "TND"
-    if Role.LENGTHS_KV in packed and not paged:
-        found["layout_kv"] = "TND"
-    chosen = [o.domain.block for o in candidate.operands if o.role is Role.INDICES]
-    if chosen and chosen[0] > 1:  # the graph selects blocks, the operator may be given tokens
-        found["sparse_block_size"] = chosen[0]
-    return found

@@ -17,11 +17,12 @@ from sfa_onnx.passes.verify.extract import (
     extract_region,
     extract_replacement,
 )
-from sfa_onnx.passes.verify.natural import hidden_by_mask, mask_models
+from sfa_onnx.passes.verify.natural import Natural, hidden_by_mask
 from sfa_onnx.passes.verify.open.sizes import Opened, open_sizes
 from sfa_onnx.passes.verify.probes import PROBES, Probe
+from sfa_onnx.passes.verify.problem import Problem, inputs_as
 from sfa_onnx.passes.verify.rounding import rounded_rows
-from sfa_onnx.passes.verify.site import QUESTIONS, Site, inputs_as
+from sfa_onnx.passes.verify.site import QUESTIONS, Site
 from sfa_onnx.passes.verify.sizes.concrete import Sizer
 from sfa_onnx.passes.verify.sizes.equal import assumed_equal, canonical_shapes, unified
 from sfa_onnx.report import VerifyRecord
@@ -63,20 +64,21 @@ class Verifier:
         try:
             region = extract_region(self._index, candidate)
             replacement = extract_replacement(self._index, candidate)
-            masks = mask_models(self._index, candidate)
+            natural = Natural.of(self._index, candidate)
             sizes = self._sizes.setdefault(candidate.equal, unified(self._index, candidate))
             shapes = canonical_shapes(sizes, candidate)
         except UnverifiableError as error:
             return error.refusal
         if (rounded := rounded_rows(self._index, sizes, candidate)) is not None:
             return rounded
-        key = fingerprint(candidate, region, replacement, masks.values(), shapes)
+        made = [] if natural is None else [natural.model]
+        key = fingerprint(candidate, region, replacement, made, shapes)
         label = self._index.label(candidate.anchor)
         shared = key in self._known
         if not shared:
             begin = time.monotonic()
             try:
-                result = self._judge(candidate, region, replacement, masks)
+                result = self._judge(candidate, region, replacement, natural)
             except UnverifiableError as error:
                 result = error.refusal
             except SizesMeetError as meet:
@@ -99,7 +101,7 @@ class Verifier:
         candidate: Candidate,
         region: onnx.ModelProto,
         replacement: onnx.ModelProto,
-        masks: dict[str, onnx.ModelProto],
+        natural: Natural | None,
     ) -> _Verdict:
         """Run the site at the sizes of the file if that is quick, else with its sizes opened.
 
@@ -108,8 +110,11 @@ class Verifier:
         """
         layout = inputs_as(candidate).get("layout_kv", "")
         sizer = Sizer(self._index, candidate, layout)
-        if masks and (hidden := hidden_by_mask(candidate, masks, *sizer.smallest())):
-            return hidden
+        if natural is not None:
+            shapes, dims = sizer.smallest()
+            problem = Problem(candidate, shapes, dims, inputs_as(candidate))
+            if hidden := hidden_by_mask(natural, problem, sizer.concrete(shapes)):
+                return hidden
         site: Site | None = None
         effort = sizer.least()
         if effort.bytes <= _ROOM and effort.seconds <= self._quick / _FEW:

@@ -192,6 +192,11 @@ class Sizer:
         finally:
             self._unlimited = False
 
+    def concrete(self, shapes: Shapes) -> Concrete:
+        """The graph at the sizes that give the operands these shapes."""
+        keys = (key for key, found in self._evaluated.items() if found == shapes)
+        return Concrete(self._index, self._all(dict(next(keys))))
+
     def least(self) -> Effort:
         """What one run at the least of the first sizes takes.
 
