@@ -116,6 +116,13 @@ class Tracer:
         """Whether a size changes with the sizes of the inputs, or is not known not to."""
         return is_open(size) or bool(self.sizes.stands_for(size))
 
+    def holds_nothing(self, value: str) -> bool:
+        """Whether a tensor has no element, such as the rope of a layer without one.
+
+        Whatever made it does not matter: not the layers in front of it, nor their weights.
+        """
+        return 0 in (self.sizes.shape(value) or ())
+
     def scalar(self, value: str) -> float | None:
         """The number in a one-element constant that does not depend on any dynamic size."""
         number = self.sizes.scalar(value)

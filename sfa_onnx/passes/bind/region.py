@@ -97,7 +97,7 @@ def _upstream(
             entering[value] = None
             continue
         i = index.producer.get(value)
-        if i is None:
+        if i is None or tracer.holds_nothing(value):
             if value not in index.initializers:
                 entering[value] = None
             continue
@@ -344,7 +344,7 @@ def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Op
     tracer = site.tracer
     elem, shape = tracer.sizes.elem_type(value), tracer.shape(value)
     uses = [(tracer.index.nodes[i].op_type, k) for i, k in tracer.index.uses(value) if i in inner]
-    if uses and all(op in ("Shape", "Size") for op, _ in uses):
+    if 0 in shape or (uses and all(op in ("Shape", "Size") for op, _ in uses)):
         return Operand(value, Role.SHAPE, _guess(site, shape, names), elem)
     integral = elem in (_T.INT32, _T.INT64)
     if integral and len(shape) == 2 and not _has_slots(site, shape):
