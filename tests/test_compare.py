@@ -187,7 +187,74 @@ def test_without_weights_the_sites_still_run_on_random_values(tmp_path, factor):
     assert any("whole models were not run" in n for n in report.notes)
     assert [s.method for s in report.sites] == ["random", "random"], report.sites
     assert [s.passed for s in report.sites] == [factor == 1.0, True]
-    assert report.passed == (factor == 1.0)
+    assert not report.passed
+    if factor == 1.0:
+        assert report.verdict.startswith("not compared: the whole models were not run: the weights")
+        assert report.verdict.endswith("(2 sites agree on random values)")
+    else:
+        assert report.verdict.startswith("different: 1 of 2")
+
+
+@needs_library
+@pytest.mark.parametrize("cut", ["short", "pointer"])
+def test_weights_that_are_not_there_are_told_before_a_run(tmp_path, cut):
+    fused = decoder(np.float32, layers=1)
+    paths = []
+    for name, model in (("before", unfuse(fused)), ("after", fused)):
+        path = tmp_path / f"{name}.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=600)
+        paths.append(path)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    weights = tmp_path / "w.bin"
+    weights.write_bytes(weights.read_bytes()[:-64] if cut == "short" else pointer)
+    report = compare(*paths)
+    assert not report.passed
+    assert report.verdict.startswith("not compared")
+    assert ("git lfs pull" if cut == "pointer" else "truncated") in report.verdict
+
+
+@needs_library
+def test_inputs_that_cannot_be_guessed_are_asked_for():
+    fused = decoder(np.float32, layers=1)
+    model = unfuse(fused)
+    for m in (model, fused):
+        m.graph.input.append(helper.make_tensor_value_info("shape", TensorProto.INT64, [3]))
+        node = helper.make_node("Reshape", [m.graph.output[0].name, "shape"], ["odd"], name="odd")
+        m.graph.node.append(node)
+        m.graph.output[0].CopyFrom(helper.make_tensor_value_info("odd", TensorProto.FLOAT, None))
+    report = compare(model, fused)
+    assert report.verdict.startswith("not compared")
+    assert "give --inputs with shape" in report.verdict
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_float16_conversion_is_judged_by_its_own_rounding(wrong):
+    fused = decoder(np.float32, layers=1)
+    original = unfuse(fused)
+    half = to_float16(scaled(fused, "site0", 1.2) if wrong else fused)
+    report = compare(original, half)
+    assert report.outputs, report.notes
+    assert {o.difference.dtype for o in report.outputs} == {"float16"}
+    assert all(o.passed for o in report.outputs) == (not wrong), report
+    assert any("float16 in one model only" in n for n in report.notes)
+
+
+def to_float16(model):
+    """Weights, inputs and outputs in float16, and what lies between."""
+    half = twin(model, [TensorProto.FLOAT], TensorProto.FLOAT16)
+    for tensor in half.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    for value in half.graph.input:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for node in half.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+    return half
 
 
 @needs_library
@@ -317,7 +384,7 @@ def test_a_twin_keeps_names_and_tells_the_rounding():
     fused = decoder(BF16, layers=1)
     original = unfuse(fused)
     wide = twin(original, [TensorProto.BFLOAT16], TensorProto.FLOAT)
-    rough = twin(original, [TensorProto.BFLOAT16], TensorProto.FLOAT, rounded=True)
+    rough = twin(original, [TensorProto.BFLOAT16], TensorProto.FLOAT, rounded=TensorProto.BFLOAT16)
     feeds = random_feeds(original, fused=fused)
     exact, emulated = (runtime.run(m, feeds)["hidden1"] for m in (wide, rough))
     assert exact.dtype == emulated.dtype == np.float32

@@ -70,7 +70,7 @@ def test_load_returns_a_model_as_it_is():
     ("content", "error", "words"),
     [
         (None, UsageError, "no such file"),
-        (b"version https://git-lfs.github.com/spec/v1\n", ModelError, "not a binary ONNX model"),
+        (b"a text of no format at all\n", ModelError, "not a binary ONNX model"),
         (b"", ModelError, "no ONNX graph"),
     ],
 )
@@ -300,3 +300,17 @@ def test_summary_counts_what_lies_in_bodies(tmp_path):
     assert (found.nodes, found.initializers, found.weight_bytes) == (3, 2, 24)
     assert found.op_counts == {"Identity": 2, "If": 1}
     assert found.external_files == ("inner.bin",)
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git lfs pull"),
+        (b"\x20\x00\x00\x00ORTM" + bytes(100), r"\.ort"),
+    ],
+)
+def test_files_that_stand_for_other_things_are_named(tmp_path, head, told):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(head)
+    with pytest.raises(ModelError, match=told):
+        load_model(path)

@@ -78,12 +78,13 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx import runtime
+    from sfa_onnx.runtime.execute import runnable
     from sfa_onnx.runtime.feeds.draw import random_feeds
     from sfa_onnx.runtime.timing import time_session
 
     if args.output and args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; use --force to overwrite it")
-    session = runtime.session(args.model)
+    session, note = runnable(args.model)
     feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))
     outputs = runtime.run(session, feeds)
     rows = [(n, f"{v.dtype}{list(v.shape)}", show.spread(v)) for n, v in outputs.items()]
@@ -94,5 +95,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if args.output:
         show.save_npz(args.output, outputs)
         console.say("outputs written to {}", args.output)
-    console.result("run", {"outputs": {r[0]: r[1] for r in rows}, "timing": timing})
+    if note:
+        console.say("note: {}", note)
+    told = {"outputs": {r[0]: r[1] for r in rows}, "timing": timing, "note": note}
+    console.result("run", told)
     return 0

@@ -22,10 +22,18 @@ __all__ = [
     "ExternalRange",
     "StorageReader",
     "external_range",
+    "is_lfs_pointer",
     "iter_tensors",
 ]
 
 CONSTANT_LIMIT = 1 << 20  # bytes of one structural constant that may be read from the weights
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins so is a Git LFS pointer, which stands for a file elsewhere."""
+    return head.startswith(_LFS)
 
 
 @dataclass(frozen=True)

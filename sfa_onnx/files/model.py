@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto
 
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.external import is_lfs_pointer
 from sfa_onnx.files.names import escape_names, is_utf8
 from sfa_onnx.files.sound import assert_sound
 from sfa_onnx.files.weights import place_weights
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("sfa_onnx")
+_HEAD = 256  # bytes that tell other formats
 _NAMES_LIMIT = 1 << 28  # bytes of a model in memory that is serialised to look at its names
 _PROTO_LIMIT = (1 << 31) - 1  # protobuf's own limit for one message
 
@@ -105,6 +107,7 @@ def read_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
     try:
         with paused_gc():
             data = path.read_bytes()
+            _refuse_others(path, data[:_HEAD])
             model.ParseFromString(data)
     except OSError as error:
         raise UsageError(
@@ -115,10 +118,28 @@ def read_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
     if not model.HasField("graph") or not model.graph.output:
         raise ModelError(
             f"{path}: this file parses but holds no ONNX graph with outputs; is it a truncated"
-            " file, a Git LFS pointer or another protobuf?"
+            " file, or another protobuf?"
         )
     with paused_gc():
         return _named(model, str(path), data)
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    """Name what is often taken for an ONNX model and is none.
+
+    Raises:
+        ModelError: the file is a Git LFS pointer, or onnxruntime's own format.
+    """
+    if is_lfs_pointer(head):
+        raise ModelError(
+            f"{path}: a Git LFS pointer, not the model itself: fetch it with `git lfs pull`"
+            " (the weights beside it, too)"
+        )
+    if head[4:8] == b"ORTM":
+        raise ModelError(
+            f"{path}: a model in onnxruntime's own format (.ort), which cannot be rewritten; take"
+            " the .onnx file that it was converted from"
+        )
 
 
 def _named(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto
 
 from sfa_onnx.errors import UsageError, WeightsError
-from sfa_onnx.files.external import external_range, iter_tensors
+from sfa_onnx.files.external import external_range, is_lfs_pointer, iter_tensors
 from sfa_onnx.guard.doors import door
 
 __all__ = ["READERS", "WeightsFinding", "external_files", "place_weights", "weights_findings"]
@@ -27,6 +27,7 @@ __all__ = ["READERS", "WeightsFinding", "external_files", "place_weights", "weig
 READERS: Final = ("onnx", "onnxruntime", "onnx-ir", "ATC")
 _FICLONE: Final = 0x40049409  # linux/fs.h: share the blocks of a whole file
 _CHUNK: Final = 1 << 28
+_HEAD: Final = 64  # bytes that tell a pointer
 
 # layout -> (what it is, who accepts it in the order of READERS, what to do about it)
 _LAYOUTS: Final[dict[str, tuple[str, tuple[bool, ...], str]]] = {
@@ -66,6 +67,11 @@ _LAYOUTS: Final[dict[str, tuple[str, tuple[bool, ...], str]]] = {
         (False, False, False, False),
         "put the weights file back beside the model",
     ),
+    "pointer": (
+        "a Git LFS pointer, not the weights",
+        (False, False, False, False),
+        "fetch the file with `git lfs pull`",
+    ),
     "too short": (
         "a file that ends before the last tensor does",
         (False, False, False, False),
@@ -90,6 +96,11 @@ class WeightsFinding:
     def ok(self) -> bool:
         """Whether every reader accepts it."""
         return not self.rejected_by
+
+    @property
+    def readable(self) -> bool:
+        """Whether the weights are there at all."""
+        return self.layout not in ("missing", "pointer", "too short", "outside")
 
     @property
     def advice(self) -> str:
@@ -136,7 +147,8 @@ def _layout(base: Path, location: str, need: int) -> str:
     if not path.is_file():
         return "missing"
     if path.stat().st_size < need:
-        return "too short"
+        with path.open("rb") as stream:
+            return "pointer" if is_lfs_pointer(stream.read(_HEAD)) else "too short"
     if any((base / parent).is_symlink() for parent in pure.parents if parent != Path()):
         return "symlinked folder"
     if path.is_symlink():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,12 +13,22 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from sfa_onnx.errors import WeightsError
+from sfa_onnx.errors import ModelError, WeightsError
+from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.runtime.elem_types import ElemTypes, light_copy
 from sfa_onnx.runtime.ort import run, session
+from sfa_onnx.runtime.twin import float32_twin, uses
 
-__all__ = ["execute", "fill_dims", "infos", "with_outputs", "with_structure"]
+__all__ = [
+    "execute",
+    "fill_dims",
+    "infos",
+    "opened",
+    "runnable",
+    "with_outputs",
+    "with_structure",
+]
 
 Array = NDArray[Any]
 _FOLDER: Final = "session.model_external_initializers_file_folder_path"
@@ -100,6 +111,42 @@ def _located(model: ModelProto, folder: Path) -> ModelProto:
     return out
 
 
+def opened(
+    model: ModelProto, folder: Path | None, *, as_written: bool = False
+) -> ort.InferenceSession:
+    """A session of a model in memory whose weights, if external, lie in `folder`."""
+    options = ort.SessionOptions()
+    if as_written:  # optimisers fuse into operators that lack a float64 kernel
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # errors are raised; the log would repeat them
+    if folder is not None and _KNOWS_FOLDER:
+        options.add_session_config_entry(_FOLDER, str(folder))
+    elif folder is not None:
+        model = _located(model, folder)
+    return session(model, options, allow_external=folder is not None)
+
+
+def runnable(path: str | os.PathLike[str]) -> tuple[ort.InferenceSession, str]:
+    """A session of a file, and a note: as it is, or its float32 twin where bfloat16 forbids it.
+
+    onnxruntime's CPU provider lacks bfloat16 for most operators; ours keep it either way.
+
+    Raises:
+        ModelError: onnxruntime refuses the model for another reason.
+    """
+    try:
+        return session(path), ""
+    except ModelError:
+        model = load_model(path)
+        if not uses(model, TensorProto.BFLOAT16):
+            raise
+        sess = opened(float32_twin(model), Path(path).resolve().parent)
+        return sess, (
+            "bfloat16: onnxruntime's CPU provider lacks it, so the model's float32 twin was run;"
+            " our operators kept bfloat16"
+        )
+
+
 def execute(
     model: ModelProto,
     folder: Path | None,
@@ -111,14 +158,6 @@ def execute(
     """Run a model whose weights, if external, lie in `folder`; feeds it does not take are left."""
     if outputs is not None and not outputs:
         return {}
-    options = ort.SessionOptions()
-    if as_written:  # optimisers fuse into operators that lack a float64 kernel
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # errors are raised; the log would repeat them
-    if folder is not None and _KNOWS_FOLDER:
-        options.add_session_config_entry(_FOLDER, str(folder))
-    elif folder is not None:
-        model = _located(model, folder)
-    sess = session(model, options, allow_external=folder is not None)
+    sess = opened(model, folder, as_written=as_written)
     taken = {i.name for i in sess.get_inputs()}
     return run(sess, {n: a for n, a in feeds.items() if n in taken}, outputs)

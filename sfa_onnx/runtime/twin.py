@@ -25,7 +25,7 @@ from onnx import (
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.runtime.elem_types import ElemTypes
 
-__all__ = ["FLOATS", "twin", "uses"]
+__all__ = ["FLOATS", "float32_twin", "twin", "uses"]
 
 FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _SUFFIX: Final = "__twin"
@@ -50,15 +50,15 @@ def twin(
     types: Iterable[int],
     to: int,
     *,
-    rounded: bool = False,
+    rounded: int = 0,
     known: ElemTypes | None = None,
 ) -> ModelProto:
     """A copy of `model` that computes in `to` where it computed in one of `types`.
 
     Names, integer arithmetic and the types of graph inputs and weights stay; float outputs and
-    everything between have type `to`. With `rounded` every result is rounded to the type it had,
-    which emulates the original where onnxruntime cannot run it; `known` tells these types when
-    `model` itself does not say them any more.
+    everything between have type `to`. With `rounded`, an element type, every result that had one of
+    `types` is rounded to it: this emulates a model where onnxruntime cannot run it, or one that was
+    never made. `known` tells the types when `model` itself does not say them any more.
     """
     out = ModelProto()
     out.CopyFrom(model)
@@ -72,8 +72,13 @@ def twin(
     return out
 
 
+def float32_twin(model: ModelProto) -> ModelProto:
+    """The model with bfloat16 computed in float32, our operators excepted."""
+    return twin(model, [TensorProto.BFLOAT16], TensorProto.FLOAT)
+
+
 class _Twin:
-    def __init__(self, types: frozenset[int], to: int, known: ElemTypes, rounded: bool) -> None:
+    def __init__(self, types: frozenset[int], to: int, known: ElemTypes, rounded: int) -> None:
         self.types, self.to, self.known, self.rounded = types, to, known, rounded
 
     def graph(self, graph: GraphProto, outer: dict[str, str], main: bool = False) -> None:
@@ -84,7 +89,11 @@ class _Twin:
             wide += [v.name for v in graph.input if v.type.tensor_type.elem_type in self.types]
         for name in dict.fromkeys(wide):
             names[name] = name + _SUFFIX
-            nodes.append(self._cast(name, names[name], self.to))
+            if self.rounded:
+                nodes.append(self._cast(name, name + "__stored", self.rounded))
+                nodes.append(self._cast(name + "__stored", names[name], self.to))
+            else:
+                nodes.append(self._cast(name, names[name], self.to))
         for node in graph.node:
             nodes += self.node(node, names)
         for value in (*graph.output, *(() if main else graph.input)):
@@ -110,13 +119,13 @@ class _Twin:
         return [node, *(self._roundings(node) if self.rounded else ())]
 
     def _roundings(self, node: NodeProto) -> list[NodeProto]:
-        """Casts to each output's original type and back; the output's name is kept."""
+        """Casts of each output to the type it is rounded to and back; its name is kept."""
         casts = []
         for i, value in enumerate(list(node.output)):
             kind = self.known.of(value) if value else None
             if kind in self.types:
                 node.output[i] = value + "__exact"
-                casts.append(self._cast(node.output[i], value + "__rounded", int(kind or 0)))
+                casts.append(self._cast(node.output[i], value + "__rounded", self.rounded))
                 casts.append(self._cast(value + "__rounded", value, self.to))
         return casts
 

@@ -80,6 +80,7 @@ def compare_against(
     for name, mine in judged.items():
         if name not in device:
             report.notes.append(f"output {name}: the device gave none")
+            report.missing = f"the device gave no output {name}"
             continue
         if device[name].size != mine.size:
             raise UsageError(

@@ -106,11 +106,13 @@ class CompareReport:
     notes: list[str] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)  # name -> "float16[1, 1, 256], random"
     seconds: float = 0.0
+    missing: str = ""  # why the whole models were not compared; "": they were
 
     @property
     def passed(self) -> bool:
-        """Something was compared, and everything that was agreed."""
-        return bool(self._verdicts) and all(passed for _, passed in self._verdicts)
+        """The whole models were compared, and everything that was agreed."""
+        agreed = all(passed for _, passed in self._verdicts)
+        return not self.missing and bool(self._verdicts) and agreed
 
     @property
     def _verdicts(self) -> list[tuple[str, bool]]:
@@ -122,13 +124,17 @@ class CompareReport:
         """One sentence."""
         bad = [name for name, passed in self._verdicts if not passed]
         lost = [row for row in self.sites if row.difference is None]
-        if lost and len(lost) == len(bad):
-            count = f"{len(lost)} of {len(self.sites)} sites"
-            return f"unknown: {count} could not be compared ({lost[0].name}: {lost[0].reason})"
-        if bad:
+        if len(lost) < len(bad):
             return f"different: {len(bad)} of {len(self._verdicts)}, first {bad[0]}"
+        if self.missing:
+            alone = len(self.sites) - len(lost)
+            agreed = f" ({alone} sites agree on random values)" if alone else ""
+            return f"not compared: {self.missing}{agreed}"
+        if lost:
+            count = f"{len(lost)} of {len(self.sites)} sites"
+            return f"not compared: {count} could not be ({lost[0].name}: {lost[0].reason})"
         if not self.passed:
-            return "nothing could be compared"
+            return "not compared: the models have no output in common"
         losses = [row.loss for row in self.sites if row.loss is not None]
         if losses:
             return f"same on int8-rounded caches; int8 costs up to {max(losses):.1e}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, helper
 
 from sfa_onnx.errors import ModelError, SfaError, UsageError
 from sfa_onnx.files.model import load_model
@@ -36,12 +36,14 @@ from sfa_onnx.runtime.compare.extract import (
     region_model,
     sites_in_bodies,
 )
+from sfa_onnx.runtime.compare.precision import as_typed, in_other_precision, narrowest
+from sfa_onnx.runtime.compare.reasons import unreadable, untaken
 from sfa_onnx.runtime.compare.rounded import judge, packs_floats, relative_distance, rounded_values
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.execute import execute, fill_dims, infos, with_outputs, with_structure
 from sfa_onnx.runtime.feeds.draw import describe, random_feeds
 from sfa_onnx.runtime.ort import Model
-from sfa_onnx.runtime.twin import FLOATS, twin, uses
+from sfa_onnx.runtime.twin import float32_twin
 
 __all__ = ["compare"]
 
@@ -107,18 +109,18 @@ class _Comparison:
         self.interface = _conversion(self.original, self.fused)
         packs = [sum(map(packs_floats, m.graph.node)) for m in (self.original, self.fused)]
         self.lossy = self.interface is not None or packs[1] > packs[0]
-        self.dtype: str | None = None  # the type whose bounds hold; None: each tensor's own
+        # The type whose bounds hold, and whether its rounding is not the original's own.
+        self.dtype, self.narrower = narrowest(self.original, self.fused)
         self.first, self.second = self.original, self.fused
-        if uses(self.original, TensorProto.BFLOAT16):
-            self.dtype = "bfloat16"
-            both = (self.original, self.fused)
-            self.first, self.second = (
-                twin(m, [TensorProto.BFLOAT16], TensorProto.FLOAT) for m in both
-            )
+        if self.dtype == "bfloat16":
+            self.first, self.second = map(float32_twin, (self.original, self.fused))
             self._note(
                 "bfloat16: onnxruntime's CPU provider lacks it, so float32 twins of both models"
                 " were compared; our operators kept bfloat16"
             )
+        if self.narrower:
+            self._note(f"{self.dtype} in one model only: its rounding is the floor")
+        self.types = ElemTypes(self.second)
 
     def run(self) -> CompareReport:
         sites = find_sites(self.first, self.second)
@@ -129,13 +131,11 @@ class _Comparison:
             )
         elif not sites:
             self._note("no fused site: the second model holds no operator that the first lacks")
+        if reason := unreadable((self.original, self.fused), self.folders):
+            return self._apart(sites, self._draw(wide=False), reason)
         failure: SfaError | None = None
         for wide in (False, True):  # the second choice of sizes, when the first is not accepted
-            feeds = random_feeds(self.original, self.seed, self.inputs, fused=self.fused, wide=wide)
-            self.report.inputs = {
-                n: f"{describe(a)}, {'given' if n in self.inputs else 'random'}"
-                for n, a in feeds.items()
-            }
+            feeds = self._draw(wide=wide)
             try:
                 _check_room(self.original)
                 self._whole(self._sites(sites, feeds), feeds)
@@ -146,7 +146,22 @@ class _Comparison:
                 failure = failure or error
                 if self.report.sites:
                     break
-        self._note(f"the whole models were not run: {failure}")
+        told = untaken(self.original, str(failure), self.inputs)
+        return self._apart(sites, feeds, f"{failure}{told}")
+
+    def _draw(self, *, wide: bool) -> dict[str, Array]:
+        """Inputs of the first model, and their description in the report."""
+        feeds = random_feeds(self.original, self.seed, self.inputs, fused=self.fused, wide=wide)
+        self.report.inputs = {
+            n: f"{describe(a)}, {'given' if n in self.inputs else 'random'}"
+            for n, a in feeds.items()
+        }
+        return feeds
+
+    def _apart(self, sites: list[Site], feeds: dict[str, Array], reason: str) -> CompareReport:
+        """The sites alone, where the whole models cannot run."""
+        self._note(f"the whole models were not run: {reason}")
+        self.report.missing = f"the whole models were not run: {reason}"
         done = {row.name for row in self.report.sites}
         rest = [s for s in sites if not self.lossy and _title(s) not in done]
         self.report.sites += [self._random(site, feeds) for site in rest]
@@ -181,6 +196,8 @@ class _Comparison:
         for name in (n for n in want if n in got):
             if want[name].shape != got[name].shape:
                 self._note(f"output {name}: {want[name].shape} became {got[name].shape}")
+                if not self.lossy:
+                    self.report.missing = f"output {name} has another shape"
                 continue
             row = self._measure(want[name], got[name], exact.get(name))
             self.report.outputs.append(OutputRow(name, row, judged=not self.lossy))
@@ -193,11 +210,7 @@ class _Comparison:
             self._note("no noise floor for the whole graph: its weights are too large to double")
             return {}
         try:
-            if self.dtype is None:
-                other = twin(self.original, FLOATS, TensorProto.DOUBLE)
-            else:  # the original rounds at every step; the float32 twin hardly at all
-                bfloat16 = [TensorProto.BFLOAT16]
-                other = twin(self.original, bfloat16, TensorProto.FLOAT, rounded=True)
+            other = in_other_precision(self.original, self.dtype, narrower=self.narrower)
             return execute(other, self.folders[0], feeds, as_written=True)
         except SfaError as error:
             _LOG.debug("no twin for the noise floor: %s", error)
@@ -206,9 +219,9 @@ class _Comparison:
 
     def _adapted(self, feeds: dict[str, Array], want: dict[str, Array]) -> dict[str, Array]:
         """Feeds for the second model; `want`: what the first model made of `feeds`."""
-        if self.interface is None:
-            return feeds
-        return converted_feeds(self.interface, feeds, want)
+        if self.interface is not None:
+            feeds = converted_feeds(self.interface, feeds, want)
+        return as_typed(feeds, self.types) if self.narrower else feeds
 
     # ------------------------------------------------------------------ sites
 
@@ -218,10 +231,12 @@ class _Comparison:
         feeds = {n: values[n] for n in site.border if n in values}
         types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items()}
         first = region_model(self.first, site.before, types, site.outputs)
-        second = region_model(self.second, site.after, types, site.outputs)
+        theirs = as_typed(feeds, self.types) if self.narrower else feeds
+        kinds = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in theirs.items()}
+        second = region_model(self.second, site.after, kinds, site.outputs)
         try:
             want = execute(first, self.folders[0], feeds)
-            got = execute(second, self.folders[1], feeds)
+            got = execute(second, self.folders[1], theirs)
             if self.lossy:
                 return self._quantised(site, values, feeds, want, got)
         except SfaError as error:
@@ -280,12 +295,8 @@ class _Comparison:
         if max(sizes, default=0) * 8 > _LARGEST:
             return {}
         try:
-            if self.dtype is None:
-                other = twin(region, FLOATS, TensorProto.DOUBLE)
-            else:
-                known = ElemTypes(self.original)
-                bfloat16 = [TensorProto.BFLOAT16]
-                other = twin(region, bfloat16, TensorProto.FLOAT, rounded=True, known=known)
+            known = None if self.dtype is None else ElemTypes(self.original)
+            other = in_other_precision(region, self.dtype, narrower=self.narrower, known=known)
             return execute(other, self.folders[0], feeds, as_written=True)
         except SfaError as error:
             _LOG.debug("no twin for a site's noise floor: %s", error)
