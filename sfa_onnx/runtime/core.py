@@ -18,6 +18,7 @@ __all__ = [
     "LAYOUTS",
     "ROUNDINGS",
     "Error",
+    "IndexerParams",
     "PackParams",
     "Params",
     "core",
@@ -56,6 +57,22 @@ class Params(ctypes.Structure):
     ]
 
 
+class IndexerParams(ctypes.Structure):
+    """sfa_core_indexer_params: one indexer call; `kv` for the header's `key` in sizes."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint32),
+        *_fields(_I32, "isa", "dtype", "weights_dtype", "layout_query", "layout_key"),
+        *_fields(_I32, "sparse_mode", "rounding", "num_heads", "head_dim", "sparse_count"),
+        *_fields(_I32, "reserved"),
+        *_fields(_I64, "batch", "query_s", "query_t", "kv_s", "block_num", "block_size"),
+        *_fields(_I64, "block_table_cols"),
+        *_fields(_PTR, "query", "key", "weights", "query_dequant_scale", "key_dequant_scale"),
+        *_fields(_PTR, "block_table", "actual_seq_lengths_query", "actual_seq_lengths_key"),
+        *_fields(_PTR, "sparse_indices", "sparse_values"),
+    ]
+
+
 class PackParams(ctypes.Structure):
     """sfa_core_pack_params: rows to be packed."""
 
@@ -90,6 +107,7 @@ def core() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     try:
         library.sfa_core_run_threads.argtypes = [_PTR, _I32, _PTR]
+        library.sfa_core_indexer_run_threads.argtypes = [_PTR, _I32, _PTR]
         library.sfa_core_pack.argtypes = [_PTR, _I64, _I64, _PTR]
         library.sfa_core_row_bytes.restype = _I64
     except AttributeError as error:

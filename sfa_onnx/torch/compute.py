@@ -23,11 +23,13 @@ from sfa_onnx.operator.op import (
 )
 from sfa_onnx.runtime.core import DTYPES, Error, PackParams, core, refuse_if
 from sfa_onnx.torch.attend import attend, softmax_shape
+from sfa_onnx.torch.index import select
 from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable
 
 __all__ = ["ROUNDINGS", "compute", "shapes_of"]
 
 ROUNDINGS: Final = ("exact", "npu")
+_INDEXERS: Final = (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER)
 _ATTENTIONS: Final = (SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT)
 
 
@@ -55,6 +57,8 @@ def compute(
         return (_pack(op, tensors, attributes),)
     if op in _ATTENTIONS and _core_is_built():
         return attend(op, tensors, attributes, rounding)
+    if op in _INDEXERS and _core_is_built():
+        return select(op, tensors, attributes, rounding)
     return _by_reference(op, tensors, attributes, rounding)
 
 

@@ -1,0 +1,121 @@
+"""Shapes, types and presence of an operator's tensors: what the C++ core leaves to its caller."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+
+from sfa_onnx.errors import ContractError
+from sfa_onnx.runtime.core import DTYPES, HOLES
+
+__all__ = [
+    "FLOATS",
+    "check_ints",
+    "check_lengths",
+    "check_ranks",
+    "dtype_number",
+    "holes",
+    "refuse",
+    "sizes",
+]
+
+FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
+_RANKS: Final = {"BSND": 4, "TND": 3, "PA_BSND": 4}
+
+
+def refuse(what: str, expected: str, got: object) -> ContractError:
+    """The error for `what` that is not as `expected`."""
+    return ContractError(f"{what}: expected {expected}, got {got}")
+
+
+def dtype_number(tensor: torch.Tensor) -> int:
+    """The core's number of a tensor's type."""
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
+
+
+def holes() -> int:
+    """The core's number of what SFA_ONNX_HOLES says.
+
+    Raises:
+        ContractError: it says something else.
+    """
+    value = os.environ.get("SFA_ONNX_HOLES", "error") or "error"
+    if value not in HOLES:
+        raise refuse("environment variable SFA_ONNX_HOLES", "error, skip or stop", value)
+    return HOLES[value]
+
+
+def check_ints(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Indices, tables and lengths are int32."""
+    for name, tensor in tensors.items():
+        ints = name in ("sparse_indices", "block_table") or name.startswith("actual_seq")
+        if ints and tensor.dtype != torch.int32:
+            raise refuse(name, "torch.int32", f"{tensor.dtype}; call {name}.int()")
+
+
+def check_ranks(query: torch.Tensor, key: torch.Tensor, layout_query: str, layout_kv: str) -> None:
+    """Ranks by layout, one key head, one batch."""
+    if layout_kv not in ("PA_BSND", layout_query):
+        raise refuse(
+            "layout of the keys", f"PA_BSND or the query's layout {layout_query}", layout_kv
+        )
+    if query.dim() != _RANKS[layout_query]:
+        what = f"query (layout_query {layout_query})"
+        raise refuse(what, f"{_RANKS[layout_query]} dimensions", list(query.shape))
+    if key.dim() != _RANKS[layout_kv] or key.shape[-2] != 1:
+        what = f"key (layout {layout_kv})"
+        raise refuse(what, f"{_RANKS[layout_kv]} dimensions, one head", list(key.shape))
+    if layout_kv == "BSND" and key.shape[0] != query.shape[0]:
+        raise refuse("key batch", f"the query's {query.shape[0]}", key.shape[0])
+    if query.shape[-2] < 1 and query.numel():
+        raise refuse("query", "at least one head", list(query.shape))
+
+
+def check_lengths(
+    tensors: Mapping[str, torch.Tensor], layout_query: str, layout_kv: str, kv: str
+) -> int:
+    """B, once lengths (`kv` names those of the keys) and table are found to fit the layouts."""
+    lengths_q = tensors.get("actual_seq_lengths_query")
+    lengths_kv, table = tensors.get(kv), tensors.get("block_table")
+    if layout_query == "TND" and (lengths_q is None or not lengths_q.numel()):
+        raise refuse("actual_seq_lengths_query", "prefix sums [B] (layout_query TND)", "nothing")
+    if layout_kv != "BSND" and lengths_kv is None:
+        raise refuse(kv, f"[B] (layout_kv {layout_kv})", "nothing")
+    batch = tensors["query"].shape[0]
+    if layout_query == "TND" and lengths_q is not None:
+        batch = lengths_q.numel()
+    for name, lengths in (
+        ("actual_seq_lengths_query", lengths_q),
+        (kv, lengths_kv),
+    ):
+        if lengths is not None and list(lengths.shape) != [batch]:
+            raise refuse(name, f"shape [{batch}]", list(lengths.shape))
+    if layout_kv != "PA_BSND" and table is not None:
+        raise refuse("block_table", f"nothing with layout_kv {layout_kv}", list(table.shape))
+    if layout_kv == "PA_BSND":
+        got = "nothing" if table is None else list(table.shape)
+        if table is None or table.dim() != 2 or table.shape[0] != batch or not table.shape[1]:
+            raise refuse("block_table", f"shape [{batch}, M >= 1] (layout_kv PA_BSND)", got)
+    return int(batch)
+
+
+def sizes(
+    tensors: Mapping[str, torch.Tensor], layout_query: str, layout_kv: str, kv: str
+) -> dict[str, int]:
+    """Fields that attention and indexer have in common (`kv_s` is the rows of a contiguous key)."""
+    query, key, table = tensors["query"], tensors["key"], tensors.get("block_table")
+    check_ranks(query, key, layout_query, layout_kv)
+    paged = layout_kv == "PA_BSND"
+    return {
+        "batch": check_lengths(tensors, layout_query, layout_kv, kv),
+        "num_heads": query.shape[-2],
+        "query_s": query.shape[1] if layout_query == "BSND" else 0,
+        "query_t": query.shape[:-2].numel(),
+        "kv_s": 0 if paged else key.shape[-3],
+        "block_num": key.shape[0] if paged else 0,
+        "block_size": key.shape[1] if paged else 0,
+        "block_table_cols": 0 if table is None else table.shape[1],
+    }
