@@ -29,8 +29,9 @@ from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable
 __all__ = ["ROUNDINGS", "compute", "shapes_of"]
 
 ROUNDINGS: Final = ("exact", "npu")
-_INDEXERS: Final = (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER)
-_ATTENTIONS: Final = (SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT)
+# By name: comparing two contracts compares whole tables.
+_INDEXERS: Final = frozenset({LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name})
+_ATTENTIONS: Final = frozenset({SPARSE_FLASH_ATTENTION.name, SPARSE_FLASH_ATTENTION_ANTIQUANT.name})
 
 
 def compute(
@@ -55,9 +56,9 @@ def compute(
         raise ContractError(f"rounding: expected {' or '.join(ROUNDINGS)}, got {rounding!r}")
     if op is KV_CACHE_PACK:
         return (_pack(op, tensors, attributes),)
-    if op in _ATTENTIONS and _core_is_built():
+    if op.name in _ATTENTIONS and _core_is_built():
         return attend(op, tensors, attributes, rounding)
-    if op in _INDEXERS and _core_is_built():
+    if op.name in _INDEXERS and _core_is_built():
         return select(op, tensors, attributes, rounding)
     return _by_reference(op, tensors, attributes, rounding)
 
@@ -148,7 +149,7 @@ def shapes_of(
         row = PackedRow(int(nope.shape[-1]), width, attributes["tile_size"], itemsize)
         return (nope.new_empty((*nope.shape[:-1], row.bytes), dtype=torch.int8),)
     query = tensors["query"]
-    if op in _ATTENTIONS:
+    if op.name in _ATTENTIONS:
         rope = 0 if op is SPARSE_FLASH_ATTENTION else attributes["rope_head_dim"]
         out = query.new_empty((*query.shape[:-1], query.shape[-1] - rope))
         if not attributes.get("return_softmax_lse"):
