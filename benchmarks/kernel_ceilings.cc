@@ -27,14 +27,17 @@ constexpr int kLoops = 20000;  // about 0.1 ms: one burst between two scheduler 
 
 #if defined(__x86_64__)
 // 24 independent accumulators cover every latency x throughput product in sight.
-#define REPEAT24(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) \
-    X(14) X(15) X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23)
+#define REPEAT24(X)                                                                             \
+  X(0)                                                                                          \
+  X(1)                                                                                          \
+  X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) \
+      X(19) X(20) X(21) X(22) X(23)
 #define REPEAT12(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
 __attribute__((target("avx512f,avx512bf16"))) double burst_bf16_512() {
   const double start = now_ns();
   for (int i = 0; i < kLoops; ++i) {
-#define STEP(n) asm volatile("vdpbf16ps %%zmm30, %%zmm31, %%zmm" #n ::: "xmm" #n);
+#define STEP(n) asm volatile("vdpbf16ps %%zmm30, %%zmm31, %%zmm" #n::: "xmm" #n);
     REPEAT24(STEP)
 #undef STEP
   }
@@ -44,8 +47,34 @@ __attribute__((target("avx512f,avx512bf16"))) double burst_bf16_512() {
 __attribute__((target("avx512f"))) double burst_fp32_512() {
   const double start = now_ns();
   for (int i = 0; i < kLoops; ++i) {
-#define STEP(n) asm volatile("vfmadd231ps %%zmm30, %%zmm31, %%zmm" #n ::: "xmm" #n);
+#define STEP(n) asm volatile("vfmadd231ps %%zmm30, %%zmm31, %%zmm" #n::: "xmm" #n);
     REPEAT24(STEP)
+#undef STEP
+  }
+  return 24.0 * kLoops * 32 / (now_ns() - start);
+}
+
+// int8 products with AVX512-VNNI, operations as for floats: a multiply and an add.
+__attribute__((target("avx512f,avx512vnni"))) double burst_int8_512() {
+  const double start = now_ns();
+  for (int i = 0; i < kLoops; ++i) {
+#define STEP(n) asm volatile("vpdpbusd %%zmm30, %%zmm31, %%zmm" #n::: "xmm" #n);
+    REPEAT24(STEP)
+#undef STEP
+  }
+  return 24.0 * kLoops * 128 / (now_ns() - start);
+}
+
+// int16 products and their sums, as AVX2 multiplies int8.
+__attribute__((target("avx2"))) double burst_int16_256() {
+  const double start = now_ns();
+  for (int i = 0; i < 2 * kLoops; ++i) {
+#define STEP(n)                                 \
+  asm volatile(                                 \
+      "vpmaddwd %%ymm13, %%ymm14, %%ymm15\n"    \
+      "vpaddd %%ymm15, %%ymm" #n ", %%ymm" #n:: \
+          : "xmm" #n, "xmm15");
+    REPEAT12(STEP)
 #undef STEP
   }
   return 24.0 * kLoops * 32 / (now_ns() - start);
@@ -54,7 +83,7 @@ __attribute__((target("avx512f"))) double burst_fp32_512() {
 __attribute__((target("avx2,fma"))) double burst_fp32_256() {
   const double start = now_ns();
   for (int i = 0; i < 2 * kLoops; ++i) {
-#define STEP(n) asm volatile("vfmadd231ps %%ymm14, %%ymm15, %%ymm" #n ::: "xmm" #n);
+#define STEP(n) asm volatile("vfmadd231ps %%ymm14, %%ymm15, %%ymm" #n::: "xmm" #n);
     REPEAT12(STEP)
 #undef STEP
   }
@@ -142,6 +171,10 @@ EXPORT double bench_peak(const char* what) {
     return __builtin_cpu_supports("avx512bf16") ? burst_bf16_512() : 0;
   }
   if (!strcmp(what, "fp32_512")) return __builtin_cpu_supports("avx512f") ? burst_fp32_512() : 0;
+  if (!strcmp(what, "int8_512")) {
+    return __builtin_cpu_supports("avx512vnni") ? burst_int8_512() : 0;
+  }
+  if (!strcmp(what, "int16_256")) return __builtin_cpu_supports("avx2") ? burst_int16_256() : 0;
   if (!strcmp(what, "fp32_256")) return __builtin_cpu_supports("fma") ? burst_fp32_256() : 0;
 #elif defined(__aarch64__)
   if (!strcmp(what, "fp32_neon")) return burst_fp32_neon();
@@ -163,6 +196,22 @@ EXPORT double bench_call(int (*run)(const void*, void*), const void* params, voi
   const double start = now_ns();
   if (run(params, error) != 0) return -1;
   return now_ns() - start;
+}
+
+// Nanoseconds of every task of one call, each kept in best[task] if it is less: short pieces fit
+// between two scheduler ticks where the whole call does not. -1 after an error.
+EXPORT int64_t bench_tasks(const Abi* abi, const void* params, void* error, double* best,
+                           int64_t room) {
+  void* call = nullptr;
+  if (abi->begin(params, &call, error) != 0) return -1;
+  const int64_t tasks = abi->num_tasks(call);
+  for (int64_t i = 0; i < tasks; ++i) {
+    const double start = now_ns();
+    abi->run_task(call, i);
+    const double took = now_ns() - start;
+    if (i < room && took < best[i]) best[i] = took;
+  }
+  return abi->end(call, error) == 0 && tasks <= room ? tasks : -1;
 }
 
 // Wall-clock nanoseconds of one call whose tasks `threads` threads share; -1 after an error.

@@ -29,8 +29,8 @@ class Abi(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("begin", "num_tasks", "run_task", "end")]
 
     @classmethod
-    def of(cls, lib: ctypes.CDLL) -> Abi:
-        names = [f"sfa_core_{name}" for name, _ in cls._fields_]
+    def of(cls, lib: ctypes.CDLL, prefix: str = "sfa_core") -> Abi:
+        names = [f"{prefix}_{name}" for name, _ in cls._fields_]
         return cls(*(ctypes.cast(getattr(lib, name), ctypes.c_void_p) for name in names))
 
 
@@ -46,6 +46,7 @@ class Clock:
             self._lib = ctypes.CDLL(str(target))
         for name in ("bench_peak", "bench_gather", "bench_call", "bench_call_threads"):
             getattr(self._lib, name).restype = ctypes.c_double
+        self._lib.bench_tasks.restype = ctypes.c_int64
         self._core = core.library()
         self._abi = Abi.of(self._core)
         self._error = core.Error()
@@ -76,6 +77,13 @@ class Clock:
         if took < 0:
             raise core.CoreError(self._error)
         return float(took) / 1e3
+
+    def tasks(self, abi: Abi, params: ctypes.Structure, best: np.ndarray) -> None:
+        """Run a call's tasks; `best` [tasks] float64 keeps the least nanoseconds of each."""
+        where = ctypes.c_void_p(best.ctypes.data), ctypes.c_int64(len(best))
+        calls = ctypes.byref(abi), ctypes.byref(params), ctypes.byref(self._error)
+        if self._lib.bench_tasks(*calls, *where) < 0:
+            raise core.CoreError(self._error)
 
 
 class Cache:

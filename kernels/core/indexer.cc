@@ -243,8 +243,11 @@ int run_piece(Call* c, int64_t row, int64_t piece, Scratch* s) {
 }
 
 int make_shared(Call* c, sfa_core_error* err) {
-  const int64_t rows = c->p.query_t;
-  const size_t head = align64(sizeof(SharedBest) * rows), each = best_bytes(c->room);
+  // Room for the best and those of one more piece: the sooner it is full, the sooner pieces learn
+  // what no longer counts.
+  const int64_t rows = c->p.query_t, want = c->p.sparse_count;
+  const int64_t room = c->room < 2 * want ? c->room : 2 * want;
+  const size_t head = align64(sizeof(SharedBest) * rows), each = best_bytes(room);
   char* memory = (char*)pool_take(head + each * rows);
   if (!memory) {
     return set_error(err, SFA_CORE_NO_MEMORY, "best keys", (int64_t)(head + each * rows), 0);
@@ -252,7 +255,7 @@ int make_shared(Call* c, sfa_core_error* err) {
   c->shared = (SharedBest*)memory;
   for (int64_t row = 0; row < rows; ++row) {
     SharedBest* shared = &c->shared[row];
-    place_best(&shared->best, c->room, c->p.sparse_count, memory + head + each * row);
+    place_best(&shared->best, room, want, memory + head + each * row);
     shared->lock = 0;
     shared->floor = kNoFloor;
     shared->left = (int32_t)c->pieces;

@@ -94,10 +94,11 @@ void load_query(const IndexerGeom& g, const void* query, const float* weights, v
   }
 }
 
-// The lanes' part of the scores of kSums / V keys, sums [key][W]; `first`: nothing is there yet.
+// The lanes' part of the scores of kSums / V keys, sums [key][W]; `first`: nothing is there yet. A
+// function of its own, so that nothing around it competes for registers.
 template <class D, int V, bool kHalf>
-void score_block(const Group& group, int steps, const uint8_t* const* rows, bool first,
-                 float* sums) {
+__attribute__((noinline)) void score_block(const Group& group, int steps,
+                                           const uint8_t* const* rows, bool first, float* sums) {
   constexpr int R = D::kSums / V;
   typename D::Acc acc[R][V];
   for (int v = 0; v < V; ++v) {
@@ -130,22 +131,40 @@ void score_block(const Group& group, int steps, const uint8_t* const* rows, bool
   }
 }
 
+// Asks for the lines of the next tile, a few at each of `steps` calls: in one burst they would wait
+// for each other, and the products for them.
+class Prefetch {
+ public:
+  Prefetch(const KeyTile* tile, int row_bytes, int steps)
+      : tile_(tile),
+        row_bytes_(row_bytes),
+        per_step_(tile ? (tile->n * ((row_bytes + 63) / 64) + steps - 1) / steps : 0) {}
+
+  void step() {
+    for (int left = per_step_; left > 0 && row_ < tile_->n; --left) {
+      __builtin_prefetch(tile_->row[row_] + at_, 0, 3);
+      at_ += 64;
+      if (at_ >= row_bytes_) at_ = 0, ++row_;
+    }
+  }
+
+ private:
+  const KeyTile* const tile_;
+  const int row_bytes_, per_step_;
+  int row_ = 0, at_ = 0;
+};
+
 template <class D, int V, bool kHalf>
-void score_group(const Group& group, int steps, const uint8_t* const* rows, const KeyTile* ahead,
-                 int row_bytes, int n, bool first, float* sums) {
+void score_group(const Group& group, int steps, const uint8_t* const* rows, Prefetch* prefetch,
+                 int n, bool first, float* sums) {
   if constexpr (V > 1) {
     if (group.v < V) {
-      return score_group<D, V - 1, kHalf>(group, steps, rows, ahead, row_bytes, n, first, sums);
+      return score_group<D, V - 1, kHalf>(group, steps, rows, prefetch, n, first, sums);
     }
   }
   constexpr int R = D::kSums / V;
   for (int k = 0; k < n; k += R) {
-    // The next tile's keys come from memory while this one is computed.
-    if (ahead) {
-      for (int r = k; r < k + R && r < ahead->n; ++r) {
-        for (int b = 0; b < row_bytes; b += 64) __builtin_prefetch(ahead->row[r] + b, 0, 2);
-      }
-    }
+    prefetch->step();
     score_block<D, V, kHalf>(group, steps, rows + k, first, sums + k * W);
   }
 }
@@ -185,10 +204,11 @@ void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, voi
     for (int i = tile.n; i < tile.n + kRowPad; ++i) copies[i] = copies[tile.n - 1];
     rows = copies;
   }
-  const int row_bytes = g.width * dtype_size(g.dtype);
+  const int least_steps = layout.groups * ((tile.n * D::kMaxV + D::kSums - 1) / D::kSums);
+  Prefetch prefetch(ahead, g.width * dtype_size(g.dtype), least_steps);
   for (int i = 0; i < layout.groups; ++i) {
-    score_group<D, D::kMaxV, kHalf>(layout.group(i), layout.steps, rows, i ? nullptr : ahead,
-                                    row_bytes, tile.n, i == 0, layout.sums);
+    score_group<D, D::kMaxV, kHalf>(layout.group(i), layout.steps, rows, &prefetch, tile.n, i == 0,
+                                    layout.sums);
   }
   for (int i = 0; i < tile.n; i += W) {
     vf score = add_lanes<W / 2>(layout.sums + i * W);
