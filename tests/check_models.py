@@ -189,6 +189,8 @@ CASES: list[Case] = [
     ("prototype-not-open", lambda: one("Dropout"), "unknown", "", "E10501"),
     ("reduce-no-axes", lambda: model([N("Neg", ["x"], ["t"]), N("ReduceSum", ["t"], ["y"])]),
      "error", "EZ9999", "no axes on a computed tensor"),
+    ("norm-epsilon", lambda: one("NPURmsNorm", "x", "g", ins=(X, ("g", F, (6,))), epsilon=1e-5),
+     "error", "", "never reads it"),
     ("reduce-axes", lambda: one("ReduceMean"), "error", "", "nowhere (all), opset 18: lost"),
     ("reduce-inputs", lambda: one("ReduceSum", "x", "x", "x"), "error", "EZ9999", "3 inputs"),
     ("split-num-outputs", lambda: model([

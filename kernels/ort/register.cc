@@ -1,11 +1,13 @@
 // The ops' faces towards the runtime, and the one symbol that it looks up.
 #include <stdlib.h>
+#include <string.h>
 
 #include "attention.h"
 #include "indexer.h"
 #include "kv_cache_pack.h"
 #include "message.h"
 #include "ort_abi.h"
+#include "rms_norm.h"
 #include "shape_inference.h"
 
 namespace sfa {
@@ -255,6 +257,7 @@ OrtStatus* AddDomain(const OrtApi* api, OrtSessionOptions* options, const char* 
   SFA_ORT_TRY(api->CreateCustomOpDomain(name, &domain));
   for (int i = 0; i < count; ++i) SFA_ORT_TRY(api->CustomOpDomain_Add(domain, &ops[i]));
   for (int i = 0; i < more_count; ++i) SFA_ORT_TRY(api->CustomOpDomain_Add(domain, &more[i]));
+  if (strcmp(name, "sfa_onnx") != 0) SFA_ORT_TRY(AddRmsNorms(api, domain));
   return api->AddCustomOpDomain(options, domain);
 }
 

@@ -53,6 +53,9 @@ def _add_atc(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--cann", choices=CANN_VERSIONS, default=DEFAULT_CANN, help="CANN line")
     parser.add_argument("--binding", choices=("kv-quant", "recipes"), default="kv-quant")
     parser.add_argument("--npu-dtype", choices=("bf16", "fp16"), help="cast float32 queries")
+    parser.add_argument(
+        "--plain-norms", action="store_true", help="keep norms as standard operators"
+    )
     parser.add_argument("--dim", action="append", default=[], metavar="NAME=N", help="bind a dim")
     parser.add_argument("--inputs", type=Path, help="inputs.npz to write for the device run")
     parser.add_argument("--before", type=Path, help="the original, for the node mapping")
@@ -123,6 +126,7 @@ def _atc(args: argparse.Namespace, console: Console) -> int:
         cann=args.cann,
         binding=args.binding,
         npu_dtype=args.npu_dtype,
+        norms=not args.plain_norms,
         dims=_dims(args.dim),
         scope=args.scope,
         inputs=load_inputs(args.inputs),

@@ -16,6 +16,8 @@ from sfa_onnx.ascend.checks.finding import Finding, misread
 from sfa_onnx.ascend.checks.tensors import tensors
 from sfa_onnx.ascend.checks.wiring import loose_outputs, names_that_meet, open_inputs
 from sfa_onnx.ascend.flavour.indices import is_non_negative
+from sfa_onnx.ascend.flavour.norm_match import PLUGIN_EPSILON, same_epsilon
+from sfa_onnx.ascend.flavour.norms import ADD_RMS_NORM, RMS_NORM
 from sfa_onnx.ascend.flavour.reductions import form_of
 from sfa_onnx.ascend.flavour.scatters import reads_scatter_reduction
 from sfa_onnx.ascend.reductions import REDUCTIONS, Reading, reading
@@ -39,7 +41,8 @@ def meaning(ctx: Context) -> Iterator[Finding]:
     for node in ctx.nodes():
         rule = _BY_OP.get(node.op_type)
         ours = node.domain != "ai.onnx" or ctx.plugin(node) is not None
-        if rule is not None and not ours and ctx.well_formed(node):
+        vendor = node.op_type in (RMS_NORM, ADD_RMS_NORM) and ctx.plugin(node) is None
+        if rule is not None and (vendor or not ours) and ctx.well_formed(node):
             yield from rule(ctx, node)
         yield from open_inputs(ctx, node)
     for scope in ctx.view.scopes:
@@ -249,6 +252,20 @@ def _reduction(ctx: Context, node: Node) -> Iterator[Finding]:
     )
 
 
+def _norm(_: Context, node: Node) -> Iterator[Finding]:
+    epsilon = float(attribute(node.proto, "epsilon", PLUGIN_EPSILON))
+    if not same_epsilon(epsilon):
+        yield misread(
+            "norm-epsilon",
+            "error",
+            f"{node.op_type} with epsilon = {epsilon:g}: the plug-in never reads it and writes 1e-6"
+            " on every CANN line",
+            node.name,
+            f"scale x by sqrt(1e-6 / epsilon), in float32; {_ATC}",
+            evidence="source",
+        )
+
+
 # Refused by every recorded run, which is said elsewhere.
 _REFUSED_REDUCTIONS: Final = ("ReduceL1", "ReduceLogSum", "ReduceSumSquare")
 _RECORDED: Final = ("ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceSum")
@@ -269,4 +286,5 @@ _BY_OP: Final[dict[str, Callable[[Context, Node], Iterator[Finding]]]] = {
     "Softmax": _softmax,
     "Unique": _ignored,
     **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys((RMS_NORM, ADD_RMS_NORM), _norm),
 }

@@ -65,6 +65,7 @@ _MEANING: Final = {
     "missing-producer": "an input nothing writes: stays open",
     "mod-sign": "Mod on negative operands: fmod makes no difference",
     "nested-branch-value": "a value from two graphs further out: not handed on to a nested If",
+    "norm-epsilon": "a vendor norm whose epsilon is not 1e-6: never read",
     "raw-data-short": "raw_data shorter than the dims say",
     "reduce-axes": "a reduction whose axes this CANN line reads elsewhere: lost",
     "scale-six-digits": "a scale without its exact companion: rounded to 6 digits",

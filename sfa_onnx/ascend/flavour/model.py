@@ -20,6 +20,7 @@ from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
 from sfa_onnx.ascend.flavour import form
 from sfa_onnx.ascend.flavour.downlevel import MAX_OPSET, MIN_OPSET, to_opset
 from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
+from sfa_onnx.ascend.flavour.norms import fuse_norms, readable_norms
 from sfa_onnx.ascend.flavour.reductions import best_opset, readable_reductions
 from sfa_onnx.ascend.flavour.repairs import REPAIRS
 from sfa_onnx.ascend.flavour.rows import narrow_rows
@@ -30,6 +31,7 @@ from sfa_onnx.files.model import paused_gc
 from sfa_onnx.guard.doors import door
 from sfa_onnx.guard.guarded import inline
 from sfa_onnx.operator.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
+from sfa_onnx.runtime.portable.norms import NORM_KEYS
 
 __all__ = ["FLAVOUR_KEY", "AtcModel", "convert", "from_atc", "is_atc", "to_atc"]
 
@@ -58,9 +60,12 @@ def to_atc(
     npu_dtype: str | None = None,
     opset: int | None = None,
     cann: str | None = None,
+    norms: bool | None = None,
 ) -> ModelProto:
     """The ATC flavour of a model; see `convert` for the arguments and errors."""
-    return convert(model, binding=binding, npu_dtype=npu_dtype, opset=opset, cann=cann).model
+    return convert(
+        model, binding=binding, npu_dtype=npu_dtype, opset=opset, cann=cann, norms=norms
+    ).model
 
 
 @door
@@ -71,6 +76,7 @@ def convert(
     npu_dtype: str | None = None,
     opset: int | None = None,
     cann: str | None = None,
+    norms: bool | None = None,
 ) -> AtcModel:
     """Write the ATC flavour of a model; the model itself is not changed.
 
@@ -81,6 +87,8 @@ def convert(
         opset: the opset to stay at or below, 11..18; default 18.
         cann: the CANN line whose plug-ins will read the file, one of `CANN_VERSIONS`; None: all
             of them. Reductions are written as that line reads them.
+        norms: write root mean square norms as the vendor's fused operators; None: where `cann` is
+            given, as all its lines have them.
 
     Raises:
         ModelError: something in the graph has no form CANN's parser understands, named.
@@ -98,7 +106,8 @@ def convert(
         source = _opset(work)
         _refuse_old(work, source)
         result = AtcModel(work, binding)
-        target = _rewrite(result, source, npu_dtype, cann, fixed=opset is not None)
+        fused = cann is not None if norms is None else norms
+        target = _rewrite(result, source, npu_dtype, cann, norms=fused, fixed=opset is not None)
         form.refuse_unfit(work, target)
         form.refuse_short(stash.values())
         _seal(work, source, target, binding, portable=portable)
@@ -117,7 +126,13 @@ def _check_limit(limit: int, model: ModelProto) -> None:
 
 
 def _rewrite(
-    result: AtcModel, source: int, npu_dtype: str | None, cann: str | None, *, fixed: bool
+    result: AtcModel,
+    source: int,
+    npu_dtype: str | None,
+    cann: str | None,
+    *,
+    norms: bool,
+    fixed: bool,
 ) -> int:
     """All passes, in the order they rest on each other; returns the opset of the result."""
     work, names = result.model, Names(result.model)
@@ -127,10 +142,13 @@ def _rewrite(
     result.notes += to_opset(work, source, names, facts)
     _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
     target = min(source, MAX_OPSET)
+    if norms:
+        result.notes += fuse_norms(work, names, facts, target)
     target = target if fixed else best_opset(work.graph, cann, target)
     repairs = (
         *REPAIRS,
         *PARSER_REPAIRS,
+        readable_norms,
         readable_scatters(cann),
         readable_reductions(cann),
     )
@@ -157,6 +175,7 @@ def from_atc(model: ModelProto) -> ModelProto:
         ContractError: a node of ours carries what has no canonical form.
     """
     from sfa_onnx.runtime.portable.model import make_portable
+    from sfa_onnx.runtime.portable.norms import add_norm_bodies
 
     work, stash = _without_weights(model)
     form.one_domain(work.graph)
@@ -172,6 +191,7 @@ def from_atc(model: ModelProto) -> ModelProto:
     _set_metadata(work, None)
     if story.get("portable"):
         work = make_portable(work)
+    add_norm_bodies(work)
     _restore(work, stash)
     return work
 
@@ -210,7 +230,7 @@ def _refuse_old(model: ModelProto, opset: int) -> None:
 
 def _inline(model: ModelProto) -> ModelProto:
     """Inline model functions; bodies of our own operators (portable form) are simply dropped."""
-    rest = [f for f in model.functions if (f.domain, f.name) not in _OWN]
+    rest = [f for f in model.functions if (f.domain, f.name) not in _OWN | NORM_KEYS]
     del model.functions[:]
     if not rest:
         return model

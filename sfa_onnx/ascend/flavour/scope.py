@@ -107,11 +107,27 @@ class Scope:
 
     def __post_init__(self) -> None:
         self._producers: dict[str, NodeProto] | None = None
+        self._readers: dict[str, list[NodeProto]] | None = None
         self._tensors: dict[str, TensorProto] | None = None
 
     def changed(self) -> None:
         """Forget what was looked up: the graph's nodes are new."""
         self._producers = self._tensors = None
+        self._readers = None
+
+    def readers(self, name: str) -> list[NodeProto]:
+        """The nodes of this graph that read `name`, once per input."""
+        if self._readers is None:
+            self._readers = {}
+            for node in self.graph.node:
+                for value in node.input:
+                    self._readers.setdefault(value, []).append(node)
+        return self._readers.get(name, [])
+
+    def made_here(self, name: str) -> NodeProto | None:
+        """The node of this graph itself that makes `name`."""
+        found = self.producer(name)
+        return found if found is not None and name in (self._producers or ()) else None
 
     def producer(self, name: str) -> NodeProto | None:
         """The node that makes `name`, here or in an enclosing graph."""

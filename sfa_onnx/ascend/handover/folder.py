@@ -58,6 +58,7 @@ def write(
     cann: str = DEFAULT_CANN,
     binding: str = "kv-quant",
     npu_dtype: str | None = None,
+    norms: bool = True,
     dims: Mapping[str, str | int] | None = None,
     scope: str | None = None,
     inputs: Mapping[str, Array] | None = None,
@@ -74,6 +75,7 @@ def write(
         cann: the CANN line, one of `CANN_VERSIONS`; the ATC flavour is right for it.
         binding: "kv-quant" or "recipes".
         npu_dtype: "bf16" or "fp16": cast float32 queries of our operators.
+        norms: write root mean square norms as the vendor's fused operators.
         dims: symbolic dim -> number, "a~b" or gears "a,b,c".
         scope: "layer:N" or "stage:A-B": convert only that part.
         inputs: arrays to write for the device; random ones when None and small enough.
@@ -91,7 +93,7 @@ def write(
     command = atc_command.build(
         proto, soc_version=soc_version, dims=dims, external_weights=external
     )
-    converted = convert(proto, binding=binding, npu_dtype=npu_dtype, cann=cann)
+    converted = convert(proto, binding=binding, npu_dtype=npu_dtype, cann=cann, norms=norms)
     _fix(converted, cann, soc_version, path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     target = _model_path(path, folder, scope, external)
