@@ -24,14 +24,15 @@ class Cann:
     checks_arity: bool  # surplus inputs are refused instead of dropped
     bad_number_code: str  # a non-numeric external_data value
     keeps_loose_constants: bool  # a constant that nothing else touches survives
+    reuses_inputs: bool  # GE's builder knows outputs that share an input's memory
 
 
 _VERSIONS: Final = {
-    "8.5": Cann("8.5", ("8.5",), False, False, False, "E19999", False),
+    "8.5": Cann("8.5", ("8.5",), False, False, False, "E19999", False, False),
     # 9.0 was read, not run: its parser is 9.1's but for the older external_data error.
-    "9.0": Cann("9.0", ("8.5", "9.1"), False, False, False, "E19999", False),
-    "9.1": Cann("9.1", ("9.1",), False, False, False, "E10001", False),
-    "9.2": Cann("9.2", ("9.2",), True, True, True, "E10001", True),
+    "9.0": Cann("9.0", ("8.5", "9.1"), False, False, False, "E19999", False, True),
+    "9.1": Cann("9.1", ("9.1",), False, False, False, "E10001", False, True),
+    "9.2": Cann("9.2", ("9.2",), True, True, True, "E10001", True, True),
 }
 CANN_VERSIONS: Final = tuple(_VERSIONS)
 DEFAULT_CANN: Final = "9.1"

@@ -2,6 +2,7 @@
 
     model.atc.onnx   the ATC flavour (beside external weights, under a name of its own)
     atc.sh           the exact atc call; sources the package, builds the plug-in when needed
+    build_om.*       the same through GE's own interface, with caches written in place (CANN 9.0+)
     opp/ plugin/ python/ build_plugin.sh    the plug-in as a vendor package (`package.py`)
     mapping.json     fused node -> replaced nodes
     inputs/ outputs.json run_om.py          to run the .om and compare
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from sfa_onnx.ascend.cann import DEFAULT_CANN
+from sfa_onnx.ascend.cann import cann as cann_line
 from sfa_onnx.ascend.flavour.model import AtcModel, convert, from_atc
 from sfa_onnx.ascend.handover import command as atc_command
 from sfa_onnx.ascend.handover import data as handover_data
@@ -32,6 +34,7 @@ from sfa_onnx.ascend.handover import log as atc_log
 from sfa_onnx.ascend.handover import package
 from sfa_onnx.ascend.handover import run_om as handover_run_om
 from sfa_onnx.ascend.handover.against import compare_against
+from sfa_onnx.ascend.handover.builder import builder_files
 from sfa_onnx.ascend.handover.command import bind_dims
 from sfa_onnx.ascend.handover.mapping import find_original, mapping
 from sfa_onnx.ascend.handover.readme import atc_script, readme
@@ -147,6 +150,8 @@ def _write_files(
         "run_om.py": Path(handover_run_om.__file__).read_text(encoding="utf-8"),
         "mapping.json": _mapping(converted, path, before, target.name),
     }
+    if cann_line(report.cann).reuses_inputs:
+        texts |= builder_files(converted.model, command, where)
     for name, text in texts.items():
         atomic_write(folder / name, text.encode(), force=force)
         report.files.append(name)

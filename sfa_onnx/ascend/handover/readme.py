@@ -35,6 +35,7 @@ def atc_script(command: AtcCommand, model: str, vendor: str) -> str:
             *asks,
             f"[ -f {library} ] || ./build_plugin.sh",
             f"source opp/vendors/{vendor}/bin/set_env.bash",
+            "rm -f model.in_place.json  # of another road to model.om",
             command.line(model, "model"),
             "",
         ]
@@ -63,6 +64,8 @@ def readme(report: HandoverReport, model_name: str) -> str:
             "| --- | --- |",
             f"| {model_name} | the model in the form CANN's parser reads |",
             "| atc.sh | the exact atc call |",
+            "| build_om.py, build_om.cc, build_om.json | the other road to model.om, for CANN 9.0"
+            " and later: GE's own interface, caches written in place; instead of atc.sh |",
             "| build_plugin.sh, plugin/ | the parser plug-in, built by one g++ line |",
             "| opp/vendors/ | the vendor package; copy it to another place if you like, and source"
             " its bin/set_env.bash |",

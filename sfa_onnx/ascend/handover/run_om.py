@@ -3,8 +3,9 @@
     python run_om.py model.om [--device 0]
     sfa-onnx compare model.sfa.onnx --against .
 
-Needs numpy and either ais_bench (aclruntime) or pyACL, whichever is installed. Inputs are taken
-from inputs/ in graph order; outputs are written to outputs/ with the names of the ONNX graph.
+Needs numpy and either ais_bench (aclruntime) or pyACL, whichever is installed; pyACL for a file of
+build_om.py, whose caches are written in place. Inputs are taken from inputs/ in graph order;
+outputs are written to outputs/ with the names of the ONNX graph.
 """
 
 from __future__ import annotations
@@ -43,8 +44,16 @@ def _ok(what: str, code: int) -> None:
         sys.exit(f"{what} failed with ACL error {code}")
 
 
-def run_acl(model: Path, device: int, inputs: list[Any]) -> list[Any]:
-    """Through pyACL alone."""
+def in_place(model: Path) -> dict[int, int]:
+    """Output -> the input whose memory it shares, as the .om was built; empty for atc's files."""
+    told = model.with_suffix(".in_place.json")
+    if not told.is_file():
+        return {}
+    return {p["output_index"]: p["input_index"] for p in json.loads(told.read_text())}
+
+
+def run_acl(model: Path, device: int, inputs: list[Any], shared: dict[int, int]) -> list[Any]:
+    """Through pyACL alone; an output of `shared` gets the address of its input."""
     acl: Any = importlib.import_module("acl")
     _ok("acl.init", acl.init())
     _ok("acl.rt.set_device", acl.rt.set_device(device))
@@ -53,6 +62,7 @@ def run_acl(model: Path, device: int, inputs: list[Any]) -> list[Any]:
     desc = acl.mdl.create_desc()
     _ok("acl.mdl.get_desc", acl.mdl.get_desc(desc, number))
     sources, targets = acl.mdl.create_dataset(), acl.mdl.create_dataset()
+    addresses = []
     for array in inputs:
         raw = np.ascontiguousarray(array).tobytes()
         memory, code = acl.rt.malloc(len(raw), HUGE_PAGES_FIRST)
@@ -60,12 +70,16 @@ def run_acl(model: Path, device: int, inputs: list[Any]) -> list[Any]:
         pointer = acl.util.bytes_to_ptr(raw)
         _ok("copy to device", acl.rt.memcpy(memory, len(raw), pointer, len(raw), TO_DEVICE))
         acl.mdl.add_dataset_buffer(sources, acl.create_data_buffer(memory, len(raw)))
+        addresses.append(memory)
     sizes = [
         acl.mdl.get_output_size_by_index(desc, i) for i in range(acl.mdl.get_num_outputs(desc))
     ]
-    for size in sizes:
-        memory, code = acl.rt.malloc(size, HUGE_PAGES_FIRST)
-        _ok("acl.rt.malloc", code)
+    for i, size in enumerate(sizes):
+        if i in shared:
+            memory = addresses[shared[i]]
+        else:
+            memory, code = acl.rt.malloc(size, HUGE_PAGES_FIRST)
+            _ok("acl.rt.malloc", code)
         acl.mdl.add_dataset_buffer(targets, acl.create_data_buffer(memory, size))
     _ok("running the model", acl.mdl.execute(number, sources, targets))
     return [_fetch(acl, targets, i, size) for i, size in enumerate(sizes)]
@@ -102,11 +116,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the .om file")
     parser.add_argument("--device", type=int, default=0)
     args = parser.parse_args()
-    inputs = load_inputs()
+    inputs, shared = load_inputs(), in_place(args.model)
     try:
+        if shared:  # ais_bench gives every output memory of its own
+            raise ImportError
         outputs = run_ais_bench(args.model, args.device, inputs)
     except ImportError:
-        outputs = run_acl(args.model, args.device, inputs)
+        outputs = run_acl(args.model, args.device, inputs, shared)
     save_outputs(outputs)
     print(f"{len(outputs)} outputs written to {HERE / 'outputs'}")
 

@@ -14,6 +14,7 @@ class AscendString {
   AscendString() = default;
   AscendString(const char_t* const name);
   const char_t* GetString() const;
+  bool operator<(const AscendString& other) const;
 
  private:
   std::shared_ptr<std::string> name_;
