@@ -10,6 +10,7 @@ import onnx
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.model import load_model, save_model
 from sfa_onnx.guard.doors import door
+from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import body_views
@@ -28,6 +29,7 @@ def unfuse(
     model: str | os.PathLike[str] | onnx.ModelProto,
     output: str | os.PathLike[str] | None = None,
     *,
+    rounding: Rounding = "exact",
     force: bool = False,
 ) -> FuseReport:
     """Replace our operators by standard ones; nothing of ours is needed to run the result.
@@ -37,6 +39,7 @@ def unfuse(
     Args:
         model: a fused model (path or `ModelProto`, which is not changed).
         output: where to write the result; None: only return it.
+        rounding: "npu": the standard operators round as CANN's kernels do.
         force: overwrite `output`.
 
     Returns:
@@ -64,7 +67,7 @@ def unfuse(
     ]
     if not sites:
         raise UsageError("the model holds no operator of ours, so there is nothing to unfuse")
-    result = standard_nodes(source)
+    result = standard_nodes(source, rounding=rounding)
     report = FuseReport(
         model=result,
         sites=sites,

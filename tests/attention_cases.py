@@ -36,6 +36,12 @@ class Case:
         return run(*(self.inputs.get(t.name) for t in self.op.inputs), **(self.attributes | kw))
 
 
+def softmax_reference(case: Case, **kw: Any) -> tuple[np.ndarray, np.ndarray]:
+    """softmax_max and softmax_sum of a float-cache case."""
+    inputs = (case.inputs.get(t.name) for t in case.op.inputs)
+    return reference.sparse_flash_attention_lse(*inputs, **(case.attributes | kw))[1:]
+
+
 def make_case(
     op: OpContract = SPARSE_FLASH_ATTENTION_ANTIQUANT,
     layouts: tuple[str, str] = ("BSND", "PA_BSND"),
@@ -53,6 +59,8 @@ def make_case(
     rope: int = 8,
     tile: int = 16,
     lengths: bool = True,
+    sinks: bool = False,
+    lse: bool = False,
     peak: float = 1.0,
     seed: int = 0,
 ) -> Case:
@@ -96,6 +104,8 @@ def make_case(
         inputs["query"] = np.ascontiguousarray(query[..., :nope])
         inputs["query_rope"] = np.ascontiguousarray(query[..., nope:])
         inputs["key_rope"] = stream[1]
+    if sinks:
+        inputs["sinks"] = (2 * r.standard_normal(heads)).astype(np.float32)
     given = {
         "scale_value": float(np.float32((nope + rope) ** -0.5)),
         "sparse_block_size": sparse_block_size,
@@ -104,6 +114,7 @@ def make_case(
         "sparse_mode": sparse_mode,
     }
     given |= {"tile_size": tile, "rope_head_dim": rope} if packed else {}
+    given |= {"return_softmax_lse": 1} if lse else {}
     details = {"act_q": act_q, "act_kv": act_kv, "nope": nope, "rope": rope, "tile": tile}
     return Case(op, inputs, op.complete(given), details)
 

@@ -61,14 +61,18 @@ def node_model(
 ) -> onnx.ModelProto:
     while names and not names[-1]:
         names.pop()
-    node = helper.make_node(
-        op.name, names, [op.outputs[0].name], name="site", domain=op.domain, **attributes
-    )
+    count = 3 if attributes.get("return_softmax_lse") else 1
+    results = [t.name for t in op.outputs[:count]]
+    node = helper.make_node(op.name, names, results, name="site", domain=op.domain, **attributes)
     first = inputs[0].type.tensor_type
     query = next((i.type.tensor_type for i in inputs if i.name == "query"), first)
     kind = onnx.TensorProto.INT8 if op.name == "KvCachePack" else query.elem_type
     dims = [None] * len(query.shape.dim)
-    output = helper.make_tensor_value_info(op.outputs[0].name, kind, dims)
-    graph = helper.make_graph([node], "one_node", inputs, [output])
+    kinds = [kind, *[onnx.TensorProto.FLOAT] * (count - 1)]
+    outputs = [
+        helper.make_tensor_value_info(name, elem, dims)
+        for name, elem in zip(results, kinds, strict=True)
+    ]
+    graph = helper.make_graph([node], "one_node", inputs, outputs)
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(op.domain, op.version)]
     return helper.make_model(graph, opset_imports=imports, ir_version=9)

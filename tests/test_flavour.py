@@ -65,7 +65,7 @@ def ours(contract: op.OpContract, name="sfa_0", gaps=True, **override) -> NodePr
     values |= {"rope_head_dim": 64, "layout_kv": "PA_BSND", "sparse_count": 64}
     node = NodeProto(op_type=contract.name, domain=contract.domain, name=name)
     absent = {t.name for t in contract.inputs if "dequant_scale" in t.name and t.optional and gaps}
-    node.input.extend("" if t.name in absent else t.name for t in contract.inputs)
+    node.input.extend("" if t.name in absent else t.name for t in contract.ge_inputs)
     if contract is op.KV_CACHE_PACK and gaps:
         node.input[:] = ["nope", "rope"]
     node.output.extend([contract.outputs[0].name])

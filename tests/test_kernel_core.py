@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 import subprocess
@@ -14,8 +13,6 @@ import pytest
 
 from benchmarks import kernel_abi as core
 from sfa_onnx.operator import kv_cache, reference
-from sfa_onnx.operator.op import PackedRow
-from sfa_onnx.operator.reference_npu import npu_round
 
 pytestmark = pytest.mark.kernel
 
@@ -185,64 +182,6 @@ def test_widths(isa: str, dtype: np.dtype, nope: int, rope: int, tile: int) -> N
             float_cache=True,
         )
         assert_close(case.run(isa), case.want(), limit(dtype))
-
-
-def rounded_rows(case: Case) -> Case:
-    """The float-cache call whose latents are the case's, rounded as the NPU rounds them."""
-    row = PackedRow(case.query.shape[-1] - case.rope, case.rope, case.tile, case.dtype.itemsize)
-    nope, rope, scale = kv_cache.unpack(case.key, row, case.dtype)
-    latent = npu_round(kv_cache.dequantise(nope, scale, np.float32), case.dtype)
-    other = copy.copy(case)
-    other.key, other.key_rope = latent.astype(case.dtype), rope
-    other.query = np.ascontiguousarray(case.query[..., : row.nope])
-    other.query_rope = np.ascontiguousarray(case.query[..., row.nope :])
-    return other
-
-
-@pytest.mark.parametrize("dtype", QUERIES, ids=IDS)
-@pytest.mark.parametrize(("nope", "rope", "tile"), [(512, 64, 128), (192, 33, 64), (20, 6, 5)])
-def test_npu_rounding_is_the_call_over_rounded_latents(
-    isa: str, dtype: np.dtype, nope: int, rope: int, tile: int
-) -> None:
-    for heads in (1, 4, 6, 16, 40):
-        case = Case(
-            np.random.default_rng(heads), dtype, heads=heads, k=600, nope=nope, rope=rope, tile=tile
-        )
-        got = case.run(isa, rounding="npu")
-        assert_close(got, rounded_rows(case).want(), limit(dtype))
-        changed = (got != case.run(isa)).any()
-        assert changed == (dtype != F32), "a float32 query rounds nothing"
-
-
-def test_npu_rounding_breaks_ties_as_the_kernel_does(isa: str) -> None:
-    """One key per row: the output is its latent, so every rounding can be read off."""
-    for dtype, step in ((BF16, 2.0**-7), (F16, 2.0**-10)):
-        scale = np.float32(1 + step / 2)  # odd multiples lie half-way between two values
-        q = np.arange(-128, 128, dtype=np.int8).reshape(2, 1, 1, 128)
-        rope = np.zeros((2, 1, 1, 2), dtype)
-        key = kv_cache.pack(q, rope, np.full((2, 1, 1, 1), scale), tile_size=128)
-        query = np.zeros((2, 1, 5, 130), dtype)
-        got = core.attention(
-            query, key, np.zeros((2, 1, 1, 1), np.int32), scale=1.0, rope_dim=2, isa=isa,
-            rounding="npu",
-        )  # fmt: skip
-        want = npu_round(q.astype(np.float32) * scale, dtype).astype(dtype)
-        np.testing.assert_array_equal(got, np.broadcast_to(want, got.shape))
-
-
-@pytest.mark.parametrize("scale", [0.0, 2.0**-110, -1e-35, np.inf, np.nan])
-def test_npu_rounding_of_extreme_scales(isa: str, scale: float) -> None:
-    q = np.full((1, 1, 1, 128), 3, np.int8)
-    q[..., 64:] = -128
-    key = kv_cache.pack(q, None, np.full((1, 1, 1, 1), scale, np.float32), tile_size=128)
-    query = np.zeros((1, 1, 3, 128), BF16)
-    arguments = {"scale": 0.0, "rope_dim": 0, "isa": isa, "rounding": "npu"}
-    got = core.attention(query, key, np.zeros((1, 1, 1, 1), np.int32), **arguments)
-    want = (q.astype(np.float32) * np.float32(scale)).astype(BF16)
-    if not np.isfinite(scale):
-        assert np.isnan(got.astype(np.float32)).all()  # 0 x Inf is no score
-    else:
-        np.testing.assert_array_equal(got, np.broadcast_to(want, got.shape))
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 128, 1024])

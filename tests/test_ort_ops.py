@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from sfa_onnx import runtime
+from sfa_onnx.errors import UsageError
 from sfa_onnx.operator.op import (
     KV_QUANT_SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
-from tests.attention_cases import BF16, LAYOUTS, Case, make_case
+from tests.attention_cases import BF16, LAYOUTS, Case, make_case, softmax_reference
 from tests.op_models import needs_library, op_model
 
 OPS = (SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION)
@@ -125,6 +126,75 @@ def test_sizes_nobody_planned(data):
         seed=data.draw(st.integers(0, 999)),
     )
     check(case)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_sinks(op, layouts, dtype):
+    for sparse_mode in (0, 3):
+        check(make_case(op, layouts, dtype=dtype, sparse_mode=sparse_mode, sinks=True))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+def test_the_softmax_comes_out_when_asked_for(layouts, dtype, sinks):
+    for sparse_mode in (0, 3):
+        case = make_case(
+            SPARSE_FLASH_ATTENTION, layouts, dtype=dtype, sparse_mode=sparse_mode, sinks=sinks,
+            lse=True,
+        )  # fmt: skip
+        session = runtime.session(op_model(case))
+        got = runtime.run(session, feeds(case))
+        assert head_error(got[OUT], in_float64(case)) <= limit(case)
+        for name, want in zip(("softmax_max", "softmax_sum"), softmax_reference(case), strict=True):
+            assert got[name].shape == want.shape
+            np.testing.assert_allclose(got[name], want, rtol=2e-3, atol=2e-3)
+        if infers_shapes() and layouts[0] == "BSND":
+            shapes = {o.name: o.shape for o in session.get_outputs()}
+            assert shapes["softmax_max"] == ["query_0", 1, "query_1", "query_2"]
+
+
+@needs_library
+def test_a_softmax_not_asked_for_is_empty_as_in_cann():
+    case = make_case(SPARSE_FLASH_ATTENTION, lse=True)
+    model = op_model(case)
+    next(a for a in model.graph.node[0].attribute if a.name == "return_softmax_lse").i = 0
+    for value in model.graph.output[1:]:
+        del value.type.tensor_type.shape.dim[1:]
+    got = runtime.run(model, feeds(case))
+    assert got["softmax_max"].shape == got["softmax_sum"].shape == (0,)
+    assert (got[OUT] == run(case)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+def test_a_session_may_round_as_the_npu_does(layouts, dtype):
+    case = make_case(layouts=layouts, dtype=dtype, nope=64, tile=32, sinks=True)
+    got = runtime.run(op_model(case), feeds(case), rounding="npu")[OUT]
+    assert head_error(got, case.reference(mode="npu").astype(np.float64)) <= 1.5 * limit(case)
+    assert (got != run(case)).any() == (dtype != np.float32)
+
+
+@needs_library
+def test_a_rounding_belongs_to_its_session():
+    model, options = op_model(make_case()), ort.SessionOptions()
+    session = runtime.session(model, options, rounding="npu")
+    runtime.session(model, options, rounding="npu")
+    with pytest.raises(UsageError, match="registered with rounding 'npu', not 'exact'"):
+        runtime.session(model, options)
+    with pytest.raises(UsageError, match="open it with rounding"):
+        runtime.run(session, feeds(make_case()), rounding="npu")
+    with pytest.raises(UsageError, match="'away': expected exact or npu"):
+        runtime.session(model, rounding="away")
+    foreign = ort.SessionOptions()
+    foreign.add_session_config_entry("sfa_onnx.rounding", "away")
+    with pytest.raises(Exception, match="expected exact or npu, got 'away'"):
+        foreign.register_custom_ops_library(str(runtime.library_path()))
 
 
 @needs_library

@@ -243,7 +243,7 @@ ATTRIBUTE_REFUSALS: list[tuple[OpContract, str, Any, str]] = [
     (BUILT_IN, "pre_tokens", 5, "expected 9223372036854775807, got 5"),
     (BUILT_IN, "next_tokens", 0, "expected 9223372036854775807, got 0"),
     (FLOAT, "attention_mode", 1, "expected 0 or 2, got 1"),
-    (FLOAT, "return_softmax_lse", 1, "expected 0, got 1"),
+    (FLOAT, "return_softmax_lse", 2, "expected 0 or 1, got 2"),
 ]
 
 

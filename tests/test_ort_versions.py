@@ -79,7 +79,7 @@ def table() -> Table:
 
 def test_the_header_states_every_index_once(table):
     stated = indices()
-    assert len(stated) == len(set(stated.values())) == 31
+    assert len(stated) == len(set(stated.values())) == 34
     assert max(stated.values()) == stated["KernelContext_ParallelFor"] == 274
 
 

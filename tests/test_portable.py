@@ -18,7 +18,7 @@ from sfa_onnx.operator.op import (
 from sfa_onnx.runtime.portable.body import Body
 from sfa_onnx.runtime.portable.model import make_portable, unfuse
 from sfa_onnx.runtime.portable.numbers import FORMATS, from_bytes, to_bytes
-from tests.attention_cases import BF16, LAYOUTS, make_case
+from tests.attention_cases import BF16, LAYOUTS, make_case, softmax_reference
 from tests.indexer_cases import indexer_call, indexer_model
 from tests.op_models import elem_type, needs_library, node_model, op_model
 
@@ -65,6 +65,52 @@ def test_no_rope_and_no_lengths():
         case = make_case(op, ("BSND", "BSND"), rope=0, lengths=False, dtype=np.float32)
         out = runtime.run(plain(make_portable(op_model(case))), feeds(case))
         close(out["attention_out"], case, 3e-6)
+
+
+@pytest.mark.parametrize("op", [SFAA, SFA], ids=["antiquant", "float"])
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("rewrite", [make_portable, unfuse])
+def test_sinks_and_the_softmax(op, layouts, rewrite):
+    for sparse_mode in (0, 3):
+        case = make_case(
+            op, layouts, dtype=np.float32, sparse_mode=sparse_mode, sinks=True, lse=op is SFA
+        )
+        case.inputs["sinks"][:2] = -np.inf, 50
+        out = runtime.run(plain(rewrite(op_model(case))), feeds(case))
+        want = case.reference()
+        np.testing.assert_allclose(out["attention_out"], want, rtol=1e-4, atol=1e-6)
+        if op is SFA:
+            for name, one in zip(
+                ("softmax_max", "softmax_sum"), softmax_reference(case), strict=True
+            ):
+                np.testing.assert_allclose(out[name], one, rtol=1e-5, atol=1e-6)
+
+
+def test_the_softmax_without_sinks_and_not_asked_for():
+    case = make_case(SFA, dtype=np.float32, lse=True)
+    out = runtime.run(plain(make_portable(op_model(case))), feeds(case))
+    for name, one in zip(("softmax_max", "softmax_sum"), softmax_reference(case), strict=True):
+        np.testing.assert_allclose(out[name], one, rtol=1e-5, atol=1e-6)
+    model = op_model(case)
+    next(a for a in model.graph.node[0].attribute if a.name == "return_softmax_lse").i = 0
+    for value in model.graph.output[1:]:
+        del value.type.tensor_type.shape.dim[1:]
+    out = runtime.run(plain(make_portable(model)), feeds(case))
+    assert out["softmax_max"].shape == out["softmax_sum"].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
+@pytest.mark.parametrize("rewrite", [make_portable, unfuse])
+def test_bodies_may_round_as_the_npu_does(dtype, rewrite):
+    case = make_case(SFAA, dtype=dtype)
+    rounded, exact = (
+        runtime.run(plain(rewrite(op_model(case), **kw)), feeds(case))["attention_out"]
+        for kw in ({"rounding": "npu"}, {})
+    )
+    want = case.reference(mode="golden").astype(float)
+    error = np.linalg.norm(rounded.astype(float) - want, axis=-1)
+    assert (error <= 2 * BOUNDS[np.dtype(dtype)] * np.linalg.norm(want, axis=-1)).all()
+    assert (rounded != exact).any()
 
 
 def test_rows_that_are_not_selected_do_not_leak_in():

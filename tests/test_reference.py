@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import ml_dtypes
@@ -8,7 +9,7 @@ from sfa_onnx.errors import ContractError
 from sfa_onnx.operator import kv_cache, reference
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
 from sfa_onnx.operator.reference_npu import half_away
-from tests.attention_cases import BF16, LAYOUTS, make_case
+from tests.attention_cases import BF16, LAYOUTS, make_case, softmax_reference
 
 SFAA, SFA = SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION
 
@@ -274,3 +275,52 @@ def test_quantised_indexer_agrees_with_the_float_one_on_dequantised_inputs(mode)
     )  # fmt: skip
     assert got.shape == (5, 1, 4)
     assert (got == want).mean() >= (1 if mode == "exact" else 0.8)
+
+
+def test_a_sink_is_one_more_score_without_a_value():
+    for op in (SFAA, SFA):
+        case = make_case(op, dtype=np.float32, sinks=True)
+        plain = dataclasses.replace(case, inputs={**case.inputs, "sinks": None})
+        if op is SFA:
+            top, total = softmax_reference(plain)
+            lse = (top + np.log(np.maximum(total, 1e-38))).transpose(0, 2, 3, 1)
+            share = 1 / (1 + np.exp(case.inputs["sinks"][:, None] - lse))
+            np.testing.assert_allclose(case.reference(), plain.reference() * share, rtol=1e-5)
+        nothing = dataclasses.replace(case, inputs=case.inputs | {"sinks": np.full(4, -np.inf)})
+        np.testing.assert_array_equal(nothing.reference(), plain.reference())
+        for mode in ("npu", "golden"):
+            case = make_case(op, dtype=BF16, sinks=True)
+            got, want = (case.reference(mode=m).astype(float) for m in (mode, "exact"))
+            assert np.linalg.norm(got - want) <= 0.02 * np.linalg.norm(want)
+
+
+def test_rows_without_a_key_have_their_sink_alone():
+    case = make_case(SFA, ("BSND", "BSND"), dtype=np.float32, sinks=True, batch=2, s1=3, s2=6)
+    case.inputs["actual_seq_lengths_query"] = np.array([3, 2], np.int32)
+    case.inputs["actual_seq_lengths_kv"] = np.array([6, 1], np.int32)
+    case.inputs["sparse_indices"][:] = -1
+    top, total = softmax_reference(case)
+    for row in ((0, 0, 0), (0, 0, 2), (1, 0, 1)):
+        np.testing.assert_array_equal(top[row], case.inputs["sinks"])
+        np.testing.assert_array_equal(total[row], np.ones(4))
+    for row in ((1, 0, 0), (1, 0, 2)):  # the mask leaves nothing; past the query's length
+        assert not top[row].any()
+        assert not total[row].any()
+    assert not case.reference().any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
+def test_the_golden_mode_is_the_vendors_formula(dtype):
+    """Latents to the query's type, one float32 softmax, normalised weights to the query's type."""
+    case = make_case(SFAA, ("BSND", "BSND"), dtype=dtype, batch=1, s1=1, sparse_mode=0)
+    row = PackedRow(32, 8, 16)
+    tokens = case.inputs["sparse_indices"][0, 0, 0]
+    n, rope, scale = kv_cache.unpack(case.inputs["key"][0, tokens, 0], row, np.dtype(dtype))
+    latent = (n * np.repeat(scale, 16, -1)).astype(dtype).astype(np.float32)
+    keys = np.concatenate([latent, rope.astype(np.float32)], -1)
+    scores = case.inputs["query"][0, 0].astype(np.float32) @ keys.T
+    scores = scores * np.float32(case.attributes["scale_value"])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True)).astype(dtype).astype(np.float32)
+    want = (weights @ latent).astype(dtype)
+    np.testing.assert_array_equal(case.reference(mode="golden")[0, 0], want)

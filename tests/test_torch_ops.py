@@ -40,9 +40,9 @@ def call(case):
 
 def test_the_argument_list_is_canns():
     op = OPS.npu_sparse_flash_attention_antiquant.default
-    assert sfa_torch.schema_of(SPARSE_FLASH_ATTENTION_ANTIQUANT) == (
-        f"({re.sub(chr(10), ' ', CANN)}) -> Tensor"
-    )
+    ours = sfa_torch.schema_of(SPARSE_FLASH_ATTENTION_ANTIQUANT)
+    # Sinks came later, at the end, in CANN's development line.
+    assert ours.replace(" Tensor? sinks=None,", "") == f"({re.sub(chr(10), ' ', CANN)}) -> Tensor"
     assert str(op._schema).split("(", 1)[1].startswith("Tensor query, Tensor key, Tensor value")
 
 

@@ -17,6 +17,7 @@ constexpr const char* kRoleNames[kRoles] = {
     "actual_seq_lengths_kv",
     "query_rope",
     "key_rope",
+    "sinks",
 };
 
 // A node's kernel: nothing but its attributes. Scratch belongs to the core, process-wide.
@@ -34,6 +35,31 @@ OrtStatus* ReadInputs(const AttentionKernel& kernel, const OrtKernelContext* con
     if (role == kValue) continue;
     SFA_ORT_TRY(ReadInput(kernel.api, context, i, kRoleNames[role], &in[role]));
   }
+  return nullptr;
+}
+
+// softmax_max and softmax_sum, [B,1,S1,N1] or [1,T,N1]; nothing, as CANN has it, when they are not
+// asked for.
+OrtStatus* SoftmaxOutputs(const AttentionKernel& kernel, OrtKernelContext* context,
+                          const Tensor& query, sfa_core_params* params) {
+  size_t outputs = 0;
+  SFA_ORT_TRY(kernel.api->KernelContext_GetOutputCount(context, &outputs));
+  int64_t shape[kMaxRank] = {};
+  const size_t rank = SoftmaxShape(query.dims, query.rank, shape);
+  float* data[kFloatOutputs] = {};
+  for (size_t i = 1; i < kFloatOutputs && i < outputs; ++i) {
+    OrtValue* out = nullptr;
+    void* memory = nullptr;
+    const int64_t nothing = 0;
+    SFA_ORT_TRY(kernel.api->KernelContext_GetOutput(context, i,
+                                                    kernel.attributes.lse ? shape : &nothing,
+                                                    kernel.attributes.lse ? rank : 1, &out));
+    if (out == nullptr) continue;
+    SFA_ORT_TRY(kernel.api->GetTensorMutableData(out, &memory));
+    if (kernel.attributes.lse) data[i] = static_cast<float*>(memory);
+  }
+  params->softmax_max = data[1];
+  params->softmax_sum = data[2];
   return nullptr;
 }
 
@@ -63,10 +89,11 @@ OrtStatus* RunOnPool(const OrtApi* api, const OrtKernelContext* context,
 }  // namespace
 
 OrtStatusPtr CreateAttention(const OrtApi* api, const OrtKernelInfo* info, AttentionOp op,
-                             void** kernel) {
+                             int rounding, void** kernel) {
   Message error;
   AttentionAttributes attributes;
   if (!ReadAttributes(api, info, op, &attributes, &error)) return Refuse(api, error);
+  attributes.rounding = rounding;
   auto* made = static_cast<AttentionKernel*>(malloc(sizeof(AttentionKernel)));
   if (made == nullptr) return api->CreateStatus(ORT_FAIL, "out of memory");
   *made = AttentionKernel{api, attributes};
@@ -89,6 +116,9 @@ OrtStatusPtr ComputeAttention(void* kernel, OrtKernelContext* context) {
   OrtValue* out = nullptr;
   SFA_ORT_TRY(self.api->KernelContext_GetOutput(context, 0, shape, query.rank, &out));
   SFA_ORT_TRY(self.api->GetTensorMutableData(out, &params.out));
+  if (self.attributes.op == AttentionOp::kFloatCache) {
+    SFA_ORT_TRY(SoftmaxOutputs(self, context, query, &params));
+  }
   if (params.num_heads == 0) return nullptr;  // nothing to write; the core wants a head
   return RunOnPool(self.api, context, params);
 }

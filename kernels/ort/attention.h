@@ -25,16 +25,19 @@ enum Role {
   kLengthsKv,
   kQueryRope,
   kKeyRope,
+  kSinks,
   kRoles
 };
 
 // Input position -> role, in CANN's order (sfa_onnx/operator/op.py).
-constexpr int kAttentionInputs = 9;
+constexpr int kAttentionInputs = 10;
 constexpr Role kPackedInputs[kAttentionInputs] = {
-    kQuery, kKey, kValue, kIndices, kKeyScale, kValueScale, kBlockTable, kLengthsQuery, kLengthsKv,
+    kQuery,      kKey,        kValue,        kIndices,   kKeyScale,
+    kValueScale, kBlockTable, kLengthsQuery, kLengthsKv, kSinks,
 };
 constexpr Role kFloatInputs[kAttentionInputs] = {
-    kQuery, kKey, kValue, kIndices, kBlockTable, kLengthsQuery, kLengthsKv, kQueryRope, kKeyRope,
+    kQuery,        kKey,       kValue,     kIndices, kBlockTable,
+    kLengthsQuery, kLengthsKv, kQueryRope, kKeyRope, kSinks,
 };
 
 constexpr const Role* InputsOf(AttentionOp op) {
@@ -47,6 +50,9 @@ constexpr const char* NameOf(AttentionOp op) {
                                        : "NPUSparseFlashAttention";
 }
 
+// The float-cache op has softmax_max and softmax_sum after its output.
+constexpr int kFloatOutputs = 3;
+
 struct AttentionAttributes {
   AttentionOp op;
   float scale_value;
@@ -56,7 +62,9 @@ struct AttentionAttributes {
   int64_t rope_head_dim;  // packed rows only
   int layout_query;       // sfa_core_layout
   int layout_kv;
-  int holes;  // sfa_core_holes
+  int holes;     // sfa_core_holes
+  int rounding;  // sfa_core_rounding, the session's
+  int64_t lse;   // return_softmax_lse: softmax_max and softmax_sum hold values, else nothing
 };
 
 // Reads and checks the attributes; false with a message on the first illegal one.
@@ -68,8 +76,18 @@ bool ReadAttributes(const OrtApi* api, const OrtKernelInfo* info, AttentionOp op
 bool DescribeCall(const AttentionAttributes& attributes, const Tensor* in, sfa_core_params* params,
                   Message* error);
 
+// [B,S1,N1,C] -> [B,1,S1,N1], [T,N1,C] -> [1,T,N1]; returns the rank.
+inline size_t SoftmaxShape(const int64_t* query, size_t rank, int64_t* shape) {
+  const size_t batched = rank == 4;
+  if (batched) shape[0] = query[0];
+  shape[batched] = 1;
+  shape[batched + 1] = query[batched];
+  shape[batched + 2] = query[batched + 1];
+  return rank;
+}
+
 OrtStatusPtr CreateAttention(const OrtApi* api, const OrtKernelInfo* info, AttentionOp op,
-                             void** kernel);
+                             int rounding, void** kernel);
 OrtStatusPtr ComputeAttention(void* kernel, OrtKernelContext* context);
 void DestroyAttention(void* kernel);
 

@@ -54,7 +54,8 @@ bool ReadAttributes(const OrtApi* api, const OrtKernelInfo* info, AttentionOp op
   if (!ReadHoles(&out->holes, error) || !ReadCommon(&read, out, error)) return false;
   if (op == AttentionOp::kFloatCache) {
     int64_t mode = 0;
-    return read.IntOf2("attention_mode", 0, 0, 2, &mode) && read.IntOf("return_softmax_lse", 0, 0);
+    return read.IntOf2("attention_mode", 0, 0, 2, &mode) &&
+           read.IntOf2("return_softmax_lse", 0, 0, 1, &out->lse);
   }
   // The older op's defaults (0) are no legal call: the attributes must be written out.
   const bool old = op == AttentionOp::kAntiquant;

@@ -93,6 +93,13 @@ void FillSizes(const Call& c) {
   p->block_table_cols = sizes.block_table_cols;
 }
 
+bool CheckSinks(const Call& c) {
+  const Tensor& sinks = c.in[kSinks];
+  if (!sinks.present) return true;
+  return c.check.Rank(sinks, 1, "[N1]") &&
+         c.check.Dim(sinks, 0, c.params->num_heads, "one per query head");
+}
+
 void FillPointers(const Call& c) {
   sfa_core_params* p = c.params;
   p->query = c.in[kQuery].data;
@@ -103,6 +110,7 @@ void FillPointers(const Call& c) {
   p->block_table = Ints(c.in[kBlockTable]);
   p->actual_seq_lengths_query = Ints(c.in[kLengthsQuery]);
   p->actual_seq_lengths_kv = Ints(c.in[kLengthsKv]);
+  p->sinks = c.in[kSinks].present ? static_cast<const float*>(c.in[kSinks].data) : nullptr;
 }
 
 }  // namespace
@@ -118,6 +126,7 @@ bool DescribeCall(const AttentionAttributes& attributes, const Tensor* in, sfa_c
   params->sparse_mode = static_cast<int32_t>(attributes.sparse_mode);
   params->sparse_block_size = static_cast<int32_t>(attributes.sparse_block_size);
   params->holes = attributes.holes;
+  params->rounding = attributes.rounding;
   params->scale_value = attributes.scale_value;
   Call c{attributes, in, params,
          SequenceChecks(attributes.layout_query, attributes.layout_kv, "layout_kv", error), error};
@@ -127,7 +136,7 @@ bool DescribeCall(const AttentionAttributes& attributes, const Tensor* in, sfa_c
   }
   if (!CheckQuery(&c) || !c.check.Lengths(in[kLengthsQuery], in[kLengthsKv]) ||
       !c.check.Key(in[kKey]) || !(c.packed() ? CheckPackedRow(c) : CheckFloatCache(c)) ||
-      !CheckIndices(c) || !c.check.BlockTable(in[kBlockTable])) {
+      !CheckIndices(c) || !c.check.BlockTable(in[kBlockTable]) || !CheckSinks(c)) {
     return false;
   }
   FillSizes(c);

@@ -88,11 +88,12 @@ OrtStatus* RunOnPool(const OrtApi* api, const OrtKernelContext* context,
 
 }  // namespace
 
-OrtStatusPtr CreateIndexer(const OrtApi* api, const OrtKernelInfo* info, IndexerOp op,
+OrtStatusPtr CreateIndexer(const OrtApi* api, const OrtKernelInfo* info, IndexerOp op, int rounding,
                            void** kernel) {
   Message error;
   IndexerAttributes attributes;
   if (!ReadAttributes(api, info, op, &attributes, &error)) return Refuse(api, error);
+  attributes.rounding = rounding;
   auto* made = static_cast<IndexerKernel*>(malloc(sizeof(IndexerKernel)));
   if (made == nullptr) return api->CreateStatus(ORT_FAIL, "out of memory");
   *made = IndexerKernel{api, attributes};

@@ -40,6 +40,7 @@ struct IndexerAttributes {
   int64_t return_values;  // float op only
   int layout_query;       // sfa_core_layout
   int layout_key;
+  int rounding;  // sfa_core_rounding, the session's
 };
 
 // Reads and checks the attributes; false with a message on the first illegal one.
@@ -51,7 +52,7 @@ bool ReadAttributes(const OrtApi* api, const OrtKernelInfo* info, IndexerOp op,
 bool DescribeCall(const IndexerAttributes& attributes, const Tensor* in,
                   sfa_core_indexer_params* params, Message* error);
 
-OrtStatusPtr CreateIndexer(const OrtApi* api, const OrtKernelInfo* info, IndexerOp op,
+OrtStatusPtr CreateIndexer(const OrtApi* api, const OrtKernelInfo* info, IndexerOp op, int rounding,
                            void** kernel);
 OrtStatusPtr ComputeIndexer(void* kernel, OrtKernelContext* context);
 void DestroyIndexer(void* kernel);

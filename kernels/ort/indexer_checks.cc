@@ -71,6 +71,7 @@ bool DescribeCall(const IndexerAttributes& attributes, const Tensor* in,
   params->layout_key = attributes.layout_key;
   params->sparse_mode = static_cast<int32_t>(attributes.sparse_mode);
   params->sparse_count = static_cast<int32_t>(attributes.sparse_count);
+  params->rounding = attributes.rounding;
   const Tensor &query = in[kIndexQuery], &key = in[kIndexKey];
   SequenceChecks check(attributes.layout_query, attributes.layout_key, "layout_key", error);
   if (!check.Query(query, "[B,S1,Hi,Di] (layout_query BSND)", "[T,Hi,Di] (layout_query TND)") ||

@@ -93,7 +93,11 @@ struct OrtApi {
                                                   float* values, size_t* size);
   OrtStatus* (*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo* info, const char* name,
                                                   int64_t* values, size_t* size);
-  void* gap_164_243[80];
+  void* gap_164_236[73];
+  OrtStatus* (*HasSessionConfigEntry)(const OrtSessionOptions* options, const char* key, int* has);
+  OrtStatus* (*GetSessionConfigEntry)(const OrtSessionOptions* options, const char* key,
+                                      char* value, size_t* size);
+  void* gap_239_243[5];
   OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo* info, char* name, size_t* size);
   void* gap_245_266[22];
   OrtStatus* (*ShapeInferContext_GetInputCount)(const OrtShapeInferContext* context, size_t* count);
@@ -179,6 +183,8 @@ SFA_ORT_AT(ReleaseStatus, 93);
 SFA_ORT_AT(ReleaseTensorTypeAndShapeInfo, 99);
 SFA_ORT_AT(KernelInfoGetAttributeArray_float, 162);
 SFA_ORT_AT(KernelInfoGetAttributeArray_int64, 163);
+SFA_ORT_AT(HasSessionConfigEntry, 237);
+SFA_ORT_AT(GetSessionConfigEntry, 238);
 SFA_ORT_AT(KernelInfo_GetNodeName, 244);
 SFA_ORT_AT(ShapeInferContext_GetInputCount, 267);
 SFA_ORT_AT(ShapeInferContext_GetInputTypeShape, 268);

@@ -29,6 +29,7 @@ struct Op : OrtCustomOp {
   IndexerOp indexer;
   ONNXTensorElementDataType first;   // query | query and key | nope
   ONNXTensorElementDataType second;  // key and value | weights | rope
+  int rounding;                      // sfa_core_rounding
 };
 
 const Op& Self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
@@ -59,6 +60,7 @@ ONNXTensorElementDataType AttentionInputType(const OrtCustomOp* op, size_t index
       return Self(op).second;
     case kKeyScale:
     case kValueScale:
+    case kSinks:
       return kFloat;
     default:
       return kInt32;
@@ -69,13 +71,19 @@ OrtCustomOpInputOutputCharacteristic AttentionInputKind(const OrtCustomOp*, size
   return index < 4 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
 }
 
-ONNXTensorElementDataType AttentionOutputType(const OrtCustomOp* op, size_t) {
-  return Self(op).first;
+size_t FloatOutputCount(const OrtCustomOp*) { return kFloatOutputs; }
+
+ONNXTensorElementDataType AttentionOutputType(const OrtCustomOp* op, size_t index) {
+  return index == 0 ? Self(op).first : kFloat;
+}
+
+OrtCustomOpInputOutputCharacteristic AttentionOutputKind(const OrtCustomOp*, size_t index) {
+  return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
 }
 
 OrtStatusPtr NewAttention(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
                           void** kernel) {
-  return CreateAttention(api, info, Self(op).attention, kernel);
+  return CreateAttention(api, info, Self(op).attention, Self(op).rounding, kernel);
 }
 
 OrtStatusPtr AttentionShape(const OrtCustomOp* op, OrtShapeInferContext* context) {
@@ -120,7 +128,7 @@ OrtCustomOpInputOutputCharacteristic IndexerOutputKind(const OrtCustomOp*, size_
 
 OrtStatusPtr NewIndexer(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
                         void** kernel) {
-  return CreateIndexer(api, info, Self(op).indexer, kernel);
+  return CreateIndexer(api, info, Self(op).indexer, Self(op).rounding, kernel);
 }
 
 OrtStatusPtr IndexerShape(const OrtCustomOp*, OrtShapeInferContext* context) {
@@ -173,9 +181,14 @@ constexpr Op Common(const char* name, ONNXTensorElementDataType first,
   return op;
 }
 
-constexpr Op Attention(AttentionOp which, ONNXTensorElementDataType type, bool infer_shapes) {
-  Op op = Common(NameOf(which), type, which == AttentionOp::kFloatCache ? type : kInt8);
+constexpr Op Attention(AttentionOp which, ONNXTensorElementDataType type, bool infer_shapes,
+                       int rounding) {
+  const bool floats = which == AttentionOp::kFloatCache;
+  Op op = Common(NameOf(which), type, floats ? type : kInt8);
   op.attention = which;
+  op.rounding = rounding;
+  if (floats) op.GetOutputTypeCount = FloatOutputCount;
+  op.GetOutputCharacteristic = AttentionOutputKind;
   op.GetInputType = AttentionInputType;
   op.GetInputTypeCount = AttentionInputCount;
   op.GetInputCharacteristic = AttentionInputKind;
@@ -188,9 +201,10 @@ constexpr Op Attention(AttentionOp which, ONNXTensorElementDataType type, bool i
 }
 
 constexpr Op Indexer(IndexerOp which, ONNXTensorElementDataType type,
-                     ONNXTensorElementDataType weights, bool infer_shapes) {
+                     ONNXTensorElementDataType weights, bool infer_shapes, int rounding) {
   Op op = Common(NameOf(which), type, weights);
   op.indexer = which;
+  op.rounding = rounding;
   op.GetInputType = IndexerInputType;
   op.GetInputTypeCount = IndexerInputCount;
   op.GetInputCharacteristic = IndexerInputKind;
@@ -227,18 +241,19 @@ struct Table {
   Op pack[kPackOps];
 };
 
-constexpr Table MakeTable(bool infer_shapes) {
+constexpr Table MakeTable(bool infer_shapes, int rounding) {
   Table table{};
   for (int t = 0; t < 3; ++t) {
     Op* row = &table.npu[3 * t];
-    row[0] = Attention(AttentionOp::kAntiquant, kFloats[t], infer_shapes);
-    row[1] = Attention(AttentionOp::kKvQuant, kFloats[t], infer_shapes);
-    row[2] = Attention(AttentionOp::kFloatCache, kFloats[t], infer_shapes);
+    row[0] = Attention(AttentionOp::kAntiquant, kFloats[t], infer_shapes, rounding);
+    row[1] = Attention(AttentionOp::kKvQuant, kFloats[t], infer_shapes, rounding);
+    row[2] = Attention(AttentionOp::kFloatCache, kFloats[t], infer_shapes, rounding);
   }
   Op* indexers = table.npu + kAttentionOps;
-  indexers[9] = Indexer(IndexerOp::kQuant, kInt8, kHalf, infer_shapes);
+  indexers[9] = Indexer(IndexerOp::kQuant, kInt8, kHalf, infer_shapes, rounding);
   for (int i = 0; i < 9; ++i) {
-    indexers[i] = Indexer(IndexerOp::kFloat, kFloats[i / 3], kFloats[i % 3], infer_shapes);
+    indexers[i] =
+        Indexer(IndexerOp::kFloat, kFloats[i / 3], kFloats[i % 3], infer_shapes, rounding);
   }
   for (int i = 0; i < kPackOps; ++i) {
     table.pack[i] = Pack(kNopeTypes[i / 3], kFloats[i % 3], infer_shapes);
@@ -246,8 +261,32 @@ constexpr Table MakeTable(bool infer_shapes) {
   return table;
 }
 
-constexpr Table kWithShapes = MakeTable(true);
-constexpr Table kWithoutShapes = MakeTable(false);
+// [infer shapes][rounding]
+constexpr Table kTables[2][2] = {
+    {MakeTable(false, SFA_CORE_ROUNDING_EXACT), MakeTable(false, SFA_CORE_ROUNDING_NPU)},
+    {MakeTable(true, SFA_CORE_ROUNDING_EXACT), MakeTable(true, SFA_CORE_ROUNDING_NPU)},
+};
+
+// How the session's attention rounds: its config entry `sfa_onnx.rounding`, exact | npu.
+constexpr const char* kRoundingKey = "sfa_onnx.rounding";
+
+OrtStatus* ReadRounding(const OrtApi* api, const OrtSessionOptions* options, int* rounding) {
+  *rounding = SFA_CORE_ROUNDING_EXACT;
+  int has = 0;
+  SFA_ORT_TRY(api->HasSessionConfigEntry(options, kRoundingKey, &has));
+  if (!has) return nullptr;
+  char value[32] = {};
+  size_t size = 0;
+  SFA_ORT_TRY(api->GetSessionConfigEntry(options, kRoundingKey, nullptr, &size));
+  if (size <= sizeof value) {
+    SFA_ORT_TRY(api->GetSessionConfigEntry(options, kRoundingKey, value, &size));
+  }
+  if (strcmp(value, "npu") == 0) *rounding = SFA_CORE_ROUNDING_NPU;
+  if (*rounding == SFA_CORE_ROUNDING_NPU || strcmp(value, "exact") == 0) return nullptr;
+  Message m;
+  m.Add("session config entry %s: expected exact or npu, got '%s'", kRoundingKey, value);
+  return api->CreateStatus(ORT_INVALID_ARGUMENT, m.text());
+}
 
 // The domain is deliberately never released: sessions keep pointers into it, and the session
 // options that could tell us when the last one goes do not.
@@ -288,8 +327,9 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   const OrtApi* api = base->GetApi(kOrtApiFloor);
   if (api == nullptr) return sfa::TooOld(base, version);
   __atomic_store_n(&sfa::g_api, api, __ATOMIC_RELEASE);
-  const sfa::Table& ops =
-      sfa::ShapeInferenceIsSafe(version) ? sfa::kWithShapes : sfa::kWithoutShapes;
+  int rounding = 0;
+  SFA_ORT_TRY(sfa::ReadRounding(api, options, &rounding));
+  const sfa::Table& ops = sfa::kTables[sfa::ShapeInferenceIsSafe(version)][rounding];
   SFA_ORT_TRY(sfa::AddDomain(api, options, "npu", ops.npu, sfa::kAttentionOps + sfa::kIndexerOps));
   SFA_ORT_TRY(sfa::AddDomain(api, options, "sfa_onnx", ops.pack, sfa::kPackOps));
   // Files for ATC have one opset import only: the same node types in ONNX's own domain. The price:

@@ -98,6 +98,27 @@ int64_t IntAttribute(const OrtApi* api, const OrtShapeInferContext* context, con
   return fallback;
 }
 
+// softmax_max and softmax_sum of the float-cache op, where the node has them.
+OrtStatus* InferSoftmax(const OrtApi* api, const OrtShapeInferContext* context,
+                        const Shape& query) {
+  Shape shape(api);
+  shape.rank = 1;  // not asked for: no elements
+  shape.names[0] = "";
+  if (IntAttribute(api, context, "return_softmax_lse", 0) != 0) {
+    const size_t batched = query.rank == 4;
+    shape.rank = SoftmaxShape(query.dims, query.rank, shape.dims);
+    for (size_t i = 0; i < shape.rank; ++i) {
+      shape.names[i] = i == batched ? "" : query.names[i > batched ? i - 1 : i];
+    }
+  }
+  for (size_t index = 1; index < kFloatOutputs; ++index) {
+    Shape own = shape;
+    OrtStatus* status = SetOutput(api, context, &own, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, index);
+    if (status != nullptr) api->ReleaseStatus(status);  // the node has no such output
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, AttentionOp op) {
@@ -110,7 +131,9 @@ OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, At
     // The output is narrower than the query, so the query's symbol must not stay.
     query.SetLast(0 <= rope && rope < query.last() ? query.last() - rope : kUnknown);
   }
-  return SetOutput(api, context, &query, query.type);
+  SFA_ORT_TRY(SetOutput(api, context, &query, query.type));
+  if (op != AttentionOp::kFloatCache || query.rank < 3 || query.rank > 4) return nullptr;
+  return InferSoftmax(api, context, query);
 }
 
 OrtStatusPtr InferIndexer(const OrtApi* api, OrtShapeInferContext* context) {

@@ -11,10 +11,13 @@ import numpy as np
 from sfa_onnx.cli import show, show_compare
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import UsageError
+from sfa_onnx.operator.contract import Rounding
 
 __all__ = ["add_verbs", "load_inputs"]
 
 NOT_MET = 3
+ROUNDINGS: tuple[Rounding, ...] = ("exact", "npu")
+_ROUNDS = "npu: round dequantised values as CANN's kernels do"
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -27,6 +30,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     compare.add_argument("--atol", type=float, help="absolute tolerance")
     compare.add_argument("--rtol", type=float, help="relative tolerance")
     compare.add_argument("--seed", type=int, default=0, help="seed of random inputs")
+    compare.add_argument("--rounding", choices=ROUNDINGS, help=f"{_ROUNDS} (--against: npu)")
     compare.set_defaults(action=_compare)
     run = verbs.add_parser("run", parents=[common], help="run a model with our operators")
     run.add_argument("model", type=Path, help="the ONNX model")
@@ -34,6 +38,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     run.add_argument("-o", "--output", type=Path, help="write the outputs to this .npz")
     run.add_argument("--repeat", type=int, default=0, metavar="N", help="time N further runs")
     run.add_argument("--seed", type=int, default=0, help="seed of random inputs")
+    run.add_argument("--rounding", choices=ROUNDINGS, default="exact", help=_ROUNDS)
     run.add_argument("--force", action="store_true", help="overwrite the output")
     run.set_defaults(action=_run)
 
@@ -58,7 +63,10 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     if args.against is not None:
         from sfa_onnx.ascend.handover.folder import compare_against
 
-        report = compare_against(args.before, args.against, atol=args.atol, rtol=args.rtol)
+        rounding: Rounding = args.rounding or "npu"
+        report = compare_against(
+            args.before, args.against, atol=args.atol, rtol=args.rtol, rounding=rounding
+        )
     else:
         from sfa_onnx.runtime.compare.run import compare
 
@@ -70,6 +78,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
                 atol=args.atol,
                 rtol=args.rtol,
                 seed=args.seed,
+                rounding=args.rounding or "exact",
             )
     show_compare.compare_report(console, report)
     console.result("compare", report)
@@ -84,7 +93,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     if args.output and args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; use --force to overwrite it")
-    session, note = runnable(args.model)
+    session, note = runnable(args.model, rounding=args.rounding)
     feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))
     outputs = runtime.run(session, feeds)
     rows = [(n, f"{v.dtype}{list(v.shape)}", show.spread(v)) for n, v in outputs.items()]

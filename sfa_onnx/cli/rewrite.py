@@ -20,6 +20,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     _add_fuse(verbs, common)
     unfuse = verbs.add_parser("unfuse", parents=[common], help="back to standard operators")
     _io(unfuse, ".unfused.onnx")
+    unfuse.add_argument("--rounding", choices=("exact", "npu"), default="exact")
     unfuse.set_defaults(action=_unfuse)
     cache = verbs.add_parser("kv-cache", parents=[common], help="convert float caches to int8")
     _io(cache, ".int8.onnx")
@@ -136,7 +137,7 @@ def _unfuse(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx.unfusion import unfuse
 
     output = _output(args)
-    report = unfuse(args.model, output, force=args.force)
+    report = unfuse(args.model, output, rounding=args.rounding, force=args.force)
     count = len(report.sites)
     console.say(
         "{} fused operator{} back to standard: {}", count, "s" if count != 1 else "", output

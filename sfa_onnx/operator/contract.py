@@ -10,6 +10,10 @@ from sfa_onnx.errors import ContractError
 
 AttributeValue = float | int | str
 Kind = Literal["float", "int", "string"]
+# What becomes of int8 * scale before it is multiplied on, a choice of the caller: nothing, or the
+# roundings of CANN's kernels (attention: to the query's type; quantised indexer: its two float16
+# steps).
+Rounding = Literal["exact", "npu"]
 
 # Type strings as onnx spells them.
 FLOAT, HALF, BF16 = "tensor(float)", "tensor(float16)", "tensor(bfloat16)"
@@ -23,13 +27,15 @@ _PYTHON_TYPES: Final = {"float": (float, int), "int": (int,), "string": (str,)}
 class Tensor:
     """One input or output: its name, legal types and shape (a doc string, axes as above).
 
-    `types` may be a type variable ("T") that `OpContract.type_variables` resolves.
+    `types` may be a type variable ("T") that `OpContract.type_variables` resolves. `released` tells
+    whether a released CANN has it; the parsers of released lines drop what an operator lacks.
     """
 
     name: str
     types: str | tuple[str, ...]
     shape: str
     optional: bool = False
+    released: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,11 @@ class OpContract:
     def key(self) -> tuple[str, str]:
         """(domain, op_type), the way a node names this operator."""
         return (self.domain, self.name)
+
+    @property
+    def ge_inputs(self) -> tuple[Tensor, ...]:
+        """The inputs of the GE operator in released CANN lines."""
+        return tuple(t for t in self.inputs if t.released)
 
     def input_index(self, name: str) -> int:
         """Position of input `name`."""

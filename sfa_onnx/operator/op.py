@@ -66,6 +66,10 @@ def _kv(name: str, types: str | tuple[str, ...], dim: str, optional: bool = Fals
     return Tensor(name, types, shape, optional)
 
 
+_SINKS = Tensor(
+    "sinks", (FLOAT,), "[N1]: one more score per head, without a value", True, released=False
+)
+_STATISTIC = "BSND [B, 1, S1, N1] | TND [1, T, N1]; [0] unless return_softmax_lse is 1"
 _INDICES = Tensor("sparse_indices", (INT32,), "BSND [B, S1, 1, K] | TND [T, 1, K]")
 _BLOCK_TABLE = Tensor("block_table", (INT32,), "[B, blocks per sequence]", optional=True)
 _LENGTHS_Q = Tensor("actual_seq_lengths_query", _SEQ, "[B]; TND: prefix sums", optional=True)
@@ -95,6 +99,7 @@ SPARSE_FLASH_ATTENTION_ANTIQUANT: Final = OpContract(
         _BLOCK_TABLE,
         _LENGTHS_Q,
         _LENGTHS_KV,
+        _SINKS,
     ),
     outputs=(_q("attention_out", dim="C"),),
     attributes=(
@@ -162,8 +167,13 @@ SPARSE_FLASH_ATTENTION: Final = OpContract(
         _LENGTHS_KV,
         _q("query_rope", optional=True, dim="R"),
         _kv("key_rope", "T", "R", optional=True),
+        _SINKS,
     ),
-    outputs=(_q("attention_out", dim="C"),),
+    outputs=(
+        _q("attention_out", dim="C"),
+        Tensor("softmax_max", (FLOAT,), _STATISTIC, optional=True),
+        Tensor("softmax_sum", (FLOAT,), _STATISTIC, optional=True),
+    ),
     attributes=(
         Attribute("scale_value", "float"),
         Attribute("sparse_block_size", "int", 1, minimum=1),
@@ -171,7 +181,7 @@ SPARSE_FLASH_ATTENTION: Final = OpContract(
         _SPARSE_MODE,
         *_PRE_NEXT,
         Attribute("attention_mode", "int", 0, cpu=(0, 2), npu=(2,), write=2),
-        Attribute("return_softmax_lse", "int", 0, cpu=(0,), npu=(0, 1), write=0, ge_kind="bool"),
+        Attribute("return_softmax_lse", "int", 0, cpu=(0, 1), npu=(0, 1), write=0, ge_kind="bool"),
     ),
     type_variables=(("T", FLOATS),),
     doc="Sparse MLA attention (absorbed form) over a float latent cache.",

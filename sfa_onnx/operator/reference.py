@@ -5,15 +5,17 @@ For one query row and the tokens its indices select (`selected_tokens`):
     out = softmax(scale_value * (q_nope . k_nope + q_rope . k_rope)) . k_nope
 
 `mode="exact"` computes in float64 whatever the inputs are and rounds the result to the query's type
-once. `mode="npu"` repeats the roundings of CANN's A2/A3 kernel (`reference_npu.py`). A float64
-query gives a float64 result: that is how a region promoted to double is verified. Rows without a
-usable key, and rows past the valid query length, are zero.
+once. `mode="npu"` repeats the roundings of CANN's A2/A3 kernel, `mode="golden"` those of the CPU
+checks that the vendor publishes (`reference_npu.py`). A float64 query gives a float64 result: that
+is how a region promoted to double is verified. Rows without a usable key, and rows past the valid
+query length, are zero. A head's sink is one more score without a value: it takes its share of the
+softmax.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from sfa_onnx.operator import kv_cache
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
 from sfa_onnx.operator.reference_indexer import lightning_indexer, quant_lightning_indexer
-from sfa_onnx.operator.reference_npu import attend_npu, npu_round
+from sfa_onnx.operator.reference_npu import attend_golden, attend_npu, npu_round
 from sfa_onnx.operator.sequences import Sequences, refuse
 
 __all__ = [
@@ -31,10 +33,14 @@ __all__ = [
     "selected_tokens",
     "sparse_flash_attention",
     "sparse_flash_attention_antiquant",
+    "sparse_flash_attention_lse",
 ]
 
 Array = NDArray[Any]
-Mode = Literal["exact", "npu"]
+Mode = Literal["exact", "npu", "golden"]
+Attend = Callable[
+    [Array, Array, Array, float, Array, Array | None], tuple[Array, Array, Array]
+]  # query, keys, values, scale, slots, sinks -> out [N1, C], largest score, sum [N1]
 Holes = Literal["error", "skip", "stop"]
 Fetch = Callable[[Array], tuple[Array, Array]]  # addresses [n] -> keys [n, C+R], values [n, C]
 
@@ -82,6 +88,7 @@ def sparse_flash_attention_antiquant(
     block_table: ArrayLike | None = None,
     actual_seq_lengths_query: ArrayLike | None = None,
     actual_seq_lengths_kv: ArrayLike | None = None,
+    sinks: Array | None = None,
     *,
     mode: Mode = "exact",
     holes: Holes = "error",
@@ -100,7 +107,8 @@ def sparse_flash_attention_antiquant(
         block_table: [B, M] (PA_BSND).
         actual_seq_lengths_query: [B]; TND: prefix sums.
         actual_seq_lengths_kv: [B]; TND keys: prefix sums.
-        mode: "exact" or "npu".
+        sinks: float32 [N1], one more score per head.
+        mode: "exact", "npu" or "golden".
         holes: what a usable index after a negative one does: "error", "skip" or "stop".
         rope_dtype: type of the rope bytes; default: the query's (float32 for a float64 query).
         attributes: the node's attributes; `scale_value` must be given.
@@ -130,10 +138,14 @@ def sparse_flash_attention_antiquant(
         latent = kv_cache.dequantise(nope, scale, np.float64 if mode == "exact" else np.float32)
         if mode == "npu":
             latent = npu_round(latent, query.dtype)
+        elif mode == "golden":
+            latent = latent.astype(query.dtype).astype(np.float32)
         return np.concatenate([latent, key_rope.astype(latent.dtype)], -1), latent
 
     lengths = (actual_seq_lengths_query, actual_seq_lengths_kv, block_table)
-    return _attention(query, key, sparse_indices, lengths, attrs, row.nope, fetch, mode, holes)
+    return _attention(
+        query, key, sparse_indices, lengths, sinks, attrs, row.nope, fetch, mode, holes
+    )[0]
 
 
 def sparse_flash_attention(
@@ -146,11 +158,35 @@ def sparse_flash_attention(
     actual_seq_lengths_kv: ArrayLike | None = None,
     query_rope: Array | None = None,
     key_rope: Array | None = None,
+    sinks: Array | None = None,
     *,
     mode: Mode = "exact",
     holes: Holes = "error",
     **attributes: Any,
 ) -> Array:
+    """`NPUSparseFlashAttention`: attention_out of `sparse_flash_attention_lse`, same arguments."""
+    return sparse_flash_attention_lse(
+        query, key, value, sparse_indices, block_table, actual_seq_lengths_query,
+        actual_seq_lengths_kv, query_rope, key_rope, sinks, mode=mode, holes=holes, **attributes
+    )[0]  # fmt: skip
+
+
+def sparse_flash_attention_lse(
+    query: Array,
+    key: Array,
+    value: Array | None,
+    sparse_indices: Array,
+    block_table: ArrayLike | None = None,
+    actual_seq_lengths_query: ArrayLike | None = None,
+    actual_seq_lengths_kv: ArrayLike | None = None,
+    query_rope: Array | None = None,
+    key_rope: Array | None = None,
+    sinks: Array | None = None,
+    *,
+    mode: Mode = "exact",
+    holes: Holes = "error",
+    **attributes: Any,
+) -> tuple[Array, Array, Array]:
     """`NPUSparseFlashAttention`: the same attention over a float latent cache.
 
     Arguments, result and errors as `sparse_flash_attention_antiquant`, except:
@@ -165,9 +201,16 @@ def sparse_flash_attention(
         actual_seq_lengths_kv: [B]; TND keys: prefix sums.
         query_rope: query's shape with R for C; None together with key_rope.
         key_rope: key's shape with R for C.
-        mode: "exact" or "npu".
+        sinks: float32 [N1], one more score per head.
+        mode: "exact", "npu" or "golden".
         holes: "error", "skip" or "stop".
         attributes: the node's attributes; `scale_value` must be given.
+
+    Returns:
+        attention_out; softmax_max and softmax_sum [B, 1, S1, N1] or [1, T, N1] in float32 (float64
+        for a float64 query): the largest score of a row, sink included, and the sum of
+        exp(score - largest). Rows without a key have zeros; with sinks (sink, 1), but zeros where
+        the causal mask leaves no key at all and past the valid query length.
     """
     attrs = SPARSE_FLASH_ATTENTION.complete(attributes)
     parts = {"key": key, "value": value, "query_rope": query_rope, "key_rope": key_rope}
@@ -194,7 +237,7 @@ def sparse_flash_attention(
         return keys, keys[:, :width]
 
     lengths = (actual_seq_lengths_query, actual_seq_lengths_kv, block_table)
-    return _attention(query, key, sparse_indices, lengths, attrs, width, fetch, mode, holes)
+    return _attention(query, key, sparse_indices, lengths, sinks, attrs, width, fetch, mode, holes)
 
 
 def _attention(
@@ -202,25 +245,34 @@ def _attention(
     key: Array,
     indices: Array,
     lengths: tuple[ArrayLike | None, ArrayLike | None, ArrayLike | None],
+    sinks: Array | None,
     attrs: dict[str, Any],
     width: int,
     fetch: Fetch,
     mode: Mode,
     holes: Holes,
-) -> Array:
+) -> tuple[Array, Array, Array]:
     """Row by row: select tokens, find their addresses, fetch, attend. `width` is C."""
     if query.dtype not in _FLOATS:
         raise refuse("query", "float32, float16, bfloat16 (or float64)", query.dtype)
-    if mode not in ("exact", "npu") or holes not in ("error", "skip", "stop"):
-        raise refuse("mode / holes", "exact|npu / error|skip|stop", f"{mode} / {holes}")
+    if mode not in _ATTEND or holes not in ("error", "skip", "stop"):
+        raise refuse("mode / holes", "exact|npu|golden / error|skip|stop", f"{mode} / {holes}")
+    heads = query.shape[-2]
+    if sinks is not None and (sinks.shape != (heads,) or sinks.dtype.kind != "f"):
+        raise refuse("sinks", f"float32 [{heads}]", f"{sinks.dtype} {sinks.shape}")
     layouts = attrs["layout_query"], attrs["layout_kv"]
     seqs = Sequences.of(query, key, *layouts, attrs["sparse_mode"], *lengths)
     lead = (*query.shape[:-2], 1)
     if indices.dtype.kind not in "iu" or indices.shape[:-1] != lead:
         got = f"{indices.dtype} {indices.shape}"
         raise refuse("sparse_indices", f"int32 {(*lead, 'K')}", got)
-    attend = _attend if mode == "exact" else attend_npu
-    out = np.zeros((len(seqs.batch), query.shape[-2], width), query.dtype)
+    attend = _ATTEND[mode]
+    out = np.zeros((len(seqs.batch), heads, width), query.dtype)
+    wide = np.float64 if query.dtype == np.float64 else np.float32
+    top, total = np.zeros((2, len(seqs.batch), heads), wide)
+    if sinks is not None:
+        alone = (seqs.batch >= 0) & ((attrs["sparse_mode"] == 0) | (seqs.threshold > 0))
+        top[alone], total[alone] = sinks, 1
     flat_query = query.reshape(len(seqs.batch), *query.shape[-2:])
     flat_indices = indices.reshape(len(seqs.batch), indices.shape[-1])
     with np.errstate(all="ignore"):  # NaN and Inf follow IEEE rules
@@ -229,12 +281,28 @@ def _attention(
             tokens, slots = selected_tokens(flat_indices[row], visible, size, holes, int(row))
             if len(tokens):
                 keys, values = fetch(seqs.addresses(int(seqs.batch[row]), tokens))
-                out[row] = attend(flat_query[row], keys, values, attrs["scale_value"], slots)
-    return out.reshape(*query.shape[:-1], width)
+                out[row], top[row], total[row] = attend(
+                    flat_query[row], keys, values, attrs["scale_value"], slots, sinks
+                )
+    lead = (*query.shape[:-3], 1, *query.shape[-3:-1])
+    return out.reshape(*query.shape[:-1], width), top.reshape(lead), total.reshape(lead)
 
 
-def _attend(query: Array, keys: Array, values: Array, scale: float, _slots: Array) -> Array:
-    """[N1, C+R], [n, C+R], [n, C] -> [N1, C] in float64."""
+def _attend(
+    query: Array, keys: Array, values: Array, scale: float, _slots: Array, sinks: Array | None
+) -> tuple[Array, Array, Array]:
+    """[N1, C+R], [n, C+R], [n, C] -> [N1, C] in float64, the largest score and the sum [N1]."""
     scores = scale * (query.astype(np.float64) @ keys.T)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.asarray(weights @ values / weights.sum(-1, keepdims=True))
+    top = scores.max(-1)
+    sink = np.full(len(query), -np.inf) if sinks is None else sinks.astype(np.float64)
+    top = np.maximum(top, sink)
+    weights = np.exp(scores - top[:, None])
+    total = weights.sum(-1) + (0 if sinks is None else np.exp(sink - top))
+    return np.asarray(weights @ values / total[:, None]), top, total
+
+
+_ATTEND: Final[dict[str, Attend]] = {
+    "exact": _attend,
+    "npu": attend_npu,
+    "golden": attend_golden,
+}

@@ -1,8 +1,11 @@
-"""The roundings of CANN's A2/A3 kernel, for `mode="npu"` of the reference.
+"""The roundings of CANN's A2/A3 kernel, for `mode="npu"` of the reference, and of its goldens.
 
 Keys are dequantised to the query's type, products accumulate in float32, the softmax runs over
 chunks of 512 key slots with a running maximum, and the unnormalised weights are rounded to the
 query's type with ties away from zero before they meet the values. One division at the end.
+
+The goldens that the vendor publishes (`mode="golden"`) dequantise with ties to even, take one
+float32 softmax and round its normalised weights, ties to even.
 """
 
 from __future__ import annotations
@@ -13,21 +16,27 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["attend_npu", "half_away", "npu_round"]
+__all__ = ["attend_golden", "attend_npu", "half_away", "npu_round"]
 
 Array = NDArray[Any]
 _CHUNK: Final = 512  # key slots that share one running maximum
 _START: Final = np.float32(-2e38)  # of the running maximum
 
 
-def attend_npu(query: Array, keys: Array, values: Array, scale: float, slots: Array) -> Array:
+def attend_npu(
+    query: Array, keys: Array, values: Array, scale: float, slots: Array, sinks: Array | None
+) -> tuple[Array, Array, Array]:
     """[N1, C+R], [n, C+R], [n, C] -> [N1, C] in float32 on the query type's grid.
 
     `slots` [n] are the positions in the row of `sparse_indices`, in tokens: they decide the chunk.
+    `sinks` [N1] start the running maximum and sum. Also returns these two, [N1] each.
     """
     q = query.astype(np.float32)
-    top = np.full((len(q), 1), _START)
-    total, out = np.zeros_like(top), np.zeros((len(q), values.shape[-1]), np.float32)
+    top, out = np.full((len(q), 1), _START), np.zeros((len(q), values.shape[-1]), np.float32)
+    total = np.zeros_like(top)
+    if sinks is not None:
+        top = np.maximum(top, sinks.astype(np.float32)[:, None])
+        total = np.exp(sinks.astype(np.float32)[:, None] - top)
     for chunk in np.unique(slots // _CHUNK):
         part = slots // _CHUNK == chunk
         scores = (q @ keys[part].T) * np.float32(scale)
@@ -36,7 +45,23 @@ def attend_npu(query: Array, keys: Array, values: Array, scale: float, slots: Ar
         total = total * shrink + weights.sum(-1, keepdims=True)
         out = out * shrink + half_away(weights, query.dtype) @ values[part]
         top = new_top
-    return npu_round(out / total, query.dtype)
+    return npu_round(out / total, query.dtype), top[:, 0], total[:, 0]
+
+
+def attend_golden(
+    query: Array, keys: Array, values: Array, scale: float, _slots: Array, sinks: Array | None
+) -> tuple[Array, Array, Array]:
+    """As `attend_npu`, the way the vendor's CPU goldens do it."""
+    scores = (query.astype(np.float32) @ keys.T) * np.float32(scale)
+    top = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        top = np.maximum(top, sinks.astype(np.float32)[:, None])
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks.astype(np.float32)[:, None] - top)
+    rounded = (weights / total).astype(query.dtype).astype(np.float32)
+    return rounded @ values, top[:, 0], total[:, 0]
 
 
 def npu_round(x: Array, dtype: Any) -> Array:

@@ -66,10 +66,28 @@ def infer_outputs(
         return indices + ([(elem, shape)] if attrs.get("return_values") else [])
     if query is None:
         return [(elem, None)]
+    _check_sinks(op, inputs, query)
     if op is SPARSE_FLASH_ATTENTION:
         _same(op, "key width", inputs["key"][1], query, -1)
-        return [(elem, query)]
+        statistic = _statistic(query) if attrs["return_softmax_lse"] else (0,)
+        return [(elem, query), *[(int(TensorProto.FLOAT), statistic)] * 2]
     return [(elem, (*query[:-1], _packed_width(elem, query, inputs["key"][1], attrs)))]
+
+
+def _statistic(query: tuple[Dim, ...]) -> Shape:
+    """softmax_max and softmax_sum of a query [B, S1, N1, C] or [T, N1, C]."""
+    return (*query[:-3], 1, *query[-3:-1])
+
+
+def _check_sinks(op: OpContract, inputs: Types, query: tuple[Dim, ...]) -> None:
+    shape = inputs["sinks"][1] if "sinks" in inputs else None
+    if shape is None:
+        return
+    if len(shape) != 1:
+        raise ContractError(f"{op.name}: sinks: expected [N1], got {shape}")
+    heads, given = query[-2], shape[0]
+    if isinstance(heads, int) and isinstance(given, int) and heads != given:
+        raise ContractError(f"{op.name}: sinks: expected one per query head, {heads}, got {given}")
 
 
 def _packed_width(elem: int, query: tuple[Dim, ...], key: Shape, attrs: dict[str, Any]) -> Dim:

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 from sfa_onnx.errors import ModelError, WeightsError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.guarded import infer_shapes
+from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.runtime.elem_types import ElemTypes, light_copy
 from sfa_onnx.runtime.ort import run, session
 from sfa_onnx.runtime.twin import float32_twin, uses
@@ -112,7 +113,11 @@ def _located(model: ModelProto, folder: Path) -> ModelProto:
 
 
 def opened(
-    model: ModelProto, folder: Path | None, *, as_written: bool = False
+    model: ModelProto,
+    folder: Path | None,
+    *,
+    as_written: bool = False,
+    rounding: Rounding = "exact",
 ) -> ort.InferenceSession:
     """A session of a model in memory whose weights, if external, lie in `folder`."""
     options = ort.SessionOptions()
@@ -123,10 +128,12 @@ def opened(
         options.add_session_config_entry(_FOLDER, str(folder))
     elif folder is not None:
         model = _located(model, folder)
-    return session(model, options, allow_external=folder is not None)
+    return session(model, options, rounding=rounding, allow_external=folder is not None)
 
 
-def runnable(path: str | os.PathLike[str]) -> tuple[ort.InferenceSession, str]:
+def runnable(
+    path: str | os.PathLike[str], *, rounding: Rounding = "exact"
+) -> tuple[ort.InferenceSession, str]:
     """A session of a file, and a note: as it is, or its float32 twin where bfloat16 forbids it.
 
     onnxruntime's CPU provider lacks bfloat16 for most operators; ours keep it either way.
@@ -135,12 +142,12 @@ def runnable(path: str | os.PathLike[str]) -> tuple[ort.InferenceSession, str]:
         ModelError: onnxruntime refuses the model for another reason.
     """
     try:
-        return session(path), ""
+        return session(path, rounding=rounding), ""
     except ModelError:
         model = load_model(path)
         if not uses(model, TensorProto.BFLOAT16):
             raise
-        sess = opened(float32_twin(model), Path(path).resolve().parent)
+        sess = opened(float32_twin(model), Path(path).resolve().parent, rounding=rounding)
         return sess, (
             "bfloat16: onnxruntime's CPU provider lacks it, so the model's float32 twin was run;"
             " our operators kept bfloat16"
@@ -154,10 +161,11 @@ def execute(
     outputs: list[str] | None = None,
     *,
     as_written: bool = False,
+    rounding: Rounding = "exact",
 ) -> dict[str, Array]:
     """Run a model whose weights, if external, lie in `folder`; feeds it does not take are left."""
     if outputs is not None and not outputs:
         return {}
-    sess = opened(model, folder, as_written=as_written)
+    sess = opened(model, folder, as_written=as_written, rounding=rounding)
     taken = {i.name for i in sess.get_inputs()}
     return run(sess, {n: a for n, a in feeds.items() if n in taken}, outputs)

@@ -22,13 +22,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
 from sfa_onnx.guard.doors import door
+from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import ALL_OPS
 
 __all__ = ["NUMPY_TYPES", "Model", "kernel_isa", "library_path", "register", "run", "session"]
 
 Model = str | os.PathLike[str] | onnx.ModelProto
 _LIBRARY: Final = "libsfa_onnx_ops.so"
-_MARK: Final = "sfa_onnx.library"  # session config entry: which library was registered
+# Session config entries: which library was registered, and how its attention rounds.
+_MARK: Final = "sfa_onnx.library"
+_ROUNDING: Final = "sfa_onnx.rounding"
 _TWO_GIB: Final = 2**31
 
 NUMPY_TYPES: Final[dict[str, Any]] = {
@@ -94,18 +97,30 @@ def kernel_isa() -> str:
 
 
 @door
-def register(sess_options: ort.SessionOptions) -> ort.SessionOptions:
+def register(sess_options: ort.SessionOptions, rounding: Rounding = "exact") -> ort.SessionOptions:
     """Register our operator library with `sess_options`, once; returns `sess_options`.
 
+    Args:
+        sess_options: extended in place.
+        rounding: "exact", or "npu": int8 caches and the quantised indexer round as CANN's kernels
+            do (docs/operator.md).
+
     Raises:
+        UsageError: `rounding` is neither, or the options were registered with the other.
         MissingError: the library was not built, or onnxruntime cannot load it.
     """
+    if rounding not in ("exact", "npu"):
+        raise UsageError(f"rounding {rounding!r}: expected exact or npu")
     path = str(library_path().resolve())
-    try:
-        if sess_options.get_session_config_entry(_MARK):
-            return sess_options
-    except Exception:  # onnxruntime raises RuntimeError or its own types for an unknown key
-        pass
+    if _entry(sess_options, _MARK):
+        given = _entry(sess_options, _ROUNDING) or "exact"
+        if given != rounding:
+            raise UsageError(
+                f"these session options were registered with rounding {given!r}, not {rounding!r}:"
+                " make others"
+            )
+        return sess_options
+    sess_options.add_session_config_entry(_ROUNDING, rounding)
     try:
         sess_options.register_custom_ops_library(path)
     except Exception as error:
@@ -118,10 +133,18 @@ def register(sess_options: ort.SessionOptions) -> ort.SessionOptions:
 
 
 @door
+def _entry(sess_options: ort.SessionOptions, key: str) -> str:
+    try:
+        return str(sess_options.get_session_config_entry(key))
+    except Exception:  # onnxruntime raises RuntimeError or its own types for an unknown key
+        return ""
+
+
 def session(
     model: Model,
     sess_options: ort.SessionOptions | None = None,
     *,
+    rounding: Rounding = "exact",
     allow_external: bool = False,
     **kw: Any,
 ) -> ort.InferenceSession:
@@ -132,18 +155,19 @@ def session(
     Args:
         model: path (the way for models with external data or beyond 2 GiB) or ModelProto.
         sess_options: extended in place; default: fresh ones.
+        rounding: how our operators round: "exact", or "npu" as CANN's kernels do.
         allow_external: the options say in which folder a ModelProto's external data lie.
         kw: handed to `onnxruntime.InferenceSession`; `providers` defaults to the CPU.
 
     Raises:
-        UsageError: no such file.
+        UsageError: no such file, or `rounding` is unknown or not that of `sess_options`.
         MissingError: the model needs our library and it was not built.
         ModelError: onnxruntime refuses the model.
     """
     options = sess_options or ort.SessionOptions()
     missing: MissingError | None = None
     try:
-        register(options)
+        register(options, rounding)
     except MissingError as error:
         missing = error
     kw.setdefault("providers", ["CPUExecutionProvider"])
@@ -176,6 +200,8 @@ def run(
     model: Model | ort.InferenceSession,
     feeds: Mapping[str, ArrayLike],
     outputs: Sequence[str] | None = None,
+    *,
+    rounding: Rounding | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Run a model; bfloat16 (and float8) tensors are `ml_dtypes` arrays, in and out.
 
@@ -183,16 +209,24 @@ def run(
         model: a path, a ModelProto or an open session.
         feeds: input name -> array; dtypes as the model declares them.
         outputs: names wanted (default: all).
+        rounding: of the session opened for a model, "exact" unless given; an open session has its
+            own.
 
     Returns:
         Output name -> array, in the order asked for.
 
     Raises:
-        UsageError: an input is missing, unknown or of another dtype; an output is unknown.
+        UsageError: an input is missing, unknown or of another dtype; an output is unknown; a
+            rounding is given for an open session.
         ContractError: one of our operators refuses its inputs.
         ModelError: onnxruntime fails.
     """
-    sess = model if isinstance(model, ort.InferenceSession) else session(model)
+    if isinstance(model, ort.InferenceSession):
+        if rounding is not None:
+            raise UsageError("rounding belongs to the session: open it with rounding=...")
+        sess = model
+    else:
+        sess = session(model, rounding=rounding or "exact")
     declared = {o.name: o.type for o in sess.get_outputs()}
     wanted = list(declared) if outputs is None else list(outputs)
     if unknown := [name for name in wanted if name not in declared]:

@@ -10,7 +10,7 @@ import torch
 
 from sfa_onnx.errors import MissingError
 from sfa_onnx.operator.contract import OpContract
-from sfa_onnx.torch.ops import NAMESPACE, OPERATORS, arguments_of
+from sfa_onnx.torch.ops import NAMESPACE, OPERATORS, arguments_of, results_of
 
 __all__ = ["translation_table"]
 
@@ -48,9 +48,9 @@ def _translation(op: OpContract, opset: Any) -> Callable[..., Any]:
             inputs.pop()
         attributes = {n: given[n] if given.get(n) is not None else d for n, d in defaults.items()}
         node = getattr(opset, op.name)
-        if len(op.outputs) == 1:
+        if results_of(op) == 1:
             return node(*inputs, **attributes)
-        return node(*inputs, **attributes, _outputs=len(op.outputs))
+        return node(*inputs, **attributes, _outputs=results_of(op))
 
     translate.__name__ = op.name
     translate.__signature__ = _signature(op, positional, keyword)  # type: ignore[attr-defined]

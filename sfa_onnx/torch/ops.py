@@ -22,7 +22,7 @@ from sfa_onnx.operator.op import (
 )
 from sfa_onnx.torch.compute import compute, shapes_of
 
-__all__ = ["OPERATORS", "arguments_of", "schema_of"]
+__all__ = ["OPERATORS", "arguments_of", "results_of", "schema_of"]
 
 NAMESPACE: Final = "sfa_onnx"
 # torch name -> contract
@@ -51,6 +51,11 @@ def arguments_of(op: OpContract) -> tuple[list[str], list[str]]:
     return positional, keyword
 
 
+def results_of(op: OpContract) -> int:
+    """How many tensors a call gives: the softmax's own are asked for by the vendor's names only."""
+    return 1 if op is SPARSE_FLASH_ATTENTION else len(op.outputs)
+
+
 def schema_of(op: OpContract) -> str:
     """The torch schema: "(Tensor query, ..., *, Tensor? block_table=None, ...) -> Tensor"."""
     tensors = {t.name: t for t in op.inputs}
@@ -62,8 +67,9 @@ def schema_of(op: OpContract) -> str:
         return _declare_attribute(attributes[name])
 
     positional, keyword = (list(map(declare, names)) for names in arguments_of(op))
-    results = ", ".join(["Tensor"] * len(op.outputs))
-    returns = results if len(op.outputs) == 1 else f"({results})"
+    count = results_of(op)
+    results = ", ".join(["Tensor"] * count)
+    returns = results if count == 1 else f"({results})"
     return f"({', '.join([*positional, '*', *keyword])}) -> {returns}"
 
 

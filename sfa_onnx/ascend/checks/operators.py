@@ -49,6 +49,8 @@ _HINTS: Final = {
     "rank": "reshape the tensor to the layout's rank",
     "rope-missing": "fuse a site whose rope parts are bound",
     "row-size": "the CPU kernel takes other sizes, the NPU operator does not",
+    "sinks": "multiply the output by sigmoid(log-sum-exp - sink) behind the operator, over a"
+    " contiguous float cache",
     "scale-missing": "give one float32 scale per tile",
     "value-shape": "pass the key tensor as value",
 }
@@ -273,9 +275,23 @@ def _indices(site: Site) -> Iterator[Finding]:
         yield site.error("indices-shape", message)
 
 
+def _sinks(site: Site) -> Iterator[Finding]:
+    """No released CANN has them."""
+    if not site.given("sinks"):
+        return
+    message = "sinks: only CANN's development line has them, on Ascend 950; a released one"
+    yield site.error("sinks", f"{message} drops the input without a word")
+    dims, heads = site.dims("sinks"), site.dim("query", -2)
+    one = dims[0] if dims is not None and len(dims) == 1 else None
+    if dims is not None and (len(dims) != 1 or (isinstance(one, int) and one != (heads or one))):
+        message = f"sinks has shape {list(dims)}: expected one per query head"
+        yield site.error("sinks", message, "give a float32 vector [N1]")
+
+
 def _antiquant(site: Site) -> Iterator[Finding]:
     row = PackedRow(NPU.nope, NPU.rope)
     yield from _heads(site)
+    yield from _sinks(site)
     yield from _indices(site)
     for name, want in (("query", row.nope + row.rope), ("key", row.bytes)):
         dim = site.dim(name, -1)
@@ -300,6 +316,11 @@ def _antiquant(site: Site) -> Iterator[Finding]:
 
 def _float_cache(site: Site) -> Iterator[Finding]:
     yield from _heads(site)
+    yield from _sinks(site)
+    if site.attr("return_softmax_lse") and site.attr("layout_kv") == "PA_BSND":
+        message = "return_softmax_lse with paged keys: CANN gives softmax_max and softmax_sum only"
+        message += " for contiguous ones"
+        yield site.error("attribute-value", message, "keep the cache contiguous (BSND, TND)")
     yield from _indices(site)
     for name, want in (("query", NPU.nope), ("key", NPU.nope), ("query_rope", NPU.rope)):
         dim = site.dim(name, -1)

@@ -124,7 +124,7 @@ def _pack(node: NodeProto) -> Iterator[str]:
 def _interface(plugin: Plugin, node: NodeProto) -> Iterator[str]:
     if plugin.contract is None:
         return
-    inputs = plugin.contract.inputs
+    inputs = plugin.contract.ge_inputs
     if len(node.input) > len(inputs):
         yield f"{len(node.input)} inputs, it takes {len(inputs)}"
     for i, tensor in enumerate(inputs):

@@ -15,6 +15,7 @@ from sfa_onnx.ascend.handover.data import read_arrays
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.operator import reference
+from sfa_onnx.operator.contract import Rounding
 
 if TYPE_CHECKING:
     from sfa_onnx.runtime.compare.difference import CompareReport
@@ -55,6 +56,7 @@ def compare_against(
     *,
     atol: float | None = None,
     rtol: float | None = None,
+    rounding: Rounding = "npu",
 ) -> CompareReport:
     """Run a model in onnxruntime on the device's inputs and compare with the device's outputs.
 
@@ -63,6 +65,7 @@ def compare_against(
         folder: a hand-over folder after run_om.py (inputs/, outputs/), or its outputs/ folder.
         atol: absolute bound; default by type, widened by the NPU kernel's own roundings.
         rtol: relative bound; default by type.
+        rounding: of our operators in onnxruntime; the device's own unless told otherwise.
 
     Raises:
         UsageError: the folder lacks inputs or outputs, or an output's size is not the model's.
@@ -74,7 +77,7 @@ def compare_against(
     root = root.parent if (root / "outputs.json").is_file() and root.name == "outputs" else root
     feeds = read_arrays(root / "inputs", "inputs.json")
     device = read_arrays(root / "outputs", "outputs.json")
-    judged = runtime.run(path, feeds)
+    judged = runtime.run(path, feeds, rounding=rounding)
     report = CompareReport(str(path), str(root))
     extra = _extra(load_model(path), report) if atol is None else 0.0
     for name, mine in judged.items():

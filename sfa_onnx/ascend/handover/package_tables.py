@@ -47,7 +47,9 @@ def _attribute(attribute: Attribute) -> str:
 def _cpp_op(onnx_type: str, contract: OpContract, ge_type: str, outputs: int) -> list[str]:
     base = f"k{onnx_type.removeprefix('NPU')}"
     lines = [f"constexpr InputSpec {base}Inputs[] = {{"]
-    lines += [f'    {{"{t.name}", {"false" if t.optional else "true"}}},' for t in contract.inputs]
+    lines += [
+        f'    {{"{t.name}", {"false" if t.optional else "true"}}},' for t in contract.ge_inputs
+    ]
     lines += ["};", f"constexpr AttributeSpec {base}Attributes[] = {{"]
     lines += [_attribute(a) for a in contract.attributes]
     lines.append("};")
@@ -58,7 +60,7 @@ def _cpp_op(onnx_type: str, contract: OpContract, ge_type: str, outputs: int) ->
     extra = f"{base}Companions, {len(companions)}" if companions else "nullptr, 0"
     lines += [
         f'constexpr OpTable {base} = {{"{onnx_type}", "{contract.domain}", "{ge_type}",',
-        f"    {base}Inputs, {len(contract.inputs)}, {base}Attributes,"
+        f"    {base}Inputs, {len(contract.ge_inputs)}, {base}Attributes,"
         f" {len(contract.attributes)}, {extra}, {outputs}}};",
         "",
     ]
@@ -123,7 +125,7 @@ def python_table() -> str:
             f'        "ge_type": "{ge_type}",',
             "        # (name, required)",
             '        "inputs": (',
-            *(f'            ("{t.name}", {not t.optional}),' for t in contract.inputs),
+            *(f'            ("{t.name}", {not t.optional}),' for t in contract.ge_inputs),
             "        ),",
             "        # (name, ONNX kind, GE's attribute is a bool)",
             '        "attributes": (',

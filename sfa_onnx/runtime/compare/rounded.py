@@ -19,6 +19,7 @@ from sfa_onnx.errors import UsageError
 from sfa_onnx.files.onnx_attrs import attribute, attributes
 from sfa_onnx.kv_convert.interface import CacheEntry, Interface
 from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, find_op
 from sfa_onnx.runtime.compare.extract import Site
 
@@ -79,15 +80,15 @@ def _round_cache(x: Array, cache: CacheEntry) -> Array:
     return np.moveaxis(moved, -1, axis)
 
 
-def judge(node: NodeProto, values: Mapping[str, Array]) -> Array:
-    """The reference's answer for one attention node on its own inputs."""
+def judge(node: NodeProto, values: Mapping[str, Array], rounding: Rounding = "exact") -> Array:
+    """The reference's answer (attention_out) for one attention node on its own inputs."""
     op = find_op(node.domain, node.op_type)
     attrs = attributes(node)
     inputs: list[Any] = [values[n] if n else None for n in node.input]
     if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-        return reference.sparse_flash_attention_antiquant(*inputs, **attrs)
+        return reference.sparse_flash_attention_antiquant(*inputs, mode=rounding, **attrs)
     if op is SPARSE_FLASH_ATTENTION:
-        return reference.sparse_flash_attention(*inputs, **attrs)
+        return reference.sparse_flash_attention(*inputs, mode=rounding, **attrs)
     raise UsageError(f"{node.op_type} has no reference to judge by")
 
 

@@ -25,6 +25,7 @@ from sfa_onnx.errors import ModelError, SfaError, UsageError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
+from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.runtime.compare.converted import capacity, converted_feeds
 from sfa_onnx.runtime.compare.difference import CompareReport, OutputRow, SiteRow, measure
 from sfa_onnx.runtime.compare.extract import (
@@ -65,6 +66,7 @@ def compare(
     atol: float | None = None,
     rtol: float | None = None,
     seed: int = 0,
+    rounding: Rounding = "exact",
 ) -> CompareReport:
     """Compare a model with what was fused from it, in onnxruntime.
 
@@ -77,6 +79,7 @@ def compare(
         atol: absolute bound for every tensor; default: by type and size (`difference.py`).
         rtol: relative bound.
         seed: of the random inputs.
+        rounding: of our operators in both models: "exact", or "npu" as CANN's kernels round.
 
     Raises:
         UsageError: a file is missing, or `inputs` does not fit.
@@ -84,7 +87,8 @@ def compare(
         ModelError: a file is no model, or onnxruntime refuses the fused model.
     """
     started = time.perf_counter()
-    task = _Comparison(before, after, {"atol": atol, "rtol": rtol}, dict(inputs or {}), seed)
+    bounds = {"atol": atol, "rtol": rtol}
+    task = _Comparison(before, after, bounds, dict(inputs or {}), seed, rounding)
     report = task.run()
     report.seconds = time.perf_counter() - started
     return report
@@ -98,8 +102,9 @@ class _Comparison:
         bounds: dict[str, float | None],
         inputs: dict[str, Array],
         seed: int,
+        rounding: Rounding,
     ) -> None:
-        self.bounds, self.inputs, self.seed = bounds, inputs, seed
+        self.bounds, self.inputs, self.seed, self.rounding = bounds, inputs, seed, rounding
         self.folders = [_folder(m) for m in (before, after)]
         self.original, self.fused = (
             with_structure(load_model(m), f)
@@ -121,6 +126,12 @@ class _Comparison:
         if self.narrower:
             self._note(f"{self.dtype} in one model only: its rounding is the floor")
         self.types = ElemTypes(self.second)
+
+        if rounding == "npu":
+            self._note("rounding npu: our operators round as CANN's kernels do")
+
+    def _execute(self, *args: Any, **kw: Any) -> dict[str, Array]:
+        return execute(*args, rounding=self.rounding, **kw)
 
     def run(self) -> CompareReport:
         sites = find_sites(self.first, self.second)
@@ -176,7 +187,7 @@ class _Comparison:
             group = sites[start : start + _TOGETHER]
             border = [v for s in group for v in s.border if v in made]
             names = list(dict.fromkeys([*border, *([] if want else outputs)]))
-            values = execute(with_outputs(self.first, names), self.folders[0], feeds, names)
+            values = self._execute(with_outputs(self.first, names), self.folders[0], feeds, names)
             want = want or {n: values[n] for n in outputs}
             entering = self._adapted(feeds, want) | feeds | want | values
             self.report.sites += [self._site(site, entering) for site in group]
@@ -186,7 +197,7 @@ class _Comparison:
 
     def _whole(self, want: dict[str, Array], feeds: dict[str, Array]) -> None:
         adapted = self._adapted(feeds, want)
-        got = execute(self.second, self.folders[1], adapted)
+        got = self._execute(self.second, self.folders[1], adapted)
         if self.interface is not None:
             room = capacity(self.interface, feeds)
             got = float_outputs(self.interface, got, adapted, length=room)
@@ -211,7 +222,7 @@ class _Comparison:
             return {}
         try:
             other = in_other_precision(self.original, self.dtype, narrower=self.narrower)
-            return execute(other, self.folders[0], feeds, as_written=True)
+            return self._execute(other, self.folders[0], feeds, as_written=True)
         except SfaError as error:
             _LOG.debug("no twin for the noise floor: %s", error)
             self._note("no noise floor for the whole graph: it does not run in another precision")
@@ -235,8 +246,8 @@ class _Comparison:
         kinds = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in theirs.items()}
         second = region_model(self.second, site.after, kinds, site.outputs)
         try:
-            want = execute(first, self.folders[0], feeds)
-            got = execute(second, self.folders[1], theirs)
+            want = self._execute(first, self.folders[0], feeds)
+            got = self._execute(second, self.folders[1], theirs)
             if self.lossy:
                 return self._quantised(site, values, feeds, want, got)
         except SfaError as error:
@@ -259,15 +270,17 @@ class _Comparison:
         above = region_above(self.first, site.outputs, {*site.border, *rounded})
         first = region_model(self.first, above, types, site.outputs)
         if {i.name for i in first.graph.input} & rounded.keys():
-            want = execute(first, self.folders[0], known)
+            want = self._execute(first, self.folders[0], known)
             row = self._row(site, "rounded", want, got, self._exact_region(first, known))
             return dataclasses.replace(row, loss=loss)
         node = self.second.graph.node[site.own]
         names = [n for n in dict.fromkeys((*node.input, *node.output)) if n and n not in feeds]
         types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items()}
-        inner = execute(region_model(self.second, site.after, types, names), self.folders[1], feeds)
+        inner = self._execute(
+            region_model(self.second, site.after, types, names), self.folders[1], feeds
+        )
         inner |= feeds
-        difference = self._measure(judge(node, inner), inner[node.output[0]], None)
+        difference = self._measure(judge(node, inner, self.rounding), inner[node.output[0]], None)
         limit = "" if loss <= _PLAUSIBLE_LOSS else f"{loss:.0%} is more than int8 can explain"
         return SiteRow(
             _title(site), site.op_type, site.layer, "reference", difference, loss, reason=limit
@@ -297,7 +310,7 @@ class _Comparison:
         try:
             known = None if self.dtype is None else ElemTypes(self.original)
             other = in_other_precision(region, self.dtype, narrower=self.narrower, known=known)
-            return execute(other, self.folders[0], feeds, as_written=True)
+            return self._execute(other, self.folders[0], feeds, as_written=True)
         except SfaError as error:
             _LOG.debug("no twin for a site's noise floor: %s", error)
             return {}
@@ -313,7 +326,7 @@ class _Comparison:
             if unknown := sorted(n for n in entering if n not in known):
                 return _skipped(site, f"the shape of {unknown[0]} is not in the model")
             model.graph.input.extend(known[n] for n in sorted(entering))
-            values = execute(model, self.folders[0], random_feeds(model, self.seed))
+            values = self._execute(model, self.folders[0], random_feeds(model, self.seed))
         except SfaError as error:
             return _skipped(site, str(error))
         want = {n: values[n] for n in site.outputs}

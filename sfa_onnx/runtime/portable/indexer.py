@@ -9,6 +9,7 @@ from typing import Any
 
 from onnx import TensorProto
 
+from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import QUANT_LIGHTNING_INDEXER, OpContract
 from sfa_onnx.runtime.portable.body import Body
 from sfa_onnx.runtime.portable.rows import Rows
@@ -17,7 +18,12 @@ __all__ = ["indexer_body"]
 
 
 def indexer_body(
-    body: Body, op: OpContract, present: frozenset[str], attrs: dict[str, Any], elem_type: int
+    body: Body,
+    op: OpContract,
+    present: frozenset[str],
+    attrs: dict[str, Any],
+    elem_type: int,
+    rounding: Rounding = "exact",
 ) -> list[str]:
     """Write the body; values are named as the contract's inputs.
 
@@ -27,6 +33,7 @@ def indexer_body(
         present: names of the inputs that the calling node has.
         attrs: its attributes.
         elem_type: the query's onnx element type.
+        rounding: "npu" takes the quantised indexer's two steps through float16.
 
     Returns:
         sparse_indices, and sparse_values for the float indexer.
@@ -38,7 +45,8 @@ def indexer_body(
         room = body.op("Mul", room, body.dim("block_table", 1))
     tokens = body.unsqueeze(body.range(room), 0)  # [1, L]
     usable = body.op("Less", tokens, threshold)  # [T, L]
-    scores = _scores(body, rows, op, rows.addresses(tokens, usable))
+    half = rounding == "npu" and op is QUANT_LIGHTNING_INDEXER
+    scores = _scores(body, rows, op, rows.addresses(tokens, usable), half)
     scores = body.op("Where", usable, scores, body.real(float("-inf")))
     count = attrs["sparse_count"]
     # K columns that never win, so that K may exceed the number of keys.
@@ -55,8 +63,8 @@ def indexer_body(
     return outputs
 
 
-def _scores(body: Body, rows: Rows, op: OpContract, addresses: str) -> str:
-    """[T, L] float32."""
+def _scores(body: Body, rows: Rows, op: OpContract, addresses: str, half: bool) -> str:
+    """[T, L] float32; `half`: weights times scales, and relu / 1024, on float16's grid."""
     flat = body.reshape("key", -1, body.dims("key", -1))
     keys = body.to_float(body.op("Gather", flat, addresses, axis=0))  # [T, L, Di]
     query = body.to_float(rows.flat_query("query"))
@@ -65,12 +73,20 @@ def _scores(body: Body, rows: Rows, op: OpContract, addresses: str) -> str:
     if op is QUANT_LIGHTNING_INDEXER:
         weights = body.op("Mul", weights, body.to_float("query_dequant_scale"))
     weights = body.reshape(weights, -1, 1, body.dims("weights", -1))
-    scores = body.op("MatMul", weights, body.op("Relu", products))
+    products = body.op("Relu", products)
+    if half:
+        weights = _through_float16(body, weights)
+        products = _through_float16(body, body.op("Div", products, body.real(1024)))
+    scores = body.op("MatMul", weights, products)
     scores = body.op("Squeeze", scores, body.ints(1))
     if op is QUANT_LIGHTNING_INDEXER:
         scale = body.reshape(body.to_float("key_dequant_scale"), -1)
         scores = body.op("Mul", scores, body.op("Gather", scale, addresses))
     return scores
+
+
+def _through_float16(body: Body, x: str) -> str:
+    return body.to_float(body.cast(x, TensorProto.FLOAT16))
 
 
 def _shape(body: Body, scores: str, count: int) -> str:

@@ -17,7 +17,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, helper
 from sfa_onnx.errors import ModelError
 from sfa_onnx.files.onnx_attrs import attributes, subgraphs
 from sfa_onnx.guard.doors import door
-from sfa_onnx.operator.contract import OpContract
+from sfa_onnx.operator.contract import OpContract, Rounding
 from sfa_onnx.operator.op import ALL_OPS, KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.portable.attention import attention_body
@@ -38,6 +38,14 @@ def has_body(node: NodeProto) -> bool:
 
 
 @dataclass(frozen=True)
+class _Style:
+    """How bodies are written."""
+
+    opset: int
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
 class _Signature:
     """What decides the body of one node."""
 
@@ -45,6 +53,7 @@ class _Signature:
     present: frozenset[str]
     attributes: tuple[tuple[str, Any], ...]
     types: tuple[tuple[str, int], ...]
+    outputs: int  # that the node has, up to the last named one
 
     @property
     def op(self) -> OpContract:
@@ -52,11 +61,15 @@ class _Signature:
 
 
 @door
-def make_portable(model: ModelProto) -> ModelProto:
+def make_portable(model: ModelProto, *, rounding: Rounding = "exact") -> ModelProto:
     """A copy of `model` whose operators of ours also are model-local functions.
 
     Weights are not read. Nodes of an unusual second signature get an `overload`, and the model then
     IR version 10.
+
+    Args:
+        model: the model.
+        rounding: of the functions; the kernels take the session's (`runtime.session`).
 
     Raises:
         ModelError: the model's opset is too old, or the type of an operator's input is unknown.
@@ -69,7 +82,7 @@ def make_portable(model: ModelProto) -> ModelProto:
         if signature not in known:
             count = sum(s.key == signature.key for s in known)
             known[signature] = f"signature{count + 1}" if count else ""
-            out.functions.append(_function(signature, known[signature], opset))
+            out.functions.append(_function(signature, known[signature], opset, rounding))
         node.overload = known[signature]
     if any(known.values()):
         out.ir_version = max(out.ir_version, _OVERLOAD_IR)
@@ -77,17 +90,21 @@ def make_portable(model: ModelProto) -> ModelProto:
 
 
 @door
-def unfuse(model: ModelProto) -> ModelProto:
+def unfuse(model: ModelProto, *, rounding: Rounding = "exact") -> ModelProto:
     """A copy of `model` in which our operators are replaced by standard nodes.
 
     Output names stay; every other node and all initializers are untouched.
+
+    Args:
+        model: the model.
+        rounding: "npu": the standard nodes round as CANN's kernels do.
 
     Raises:
         ModelError: the model's opset is too old, or the type of an operator's input is unknown.
         ContractError: a node's attributes are illegal.
     """
     out, opset, types = _prepared(model)
-    _inline(out.graph, types, opset, _names(out.graph))
+    _inline(out.graph, types, _Style(opset, rounding), _names(out.graph))
     left = {node.domain for graph in _graphs(out.graph) for node in graph.node}
     for entry in [o for o in out.opset_import if o.domain in {op.domain for op in _OPS.values()}]:
         if entry.domain not in left:
@@ -144,24 +161,43 @@ def _signature(node: NodeProto, types: ElemTypes) -> _Signature:
             )
         elem_types[name] = found
     kept = tuple(sorted((k, v) for k, v in attrs.items() if k not in _AT_RUN_TIME))
-    return _Signature(op.key, frozenset(values), kept, tuple(elem_types.items()))
+    outputs = max((i + 1 for i, name in enumerate(node.output) if name), default=1)
+    return _Signature(op.key, frozenset(values), kept, tuple(elem_types.items()), outputs)
 
 
-def _write(signature: _Signature, opset: int) -> tuple[list[NodeProto], list[str]]:
-    """The body's nodes and the names of its results."""
-    body, attrs, types = Body(opset), dict(signature.attributes), dict(signature.types)
+def _write(signature: _Signature, style: _Style) -> tuple[list[NodeProto], list[str]]:
+    """The body's nodes and the names of its results, as many as the calling node has."""
+    nodes, results = _everything(signature, style)
+    return _needed(nodes, results[: signature.outputs]), results[: signature.outputs]
+
+
+def _needed(nodes: list[NodeProto], results: list[str]) -> list[NodeProto]:
+    """The nodes that some of `results` depends on."""
+    wanted, kept = set(results), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _everything(signature: _Signature, style: _Style) -> tuple[list[NodeProto], list[str]]:
+    body, attrs, types = Body(style.opset), dict(signature.attributes), dict(signature.types)
     op, present = signature.op, signature.present
     if op is KV_CACHE_PACK:
         return body.nodes, [pack_body(body, present, attrs, types)]
     if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
-        return body.nodes, indexer_body(body, op, present, attrs, types["query"])
-    return body.nodes, [attention_body(body, op, present, attrs, types["query"])]
+        written = indexer_body(body, op, present, attrs, types["query"], style.rounding)
+        return body.nodes, written
+    return body.nodes, attention_body(body, op, present, attrs, types["query"], style.rounding)
 
 
-def _function(signature: _Signature, overload: str, opset: int) -> FunctionProto:
+def _function(
+    signature: _Signature, overload: str, opset: int, rounding: Rounding
+) -> FunctionProto:
     op = signature.op
-    nodes, results = _write(signature, opset)
-    names = dict(zip(results, (t.name for t in op.outputs), strict=True))
+    nodes, results = _write(signature, _Style(opset, rounding))
+    names = dict(zip(results, (t.name for t in op.outputs), strict=False))
     for node in nodes:
         node.output[:] = [names.get(name, name) for name in node.output]
     function = helper.make_function(
@@ -188,19 +224,19 @@ def _names(graph: onnx.GraphProto) -> set[str]:
     return names
 
 
-def _inline(graph: onnx.GraphProto, types: ElemTypes, opset: int, taken: set[str]) -> None:
+def _inline(graph: onnx.GraphProto, types: ElemTypes, style: _Style, taken: set[str]) -> None:
     nodes: list[NodeProto] = []
     for node in graph.node:
         for sub in subgraphs(node):
-            _inline(sub, types, opset, taken)
+            _inline(sub, types, style, taken)
         ours = has_body(node)
-        nodes += _expanded(node, _signature(node, types), opset, taken) if ours else [node]
+        nodes += _expanded(node, _signature(node, types), style, taken) if ours else [node]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def _expanded(
-    node: NodeProto, signature: _Signature, opset: int, taken: set[str]
+    node: NodeProto, signature: _Signature, style: _Style, taken: set[str]
 ) -> list[NodeProto]:
     """Copies of the body's nodes between the node's own inputs and output."""
     prefix = base = f"{node.name or node.output[0]}/"
@@ -209,7 +245,7 @@ def _expanded(
         suffix += 1
         prefix = f"{base[:-1]}_{suffix}/"
     taken.add(prefix)
-    body, results = _write(signature, opset)
+    body, results = _write(signature, style)
     inner = {t.name: n for t, n in zip(signature.op.inputs, node.input, strict=False) if n}
     inner |= {r: n for r, n in zip(results, node.output, strict=False) if n}
     scale = next((a.f for a in node.attribute if a.name in _AT_RUN_TIME), 0.0)

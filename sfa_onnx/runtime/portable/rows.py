@@ -72,6 +72,13 @@ class Rows:
         start = None if layout == "PA_BSND" else body.op("Mul", self.batch, room)
         return length, start
 
+    def sees_any(self) -> str:
+        """Rows [T] whose mask lets a key through, if there is one."""
+        body = self.body
+        if self.attrs["sparse_mode"] == 3:
+            return body.op("Greater", self.threshold(), body.scalar(0))
+        return body.op("Less", self.position, self.length)
+
     def threshold(self) -> str:
         """Visible keys per query row, [T]; 0 (or less) where there are none."""
         body = self.body
