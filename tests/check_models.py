@@ -324,6 +324,9 @@ CASES: list[Case] = [
      "computed at run time"),
     ("topk-int32-indices", lambda: model(TOPK, outs=[("i", I64, None)], init=[K3]), "warning", "",
      "graph output 'i'"),
+    ("shape-contradiction", lambda: edit(one("ReduceMean", "x", "a", init=[const("a", [-1])]),
+     lambda m: m.graph.output[0].CopyFrom(value("y", F, (4, 1)))), "error", "",
+     "GE will infer [4, 6]"),
     ("topk-unsorted", lambda: model(
         [N("TopK", ["x", "k"], ["v", "i"], name="n0", sorted=0)], outs=[("v", F, None)], init=[K3]
     ), "warning", "", "sorted = 0"),

@@ -17,6 +17,7 @@ from sfa_onnx.ascend.cann import cann as _line
 from sfa_onnx.ascend.checks.context import Context
 from sfa_onnx.ascend.checks.finding import CheckReport, Finding, SupportRow
 from sfa_onnx.ascend.checks.fixing import FixResult, apply_fixes, fix, fix_file
+from sfa_onnx.ascend.checks.ge_shapes import contradictions
 from sfa_onnx.ascend.checks.graph_ops import graph_ops
 from sfa_onnx.ascend.checks.graph_rules import custom_op_conflict, graph_rules
 from sfa_onnx.ascend.checks.meaning import meaning
@@ -98,6 +99,7 @@ def check(
             graph_rules,
             graph_ops,
             moves,
+            contradictions,
         ):
             findings += rules(ctx)
         findings += [*support_findings(support), *inferred(ctx.view)]

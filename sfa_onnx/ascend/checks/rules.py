@@ -117,6 +117,7 @@ _GRAPH: Final = {
     "scatter-dtype": "a scatter over a dtype no definition lists",
     "scatter-mask": "a mask written by ScatterElements: AI CPU on A2 and A3",
     "scatternd-copies-cache": "ScatterND on a graph input: the whole cache is copied",
+    "shape-contradiction": "a declared shape that GE will infer otherwise, or refuse",
     "topk-bf16": "TopK over bfloat16",
     "topk-computed-k": "TopK whose k is computed",
     "topk-unsorted": "TopK with sorted = 0: AI CPU",
