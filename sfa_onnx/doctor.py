@@ -90,15 +90,19 @@ def _packages() -> list[Probe]:
 
 
 def _library() -> list[Probe]:
-    from sfa_onnx import runtime
+    import onnxruntime
 
-    path = runtime.library_path()
-    if not path.is_file():
-        text = f"not built: {path}; reinstall with a C++ compiler at hand"
-        return [Probe("library", "operator library", "missing", text)]
+    from sfa_onnx import runtime
+    from sfa_onnx.errors import MissingError
+
+    try:
+        path, isa = runtime.library_path(), runtime.kernel_isa()
+        runtime.register(onnxruntime.SessionOptions())
+    except MissingError as error:
+        return [Probe("library", "operator library", "missing", str(error))]
     return [
         Probe("library", "operator library", "ok", str(path)),
-        Probe("library", "kernel path", "ok", runtime.kernel_isa()),
+        Probe("library", "kernel path", "ok", isa),
     ]
 
 

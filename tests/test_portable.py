@@ -275,6 +275,21 @@ def test_the_indexer_selects_what_the_reference_selects(layouts, dtype, rewrite)
     )
 
 
+@pytest.mark.parametrize("rewrite", [make_portable, unfuse])
+@pytest.mark.parametrize("named", [False, True])
+def test_an_indexer_whose_values_nobody_wants(rewrite, named):
+    inputs, attributes = indexer_call(LIGHTNING_INDEXER, LAYOUTS[0], np.float32)
+    model = indexer_model(LIGHTNING_INDEXER, inputs, attributes)
+    del model.graph.node[0].output[1:], model.graph.output[1:]
+    if named:  # an output left out is written so, too
+        model.graph.node[0].output.append("")
+    portable = rewrite(model)
+    onnx.checker.check_model(portable)
+    got = runtime.run(plain(portable), inputs)
+    arguments = [inputs.get(t.name) for t in LIGHTNING_INDEXER.inputs]
+    assert (got["sparse_indices"] == reference.lightning_indexer(*arguments, **attributes)[0]).all()
+
+
 @pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
 def test_the_quantised_indexer_selects_what_the_reference_selects(layouts):
     op = QUANT_LIGHTNING_INDEXER

@@ -8,11 +8,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx import runtime
+from sfa_onnx.cli import main
+from sfa_onnx.doctor import examine
 from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.runtime.compare.run import compare
+from sfa_onnx.runtime.feeds.draw import random_feeds
 from tests.attention_cases import BF16, LAYOUTS, make_case
 from tests.op_models import needs_library, op_model
 
@@ -178,3 +182,55 @@ def test_the_kernel_path_can_be_forced():
     env = {**os.environ, "SFA_ONNX_ISA": "scalar"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "scalar", done.stderr
+
+
+def test_a_library_for_another_machine_is_our_error(monkeypatch, tmp_path):
+    foreign = tmp_path / "libsfa_onnx_ops.so"
+    foreign.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\xf3\x00" + bytes(200))
+    monkeypatch.setenv("SFA_ONNX_LIBRARY", str(foreign))
+    with pytest.raises(MissingError, match="built for another"):
+        runtime.kernel_isa()
+    with pytest.raises(MissingError, match="cannot load"):
+        runtime.register(ort.SessionOptions())
+    assert not examine().healthy
+    assert main(["doctor"]) == 3
+
+
+def test_a_machine_without_the_library_is_not_healthy(monkeypatch, tmp_path):
+    monkeypatch.setenv("SFA_ONNX_LIBRARY", str(tmp_path / "nothing.so"))
+    report = examine()
+    assert not report.healthy
+    assert any(p.topic == "library" and p.state == "missing" for p in report.probes)
+
+
+@needs_library
+def test_a_model_as_bytes():
+    case = make_case(SPARSE_FLASH_ATTENTION)
+    model = op_model(case)
+    feeds = {n: a for n, a in case.inputs.items() if n != "value"}
+    want = runtime.run(model, feeds)["attention_out"]
+    got = runtime.run(model.SerializeToString(), feeds)["attention_out"]
+    assert (want == got).all()
+
+
+def test_a_constant_whose_value_lies_in_a_file(tmp_path):
+    weight = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=weight),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 64]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    path = tmp_path / "m.onnx"
+    onnx.save(
+        model, path, save_as_external_data=True, location="w.bin", size_threshold=8,
+        convert_attribute=True,
+    )  # fmt: skip
+    feeds = random_feeds(path)
+    assert np.allclose(runtime.run(path, feeds)["y"], feeds["x"].sum(-1, keepdims=True), atol=1e-4)
+    report = compare(path, path)
+    assert report.passed
+    assert report.outputs[0].difference.noise is not None
+    with pytest.raises(ModelError, match="external files"):
+        runtime.session(onnx.load(path, load_external_data=False))

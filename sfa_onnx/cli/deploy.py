@@ -145,4 +145,4 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
     report = examine(args.model)
     show.doctor_report(console, report)
     console.result("doctor", report)
-    return 0
+    return 0 if report.healthy else NOT_MET

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx.errors import ModelError, WeightsError
+from sfa_onnx.files.external import iter_tensors
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.operator.contract import Rounding
@@ -105,7 +106,7 @@ def _located(model: ModelProto, folder: Path) -> ModelProto:
     """A copy that names its external files by absolute paths."""
     out = ModelProto()
     out.CopyFrom(model)
-    for tensor in out.graph.initializer:
+    for tensor in iter_tensors(out):
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = str(folder / entry.value)

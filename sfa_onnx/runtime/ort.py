@@ -21,6 +21,7 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
 from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
+from sfa_onnx.files.external import iter_tensors
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import ALL_OPS
@@ -83,10 +84,18 @@ def kernel_isa() -> str:
     """The kernel path this machine takes ("avx512_bf16", ..., "scalar").
 
     Raises:
-        MissingError: the library was not built, or SFA_ONNX_ISA names a path this machine lacks.
+        MissingError: the library was not built, or for another machine, or SFA_ONNX_ISA names a
+            path this machine lacks.
     """
-    library = ctypes.CDLL(str(library_path()))
-    library.sfa_core_isa.restype = ctypes.c_char_p
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+        library.sfa_core_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        raise MissingError(
+            f"{path} cannot be loaded on this machine ({error}): it was built for another one, or"
+            " is no library of ours; rebuild it with `pip install --force-reinstall .`"
+        ) from error
     name = (library.sfa_core_isa() or b"").decode()
     if not name:
         wanted = os.environ.get("SFA_ONNX_ISA", "")
@@ -141,7 +150,7 @@ def _entry(sess_options: ort.SessionOptions, key: str) -> str:
 
 
 def session(
-    model: Model,
+    model: Model | bytes,
     sess_options: ort.SessionOptions | None = None,
     *,
     rounding: Rounding = "exact",
@@ -153,7 +162,8 @@ def session(
     A model whose operators are all standard loads without our library too.
 
     Args:
-        model: path (the way for models with external data or beyond 2 GiB) or ModelProto.
+        model: path (the way for models with external data or beyond 2 GiB), ModelProto, or the
+            bytes of a file.
         sess_options: extended in place; default: fresh ones.
         rounding: how our operators round: "exact", or "npu" as CANN's kernels do.
         allow_external: the options say in which folder a ModelProto's external data lie.
@@ -180,14 +190,16 @@ def session(
         raise ModelError(f"onnxruntime {ort.__version__} refuses {name}: {error}") from error
 
 
-def _source(model: Model, allow_external: bool) -> tuple[str | bytes, str]:
+def _source(model: Model | bytes, allow_external: bool) -> tuple[str | bytes, str]:
     """What InferenceSession takes, and the model's name for messages."""
+    if isinstance(model, bytes):
+        return model, "the model in memory"
     if not isinstance(model, onnx.ModelProto):
         if not Path(model).is_file():
             raise UsageError(f"{model}: no such file")
         return os.fspath(model), os.fspath(model)
     name = f"the model {model.graph.name!r}"
-    external = (t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
+    external = (t.data_location == onnx.TensorProto.EXTERNAL for t in iter_tensors(model))
     if not allow_external and any(external):
         raise ModelError(f"{name} keeps weights in external files: save it and pass the path")
     if model.ByteSize() >= _TWO_GIB:
@@ -197,7 +209,7 @@ def _source(model: Model, allow_external: bool) -> tuple[str | bytes, str]:
 
 @door
 def run(
-    model: Model | ort.InferenceSession,
+    model: Model | bytes | ort.InferenceSession,
     feeds: Mapping[str, ArrayLike],
     outputs: Sequence[str] | None = None,
     *,

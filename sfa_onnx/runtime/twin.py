@@ -112,11 +112,21 @@ class _Twin:
             return self._own(node, originals)
         for attribute in node.attribute:
             self._attribute(node, attribute, names)
+        if node.op_type == "Constant" and self._lies_elsewhere(node):
+            value = node.output[0]
+            node.output[0] = value + "__stored"
+            return [node, self._cast(node.output[0], value, self.to)]
         silent = node.op_type == "ConstantOfShape" and not node.attribute
         if silent and TensorProto.FLOAT in self.types:  # its default is a float32 zero
             zero = helper.make_tensor("value", self.to, [1], [0.0])
             node.attribute.append(helper.make_attribute("value", zero))
         return [node, *(self._roundings(node) if self.rounded else ())]
+
+    def _lies_elsewhere(self, node: NodeProto) -> bool:
+        """Whether a Constant's value is in a file: like weights it keeps its type."""
+        tensors = (a.t for a in node.attribute if a.type == AttributeProto.TENSOR)
+        external = TensorProto.EXTERNAL
+        return any(t.data_location == external and t.data_type in self.types for t in tensors)
 
     def _roundings(self, node: NodeProto) -> list[NodeProto]:
         """Casts of each output to the type it is rounded to and back; its name is kept."""
@@ -149,7 +159,7 @@ class _Twin:
             self.graph(graph, names)
 
     def _tensor(self, tensor: TensorProto) -> TensorProto:
-        if tensor.data_type not in self.types:
+        if tensor.data_type not in self.types or tensor.data_location == TensorProto.EXTERNAL:
             return tensor
         array = np.asarray(numpy_helper.to_array(tensor))
         dtype = helper.tensor_dtype_to_np_dtype(self.to)

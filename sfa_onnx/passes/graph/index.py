@@ -298,7 +298,11 @@ class GraphIndex:
         if (tensor := self.initializers.get(value)) is not None:
             array = self._read(tensor) if _is_structural(tensor) else None
         elif (node := self.node_of(value)) is not None and node.op_type == "Constant":
-            array = _constant_node(node)
+            stored = next((a.t for a in node.attribute if a.name == "value"), None)
+            if stored is not None and stored.data_location == onnx.TensorProto.EXTERNAL:
+                array = self._read(stored) if _is_structural(stored) else None
+            else:
+                array = _constant_node(node)
         self._constants[value] = array
         return array
 

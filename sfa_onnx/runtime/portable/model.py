@@ -84,6 +84,7 @@ def make_portable(model: ModelProto, *, rounding: Rounding = "exact") -> ModelPr
             known[signature] = f"signature{count + 1}" if count else ""
             out.functions.append(_function(signature, known[signature], opset, rounding))
         node.overload = known[signature]
+        del node.output[signature.outputs :]  # a function has as many as its calls
     if any(known.values()):
         out.ir_version = max(out.ir_version, _OVERLOAD_IR)
     return out
