@@ -83,11 +83,37 @@ def test_bound_dims_can_be_written_into_a_copy_of_the_model():
 
 def test_gears_list_every_open_dim_in_order():
     proto = model(("x", 1, ["b", "s"]), ("m", 1, ["s", "b"]))
-    together = options(proto, dims={"b": "1,2", "s": "16,32"})
+    crossed = options(proto, dims={"b": "1,2", "s": "16,32"})
+    assert crossed["--dynamic_dims"] == "1,16,16,1;1,32,32,1;2,16,16,2;2,32,32,2"
+    together = options(proto, dims={"b": "1,2", "s": "16,32"}, paired=True)
     assert together["--input_shape"] == "x:-1,-1;m:-1,-1"
     assert together["--dynamic_dims"] == "1,16,16,1;2,32,32,2"
     crossed = options(proto, dims={"b": "1,2,4", "s": "16,32"})
     assert len(crossed["--dynamic_dims"].split(";")) == 6
+    with pytest.raises(UsageError, match="b has 3, s has 2"):
+        options(proto, dims={"b": "1,2,4", "s": "16,32"}, paired=True)
+
+
+def test_dims_that_are_expressions_follow_the_dims_in_them():
+    proto = model(
+        ("x", 1, ["b", "past"]), ("m", 1, ["b", "past + 1"]), ("i", 1, ["Min(8, past + 1)"])
+    )
+    assert set(atc_command.free_dims(proto)) == {"b", "past"}
+    fixed = options(proto, dims={"b": 2, "past": 15})
+    assert fixed["--input_shape"] == "x:2,15;m:2,16;i:8"
+    ranged = options(proto, dims={"b": 2, "past": "3~15"})
+    assert ranged["--input_shape"] == "x:2,3~15;m:2,4~16;i:4~8"
+    geared = options(proto, dims={"b": 2, "past": "3,15"})
+    assert geared["--input_shape"] == "x:2,-1;m:2,-1;i:-1"
+    assert geared["--dynamic_dims"] == "3,4,4;15,16,8"
+    bound = atc_command.bind_dims(proto, {"past": "15"})
+    assert [d.dim_value for d in bound.graph.input[1].type.tensor_type.shape.dim] == [0, 16]
+    open_sum = atc_command.build(model(("m", 1, ["past + 1", "64"])), soc_version=SOC)
+    assert dict(open_sum.options)["--input_shape"] == "m:$((DIM_PAST + 1)),64"
+    shell = {"DIM_PAST": "7", "PATH": "/usr/bin:/bin"}
+    script = f"atc() {{ printf '%s\\n' \"$@\"; }}\n{open_sum.line('m.onnx', 'm')}"
+    done = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, env=shell)
+    assert "--input_shape=m:8,64" in done.stdout.splitlines()
 
 
 def test_unbound_dims_become_variables_the_shell_asks_for():

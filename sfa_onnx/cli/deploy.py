@@ -57,6 +57,11 @@ def _add_atc(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--plain-norms", action="store_true", help="keep norms as standard operators"
     )
     parser.add_argument("--dim", action="append", default=[], metavar="NAME=N", help="bind a dim")
+    parser.add_argument(
+        "--pair-gears",
+        action="store_true",
+        help="gears of several dims change together (default: each with each)",
+    )
     parser.add_argument("--inputs", type=Path, help="inputs.npz to write for the device run")
     parser.add_argument("--before", type=Path, help="the original, for the node mapping")
     parser.add_argument("--no-run", action="store_true", help="do not run atc even if it is here")
@@ -128,6 +133,7 @@ def _atc(args: argparse.Namespace, console: Console) -> int:
         npu_dtype=args.npu_dtype,
         norms=not args.plain_norms,
         dims=_dims(args.dim),
+        paired=args.pair_gears,
         scope=args.scope,
         inputs=load_inputs(args.inputs),
         before=args.before,

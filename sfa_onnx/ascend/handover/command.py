@@ -1,8 +1,10 @@
 """The `atc` command line of a model: shapes from its inputs, dims from the user.
 
 A symbolic dim is bound by name (`batch=4`), to a range (`seq=1~2048`) or to gears (`batch=1,2,4`:
-atc compiles one plan per gear). A dim without a name is called `<input>:<axis>`. What stays unbound
-becomes a shell variable that atc.sh asks for.
+atc compiles one plan per gear). Gears of several dims are taken each with each, or, when asked for,
+together: the first with the first. A dim that is an expression ("past + 1", "Min(8, past + 1)")
+follows the dims in it. A dim without a name is called `<input>:<axis>`. What stays unbound becomes
+a shell variable that atc.sh asks for.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import onnx
 from onnx import ModelProto, TensorProto
 
 from sfa_onnx.errors import UsageError
+from sfa_onnx.passes.shapes.dims import size_of
 
 __all__ = ["AtcCommand", "bind_dims", "build", "free_dims"]
 
@@ -25,7 +28,11 @@ _NUMBER = re.compile(r"[1-9]\d*$")
 _RANGE = re.compile(r"([1-9]\d*)~([1-9]\d*)$")
 _GEARS = re.compile(r"[1-9]\d*(,[1-9]\d*)+$")
 _MOST_GEARS = 100
-_EXPANDED = re.compile(r"\$\{(?:DIM|SHAPE)_\w+\}")
+_EXPANDED = re.compile(r"\$\{(?:DIM|SHAPE)_\w+\}|\$\(\([\w +*/-]+\)\)")
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_FUNCTIONS = ("Min", "Max", "min", "max", "floor")
+_ARITHMETIC = re.compile(r"[\w +*/-]+$")
+_WORD = re.compile(r"\w+$")
 _VARIABLE = re.compile(r"\W+")
 
 
@@ -36,6 +43,14 @@ class AtcCommand:
     options: list[tuple[str, str]]  # ("--framework", "5") ...
     unbound: dict[str, str] = field(default_factory=dict)  # dim name -> shell variable
     notes: list[str] = field(default_factory=list)
+    sizes: list[dict[str, int]] = field(default_factory=list)  # every choice, when all are bound
+
+    def numbers(self, model: ModelProto) -> dict[str, int]:
+        """The dims that are bound to one number."""
+        if len(self.sizes) != 1:
+            return {}
+        free = free_dims(model)
+        return {name: size for name, size in self.sizes[0].items() if name in free}
 
     def line(self, model: str, output: str) -> str:
         """The command for a shell, one option a line."""
@@ -59,16 +74,27 @@ def _inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def _dim_name(value: onnx.ValueInfoProto, axis: int) -> str | None:
+    """The text of an open dim; None for a number, also one that is spelled as text."""
     dim = value.type.tensor_type.shape.dim[axis]
     if dim.HasField("dim_value") and dim.dim_value >= 0:
         return None
+    if size_of(dim.dim_param, {}) is not None:
+        return None
     return dim.dim_param or f"{value.name}:{axis}"
+
+
+def _symbols(text: str) -> list[str]:
+    """The symbols of a dim: itself, or those of the expression that it is."""
+    names = [n for n in _SYMBOL.findall(text) if n not in _FUNCTIONS]
+    probe = dict.fromkeys(names, 7)
+    return list(probe) if size_of(text, probe) is not None else [text]
 
 
 def free_dims(model: ModelProto) -> dict[str, list[str]]:
     """Dims without a number: name -> the inputs that carry it ("x[0]").
 
-    An input without any shape appears under its own name.
+    Expressions are told by the names in them. An input without any shape appears under its own
+    name.
     """
     found: dict[str, list[str]] = {}
     for value in _inputs(model):
@@ -76,8 +102,8 @@ def free_dims(model: ModelProto) -> dict[str, list[str]]:
             found[value.name] = [value.name]
         for axis in range(len(value.type.tensor_type.shape.dim)):
             name = _dim_name(value, axis)
-            if name is not None:
-                found.setdefault(name, []).append(f"{value.name}[{axis}]")
+            for symbol in [] if name is None else _symbols(name):
+                found.setdefault(symbol, []).append(f"{value.name}[{axis}]")
     return found
 
 
@@ -94,8 +120,9 @@ def bind_dims(model: ModelProto, dims: Mapping[str, str | int]) -> ModelProto:
     for value in (*bound.graph.input, *bound.graph.output, *bound.graph.value_info):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             name = _dim_name(value, axis)
-            if name in numbers:
-                dim.dim_value = numbers[name]
+            size = None if name is None else numbers.get(name) or size_of(name, numbers)
+            if size is not None:
+                dim.dim_value = size
     return bound
 
 
@@ -104,6 +131,7 @@ def build(
     *,
     soc_version: str,
     dims: Mapping[str, str | int] | None = None,
+    paired: bool = False,
     external_weights: bool = False,
 ) -> AtcCommand:
     """The atc options for a model in the ATC flavour.
@@ -112,6 +140,7 @@ def build(
         model: its graph inputs give names, order and shapes.
         soc_version: the exact chip: "Ascend" and the Name that `npu-smi info` shows.
         dims: symbolic dim -> number, "a~b" or gears "a,b,c".
+        paired: gears change together; False: each with each.
         external_weights: the weights are files; the .om keeps them beside itself, too.
 
     Raises:
@@ -131,12 +160,15 @@ def build(
             command.unbound[name] = _variable("SHAPE", name)  # "1,2,3", as in --input_shape
         elif name not in bound:
             command.unbound[name] = _variable("DIM", name)
-    shapes = [_shape(value, bound, command.unbound) for value in _inputs(model)]
+    choices = _choices(bound, paired=paired)
+    if not command.unbound:
+        command.sizes = choices
+    shapes = [_shape(value, bound, choices, command.unbound) for value in _inputs(model)]
     command.options = [
         ("--framework", "5"),
         ("--input_format", "ND"),
         ("--input_shape", ";".join(shapes)),
-        *_gears(model, bound),
+        *_gears(model, bound, choices),
         ("--soc_version", soc_version),
         ("--precision_mode", "must_keep_origin_dtype"),
         ("--external_weight", "1" if external_weights else "0"),
@@ -165,45 +197,95 @@ def _check_bindings(bound: dict[str, str], free: dict[str, list[str]]) -> None:
         raise UsageError("--dim: atc takes ranges or gears in one model, not both")
 
 
-def _shape(value: onnx.ValueInfoProto, bound: dict[str, str], unbound: dict[str, str]) -> str:
+def _choices(bound: dict[str, str], *, paired: bool) -> list[dict[str, int]]:
+    """Every choice of sizes: one per gear, or the two ends of ranges.
+
+    Raises:
+        UsageError: there are more than atc takes, or paired gears of different numbers.
+    """
+    values = {name: [int(n) for n in re.split("[,~]", text)] for name, text in bound.items()}
+    many = {name: sizes for name, sizes in values.items() if len(sizes) > 1}
+    single = {name: sizes[0] for name, sizes in values.items() if len(sizes) == 1}
+    if paired and len({len(sizes) for sizes in many.values()}) > 1:
+        told = ", ".join(f"{name} has {len(sizes)}" for name, sizes in many.items())
+        raise UsageError(f"--pair-gears: dims of as many gears each, got: {told}")
+    if any(_RANGE.match(text) for text in bound.values()):
+        paired = True  # the ends belong together
+    rows = zip(*many.values(), strict=True) if paired else itertools.product(*many.values())
+    found = [single | dict(zip(many, row, strict=True)) for row in rows] if many else [single]
+    if len(found) > _MOST_GEARS:
+        raise UsageError(f"--dim: {len(found)} gears, atc takes at most {_MOST_GEARS}")
+    return found
+
+
+def _shape(
+    value: onnx.ValueInfoProto,
+    bound: dict[str, str],
+    choices: list[dict[str, int]],
+    unbound: dict[str, str],
+) -> str:
     if not value.type.tensor_type.HasField("shape"):  # not even the rank is known
         return f"{value.name}:${{{unbound[value.name]}}}"
     parts = []
     for axis, dim in enumerate(value.type.tensor_type.shape.dim):
         name = _dim_name(value, axis)
         if name is None:
-            parts.append(str(dim.dim_value))
-        elif name in unbound:
-            parts.append("${" + unbound[name] + "}")
+            parts.append(str(dim.dim_value or size_of(dim.dim_param, {})))
+        elif any(symbol in unbound for symbol in _symbols(name)):
+            parts.append(_for_shell(name, bound, unbound))
         else:
-            parts.append("-1" if _GEARS.match(bound[name]) else bound[name])
+            parts.append(_bound_shape(name, bound, choices))
     return f"{value.name}:{','.join(parts)}"
 
 
-def _gears(model: ModelProto, bound: dict[str, str]) -> list[tuple[str, str]]:
+def _bound_shape(name: str, bound: dict[str, str], choices: list[dict[str, int]]) -> str:
+    """A number, a range, or -1 for gears."""
+    sizes = [_size(name, choice) for choice in choices]
+    ranged = any(_RANGE.match(bound[symbol]) for symbol in _symbols(name))
+    if ranged and min(sizes) != max(sizes):
+        return f"{min(sizes)}~{max(sizes)}"
+    return str(sizes[0]) if len(set(sizes)) == 1 and not _is_geared(name, bound) else "-1"
+
+
+def _is_geared(name: str, bound: dict[str, str]) -> bool:
+    return any(_GEARS.match(bound.get(symbol, "")) for symbol in _symbols(name))
+
+
+def _size(name: str, choice: Mapping[str, int]) -> int:
+    """The size of a dim under one choice.
+
+    Raises:
+        UsageError: the expression has no size there.
+    """
+    size = choice.get(name) or size_of(name, choice)
+    if size is None or size < 0:
+        raise UsageError(f"--dim: {name} is no size at {dict(choice)}")
+    return size
+
+
+def _for_shell(name: str, bound: dict[str, str], unbound: dict[str, str]) -> str:
+    """An open dim as the shell will fill it in; sums and products are left to its arithmetic."""
+    if name in unbound:
+        return "${" + unbound[name] + "}"
+    values = {s: unbound.get(s) or bound[s] for s in _symbols(name)}
+    if not _ARITHMETIC.match(name) or any(not _WORD.match(v) for v in values.values()):
+        raise UsageError(f"--dim: {name} follows {', '.join(values)}: bind them to numbers")
+    return "$((" + _SYMBOL.sub(lambda m: values[m[0]], name).replace("//", "/") + "))"
+
+
+def _gears(
+    model: ModelProto, bound: dict[str, str], choices: list[dict[str, int]]
+) -> list[tuple[str, str]]:
     """--dynamic_dims: per gear the value of every -1, in the order of the input shapes."""
-    geared = {n: v.split(",") for n, v in bound.items() if _GEARS.match(v)}
-    if not geared:
-        return []
-    names = list(geared)
-    lengths = {len(v) for v in geared.values()}
-    choices = (
-        list(zip(*geared.values(), strict=True))  # equal lists: gear i takes value i of each
-        if len(lengths) == 1
-        else list(itertools.product(*geared.values()))
-    )
-    if len(choices) > _MOST_GEARS:
-        raise UsageError(f"--dim: {len(choices)} gears, atc takes at most {_MOST_GEARS}")
     order = [
         name
         for value in _inputs(model)
         for axis in range(len(value.type.tensor_type.shape.dim))
-        if (name := _dim_name(value, axis)) in geared
+        if (name := _dim_name(value, axis)) is not None and _is_geared(name, bound)
     ]
-    gears = []
-    for choice in choices:
-        values = dict(zip(names, choice, strict=True))
-        gears.append(",".join(values[name] for name in order if name is not None))
+    if not order:
+        return []
+    gears = [",".join(str(_size(name, choice)) for name in order) for choice in choices]
     return [("--dynamic_dims", ";".join(gears))]
 
 
@@ -212,7 +294,7 @@ def _notes(model: ModelProto, bound: dict[str, str], command: AtcCommand) -> Non
     for value in _inputs(model):
         axes = range(len(value.type.tensor_type.shape.dim))
         if value.type.tensor_type.elem_type == TensorProto.INT8 and any(
-            _dim_name(value, axis) in dynamic for axis in axes
+            dynamic & set(_symbols(_dim_name(value, axis) or "")) for axis in axes
         ):
             command.notes.append(
                 f"input {value.name} is int8 with a dynamic dim: documented as not supported; bind"

@@ -28,6 +28,7 @@ from onnx import ModelProto
 from sfa_onnx.ascend.cann import DEFAULT_CANN
 from sfa_onnx.ascend.cann import cann as cann_line
 from sfa_onnx.ascend.flavour.model import AtcModel, convert, from_atc
+from sfa_onnx.ascend.flavour.nodes import is_ours
 from sfa_onnx.ascend.handover import command as atc_command
 from sfa_onnx.ascend.handover import data as handover_data
 from sfa_onnx.ascend.handover import log as atc_log
@@ -40,10 +41,13 @@ from sfa_onnx.ascend.handover.mapping import find_original, mapping
 from sfa_onnx.ascend.handover.readme import atc_script, readme
 from sfa_onnx.ascend.handover.report import HandoverReport
 from sfa_onnx.ascend.handover.scope import cut, parse_scope
+from sfa_onnx.ascend.handover.staging import Staging
 from sfa_onnx.errors import SfaError, UsageError
 from sfa_onnx.files.model import atomic_write, load_model, save_model
 from sfa_onnx.files.weights import external_files
 from sfa_onnx.guard.doors import door
+from sfa_onnx.passes.shapes.dims import size_of
+from sfa_onnx.runtime.feeds.relations import misfit
 
 __all__ = ["HandoverReport", "compare_against", "write"]
 
@@ -63,13 +67,14 @@ def write(
     npu_dtype: str | None = None,
     norms: bool = True,
     dims: Mapping[str, str | int] | None = None,
+    paired: bool = False,
     scope: str | None = None,
     inputs: Mapping[str, Array] | None = None,
     before: str | os.PathLike[str] | None = None,
     execute: bool = True,
     force: bool = False,
 ) -> HandoverReport:
-    """Write the hand-over folder of a fused model.
+    """Write the hand-over folder of a fused model: all of it, or nothing when anything fails.
 
     Args:
         model: the fused model's file; weights embedded or external.
@@ -79,7 +84,9 @@ def write(
         binding: "kv-quant" or "recipes".
         npu_dtype: "bf16" or "fp16": cast float32 queries of our operators.
         norms: write root mean square norms as the vendor's fused operators.
-        dims: symbolic dim -> number, "a~b" or gears "a,b,c".
+        dims: symbolic dim -> number, "a~b" or gears "a,b,c"; dims derived from them ("past + 1")
+            follow.
+        paired: gears of several dims change together, not each with each.
         scope: "layer:N" or "stage:A-B": convert only that part.
         inputs: arrays to write for the device; random ones when None and small enough.
         before: the model before fusing, for mapping.json; found beside `model` when None.
@@ -87,29 +94,50 @@ def write(
         force: overwrite existing files.
 
     Raises:
-        UsageError: a value is not as described, or a file exists and `force` is not set.
+        UsageError: a value is not as described, the graph cannot run at the bound dims, or a file
+            exists and `force` is not set.
         ModelError, ContractError, WeightsError: there is no ATC form; see `flavour.convert`.
     """
     path, folder = Path(model), Path(out_dir)
     proto = _load(path, folder, scope, force)
     external = bool(external_files(proto))
     command = atc_command.build(
-        proto, soc_version=soc_version, dims=dims, external_weights=external
+        proto, soc_version=soc_version, dims=dims, paired=paired, external_weights=external
     )
+    _must_run(proto, command)
     converted = convert(proto, binding=binding, npu_dtype=npu_dtype, cann=cann, norms=norms)
     _fix(converted, cann, soc_version, path.parent)
-    folder.mkdir(parents=True, exist_ok=True)
     target = _model_path(path, folder, scope, external)
-    save_model(converted.model, target, source_dir=path.parent, force=force)
-    line = command.line(os.path.relpath(target, folder), "model")
-    report = HandoverReport(folder, target, soc_version, binding, cann, line, command.unbound)
-    report.notes, report.renamed = [*converted.notes, *command.notes], converted.renamed
-    _write_files(report, command, converted, path, before, force)
-    _write_inputs(report, converted.model, inputs, dims)
-    _check(report, converted.model, dims or {})
+    with Staging(folder, target, force=force) as stage:
+        save_model(converted.model, stage.model, source_dir=path.parent, force=force)
+        line = command.line(os.path.relpath(target, folder), "model")
+        report = HandoverReport(stage.folder, target, soc_version, binding, cann, line)
+        report.unbound, report.operators = command.unbound, _own(proto)
+        report.notes, report.renamed = [*converted.notes, *command.notes], converted.renamed
+        _write_files(report, command, converted, path, before, force)
+        _write_inputs(report, converted.model, inputs, command.numbers(proto))
+        _check(report, converted.model, command.numbers(proto))
+    report.folder = folder
     if execute:
         _run(report)
     return report
+
+
+def _own(model: ModelProto) -> int:
+    """How many operators of ours the model holds."""
+    return sum(is_ours(node) for node in model.graph.node)
+
+
+def _must_run(model: ModelProto, command: atc_command.AtcCommand) -> None:
+    """Refuse sizes at which the graph stops, before anything is written.
+
+    Raises:
+        UsageError: naming the node.
+    """
+    for sizes in command.sizes:
+        if reason := misfit(model, sizes):
+            told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise UsageError(f"--dim: the graph cannot run at {told}: {reason}")
 
 
 def _load(path: Path, folder: Path, scope: str | None, force: bool) -> ModelProto:
@@ -214,39 +242,45 @@ def _write_inputs(
     report: HandoverReport,
     model: ModelProto,
     inputs: Mapping[str, Array] | None,
-    dims: Mapping[str, str | int] | None,
+    dims: Mapping[str, int],
 ) -> None:
     folder = report.folder / "inputs"
     if inputs is None:
-        inputs = _sample(report, model, dims or {})
+        inputs = _sample(report, model, dims)
     if inputs is not None:
         written = handover_data.write_inputs(model, inputs, folder)
         report.files += [str(p.relative_to(report.folder)) for p in written]
 
 
+def _all_bound(model: ModelProto, sizes: Mapping[str, int]) -> bool:
+    """Whether every dim of every input is a number."""
+    dims = [d for v in model.graph.input for d in v.type.tensor_type.shape.dim]
+    return all(d.dim_value > 0 or size_of(d.dim_param, sizes) for d in dims)
+
+
 def _sample(
-    report: HandoverReport, model: ModelProto, dims: Mapping[str, str | int]
+    report: HandoverReport, model: ModelProto, dims: Mapping[str, int]
 ) -> Mapping[str, Array] | None:
     from sfa_onnx.runtime.feeds.draw import random_feeds
 
-    sizes = {name: int(value) for name, value in dims.items() if str(value).isdigit()}
+    sizes = {name: int(value) for name, value in dims.items()}
     count = 0
     for value in model.graph.input:
         product = 8
         for dim in value.type.tensor_type.shape.dim:
-            product *= dim.dim_value or sizes.get(dim.dim_param, 1)
+            product *= dim.dim_value or size_of(dim.dim_param, sizes) or 1
         count += product
-    if report.unbound or count == 0 or len(sizes) < len(dims) or count > _SAMPLE_LIMIT:
+    if report.unbound or not _all_bound(model, sizes) or count > _SAMPLE_LIMIT:
         report.notes.append("inputs/ not written: give an .npz of real inputs, or bind every dim")
         return None
     try:
         return random_feeds(from_atc(model), seed=0, sizes=sizes)  # it knows canonical nodes
-    except (SfaError, RuntimeError, ValueError) as error:
+    except SfaError as error:
         report.notes.append(f"inputs/ not written: {error}")
         return None
 
 
-def _check(report: HandoverReport, model: ModelProto, dims: Mapping[str, str | int]) -> None:
+def _check(report: HandoverReport, model: ModelProto, dims: Mapping[str, int]) -> None:
     from sfa_onnx.ascend import checks
     from sfa_onnx.ascend.checks.finding import leading
 

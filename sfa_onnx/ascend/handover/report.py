@@ -30,6 +30,7 @@ class HandoverReport:
     unknown: list[str] = field(default_factory=list)  # what nobody outside has shown to work
     engines: dict[str, str] = field(default_factory=dict)  # SoC family -> nodes per engine
     ran: AtcRun | None = None
+    operators: int = 1  # fused operators in the model
 
     @property
     def passed(self) -> bool:
@@ -38,7 +39,12 @@ class HandoverReport:
 
     def lines(self) -> list[str]:
         """The report for a person."""
-        head = [f"ATC flavour: {self.model}", f"hand-over:   {self.folder}"]
+        bare = (
+            "this model holds no fused operator: it is handed over as it is. Fuse it first:"
+            " sfa-onnx fuse"
+        )
+        head = [] if self.operators else [bare]
+        head += [f"ATC flavour: {self.model}", f"hand-over:   {self.folder}"]
         head += [f"  {note}" for note in _grouped(self.notes)]
         head += [f"engines on {family}: {line}" for family, line in self.engines.items()]
         head += [f"renamed: {text}" for text in self.renamed]

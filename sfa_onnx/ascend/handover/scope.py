@@ -1,9 +1,10 @@
 """Cut the layers of one device out of a model: `layer:N` or `stage:A-B`.
 
-An .om lives on one device. The cut takes the nodes of the layers (by the exporter's module names),
-and what belongs to no layer but feeds them (rotary tables, masks, the embedding for layer 0). Its
-inputs are graph inputs (the caches of these layers among them) and the hidden state from the layer
-before; its outputs are what later layers read, and the graph outputs of these layers.
+An .om lives on one device. Which layer a node belongs to is said by the exporter's module names
+where it has one, and by what reaches it where it has none: nodes between two of a layer's nodes are
+the layer's. What masks, positions and sizes are made of costs nothing and is computed in every
+stage that needs it. The interface of a stage is what is left: the hidden state, the caches of its
+layers, masks and positions among the inputs, and a selection that an earlier layer made for it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 import onnx
 from onnx import ModelProto, NodeProto
 
-from sfa_onnx.ascend.flavour.scope import Facts, inner_graphs
+from sfa_onnx.ascend.flavour.scope import Facts
+from sfa_onnx.ascend.handover.owners import BEFORE, SIZES, Owners, owners_of
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.order import reads
 
 __all__ = ["Scope", "cut", "parse_scope"]
 
@@ -63,12 +66,10 @@ def cut(model: ModelProto, scope: Scope) -> ModelProto:
         raise ModelError(
             f"--scope: layers {sorted(wanted - present)} are not in the graph ({known})"
         )
-    nodes = list(model.graph.node)
-    chosen = {i for i, layer in enumerate(layers) if layer in wanted}
-    _add_shared(nodes, layers, chosen)
-    if scope.last == max(present):
-        _add_tail(nodes, layers, chosen)
-    return _extract(model, nodes, chosen, {i for i in chosen if layers[i] is not None})
+    owners = owners_of(model, layers)
+    if scope.first == min(present):
+        wanted.add(BEFORE)
+    return _extract(model, owners, wanted, last=scope.last == max(present))
 
 
 def _layers(model: ModelProto) -> list[int | None]:
@@ -81,93 +82,122 @@ def _layers(model: ModelProto) -> list[int | None]:
     return found
 
 
-def _reads(node: NodeProto) -> set[str]:
-    names = {name for name in node.input if name}
-    for graph in inner_graphs(node):
-        inside = {out for n in graph.node for out in n.output} | {v.name for v in graph.input}
-        inside |= {t.name for t in graph.initializer}
-        for inner in graph.node:
-            names |= _reads(inner) - inside
-        names |= {o.name for o in graph.output} - inside
-    return names
-
-
-def _add_shared(nodes: list[NodeProto], layers: list[int | None], chosen: set[int]) -> None:
-    """Ancestors that belong to no layer and hang on no other layer."""
-    producer = {out: i for i, n in enumerate(nodes) for out in n.output if out}
-    clean: dict[int, bool] = {}
-
-    def is_clean(start: int) -> bool:
-        stack = [start]
-        while stack:
-            i = stack[-1]
-            if i in clean:
-                stack.pop()
-                continue
-            parents = [producer[name] for name in _reads(nodes[i]) if name in producer]
-            open_ones = [p for p in parents if p not in clean]
-            if layers[i] is not None:
-                clean[i] = False
-            elif open_ones:
-                stack += open_ones
-            else:
-                clean[i] = all(clean[p] for p in parents)
-        return clean[start]
-
-    queue = list(chosen)
-    while queue:
-        for name in _reads(nodes[queue.pop()]):
-            i = producer.get(name)
-            if i is not None and i not in chosen and layers[i] is None and is_clean(i):
-                chosen.add(i)
-                queue.append(i)
-
-
-def _add_tail(nodes: list[NodeProto], layers: list[int | None], chosen: set[int]) -> None:
-    """After the last layer: what reads it and belongs to no layer (final norm, head)."""
-    made = {out for i in chosen for out in nodes[i].output}
-    outside = {out for i, n in enumerate(nodes) if i not in chosen for out in n.output}
-    grown = True
-    while grown:
-        grown = False
-        for i, node in enumerate(nodes):
-            if i in chosen or layers[i] is not None or not _reads(node) & made:
-                continue
-            if not _reads(node) & (outside - made):
-                chosen.add(i)
-                made.update(node.output)
-                grown = True
-
-
-def _extract(
-    model: ModelProto, nodes: list[NodeProto], chosen: set[int], owned: set[int]
-) -> ModelProto:
-    """The sub-model of `chosen`; what no layer owns, other stages compute themselves."""
-    graph = model.graph
-    facts = Facts.of(model)
-    read = {name for i in chosen for name in _reads(nodes[i])}
-    made = {out for i in chosen for out in nodes[i].output}
-    later = {name for i, n in enumerate(nodes) if i not in chosen for name in _reads(n)}
+def _extract(model: ModelProto, owners: Owners, wanted: set[int], *, last: bool) -> ModelProto:
+    """The sub-model of the nodes that `wanted` own, and of the common ones that they need."""
+    graph, nodes = model.graph, list(model.graph.node)
     constants = {t.name for t in graph.initializer}
+    ends = {v.name for v in graph.output}
+    chosen = {i for i, owner in enumerate(owners.owner) if owner in wanted}
+    for i, node in enumerate(nodes):
+        layer = owners.named[i]
+        if owners.owner[i] is None and ends & {*node.output}:
+            chosen |= {i} if layer in wanted or (last and layer is None) else set()
+    told = _told_outputs(model, owners, chosen)
+    facts = Facts.of(model)
     known = {v.name: v for v in (*graph.input, *graph.output, *graph.value_info)}
+    copies, read, made = _with_own_shapes(model, owners, chosen, facts, known)
     inputs = [v.name for v in graph.input if v.name in read]
     inputs += sorted(read - made - constants - set(inputs) - {""})
-    outputs = [v.name for v in graph.output if v.name in made]
-    rest = (made & later) - set(outputs)
-    outputs = [n for i in sorted(owned) for n in nodes[i].output if n in rest] + outputs
 
     part = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     part.opset_import.extend(model.opset_import)
     part.functions.extend(model.functions)
     part.metadata_props.extend(model.metadata_props)
     part.graph.name = graph.name or "part"
-    part.graph.node.extend(nodes[i] for i in sorted(chosen))
+    part.graph.node.extend(copies)
     part.graph.initializer.extend(t for t in graph.initializer if t.name in read)
     part.graph.input.extend(_value(name, known, facts) for name in inputs)
-    part.graph.output.extend(_value(name, known, facts) for name in outputs)
-    kept = made - set(outputs)
+    part.graph.output.extend(_value(name, known, facts) for name in told)
+    kept = made - set(told)
     part.graph.value_info.extend(v for v in graph.value_info if v.name in kept)
     return part
+
+
+def _told_outputs(model: ModelProto, owners: Owners, chosen: set[int]) -> list[str]:
+    """What a stage hands on: values that other stages read, then outputs of the model."""
+    nodes, ends = model.graph.node, [v.name for v in model.graph.output]
+    others = (i for i, owner in enumerate(owners.owner) if i not in chosen and owner is not None)
+    read = {name for i in others for name in reads(nodes[i])}
+    mine = [i for i in sorted(chosen) if owners.owner[i] is not None]
+    handed = [n for i in mine for n in nodes[i].output if n in read and n not in ends]
+    made = {n for i in chosen for n in nodes[i].output}
+    return handed + [n for n in ends if n in made]
+
+
+def _with_common(nodes: list[NodeProto], owners: Owners, chosen: set[int]) -> set[int]:
+    """`chosen` and every common node above it."""
+    producer = {out: i for i, n in enumerate(nodes) for out in n.output if out}
+    found, stack = set(chosen), list(chosen)
+    while stack:
+        node = nodes[stack.pop()]
+        if node.op_type in SIZES:
+            continue
+        for name in reads(node):
+            i = producer.get(name)
+            if i is not None and i not in found and owners.owner[i] is None:
+                found.add(i)
+                stack.append(i)
+    return found
+
+
+def _with_own_shapes(
+    model: ModelProto,
+    owners: Owners,
+    chosen: set[int],
+    facts: Facts,
+    known: dict[str, onnx.ValueInfoProto],
+) -> tuple[list[NodeProto], set[str], set[str]]:
+    """Copies of a stage's nodes, what they read and what they make.
+
+    Sizes are asked of the stage's own values: another layer's cache that was asked for its length
+    alone stays out where a value of the same declared shape is there anyway.
+    """
+    nodes, graph = list(model.graph.node), model.graph
+    producer = {out: i for i, n in enumerate(nodes) for out in n.output if out}
+    constants = {t.name for t in graph.initializer}
+    while True:
+        chosen = _with_common(nodes, owners, chosen)
+        made = {out for i in chosen for out in nodes[i].output if out}
+        sized = [i for i in sorted(chosen) if nodes[i].op_type in SIZES]
+        read = {n for i in chosen - set(sized) for n in reads(nodes[i])}
+        there = [v.name for v in graph.input if v.name in read]
+        there += sorted(read - made - constants)
+        asked = {i: nodes[i].input[0] for i in sized if nodes[i].input[0] not in made}
+        sources = {i: _like(name, there, known, facts) for i, name in asked.items()}
+        more = {producer[n] for n in sources.values() if n not in made and n in producer}
+        more = {i for i in more if owners.owner[i] is None}
+        if not more:
+            break
+        chosen |= more
+    copies = []
+    for i in sorted(chosen):
+        copies.append(NodeProto())
+        copies[-1].CopyFrom(nodes[i])
+        if i in sources:
+            copies[-1].input[0] = sources[i]
+    return copies, {n for node in copies for n in reads(node)}, made
+
+
+def _like(name: str, there: list[str], known: dict[str, onnx.ValueInfoProto], facts: Facts) -> str:
+    """A value that is there and has the declared shape of `name`; `name` itself without one."""
+    dims = _dims(name, known, facts)
+    if name in there or dims is None:
+        return name
+    return next((n for n in there if _dims(n, known, facts) == dims), name)
+
+
+def _dims(
+    name: str, known: dict[str, onnx.ValueInfoProto], facts: Facts
+) -> tuple[int | str, ...] | None:
+    """The declared shape of a value, where every dim has a number or a name."""
+    if name in known:
+        shape = known[name].type.tensor_type.shape.dim
+        dims: list[int | str] = [d.dim_param or d.dim_value for d in shape]
+    else:
+        dims = [d for d in facts.dims.get(name) or () if d is not None]
+        if len(dims) != len(facts.dims.get(name) or ()):
+            return None
+    return tuple(int(d) if str(d).isdigit() else d for d in dims) if dims and all(dims) else None
 
 
 def _value(name: str, known: dict[str, onnx.ValueInfoProto], facts: Facts) -> onnx.ValueInfoProto:

@@ -20,7 +20,7 @@ from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 
-__all__ = ["fit_positions", "fit_sizes"]
+__all__ = ["fit_positions", "fit_sizes", "misfit"]
 
 Array = NDArray[Any]
 _ROUNDS: Final = 12
@@ -48,6 +48,7 @@ class _Short:
     by: int
     index: str  # the indices that leave it; "" for sizes that meet
     chosen: bool = False  # a top-k takes (nearly) all of it
+    least: int = 0  # entries without which that top-k cannot be
 
     @property
     def place(self) -> tuple[str, int]:
@@ -85,6 +86,29 @@ def fit_sizes(
         else:
             found[moved] += short.by
     return found
+
+
+def misfit(model: ModelProto, sizes: Mapping[str, int]) -> str:
+    """Why a graph stops at these sizes, as far as sizes alone tell; "" where nothing is seen.
+
+    Args:
+        model: read only.
+        sizes: symbol -> size, for every open dim of the inputs.
+    """
+    index = GraphIndex.of(model)
+    known = Concrete(index, sizes)
+    for short in _misfits(index, dict(sizes)):
+        shape = _shape(known, short.value) or ()
+        size = shape[short.axis] if short.axis < len(shape) else 0
+        where = f"axis {short.axis} of {short.value}"
+        if short.chosen:
+            if short.least > size:
+                return f"a top-k takes {short.least} of the {size} entries on {where}"
+        elif short.index:
+            return f"{short.index} reaches entry {size + short.by - 1} on {where}, which has {size}"
+        else:
+            return f"sizes {size} and {size + short.by} meet on {where}"
+    return ""
 
 
 def fit_positions(
@@ -156,7 +180,7 @@ def _all_chosen(known: Concrete, node: NodeProto) -> Iterator[_Short]:
         axis = int(attribute(node, "axis", -1)) % len(shape)
         missing = min(2 * int(count), int(count) + _MOST) - shape[axis]
         if missing > 0:
-            yield _Short(node.input[0], axis, missing, "", chosen=True)
+            yield _Short(node.input[0], axis, missing, "", chosen=True, least=int(count))
 
 
 def _meeting(known: Concrete, node: NodeProto) -> Iterator[_Short]:
