@@ -90,6 +90,24 @@ def _twice(m: ModelProto) -> None:
     m.graph.node.add().CopyFrom(m.graph.node[0])
 
 
+def _set(op_type: str, name: str, value: int) -> Callable[[ModelProto], None]:
+    def change(m: ModelProto) -> None:
+        node = _node(m, op_type)
+        kept = [a for a in node.attribute if a.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+    return change
+
+
+def _add(op: str, outputs: int, name: str, value: object) -> Callable[[ModelProto], None]:
+    def change(m: ModelProto) -> None:
+        names = [f"new{i}" for i in range(outputs)]
+        m.graph.node.append(helper.make_node(op, ["q"], names, **{name: value}))
+
+    return change
+
+
 def _nameless(m: ModelProto) -> None:
     m.graph.node[0].op_type = ""
 
@@ -179,5 +197,10 @@ BROKEN: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "empty input": (_empty, "leaves input 1 empty"),
     "no outputs": (_no_outputs, "has 0 outputs, expected 1"),
     "recursive function": (_recursion, "calls itself"),
+    "axis of no tensor": (_set("Softmax", "axis", 1 << 31), "expected an axis"),
+    "batch below zero": (_set("GatherND", "batch_dims", -1), "leading axes"),
+    "cast to no type": (_set("Cast", "to", 1 << 31), "an element type that onnx"),
+    "axes twice": (_add("Transpose", 1, "perm", [0, 0]), "expected every axis once"),
+    "other number of parts": (_add("Split", 2, "num_outputs", 1 << 31), "number of outputs, 2"),
     "opset below one": (_opset, "imports opset -4"),
 }

@@ -10,6 +10,7 @@ from onnx import AttributeProto, GraphProto, NodeProto
 from onnx.defs import OpSchema
 
 from sfa_onnx.files.sound_tensors import tensor_problem
+from sfa_onnx.files.sound_values import value_problem
 
 __all__ = ["NodeRules", "holds_graphs"]
 
@@ -133,7 +134,11 @@ class NodeRules:
             if kind not in _KNOWN_KINDS or (expected is not None and kind != expected):
                 want = "a known one" if expected is None else _A.AttributeType.Name(expected)
                 yield f"has the attribute {name!r} of type {_told(kind)}, expected {want}"
-            elif problem := _content(attribute):
+                continue
+            problem = _content(attribute)
+            if not problem and expected is not None:
+                problem = value_problem(node, attribute)
+            if problem:
                 yield f"has the attribute {name!r}, which {problem}"
         if rule is not None and (missing := rule.required - given):
             yield f"lacks the attribute {min(missing)!r}"

@@ -1,0 +1,1 @@
+"""Hostile models: a corpus, its mutations, and child processes that run every verb on them."""
