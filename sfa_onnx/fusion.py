@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -13,10 +14,12 @@ from typing import Any, Literal
 
 import onnx
 
-from sfa_onnx.errors import BudgetError, CrashError, ModelError, UsageError, VerificationError
+from sfa_onnx.errors import BudgetError, CrashError, ModelError
 from sfa_onnx.files.external import StorageReader
 from sfa_onnx.files.model import load_model, paused_gc, save_model
 from sfa_onnx.files.weights_file import WeightsFile
+from sfa_onnx.files.writing import check_outputs
+from sfa_onnx.fusion_options import check_options, expect, spare_weights
 from sfa_onnx.guard import worker
 from sfa_onnx.guard.doors import door
 from sfa_onnx.passes import certificate as certificates
@@ -98,10 +101,13 @@ def fuse(
         ModelError: the model cannot be read or written.
         VerificationError: `expect_sites` or the plan was not met; nothing is written.
     """
-    _check_options(target, kv_cache, cost, portable)
-    for path in (output, certificate):
-        if path is not None and Path(path).exists() and not force:
-            raise UsageError(f"{path} exists already; choose another name or pass force (--force)")
+    check_options(target, kv_cache, cost, portable)
+    check_outputs(
+        {"the output": output, "the certificate": certificate},
+        {"the model": None if isinstance(model, onnx.ModelProto) else model, "the plan": plan},
+        force=force,
+        replaceable=("the output",),
+    )
     run = _Run(verify, target, cost, progress or _silent)
     with contextlib.ExitStack() as stack:
         if materialize_absorbed:
@@ -110,13 +116,19 @@ def fuse(
             run.file = where if where is None else stack.enter_context(where)
         with paused_gc():
             report = run.fuse(model, None if plan is None else plans.read_plan(plan))
-        _expect(report, expect_sites, plan)
+        expect(report, expect_sites, plan)
         _change_form(run, report, kv_cache, portable)
+        write_proof: Callable[[], object] = _no_proof
         if certificate is not None:
+            spare_weights(report.model, run.source_dir, certificate)
             with run.stage("certificate"):
                 proof = certificates.make_certificate(report, run.before)
-                certificates.write_certificate(proof, certificate, force=force)
-        if output is not None:
+            write_proof = functools.partial(
+                certificates.write_certificate, proof, certificate, force=force
+            )
+        if output is None:
+            write_proof()
+        else:
             with run.stage("save"):
                 report.path = save_model(
                     report.model,
@@ -125,39 +137,18 @@ def fuse(
                     force=force,
                     weights=weights,
                     fresh=run.file,
+                    keep_locations=certificate is not None,
+                    before_model=write_proof,
                 )
     return report
 
 
+def _no_proof() -> None:
+    """No certificate was asked for."""
+
+
 def _silent(_stage: str, _fraction: float) -> None:
     """Progress that nobody watches."""
-
-
-def _check_options(target: str, kv_cache: str, cost: str, portable: bool) -> None:
-    for name, value, legal in (
-        ("target", target, ("any", "ascend", "cpu")),
-        ("kv_cache", kv_cache, ("keep", "int8", "packed-int8", "paged-int8")),
-        ("cost", cost, ("any", "not-worse")),
-    ):
-        if value not in legal:
-            raise UsageError(f"{name}={value!r}: expected one of {', '.join(legal)}")
-    if portable and kv_cache != "keep":
-        raise UsageError("portable=True cannot be combined with an int8 kv_cache yet")
-
-
-def _expect(report: FuseReport, count: int | None, plan: Any) -> None:
-    """Fail loudly when fewer or more sites fused than the caller counts on."""
-    fused = len(report.fused)
-    refused = "; ".join(f"{s.site_id}: {s.reason}" for s in report.refused[:5])
-    if count is not None and fused != count:
-        raise VerificationError(
-            f"{fused} sites were fused, {count} were expected."
-            + (f" Refused: {refused}" if refused else " No other candidate was found.")
-        )
-    planned = [s for s in report.refused if s.site_id in report.planned]
-    if plan is not None and planned:
-        reasons = "; ".join(f"{s.site_id}: {s.reason}" for s in planned[:5])
-        raise VerificationError(f"{plan}: {len(planned)} sites of the plan do not fuse. {reasons}")
 
 
 def _change_form(run: _Run, report: FuseReport, kv_cache: str, portable: bool) -> None:

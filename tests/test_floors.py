@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("summary",),
     ("runtime",),
     ("torch",),
+    ("fusion_options",),
     ("fusion", "unfusion", "ascend", "demo"),
     ("", "doctor"),  # "": the package itself, which only hands out names
     ("cli", "__main__"),

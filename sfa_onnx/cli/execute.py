@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from sfa_onnx.cli import show, show_compare
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import UsageError
+from sfa_onnx.files.model import load_model
+from sfa_onnx.files.writing import check_outputs
+from sfa_onnx.fusion_options import spare_weights
 from sfa_onnx.operator.contract import Rounding
 
 __all__ = ["add_verbs", "load_inputs"]
@@ -52,8 +57,8 @@ def load_inputs(path: Path | None) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path}: not an .npz of plain arrays ({error})") from error
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        raise UsageError(f"{path}: not an .npz of plain arrays ({error or 'empty'})") from error
 
 
 def _compare(args: argparse.Namespace, console: Console) -> int:
@@ -91,8 +96,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx.runtime.feeds.draw import random_feeds
     from sfa_onnx.runtime.timing import time_session
 
-    if args.output and args.output.exists() and not args.force:
-        raise UsageError(f"{args.output} exists; use --force to overwrite it")
+    inputs = {"the model": args.model, "the inputs": args.inputs}
+    check_outputs({"the outputs": args.output}, inputs, force=args.force)
+    if args.output:
+        spare_weights(load_model(args.model), args.model.parent, args.output)
     session, note = runnable(args.model, rounding=args.rounding)
     feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))
     outputs = runtime.run(session, feeds)
@@ -102,7 +109,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if timing:
         console.say("median {} ms, best {} ms", f"{timing.median_ms:.3f}", f"{timing.best_ms:.3f}")
     if args.output:
-        show.save_npz(args.output, outputs)
+        show.save_npz(args.output, outputs, force=args.force)
         console.say("outputs written to {}", args.output)
     if note:
         console.say("note: {}", note)

@@ -8,6 +8,8 @@ from typing import Any
 
 from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console
+from sfa_onnx.files.writing import check_outputs
+from sfa_onnx.fusion_options import spare_weights
 
 __all__ = ["add_verbs"]
 
@@ -82,12 +84,14 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx.passes import plan as plans
     from sfa_onnx.summary import summarise
 
+    check_outputs({"the plan": args.plan}, {"the model": args.model}, force=args.force)
     summary = summarise(args.model)
     show.summary(console, args.model, summary)
     report = _run_fuse(args, console, output=None, verify=not args.no_verify)
     sites = show.pick_sites(report.sites, args.site)
     show.sites(console, sites, explain=args.explain or args.site is not None)
     if args.plan:
+        spare_weights(report.model, args.model.parent, args.plan)
         plans.write_plan(report, args.plan, force=args.force)
         console.say("plan written to {}: edit it, then [bold]fuse --plan[/bold]", args.plan)
     estimate = _estimate(args, console, report) if args.estimate else None
@@ -122,7 +126,7 @@ def _fuse(args: argparse.Namespace, console: Console) -> int:
         expect_sites=args.expect_sites,
         portable=args.portable,
         plan=args.plan,
-        certificate=args.certificate,
+        certificate=None if args.dry_run else args.certificate,
         weights=args.weights,
         force=args.force,
         cost=args.cost,

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sfa_onnx.cli.console import Console, human_bytes
 from sfa_onnx.errors import UsageError
+from sfa_onnx.files.writing import atomic_stream
 from sfa_onnx.report import FuseReport, SiteReport
 from sfa_onnx.summary import Summary
 
@@ -41,16 +42,18 @@ def spread(values: np.ndarray[Any, Any]) -> str:
     return text + (f", {odd} not finite" if odd else "")
 
 
-def save_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write an .npz atomically; bfloat16 is stored as float32, which .npz can hold."""
+def save_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]], *, force: bool = False) -> None:
+    """Write an .npz atomically; bfloat16 is stored as float32, which .npz can hold.
+
+    Raises:
+        UsageError: the file exists and `force` is not set, or is no regular file.
+    """
     plain = {
         name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array
         for name, array in arrays.items()
     }
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as stream:
+    with atomic_stream(path, force=force) as stream:
         np.savez(stream, **plain)  # type: ignore[arg-type]
-    partial.replace(path)
 
 
 def summary(console: Console, path: Path, found: Summary) -> None:

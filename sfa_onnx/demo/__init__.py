@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.errors import UsageError
+from sfa_onnx.files.writing import atomic_write
 from sfa_onnx.guard.doors import door
 
 __all__ = ["MODEL", "PAST_LENGTH", "feeds", "materialise"]
@@ -96,7 +97,5 @@ def _weight_bytes(tensors: list[onnx.TensorProto], seed: int) -> bytearray:
 
 
 def _write(path: Path, data: bytes | bytearray) -> None:
-    """All or nothing: a temporary file beside the target, then a rename."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    """All or nothing."""
+    atomic_write(path, bytes(data), force=True)

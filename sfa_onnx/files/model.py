@@ -11,8 +11,7 @@ import gc
 import hashlib
 import logging
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
@@ -20,11 +19,12 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto
 
 from sfa_onnx.errors import ModelError, UsageError
-from sfa_onnx.files.external import is_lfs_pointer
+from sfa_onnx.files.external import is_lfs_pointer, iter_tensors
 from sfa_onnx.files.names import escape_names, is_utf8
 from sfa_onnx.files.sound import assert_sound
 from sfa_onnx.files.weights import place_weights
 from sfa_onnx.files.weights_file import WeightsFile
+from sfa_onnx.files.writing import atomic_write, check_target
 from sfa_onnx.guard.doors import door
 from sfa_onnx.guard.text import printable
 
@@ -157,29 +157,6 @@ def _named(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> 
     return model
 
 
-def atomic_write(path: Path, data: bytes, *, force: bool = False) -> None:
-    """Write `data` to `path` through a temporary file in the same folder and a rename.
-
-    Raises:
-        UsageError: `path` exists and `force` is not set, or its folder does not exist.
-    """
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already; choose another name or pass force (--force)")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 @door
 def save_model(
     model: onnx.ModelProto,
@@ -189,6 +166,8 @@ def save_model(
     force: bool = False,
     weights: str | None = None,
     fresh: WeightsFile | None = None,
+    keep_locations: bool = False,
+    before_model: Callable[[], object] | None = None,
 ) -> Path:
     """Write a model where its external weights are found, atomically.
 
@@ -201,6 +180,9 @@ def save_model(
         weights: None: the weights must already lie beside `path`; "copy": copy them there
             (sharing blocks where the file system can).
         fresh: new weights that this model reads; put beside it.
+        keep_locations: refuse, instead of copying under another name, weights whose name is taken
+            there by a file with other content.
+        before_model: writes what belongs to the model, once its weights are in place.
 
     Raises:
         WeightsError: the weights would not be found beside the new file.
@@ -208,16 +190,33 @@ def save_model(
         ModelError: the graph itself is larger than protobuf allows.
     """
     target = Path(path)
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists already; choose another name or pass force (--force)")
-    data = _serialized(model, target)
+    check_target(target, force=force)
+    _serialized(model, target)  # too large a graph is told before weights are copied
     source = None if source_dir is None else Path(source_dir)
     name = "" if fresh is None else fresh.path.name
-    place_weights(model, source, target, mode=weights, force=force, fresh=name)
+    renamed = place_weights(
+        model, source, target, mode=weights, force=force, fresh=name, rename=not keep_locations
+    )
     if fresh is not None:
         fresh.commit()
-    atomic_write(target, data, force=force)
+    if before_model is not None:
+        before_model()
+    # The model goes last: until then an older one and its weights are whole.
+    atomic_write(target, _serialized(_relocated(model, renamed), target), force=force)
     return target
+
+
+def _relocated(model: onnx.ModelProto, renamed: dict[str, str]) -> onnx.ModelProto:
+    """The model itself; a copy whose tensors lie in other files where these were renamed."""
+    if not renamed:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in iter_tensors(copy):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = renamed.get(entry.value, entry.value)
+    return copy
 
 
 def _serialized(model: onnx.ModelProto, target: Path) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from onnx import TensorProto
 
 from sfa_onnx.errors import UsageError, WeightsError
 from sfa_onnx.files.external import external_range, is_lfs_pointer, iter_tensors
+from sfa_onnx.files.writing import atomic_stream, free_name
 from sfa_onnx.guard.doors import door
 
 __all__ = ["READERS", "WeightsFinding", "external_files", "place_weights", "weights_findings"]
@@ -27,6 +27,7 @@ __all__ = ["READERS", "WeightsFinding", "external_files", "place_weights", "weig
 READERS: Final = ("onnx", "onnxruntime", "onnx-ir", "ATC")
 _FICLONE: Final = 0x40049409  # linux/fs.h: share the blocks of a whole file
 _CHUNK: Final = 1 << 28
+_PIECE: Final = 1 << 24  # bytes that are compared at a time
 _HEAD: Final = 64  # bytes that tell a pointer
 
 # layout -> (what it is, who accepts it in the order of READERS, what to do about it)
@@ -167,13 +168,16 @@ def place_weights(
     mode: str | None = None,
     force: bool = False,
     fresh: str = "",
-) -> list[Path]:
+    rename: bool = True,
+) -> dict[str, str]:
     """Make sure the external files of `model` lie beside `target`; copy them there when asked.
 
-    `fresh` names a file that is put beside `target` with the model itself.
+    `fresh` names a file that is put beside `target` with the model itself. Where a name is taken
+    by a file with other content, which an older model may read, the copy gets another name
+    (with `rename`).
 
     Returns:
-        The files that were written.
+        location -> the location under which it was copied, where that is another one.
 
     Raises:
         WeightsError: they do not lie there, and `mode` does not allow to put them there.
@@ -185,14 +189,14 @@ def place_weights(
     if target.name in _locations(model):
         raise UsageError(f"{target} is a weights file of this model; choose another output name")
     if source is not None and source.resolve() == folder.resolve():
-        return []
+        return {}
     files = external_files(model)
     files.pop(fresh, None)
     if not files:
-        return []
+        return {}
     if source is None:
         _must_lie_in(files, folder)
-        return []
+        return {}
     if mode is None:
         names = ", ".join(sorted(files)[:3]) + (" ..." if len(files) > 3 else "")
         raise WeightsError(
@@ -200,7 +204,12 @@ def place_weights(
             f" ATC look for them in the model's own folder. Write the output into {source}, or"
             " pass weights='copy' (--weights copy) to copy them"
         )
-    return [_copy(source, folder, location, force) for location in sorted(files)]
+    renamed: dict[str, str] = {}
+    for location in sorted(files):
+        copied = _copy(source, folder, location, force=force, rename=rename)
+        if copied != location:
+            renamed[location] = copied
+    return renamed
 
 
 def _locations(model: onnx.ModelProto) -> set[str]:
@@ -226,8 +235,8 @@ def _must_lie_in(files: dict[str, int], folder: Path) -> None:
             )
 
 
-def _copy(source: Path, folder: Path, location: str, force: bool) -> Path:
-    """Copy one weights file, atomically; share its blocks where the file system can."""
+def _copy(source: Path, folder: Path, location: str, *, force: bool, rename: bool) -> str:
+    """Copy one weights file, atomically, where it is not there yet; the location it got."""
     pure = Path(location)
     if pure.is_absolute() or ".." in pure.parts:
         raise WeightsError(
@@ -239,17 +248,31 @@ def _copy(source: Path, folder: Path, location: str, force: bool) -> Path:
         raise WeightsError(f"{origin}: the weights file does not exist, so it cannot be copied")
     if target.exists() and not force:
         raise UsageError(f"{target} exists already; pass force (--force) to overwrite it")
+    if target.is_file() and _same_bytes(origin, target):
+        return location
+    if target.exists() or target.is_symlink():
+        if not rename:
+            raise UsageError(
+                f"{target} holds other bytes, which another model may read, and a certificate keeps"
+                " locations as they are; remove that file, or write into another folder"
+            )
+        target = free_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with origin.open("rb") as reader, os.fdopen(handle, "wb") as writer:
-            _clone(reader.fileno(), writer.fileno())
-        Path(name).chmod(origin.stat().st_mode & 0o777)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return target
+    with atomic_stream(target) as writer, origin.open("rb") as reader:
+        _clone(reader.fileno(), writer.fileno())
+    return str(target.relative_to(folder))
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    if one.samefile(other):
+        return True
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as first, other.open("rb") as second:
+        while part := first.read(_PIECE):
+            if part != second.read(_PIECE):
+                return False
+    return True
 
 
 def _clone(source: int, target: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import UsageError
+from sfa_onnx.files.writing import free_name, open_mode
 
 __all__ = ["WeightsFile", "digest_of", "inline_tensor"]
 
@@ -26,11 +27,12 @@ class WeightsFile:
     """Collects tensors in a temporary file, which `commit` renames; leaving without it removes it.
 
     The file is made with the first tensor that needs it, and is named after the model:
-    `model.sfa.onnx` -> `model.sfa.absorbed.bin`.
+    `model.sfa.onnx` -> `model.sfa.absorbed.bin`, with a number where that is there already.
 
     Attributes:
         path: what the file will be called.
         bytes_written: bytes of tensors in it.
+        kept: a file of that name from before: it stays, for the model that reads it.
     """
 
     def __init__(self, model: Path, *, force: bool = False) -> None:
@@ -43,8 +45,11 @@ class WeightsFile:
         self.bytes_written = 0
         self._stream: IO[bytes] | None = None
         self._temporary = Path()
-        if self.path.exists() and not force:
-            raise UsageError(f"{self.path} exists already; pass force (--force) to overwrite it")
+        self.kept: Path | None = None
+        if self.path.exists() or self.path.is_symlink():
+            if not force:
+                raise UsageError(f"{self.path} exists already; pass force (--force)")
+            self.kept, self.path = self.path, free_name(self.path)
 
     def __enter__(self) -> WeightsFile:
         return self
@@ -90,11 +95,19 @@ class WeightsFile:
         """Put the file in its place, if anything was written."""
         if self._stream is None:
             return
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
         self._stream.close()
-        umask = os.umask(0)
-        os.umask(umask)
-        self._temporary.chmod(0o666 & ~umask)
-        self._temporary.replace(self.path)
+        self._temporary.chmod(open_mode())
+        try:
+            os.link(self._temporary, self.path)  # unlike a rename, never over another writer's
+        except FileExistsError as error:
+            raise UsageError(
+                f"{self.path} was made by somebody else in the meantime; run again"
+            ) from error
+        except OSError:  # a file system without hard links
+            self._temporary.replace(self.path)
+        self._temporary.unlink(missing_ok=True)
         self._stream = None
 
     def _open(self) -> IO[bytes]:

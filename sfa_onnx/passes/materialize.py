@@ -318,6 +318,8 @@ def materialized_notes(
         f"materialized: {sum(len(r.made) for r in done)} initializers from {len(done)} expansion"
         f" weights; {read} bytes of weights read, {written} bytes written{where}"
     ]
+    if file is not None and file.kept is not None and file.bytes_written:
+        notes.append(f"{file.kept.name} was left for models that read it; remove it when none does")
     notes += [f"{r.weight} stays: {r.kept} reads it too" for r in done if r.kept]
     notes += [f"not materialized at {r.sites[0]}: {r.reason}" for r in reports if r.reason]
     return notes
