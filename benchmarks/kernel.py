@@ -3,14 +3,15 @@
 One query token, K = 2048 rows at random from a cache far larger than L3, one thread unless said.
 The ceilings (dot products in registers, a bare gather of the same rows) are measured between the
 calls in the same process, and everything is the best of many short bursts: ratios then hold on a
-busy machine too. Prints a table; `--json` and `--png` write files beside it.
+busy machine too. Prints a table; `--json` and `--png` write files beside it. `--rounding npu` sets
+the NPU's rounding beside the exact one, call by call in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks import kernel_abi as core
@@ -42,6 +43,8 @@ class Line:
     gflops: float
     peak_gflops: float
     gather_us: float
+    rounding: str = "exact"
+    x_exact: float = 1.0  # medians of both roundings, measured in turn
 
     @property
     def of_peak(self) -> float:
@@ -75,14 +78,39 @@ def measure(clock: Clock, cache: Cache, isa: str, heads: int, threads: int, roun
     )
 
 
+def measure_rounding(clock: Clock, cache: Cache, isa: str, heads: int, rounds: int) -> Line:
+    """The NPU's rounding against the exact one: the same calls, one after the other."""
+    exact, npu = cache.calls(heads, isa), cache.calls(heads, isa, rounding="npu")
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for i in range(len(exact)):
+            # Each finds the rows cold: they lie half a rotation apart.
+            times[0].append(clock.call(exact[i]))
+            times[1].append(clock.call(npu[(i + len(npu) // 2) % len(npu)]))
+    ratio = sorted(times[1])[len(times[1]) // 2] / sorted(times[0])[len(times[0]) // 2]
+    plain = measure(clock, cache, isa, heads, 1, 1)
+    return replace(
+        plain,
+        us=min(times[1]),
+        median_us=sorted(times[1])[len(times[1]) // 2],
+        gflops=flops(heads) / min(times[1]) / 1e3,
+        rounding="npu",
+        x_exact=ratio,
+    )
+
+
 def table(lines: list[Line]) -> str:
     """Markdown: ours, ceilings, ratios."""
-    head = "| cache | path | N1 | threads | us/token | GFLOP/s | of peak | gather us | x gather |"
-    out = [head, "|" + "---|" * 9]
+    head = (
+        "| cache | path | N1 | threads | rounding | us/token | GFLOP/s | of peak | gather us"
+        " | x gather | x exact |"
+    )
+    out = [head, "|" + "---|" * 11]
     for x in lines:
         out.append(
-            f"| {x.cache} | {x.isa} | {x.heads} | {x.threads} | {x.us:.0f} | {x.gflops:.0f} "
-            f"| {100 * x.of_peak:.0f} % | {x.gather_us:.0f} | {x.us / x.gather_us:.2f} |"
+            f"| {x.cache} | {x.isa} | {x.heads} | {x.threads} | {x.rounding} | {x.us:.0f} "
+            f"| {x.gflops:.0f} | {100 * x.of_peak:.0f} % | {x.gather_us:.0f} "
+            f"| {x.us / x.gather_us:.2f} | {x.x_exact:.2f} |"
         )
     return "\n".join(out)
 
@@ -119,6 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", nargs="+", default=["int8"], choices=["int8", "float"])
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "f16", "f32"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounding", default="exact", choices=["exact", "npu"])
     parser.add_argument("--rows", type=int, default=1 << 20, help="rows of the cache")
     parser.add_argument("--sets", type=int, default=96, help="index sets in rotation")
     parser.add_argument("--rounds", type=int, default=2, help="calls per index set")
@@ -137,6 +166,9 @@ def main(argv: list[str] | None = None) -> None:
             for threads in args.threads:
                 for heads in args.heads:
                     lines.append(measure(clock, cache, isa, heads, threads, args.rounds))
+            if args.rounding == "npu":
+                measured = (measure_rounding(clock, cache, isa, n, args.rounds) for n in args.heads)
+                lines.extend(measured)
         if args.peers and kind == "int8" and args.dtype == "bf16":
             peers = {n: kernel_peers.measure(cache, n, 12) for n in args.heads}
     print(f"{machine()}; K = 2048; {args.rows} rows; best of {args.rounds * args.sets} bursts\n")

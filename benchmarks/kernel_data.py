@@ -62,9 +62,12 @@ class Clock:
         for part in (cache.key, cache.key_rope):
             if part is not None:
                 took += self._lib.bench_gather(
-                    pointer(part.ctypes.data), pointer(index.ctypes.data), size(index.size),
-                    size(part.shape[-1] * part.itemsize), *GATHER_WAYS[way % len(GATHER_WAYS)],
-                )  # fmt: skip
+                    pointer(part.ctypes.data),
+                    pointer(index.ctypes.data),
+                    size(index.size),
+                    size(part.shape[-1] * part.itemsize),
+                    *GATHER_WAYS[way % len(GATHER_WAYS)],
+                )
         return float(took) / 1e3
 
     def call(self, params: core.Params, threads: int = 1) -> float:
@@ -107,6 +110,7 @@ class Cache:
             for _ in range(sets)
         ]
         self.rng = rng
+        self.keep: list[Any] = []
 
     def _fill(self, block: np.ndarray) -> np.ndarray:
         whole = np.empty((self.rows, block.shape[1]), block.dtype)
@@ -114,7 +118,9 @@ class Cache:
             whole[first : first + len(block)] = block[: self.rows - first]
         return whole
 
-    def calls(self, heads: int, isa: str, tokens: int = 1) -> list[core.Params]:
+    def calls(
+        self, heads: int, isa: str, tokens: int = 1, rounding: str = "exact"
+    ) -> list[core.Params]:
         """One call per index set (or per `tokens` sets); the arrays live as long as this cache."""
         width = NOPE + ROPE if self.kind == "int8" else NOPE
         query = self.rng.standard_normal((1, tokens, heads, width)).astype(self.dtype)
@@ -126,14 +132,22 @@ class Cache:
             np.concatenate(self.indices[i : i + tokens], 1)
             for i in range(0, len(self.indices) - tokens + 1, tokens)
         ]
-        self.keep = [query, groups, extra]
+        keep: list[Any] = [query, groups, extra]
+        self.keep.append(keep)
         calls = [
             core.build(
-                query, self.key, group, scale=(NOPE + ROPE) ** -0.5, isa=isa, sparse_mode=0, **extra
+                query,
+                self.key,
+                group,
+                scale=(NOPE + ROPE) ** -0.5,
+                isa=isa,
+                sparse_mode=0,
+                rounding=rounding,
+                **extra,
             )
             for group in groups
         ]
-        self.keep.append([out for _, out in calls])
+        keep.append([out for _, out in calls])
         return [params for params, _ in calls]
 
 

@@ -291,6 +291,9 @@ CASES: list[Case] = [
      "", "key_rope is not given"),
     ("row-size", lambda: with_input(sfa(), 1, "kv", I8, (1, 64, 1, 576)), "error", "", "656"),
     ("scale-missing", lambda: pack(nope_type=I8), "error", "", "needs its scales"),
+    ("sinks", lambda: with_input(sfa(), 9, "sinks", F, (16,)), "error", "", "on Ascend 950"),
+    ("attribute-value", lambda: sfa(int8=False, return_softmax_lse=1, layout_kv="PA_BSND"), "error",
+     "", "for contiguous ones"),
     ("value-shape", lambda: with_input(sfa(), 2, "v", I8, (1, 64, 1, 656)), "warning", "",
      "pass the key twice"),
     # the rest of the way

@@ -11,6 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from sfa_onnx.cli import build_parser, main
+from tests.attention_cases import make_case
+from tests.op_models import op_model
 
 VERBS = {
     "demo",
@@ -110,6 +112,24 @@ def test_run_writes_outputs(plain: Path, tmp_path: Path) -> None:
     assert main(["run", str(plain), "--inputs", str(inputs), "-o", str(outputs)]) == 0
     with np.load(outputs) as archive:
         np.testing.assert_array_equal(archive["y"], 2 * np.arange(8).reshape(2, 4))
+
+
+@pytest.mark.kernel
+def test_run_compare_and_unfuse_take_a_rounding(tmp_path: Path) -> None:
+    case = make_case(dtype=np.float16, nope=128, rope=8, tile=128)
+    path, inputs = tmp_path / "op.onnx", tmp_path / "in.npz"
+    onnx.save(op_model(case, symbolic=False), path)
+    np.savez(inputs, **{n: a for n, a in case.inputs.items() if n != "value"})
+    outputs = {}
+    for rounding in ("exact", "npu"):
+        target, plain = tmp_path / f"{rounding}.npz", tmp_path / f"{rounding}.onnx"
+        chosen = ["--inputs", str(inputs), "--rounding", rounding]
+        assert main(["run", str(path), *chosen, "-o", str(target)]) == 0
+        with np.load(target) as archive:
+            outputs[rounding] = archive["attention_out"]
+        assert main(["unfuse", str(path), "-o", str(plain), "--rounding", rounding]) == 0
+        assert main(["compare", str(path), str(plain), *chosen]) == 0
+    assert (outputs["exact"] != outputs["npu"]).any()
 
 
 def test_compare_needs_two_models(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,6 +95,7 @@ _OPERATOR: Final = {
     "rope-missing": "rope inputs left out",
     "row-size": "rows of another size than the kernel's",
     "scale-missing": "int8 values without scales",
+    "sinks": "sinks, which no released CANN has",
     "value-shape": "a value tensor that is not the key",
 }
 # Graph: later stages, speed, memory.
