@@ -17,8 +17,15 @@ from sfa_onnx.errors import MissingError
 if importlib.util.find_spec("torch") is None:
     raise MissingError("sfa_onnx.torch needs torch: pip install 'sfa-onnx[torch]'")
 
-from sfa_onnx.torch.export import translation_table
+from sfa_onnx.torch.exporting import export, register_symbolics, translation_table
 from sfa_onnx.torch.names import enable_ascend_names
 from sfa_onnx.torch.ops import OPERATORS, schema_of
 
-__all__ = ["OPERATORS", "enable_ascend_names", "schema_of", "translation_table"]
+__all__ = [
+    "OPERATORS",
+    "enable_ascend_names",
+    "export",
+    "register_symbolics",
+    "schema_of",
+    "translation_table",
+]

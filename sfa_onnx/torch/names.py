@@ -20,7 +20,7 @@ import torch
 
 from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.torch.compute import ROUNDINGS
-from sfa_onnx.torch.vendor import Adapter, VendorOperator, vendor_operators
+from sfa_onnx.torch.vendor import Adapter, VendorOperator, schema_in_torch, vendor_operators
 
 __all__ = ["enable_ascend_names", "owners"]
 
@@ -29,7 +29,6 @@ _PACKAGES: Final = ("torch_npu", "custom_ops")  # whose import defines such name
 _chosen: tuple[VendorOperator, ...] = ()
 _libraries: dict[str, torch.library.Library] = {}  # by qualified name
 _owners: dict[str, str] = {}
-_adapters: dict[str, Adapter] = {}
 _rounding = "npu"
 
 
@@ -77,15 +76,10 @@ def owners() -> dict[str, str]:
     return dict(_owners)
 
 
-def adapter_of(qualified: str) -> Adapter | None:
-    """How calls of a name that was enabled are read."""
-    return _adapters.get(qualified)
-
-
 def _add() -> None:
     for vendor in _chosen:
         library = torch.library.Library(vendor.namespace, "FRAGMENT")
-        schema = _schema_of(vendor.qualified)
+        schema = schema_in_torch(vendor.qualified)
         if schema is None:
             _define(library, vendor)
         else:
@@ -98,14 +92,6 @@ def _release() -> None:
         library._destroy()
     _libraries.clear()
     _owners.clear()
-    _adapters.clear()
-
-
-def _schema_of(qualified: str) -> torch.FunctionSchema | None:
-    try:
-        return torch._C._get_schema(qualified, "")
-    except RuntimeError:
-        return None
 
 
 def _kernels(vendor: VendorOperator, adapter: Adapter) -> tuple[Callable[..., Any], ...]:
@@ -130,14 +116,14 @@ def _kernels(vendor: VendorOperator, adapter: Adapter) -> tuple[Callable[..., An
 
 def _define(library: torch.library.Library, vendor: VendorOperator) -> None:
     library.define(vendor.name + vendor.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    schema = _schema_of(vendor.qualified)
+    schema = schema_in_torch(vendor.qualified)
     assert schema is not None
     adapter = Adapter(vendor.op, schema)
     run, fake, elsewhere = _kernels(vendor, adapter)
     library.impl(vendor.name, run, "CPU")
     library.impl(vendor.name, elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(vendor.qualified, fake, lib=library)
-    _adapters[vendor.qualified], _owners[vendor.qualified] = adapter, "sfa_onnx"
+    _owners[vendor.qualified] = "sfa_onnx"
 
 
 def _complete(
@@ -146,7 +132,7 @@ def _complete(
     """Add to a vendor's definition what it lacks."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     adapter = Adapter(vendor.op, schema)
-    _adapters[vendor.qualified], _owners[vendor.qualified] = adapter, "vendor"
+    _owners[vendor.qualified] = "vendor"
     run, fake, _ = _kernels(vendor, adapter)
     if not has(vendor.qualified, "CPU"):
         library.impl(vendor.name, run, "CPU")

@@ -22,7 +22,13 @@ from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import ALL_OPS, INT64_MAX, LIGHTNING_INDEXER
 from sfa_onnx.torch.compute import compute, shapes_of
 
-__all__ = ["Adapter", "VendorOperator", "vendor_operators", "vendor_schemas"]
+__all__ = [
+    "Adapter",
+    "VendorOperator",
+    "schema_in_torch",
+    "vendor_operators",
+    "vendor_schemas",
+]
 
 # Arguments with one legal value that some of the contracts leave out.
 _FIXED: Final = {"pre_tokens": INT64_MAX, "next_tokens": INT64_MAX}
@@ -96,11 +102,19 @@ def _installed() -> str | None:
         return None
 
 
+def schema_in_torch(qualified: str) -> torch.FunctionSchema | None:
+    """The schema of a name as registered now, whoever registered it."""
+    try:
+        return torch._C._get_schema(qualified, "")
+    except RuntimeError:
+        return None
+
+
 class Adapter:
     """A call under a vendor's name as tensors and attributes of the contract, and back."""
 
     def __init__(self, op: OpContract, schema: torch.FunctionSchema) -> None:
-        self.op = op
+        self.op, self.schema = op, schema
         self.results = len(schema.returns)
         self._names = [a.name for a in schema.arguments]
         self._defaults = {a.name: a.default_value for a in schema.arguments}
@@ -129,6 +143,8 @@ class Adapter:
                     tensors[name] = value
             elif name in attributes:
                 attributes[name] = int(value) if isinstance(value, bool) else value
+            elif word == "rounding":
+                continue  # of our own names: the caller's choice, no part of the node
             elif word in _FIXED:
                 if value != _FIXED[word]:
                     raise ContractError(f"{word}: expected {_FIXED[word]}, got {value}")
