@@ -20,7 +20,7 @@ from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_
 from sfa_onnx.torch import names  # noqa: E402
 from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable  # noqa: E402
 from sfa_onnx.torch.vendor import vendor_operators, vendor_schemas  # noqa: E402
-from tests.attention_cases import BF16, LAYOUTS, make_case  # noqa: E402
+from tests.attention_cases import BF16, LAYOUTS, make_case, softmax_reference  # noqa: E402
 
 pytestmark = pytest.mark.torch
 QUANT = ("custom::npu_sparse_flash_attention_antiquant", "npu::npu_kv_quant_sparse_flash_attention")
@@ -108,6 +108,26 @@ def test_torch_npus_attention_has_three_results_and_the_recipes_one():
     )  # fmt: skip
     assert isinstance(single, torch.Tensor)
     assert torch.equal(single, out)
+
+
+@pytest.mark.parametrize("layouts", [("BSND", "PA_BSND"), ("TND", "TND")], ids="-".join)
+def test_softmax_results_and_sinks(layouts):
+    case = make_case(SPARSE_FLASH_ATTENTION, layouts, dtype=np.float32, seed=4)
+    case.attributes["return_softmax_lse"] = 1
+    given = arguments(FLOAT[1], case) | {"return_softmax_lse": True}
+    sinks = np.linspace(-2, 2, 4).astype(np.float32)
+    for extra in ({}, {"sinks": sinks}):
+        case.inputs |= extra
+        want = (case.reference(), *softmax_reference(case))
+        got = packet(FLOAT[1])(**given, **{n: as_torch(a) for n, a in extra.items()})
+        for mine, theirs in zip(got, want, strict=True):
+            assert mine.shape == theirs.shape
+            np.testing.assert_allclose(as_numpy(mine), theirs, rtol=1e-4, atol=1e-5)
+    quant = make_case(dtype=BF16, seed=4)
+    quant.inputs["sinks"] = sinks
+    close(packet(QUANT[1])(**arguments(QUANT[1], quant)), quant.reference(mode="npu"))
+    with pytest.raises(ContractError, match=r"sinks: expected torch.float32 \[4\] .*got"):
+        packet(QUANT[1])(**(arguments(QUANT[1], quant) | {"sinks": torch.ones(3)}))
 
 
 def indexer_case(seed=0, batch=2, rows=3, keys=20, heads=4, width=8):

@@ -85,7 +85,9 @@ def _by_reference(
         out = reference.sparse_flash_attention_antiquant(*arrays, mode=mode, **attributes)
         return (as_torch(out),)
     if op is SPARSE_FLASH_ATTENTION:
-        return (as_torch(reference.sparse_flash_attention(*arrays, mode=mode, **attributes)),)
+        results = reference.sparse_flash_attention_lse(*arrays, mode=mode, **attributes)
+        count = 3 if attributes["return_softmax_lse"] else 1
+        return tuple(map(as_torch, results[:count]))
     if op is LIGHTNING_INDEXER:
         indices, values = reference.lightning_indexer(*arrays, **attributes)
         return as_torch(indices), as_torch(values)

@@ -109,7 +109,7 @@ def _eager(op: OpContract) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         results = compute(op, *bind(*args, **kwargs))
-        return results if len(results) > 1 else results[0]
+        return results[0] if results_of(op) == 1 else results
 
     return run
 
@@ -120,7 +120,7 @@ def _fake(op: OpContract) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         tensors, attributes, _ = bind(*args, **kwargs)
         results = shapes_of(op, tensors, attributes)
-        return results if len(results) > 1 else results[0]
+        return results[0] if results_of(op) == 1 else results
 
     return run
 
