@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import onnx
 
-from sfa_onnx.errors import BudgetError, CrashError, ModelError
+from sfa_onnx.errors import BudgetError, CrashError
 from sfa_onnx.files.external import StorageReader
 from sfa_onnx.files.model import load_model, paused_gc, save_model
 from sfa_onnx.files.weights_file import WeightsFile
@@ -35,6 +35,7 @@ from sfa_onnx.passes.materialize import Materializer, materialized_notes
 from sfa_onnx.passes.site_report import Costs, describe, unique_ids
 from sfa_onnx.passes.splice import check_region
 from sfa_onnx.report import FuseReport, SiteReport, VerifyRecord
+from sfa_onnx.runtime.portable.restore import refuse_proof, restored, restored_sites
 
 __all__ = ["fuse"]
 
@@ -120,6 +121,7 @@ def fuse(
         _change_form(run, report, kv_cache, portable)
         write_proof: Callable[[], object] = _no_proof
         if certificate is not None:
+            refuse_proof(run.restored)
             spare_weights(report.model, run.source_dir, certificate)
             with run.stage("certificate"):
                 proof = certificates.make_certificate(report, run.before)
@@ -196,6 +198,7 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
     source_dir: Path | None = None
     materialize: bool = False
+    restored: list[SiteReport] = field(default_factory=list)  # operators that bodies stood for
     sorted: bool = False  # nodes were not in an order that runs
     file: WeightsFile | None = None  # takes what materialize makes of external weights
     before: certificates.Snapshot = field(default_factory=certificates.Snapshot)
@@ -215,12 +218,13 @@ class _Run:
         if self.verify:
             worker.warm()  # it gets ready while sites are looked for
         with self.stage("load"):
-            given = self._load(source)
+            given, back = restored(self._load(source))
+            self.restored = restored_sites(given, back)
         reader = StorageReader(self.source_dir)
         with self.stage("find"):
             inlined = inline_sites(given, lambda m: _findings(self._find(m, reader)))
             scopes = self._find(inlined.model, reader)
-            sites = [site for scope in scopes for site in scope.sites]
+            sites = [site for scope in scopes for site in scope.sites] + self.restored
             unique_ids(sites)
             if plan is not None:
                 plan.check_against(s.site_id for s in sites)
@@ -239,7 +243,7 @@ class _Run:
             splice_scopes(model, [(s.index, s.ready) for s in scopes])
             materialized = [] if own_weights is None else own_weights.finish()
         with self.stage("hash"):
-            notes.append(_untouched(self.before, certificates.snapshot(model)))
+            notes.append(certificates.untouched(self.before, certificates.snapshot(model)))
         report = FuseReport(
             model=model,
             sites=sites,
@@ -379,18 +383,3 @@ class _Run:
 def _findings(scopes: list[_Scope]) -> list[tuple[GraphIndex, Candidate | RefusedSite]]:
     """Every candidate with the view of the graph it lies in."""
     return [(scope.index, item) for scope in scopes for item in scope.found]
-
-
-def _untouched(before: certificates.Snapshot, after: certificates.Snapshot) -> str:
-    """The note that proves what stayed; a moved node would be a fault of ours.
-
-    Raises:
-        ModelError: an untouched node changed its place.
-    """
-    difference = certificates.compare_snapshots(before, after)
-    if difference.moved_nodes:
-        raise ModelError(f"splicing moved the node that makes {difference.moved_nodes[0]!r}")
-    return (
-        f"untouched: {difference.untouched_nodes} nodes and {difference.untouched_initializers}"
-        " initializers, equal by hash and in order"
-    )

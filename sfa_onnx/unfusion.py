@@ -49,8 +49,9 @@ def unfuse(
         UsageError: the model holds none of our operators, or `output` exists.
     """
     from sfa_onnx.runtime.portable.model import unfuse as standard_nodes
+    from sfa_onnx.runtime.portable.restore import restored
 
-    source = load_model(model)
+    source, _ = restored(load_model(model))
     main = GraphIndex.of(source)
     sites = [
         SiteReport(

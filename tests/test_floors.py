@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("passes.cost", "passes.limits", "passes.plan", "passes.certificate", "passes.materialize"),
     ("passes.splice", "passes.graph.scopes", "passes.site_report"),
     ("passes.verify",),
+    ("runtime.elem_types", "runtime.portable"),
     ("kv_convert",),
     ("summary",),
     ("runtime",),

@@ -23,6 +23,7 @@ from sfa_onnx.kv_convert.rewire import Conversion, float_sites
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import body_views
+from sfa_onnx.runtime.portable.restore import restored
 
 __all__ = ["FORMS", "KvReport", "convert", "float_sites"]
 
@@ -75,7 +76,7 @@ def convert(
         raise UsageError(f"kv-cache form {to!r}: expected one of {', '.join(FORMS)}")
     if block_size <= 0:
         raise UsageError(f"block size {block_size}: expected a positive number of tokens per page")
-    source = load_model(model)
+    source, _ = restored(load_model(model))
     _check(source)
     copy = onnx.ModelProto()
     copy.CopyFrom(source)

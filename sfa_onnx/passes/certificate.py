@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx
 
-from sfa_onnx.errors import UsageError, WeightsError
+from sfa_onnx.errors import ModelError, UsageError, WeightsError
 from sfa_onnx.files.external import StorageReader, iter_tensors
 from sfa_onnx.files.model import atomic_write, hash_message, load_model, paused_gc
 from sfa_onnx.files.weights_file import digest_of
@@ -36,6 +36,7 @@ __all__ = [
     "compare_snapshots",
     "make_certificate",
     "snapshot",
+    "untouched",
     "write_certificate",
 ]
 
@@ -308,3 +309,18 @@ def _wrong_weights(
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 100 else text[:97] + "..."
+
+
+def untouched(before: Snapshot, after: Snapshot) -> str:
+    """The note that proves what stayed; a moved node would be a fault of ours.
+
+    Raises:
+        ModelError: an untouched node changed its place.
+    """
+    difference = compare_snapshots(before, after)
+    if difference.moved_nodes:
+        raise ModelError(f"splicing moved the node that makes {difference.moved_nodes[0]!r}")
+    return (
+        f"untouched: {difference.untouched_nodes} nodes and {difference.untouched_initializers}"
+        " initializers, equal by hash and in order"
+    )

@@ -31,6 +31,7 @@ from sfa_onnx.ascend.checks.support import layer_summary, support_findings, supp
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
 from sfa_onnx.files.model import read_model
 from sfa_onnx.guard.doors import door
+from sfa_onnx.runtime.portable.restore import restored
 
 __all__ = [
     "CANN_VERSIONS",
@@ -83,6 +84,8 @@ def check(
         base_dir = Path(model).parent if base_dir is None else base_dir
     model = read_model(model)
     unsound = list(broken(model))
+    if not unsound:
+        model, _ = restored(model)
     view = ModelView(model, None if base_dir is None else Path(base_dir))
     plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
     parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)

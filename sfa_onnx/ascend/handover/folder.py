@@ -48,6 +48,7 @@ from sfa_onnx.files.weights import external_files
 from sfa_onnx.guard.doors import door
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.runtime.feeds.relations import misfit
+from sfa_onnx.runtime.portable.restore import restored
 
 __all__ = ["HandoverReport", "compare_against", "write"]
 
@@ -143,7 +144,7 @@ def _must_run(model: ModelProto, command: atc_command.AtcCommand) -> None:
 def _load(path: Path, folder: Path, scope: str | None, force: bool) -> ModelProto:
     if (folder / "atc.sh").exists() and not force:
         raise UsageError(f"{folder}: there is a hand-over in it already; use --force to replace it")
-    proto = load_model(path)
+    proto, _ = restored(load_model(path))
     return proto if scope is None else cut(proto, parse_scope(scope))
 
 

@@ -22,23 +22,24 @@ from sfa_onnx.operator.op import ALL_OPS, KV_CACHE_PACK, LIGHTNING_INDEXER, QUAN
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.portable.attention import attention_body
 from sfa_onnx.runtime.portable.body import MIN_OPSET, Body
+from sfa_onnx.runtime.portable.hints import write_hint
 from sfa_onnx.runtime.portable.indexer import indexer_body
 from sfa_onnx.runtime.portable.pack import pack_body
 
-__all__ = ["has_body", "make_portable", "unfuse"]
+__all__ = ["OPS", "Signature", "Style", "has_body", "make_portable", "unfuse", "write_body"]
 
-_OPS: Final = {op.key: op for op in ALL_OPS}
+OPS: Final[dict[tuple[str, str], OpContract]] = {op.key: op for op in ALL_OPS}
 _OVERLOAD_IR: Final = 10  # IR version that brought FunctionProto.overload
 _AT_RUN_TIME: Final = ("scale_value",)  # attributes that the body reads from the node
 
 
 def has_body(node: NodeProto) -> bool:
     """Whether this node is one of the operators that a function body exists for."""
-    return (node.domain, node.op_type) in _OPS
+    return (node.domain, node.op_type) in OPS
 
 
 @dataclass(frozen=True)
-class _Style:
+class Style:
     """How bodies are written."""
 
     opset: int
@@ -46,7 +47,7 @@ class _Style:
 
 
 @dataclass(frozen=True)
-class _Signature:
+class Signature:
     """What decides the body of one node."""
 
     key: tuple[str, str]
@@ -57,7 +58,39 @@ class _Signature:
 
     @property
     def op(self) -> OpContract:
-        return _OPS[self.key]
+        """The operator."""
+        return OPS[self.key]
+
+    def tell(self, style: Style) -> dict[str, Any]:
+        """The signature as a hint."""
+        return {
+            "operator": list(self.key),
+            "present": sorted(self.present),
+            "attributes": dict(self.attributes),
+            "types": dict(self.types),
+            "outputs": self.outputs,
+            "opset": style.opset,
+            "rounding": style.rounding,
+        }
+
+    @classmethod
+    def told(cls, hint: dict[str, Any]) -> Signature:
+        """The signature that a hint tells.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none of ours.
+        """
+        domain, name = hint["operator"]
+        op = OPS[domain, name]
+        at_run_time = {n: 1.0 for n in _AT_RUN_TIME if any(a.name == n for a in op.attributes)}
+        op.check_attributes(hint["attributes"] | at_run_time)
+        return cls(
+            (domain, name),
+            frozenset(hint["present"]),
+            tuple(sorted(hint["attributes"].items())),
+            tuple(sorted((k, int(v)) for k, v in hint["types"].items())),
+            int(hint["outputs"]),
+        )
 
 
 @door
@@ -76,7 +109,7 @@ def make_portable(model: ModelProto, *, rounding: Rounding = "exact") -> ModelPr
         ContractError: a node's attributes are illegal.
     """
     out, opset, types = _prepared(model)
-    known: dict[_Signature, str] = {}
+    known: dict[Signature, str] = {}
     for node in (n for graph in _graphs(out.graph) for n in graph.node if has_body(n)):
         signature = _signature(node, types)
         if signature not in known:
@@ -105,9 +138,9 @@ def unfuse(model: ModelProto, *, rounding: Rounding = "exact") -> ModelProto:
         ContractError: a node's attributes are illegal.
     """
     out, opset, types = _prepared(model)
-    _inline(out.graph, types, _Style(opset, rounding), _names(out.graph))
+    _inline(out.graph, types, Style(opset, rounding), _names(out.graph))
     left = {node.domain for graph in _graphs(out.graph) for node in graph.node}
-    for entry in [o for o in out.opset_import if o.domain in {op.domain for op in _OPS.values()}]:
+    for entry in [o for o in out.opset_import if o.domain in {op.domain for op in OPS.values()}]:
         if entry.domain not in left:
             out.opset_import.remove(entry)
     return out
@@ -117,7 +150,7 @@ def _prepared(model: ModelProto) -> tuple[ModelProto, int, ElemTypes]:
     """A copy without bodies of our operators, its opset, and the types of its values."""
     out = ModelProto()
     out.CopyFrom(model)
-    kept = [f for f in out.functions if (f.domain, f.name) not in _OPS]
+    kept = [f for f in out.functions if (f.domain, f.name) not in OPS]
     if len(kept) != len(out.functions):
         del out.functions[:]
         out.functions.extend(kept)
@@ -141,8 +174,8 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             yield from _graphs(sub)
 
 
-def _signature(node: NodeProto, types: ElemTypes) -> _Signature:
-    op = _OPS[(node.domain, node.op_type)]
+def _signature(node: NodeProto, types: ElemTypes) -> Signature:
+    op = OPS[(node.domain, node.op_type)]
     values = {
         tensor.name: name
         for tensor, name in zip(op.inputs, node.input, strict=False)
@@ -163,13 +196,22 @@ def _signature(node: NodeProto, types: ElemTypes) -> _Signature:
         elem_types[name] = found
     kept = tuple(sorted((k, v) for k, v in attrs.items() if k not in _AT_RUN_TIME))
     outputs = max((i + 1 for i, name in enumerate(node.output) if name), default=1)
-    return _Signature(op.key, frozenset(values), kept, tuple(elem_types.items()), outputs)
+    return Signature(op.key, frozenset(values), kept, tuple(elem_types.items()), outputs)
 
 
-def _write(signature: _Signature, style: _Style) -> tuple[list[NodeProto], list[str]]:
-    """The body's nodes and the names of its results, as many as the calling node has."""
+def write_body(signature: Signature, style: Style) -> tuple[list[NodeProto], list[str]]:
+    """The body's nodes and the names of its results, as many as the calling node has.
+
+    The nodes that make results say what they are the body of (`hints`).
+    """
     nodes, results = _everything(signature, style)
-    return _needed(nodes, results[: signature.outputs]), results[: signature.outputs]
+    results = results[: signature.outputs]
+    kept = _needed(nodes, results)
+    told = signature.tell(style)
+    for position, result in enumerate(results):
+        maker = next(n for n in kept if result in n.output)
+        write_hint(maker, told, position)
+    return kept, results
 
 
 def _needed(nodes: list[NodeProto], results: list[str]) -> list[NodeProto]:
@@ -182,7 +224,7 @@ def _needed(nodes: list[NodeProto], results: list[str]) -> list[NodeProto]:
     return kept[::-1]
 
 
-def _everything(signature: _Signature, style: _Style) -> tuple[list[NodeProto], list[str]]:
+def _everything(signature: Signature, style: Style) -> tuple[list[NodeProto], list[str]]:
     body, attrs, types = Body(style.opset), dict(signature.attributes), dict(signature.types)
     op, present = signature.op, signature.present
     if op is KV_CACHE_PACK:
@@ -193,11 +235,9 @@ def _everything(signature: _Signature, style: _Style) -> tuple[list[NodeProto], 
     return body.nodes, attention_body(body, op, present, attrs, types["query"], style.rounding)
 
 
-def _function(
-    signature: _Signature, overload: str, opset: int, rounding: Rounding
-) -> FunctionProto:
+def _function(signature: Signature, overload: str, opset: int, rounding: Rounding) -> FunctionProto:
     op = signature.op
-    nodes, results = _write(signature, _Style(opset, rounding))
+    nodes, results = write_body(signature, Style(opset, rounding))
     names = dict(zip(results, (t.name for t in op.outputs), strict=False))
     for node in nodes:
         node.output[:] = [names.get(name, name) for name in node.output]
@@ -225,7 +265,7 @@ def _names(graph: onnx.GraphProto) -> set[str]:
     return names
 
 
-def _inline(graph: onnx.GraphProto, types: ElemTypes, style: _Style, taken: set[str]) -> None:
+def _inline(graph: onnx.GraphProto, types: ElemTypes, style: Style, taken: set[str]) -> None:
     nodes: list[NodeProto] = []
     for node in graph.node:
         for sub in subgraphs(node):
@@ -237,7 +277,7 @@ def _inline(graph: onnx.GraphProto, types: ElemTypes, style: _Style, taken: set[
 
 
 def _expanded(
-    node: NodeProto, signature: _Signature, style: _Style, taken: set[str]
+    node: NodeProto, signature: Signature, style: Style, taken: set[str]
 ) -> list[NodeProto]:
     """Copies of the body's nodes between the node's own inputs and output."""
     prefix = base = f"{node.name or node.output[0]}/"
@@ -246,7 +286,7 @@ def _expanded(
         suffix += 1
         prefix = f"{base[:-1]}_{suffix}/"
     taken.add(prefix)
-    body, results = _write(signature, style)
+    body, results = write_body(signature, style)
     inner = {t.name: n for t, n in zip(signature.op.inputs, node.input, strict=False) if n}
     inner |= {r: n for r, n in zip(results, node.output, strict=False) if n}
     scale = next((a.f for a in node.attribute if a.name in _AT_RUN_TIME), 0.0)
