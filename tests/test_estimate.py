@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -10,6 +11,7 @@ from sfa_onnx.ascend.chips import chip_of
 from sfa_onnx.ascend.estimate import LABEL, estimate
 from sfa_onnx.errors import UsageError
 from sfa_onnx.report import to_json
+from tests.test_flavour import build
 
 BF16, INT8, INT32, F = (
     TensorProto.BFLOAT16,
@@ -164,3 +166,53 @@ def test_unknown_chips_are_refused(soc: str) -> None:
 def test_chips_without_public_figures_are_refused() -> None:
     with pytest.raises(UsageError, match="no public figures"):
         estimate(fused(16, int8=True), soc_version="Ascend950PR_9589")
+
+
+# ---- the whole layer -----------------------------------------------------------------------------
+
+
+def layer() -> onnx.ModelProto:
+    """A norm, a page and slot of selected tokens, a cache write: what sits around attention."""
+    nodes = [
+        helper.make_node("Mul", ["x", "x"], ["sq"], "sq"),
+        helper.make_node("ReduceMean", ["sq", "axes"], ["m"], "mean"),
+        helper.make_node("Add", ["m", "eps"], ["inside"], "plus"),
+        helper.make_node("Sqrt", ["inside"], ["root"], "root"),
+        helper.make_node("Div", ["x", "root"], ["unit"], "unit"),
+        helper.make_node("Mul", ["unit", "g"], ["normed"], "scale"),
+        helper.make_node("TopK", ["normed", "k"], ["v", "i"], "top", sorted=0),
+        helper.make_node("Div", ["i", "page"], ["pages"], "page_of"),
+        helper.make_node("ScatterND", ["cache", "slots", "normed"], ["written"], "write"),
+    ]
+    inits = [
+        ("axes", np.array([-1])), ("eps", np.float32(1e-6)), ("g", np.ones(64, np.float32)),
+        ("k", np.array([8])), ("page", np.array(16)),
+    ]  # fmt: skip
+    inputs = [("x", 1, [2, 64]), ("cache", 1, [128, 64]), ("slots", 7, [2, 1])]
+    outputs = [("pages", 7, None), ("written", 1, [128, 64])]
+    return build(nodes, inputs, outputs, inits=inits)
+
+
+def test_a_layer_is_counted_before_and_after_on_every_line() -> None:
+    found = estimate(layer(), soc_version="Ascend910B2").layers
+    assert [line.cann for line in found] == ["8.5", "9.0", "9.1", "9.2"]
+    for line in found:
+        assert line.after is not None
+        assert line.before.on_ai_cpu.keys() >= {"Div", "TopK"}
+        assert not {"Div", "TopK"} & line.after.on_ai_cpu.keys()
+        assert ("ScatterND" in line.after.on_ai_cpu) == (line.cann == "8.5")
+        assert line.before.nodes == 9
+        assert sum(line.after.engines.values()) == line.after.nodes
+        size = 2 * 128 * 64 * 4
+        assert (line.before.copies, line.before.copied_bytes) == (1, size)
+        assert (line.after.copies, line.after.copied_bytes) == (1, size)
+
+
+def test_a_line_without_a_form_says_why() -> None:
+    nodes = [helper.make_node("Mish", ["x"], ["t"]), helper.make_node("ReduceProd", ["t"], ["y"])]
+    model = build(nodes, [("x", 1, [100, 2])], [("y", 1, None)])
+    old, *_, new = estimate(model, soc_version="Ascend910B2").layers
+    assert old.after is None
+    assert "ReduceProd" in old.note
+    assert new.after is not None
+    assert not estimate(model, layer=False).layers

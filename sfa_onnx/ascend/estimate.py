@@ -16,8 +16,7 @@ expect 50-60 % of these bounds from a good kernel.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,9 +26,10 @@ from sfa_onnx.ascend.cann import DEFAULT_CANN, cann
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.operators import Site
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS
-from sfa_onnx.ascend.checks.tensors import nbytes
-from sfa_onnx.ascend.checks.view import Dims, ModelView, Scope, contract_of
+from sfa_onnx.ascend.checks.view import ModelView, contract_of
 from sfa_onnx.ascend.chips import Chip, chip_of
+from sfa_onnx.ascend.copies import CopyEstimate, copies, dim_size, dims_product
+from sfa_onnx.ascend.layer import LayerLine, layer_costs
 from sfa_onnx.errors import UsageError
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
@@ -79,16 +79,6 @@ class SiteEstimate:
         return self.flops_per_token / max(self.bytes_per_token, 1)
 
 
-@dataclass(frozen=True)
-class CopyEstimate:
-    """A cache that comes in through a graph input and leaves, whole, through an output."""
-
-    input: str
-    output: str
-    bytes: int | None  # read and written
-    us: float | None
-
-
 @dataclass
 class Estimate:
     """All sites of a model on one die; `label` must be shown with the numbers."""
@@ -99,6 +89,7 @@ class Estimate:
     copies: list[CopyEstimate]
     notes: list[str] = field(default_factory=list)
     label: str = LABEL
+    layers: list[LayerLine] = field(default_factory=list)  # one per CANN line
     us: float | None = field(init=False)  # sites and copies together; None when any part is open
 
     def __post_init__(self) -> None:
@@ -113,6 +104,8 @@ def estimate(
     *,
     soc_version: str | None = None,
     dims: Mapping[str, int] | None = None,
+    before: onnx.ModelProto | None = None,
+    layer: bool = True,
 ) -> Estimate:
     """The roofline of every fused node of `model`.
 
@@ -120,6 +113,8 @@ def estimate(
         model: a fused model, canonical or ATC flavour; its weights are not read.
         soc_version: the chip ("Ascend910_9391"); None: one die of an A3.
         dims: numbers for symbolic dims ({"batch": 4}).
+        before: the model before fusing, to count its nodes and copies beside those of `model`.
+        layer: count nodes per engine and copies for every CANN line (it converts the model).
 
     Raises:
         UsageError: an unknown chip, or one without public figures.
@@ -133,30 +128,19 @@ def estimate(
     ctx = Context(ModelView(model), cann(DEFAULT_CANN), OWN_PLUGINS, soc)
     bound = dict(dims or {})
     sites = [s for node in ctx.nodes() if (s := _site(ctx, node, chip, bound)) is not None]
-    copies = list(_copies(ctx, chip, bound))
-    result = Estimate(soc, chip, sites, copies)
+    copied = list(copies(ctx, chip, bound))
+    result = Estimate(soc, chip, sites, copied)
+    if layer:
+        result.layers = layer_costs(model if before is None else before, model, chip, soc, bound)
     if soc_version is None:
         result.notes.append(f"no SoC given: the figures of {chip.name}")
     if any(s.us is None for s in sites):
         result.notes.append("open dims: give numbers (dims) for times of whole nodes")
-    if copies:
+    if copied:
         result.notes.append(
             "caches are copied whole, through graph inputs and outputs, at every call"
         )
     return result
-
-
-def _size(dims: Dims | None, axis: int, bound: Mapping[str, int]) -> int | None:
-    if dims is None or not -len(dims) <= axis < len(dims):
-        return None
-    dim = dims[axis]
-    return bound.get(dim) if isinstance(dim, str) else dim
-
-
-def _product(dims: Dims | None, bound: Mapping[str, int]) -> int | None:
-    sizes = [_size(dims, i, bound) for i in range(len(dims))] if dims is not None else [None]
-    known = [s for s in sizes if s is not None]
-    return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _site(ctx: Context, node: Node, chip: Chip, bound: Mapping[str, int]) -> SiteEstimate | None:
@@ -165,8 +149,8 @@ def _site(ctx: Context, node: Node, chip: Chip, bound: Mapping[str, int]) -> Sit
         return None
     site = Site(ctx, node, op)
     query = site.dims("query")
-    heads = _size(query, -2, bound)
-    tokens = _product(query[:-2], bound) if query is not None else None
+    heads = dim_size(query, -2, bound)
+    tokens = dims_product(query[:-2], bound) if query is not None else None
     if heads is None:
         return None
     if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
@@ -177,13 +161,13 @@ def _site(ctx: Context, node: Node, chip: Chip, bound: Mapping[str, int]) -> Sit
 def _attention(
     site: Site, chip: Chip, bound: Mapping[str, int], heads: int, tokens: int | None
 ) -> SiteEstimate | None:
-    dim, row = _size(site.dims("query"), -1, bound), _size(site.dims("key"), -1, bound)
-    slots = _size(site.dims("sparse_indices"), -1, bound)
+    dim, row = dim_size(site.dims("query"), -1, bound), dim_size(site.dims("key"), -1, bound)
+    slots = dim_size(site.dims("sparse_indices"), -1, bound)
     if dim is None or row is None or slots is None:
         return None
     packed = site.dtype("key") == onnx.TensorProto.INT8
     rope = int(site.attr("rope_head_dim") or 0) if packed else 0
-    rope = rope or (_size(site.dims("query_rope"), -1, bound) or 0)
+    rope = rope or (dim_size(site.dims("query_rope"), -1, bound) or 0)
     nope = dim - rope if packed else dim
     keys = _selected(site, slots * int(site.attr("sparse_block_size") or 1), bound)
     row_bytes = row if packed else (row + rope) * _itemsize(site)
@@ -196,7 +180,7 @@ def _attention(
 def _selected(site: Site, wanted: int, bound: Mapping[str, int]) -> int:
     """Keys per token: what is selected, at most as many as there are."""
     if site.attr("layout_kv") == "BSND":
-        have = _size(site.dims("key"), 1, bound)
+        have = dim_size(site.dims("key"), 1, bound)
         return wanted if have is None else min(wanted, have)
     return wanted
 
@@ -258,11 +242,11 @@ def _indexer(
     site: Site, chip: Chip, bound: Mapping[str, int], heads: int, tokens: int | None
 ) -> SiteEstimate | None:
     """Scores of all keys: compute against the key cache read once per token."""
-    dim, key = _size(site.dims("query"), -1, bound), site.dims("key")
-    keys = _product(key[1:-2], bound) if key is not None and len(key) == 4 else None
+    dim, key = dim_size(site.dims("query"), -1, bound), site.dims("key")
+    keys = dims_product(key[1:-2], bound) if key is not None and len(key) == 4 else None
     if site.attr("layout_key") == "PA_BSND":
         table = site.dims("block_table")
-        pages, size = _size(table, 1, bound), _size(key, 1, bound)
+        pages, size = dim_size(table, 1, bound), dim_size(key, 1, bound)
         keys = None if pages is None or size is None else pages * size
     if dim is None or keys is None:
         return None
@@ -276,43 +260,3 @@ def _indexer(
     }
     stages = {name: s * _US for name, s in seconds.items()}
     return _made(site, chip, tokens, heads, keys, traffic, flops, stages)
-
-
-def _copies(ctx: Context, chip: Chip, bound: Mapping[str, int]) -> Iterator[CopyEstimate]:
-    root = ctx.view.root
-    for value in root.graph.output:
-        source = _cache_input(root, value.name)
-        if source is None:
-            continue
-        size = sum(
-            s if (s := _bytes(ctx, root, name, bound)) is not None else -(1 << 62)
-            for name in (source, value.name)
-        )
-        known = size >= 0
-        us = size / chip.hbm_bytes * _US if known else None
-        yield CopyEstimate(source, value.name, size if known else None, us)
-
-
-def _cache_input(root: Scope, name: str) -> str | None:
-    """The graph input whose (almost) whole content output `name` carries on, if any."""
-    for _ in range(16):
-        node = root.producer(name)
-        if node is None:
-            return name if name in root.inputs else None
-        if node.op_type in ("ScatterND", "ScatterElements", "TensorScatter", "Identity", "Cast"):
-            name = node.input[0]
-        elif node.op_type == "Concat":
-            name = next((i for i in node.input if i in root.inputs), "")
-        elif node.op_type == "Where" and len(node.input) == 3:
-            name = next((i for i in node.input[1:] if i in root.inputs), "")
-        else:
-            return None
-    return None
-
-
-def _bytes(ctx: Context, scope: Scope, name: str, bound: Mapping[str, int]) -> int | None:
-    shape = ctx.view.shape(scope, name)
-    if shape is None or _product(shape, bound) is None:
-        return None
-    sizes = [_size(shape, i, bound) or 0 for i in range(len(shape))]
-    return nbytes(onnx.TensorProto(data_type=ctx.view.dtype(scope, name), dims=sizes))

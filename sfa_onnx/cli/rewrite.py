@@ -101,8 +101,10 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
 
 def _estimate(args: argparse.Namespace, console: Console, report: Any) -> Any:
     from sfa_onnx.ascend.estimate import estimate
+    from sfa_onnx.files.model import load_model
 
-    result = estimate(report.model, soc_version=args.soc_version)
+    before = load_model(args.model)
+    result = estimate(report.model, soc_version=args.soc_version, before=before)
     show_ascend.estimate_report(console, result)
     return result
 

@@ -85,13 +85,30 @@ def estimate_report(console: Console, report: Estimate) -> None:
         )
         for site in report.sites
     ]  # fmt: skip
-    if not rows:
+    if rows:
+        head = ("site", "keys", "bytes/token", "FLOP/byte", "bound by", "us/token a core", "us")
+        console.table(head, rows, right=(1, 2, 3, 5, 6))
+    else:
         console.say("no fused operator in this model")
-        return
-    head = ("site", "keys", "bytes/token", "FLOP/byte", "bound by", "us/token a core", "us")
-    console.table(head, rows, right=(1, 2, 3, 5, 6))
+    _layers(console, report)
     for copy in report.copies:
         size = "?" if copy.bytes is None else human_bytes(copy.bytes)
         console.say("copied whole at every call: {} -> {}, {}", copy.input, copy.output, size)
     for note in report.notes:
         console.say("note: {}", note)
+
+
+def _layers(console: Console, report: Estimate) -> None:
+    """Nodes and copies of the whole layer per CANN line, before -> after."""
+    rows = []
+    for line in report.layers:
+        costs = [line.before, *([line.after] if line.after else [])]
+        counts = [[c.engines.get(e, 0) for c in costs] for e in ("AI Core", "AI CPU", "GE")]
+        sizes = [c.copied_bytes for c in costs]
+        copied = " -> ".join("?" if s is None else human_bytes(s) for s in sizes)
+        names = ", ".join(f"{n} x{c}" if c > 1 else n for n, c in costs[-1].on_ai_cpu.items())
+        shown = [" -> ".join(map(str, c)) for c in ([c.nodes for c in costs], *counts)]
+        rows.append((line.cann, *shown, copied, names if line.after else line.note))
+    if rows:
+        head = ("CANN", "nodes", "AI Core", "AI CPU", "GE", "caches copied", "left on AI CPU")
+        console.table(head, rows)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sfa_onnx.ascend.flavour.norm_match import PLUGIN_EPSILON, Norm, match, same_epsilon
@@ -67,10 +68,22 @@ def _apply(scope: Scope, fusions: Sequence[_Fusion], counts: dict[str, int]) -> 
     kept: list[NodeProto] = []
     for node in scope.graph.node:
         kept += made.get(id(node), [] if id(node) in removed else [node])
+    _declare(scope, kept)
     kept = _needed(scope, kept, [n for f in fusions for n in f.norm.nodes])
     del scope.graph.node[:]
     scope.graph.node.extend(kept)
     scope.changed()
+
+
+def _declare(scope: Scope, nodes: Sequence[NodeProto]) -> None:
+    """Write down the shapes of fused results: onnx's own inference does not know the operators."""
+    graph = scope.graph
+    known = {v.name for v in (*graph.value_info, *graph.output, *graph.input)}
+    for node in nodes:
+        for name in node.output if node.domain == "npu" else ():
+            dims, dtype = scope.dims(name), scope.dtype(name)
+            if name and name not in known and dtype and dims is not None:
+                graph.value_info.append(onnx.helper.make_tensor_value_info(name, dtype, dims))
 
 
 @dataclass
