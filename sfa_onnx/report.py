@@ -69,6 +69,7 @@ class SiteReport:
     removed: tuple[str, ...] = ()  # node names (or outputs) replaced
     added: tuple[str, ...] = ()
     cost: dict[str, float] = field(default_factory=dict)  # flops/bytes before and after
+    roles: dict[str, str] = field(default_factory=dict)  # value entering the site -> what it is
 
     def refuse(self, reason: str, hint: str, stopped_at: str) -> None:
         """Say why the site is not fused, what would help, and where recognition ended."""

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("torch",),
     ("fusion_options",),
+    ("pages",),
     ("fusion", "unfusion", "ascend", "demo"),
     ("", "doctor"),  # "": the package itself, which only hands out names
     ("cli", "__main__"),

@@ -36,6 +36,8 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     compare.add_argument("--rtol", type=float, help="relative tolerance")
     compare.add_argument("--seed", type=int, default=0, help="seed of random inputs")
     compare.add_argument("--rounding", choices=ROUNDINGS, help=f"{_ROUNDS} (--against: npu)")
+    compare.add_argument("--report", type=Path, help="write a page about it (.html or .md)")
+    compare.add_argument("--force", action="store_true", help="overwrite the report")
     compare.set_defaults(action=_compare)
     run = verbs.add_parser("run", parents=[common], help="run a model with our operators")
     run.add_argument("model", type=Path, help="the ONNX model")
@@ -86,6 +88,11 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
                 rounding=args.rounding or "exact",
             )
     show_compare.compare_report(console, report)
+    if args.report:
+        from sfa_onnx.pages import write_comparison
+
+        write_comparison(report, args.report, force=args.force)
+        console.say("report written to [bold]{}[/bold]", args.report)
     console.result("compare", report)
     return 0 if report.passed else NOT_MET
 

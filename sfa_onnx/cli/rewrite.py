@@ -69,6 +69,7 @@ def _add_fuse(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--cost", choices=("any", "not-worse"), default="any")
     parser.add_argument("--portable", action="store_true", help="ship a standard-operator body")
     parser.add_argument("--certificate", type=Path, help="write the proof of innocence (JSON)")
+    parser.add_argument("--report", type=Path, help="write a page about it (.html or .md)")
     parser.add_argument("--weights", choices=("copy",), help="copy weights to the output's folder")
     parser.add_argument(
         "--materialize-absorbed",
@@ -135,6 +136,11 @@ def _fuse(args: argparse.Namespace, console: Console) -> int:
         materialize_absorbed=args.materialize_absorbed and not args.dry_run,
     )
     show.fuse_report(console, args.model, report)
+    if args.report and not args.dry_run:
+        from sfa_onnx.pages import write_fusion
+
+        write_fusion(report, args.report, args.model, force=args.force)
+        console.say("report written to [bold]{}[/bold]", args.report)
     console.result("fuse", report)
     return 0
 

@@ -60,6 +60,7 @@ def describe(
     site.op_type = item.op.name
     site.npu_limits = npu_limits(item)
     site.bound = tuple(item.notes)
+    site.roles = {operand.value: operand.role.value for operand in item.operands}
     if isinstance(index, ScopeIndex) and index.repeats and _absorbs(item):
         site.bound += (_IN_A_LOOP,)
     item.site_id = site.site_id

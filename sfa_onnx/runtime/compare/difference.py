@@ -14,10 +14,19 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NOISE_FACTOR", "CompareReport", "Difference", "OutputRow", "SiteRow", "measure"]
+__all__ = [
+    "DECADES",
+    "NOISE_FACTOR",
+    "CompareReport",
+    "Difference",
+    "OutputRow",
+    "SiteRow",
+    "measure",
+]
 
 Array = NDArray[Any]
 NOISE_FACTOR: Final = 4.0
+DECADES: Final = tuple(range(-8, 4))  # of an error in units of its bound: 1e-8 to 1e3
 _NOISE_CAP: Final = 0.25  # of the root mean square: beyond it a tensor says nothing any more
 _FLIPS: Final = 0.01  # share of integer elements that may differ (a selection at a tie)
 # type -> (atol in units of the root mean square, rtol, relative norm): what our kernels promise
@@ -48,6 +57,7 @@ class Difference:
     worst_after: float
     noise: float | None = None  # what `before` loses to its own rounding, at most
     undefined: int = 0  # rows that are NaN throughout in `before` alone; told, not judged
+    decades: tuple[int, ...] = ()  # elements that are equal, then per decade of error over bound
 
     @property
     def multiple(self) -> float | None:
@@ -204,7 +214,17 @@ def measure(
         worst_after=float(b[worst]) if a.size else 0.0,
         noise=noise,
         undefined=int(undefined.sum()),
+        decades=_decades(error, np.maximum(atol_used, rtol_used * np.abs(x))),
     )
+
+
+def _decades(error: Array, bound: Array) -> tuple[int, ...]:
+    """How many elements are equal, and how many lie in each decade of `DECADES`."""
+    off = error > 0
+    share = error[off] / np.maximum(bound[off], np.finfo(np.float64).tiny)
+    place = np.clip(np.floor(np.log10(share)), DECADES[0], DECADES[-1]).astype(int)
+    counts = np.bincount(place - DECADES[0], minlength=len(DECADES))
+    return (int((~off).sum()), *map(int, counts))
 
 
 def _noise(x: Array, finite: Array, exact: Array | None, norm: float) -> tuple[float | None, float]:

@@ -1,0 +1,105 @@
+"""What fusing did, as sections of a page and as Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from sfa_onnx.guard.text import printable
+from sfa_onnx.pages import html
+from sfa_onnx.pages.picture import draw
+from sfa_onnx.pages.sites import Graphs, distinct
+from sfa_onnx.report import FuseReport, SiteReport
+
+__all__ = ["markdown", "sections", "summary"]
+
+
+def summary(report: FuseReport) -> str:
+    """One sentence: how many sites fused, into what."""
+    ops = ", ".join(f"{n} x {op}" for op, n in Counter(s.op_type for s in report.fused).items())
+    text = f"{len(report.fused)} of {len(report.sites)} sites fused"
+    nodes = f"nodes {report.nodes_before} -> {report.nodes_after}"
+    return "; ".join(filter(None, (text, ops, nodes)))
+
+
+def sections(report: FuseReport, before: Graphs, after: Graphs, memory: str) -> list[str]:
+    """The page's parts, in reading order."""
+    cells = [(s.status, f"{s.site_id}: {s.status}") for s in report.sites]
+    return [
+        html.strip(cells),
+        *(_site(s, n, before, after) for s, n in distinct(report.fused)),
+        html.section("Refused", html.table(_REFUSED, _reasons(report))),
+        html.section("Assumptions", html.table(("assumption", "sites"), _assumptions(report))),
+        html.section("Limits of the NPU kernel", html.table(("limit", "sites"), _limits(report))),
+        html.section("Every site", html.table(_SITES, [_row(s) for s in report.sites])),
+        html.section("Left as it was", html.table(("note",), [(n,) for n in report.notes])),
+        html.section("Time and memory", html.facts(_costs(report, memory))),
+    ]
+
+
+_REFUSED = ("reason", "what would help", "sites")
+_SITES = ("site", "where", "status", "operator", "form", "probes", "largest error")
+
+
+def _site(site: SiteReport, alike: int, before: Graphs, after: Graphs) -> str:
+    many = f", as {alike - 1} more" if alike > 1 else ""
+    pictures = (
+        draw(before.boxes(site.removed, "gone", site.roles), "before: what was replaced"),
+        draw(after.boxes(site.added, "new", site.roles), "after: what stands in their place"),
+    )
+    head = html.facts([("where", site.layer or site.anchor), ("form", site.family)])
+    pair = f'<div class="pair">{"".join(pictures)}</div>'
+    return html.section(f"{site.site_id}: {site.op_type}{many}", head, pair)
+
+
+def _row(site: SiteReport) -> tuple[object, ...]:
+    record = site.record
+    probes = record.probes if record else ()
+    worst = f"{max(p.error for p in probes):.1e}" if probes else ""
+    told = "not verified" if record and not probes else len(probes) or ""
+    return (
+        *(site.site_id, site.layer or site.anchor, site.status, site.op_type),
+        *(site.family or site.reason, told, worst),
+    )
+
+
+def _reasons(report: FuseReport) -> list[tuple[object, ...]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for site in report.refused:
+        groups.setdefault((site.reason, site.hint), []).append(site.site_id)
+    return [(reason, hint, ", ".join(ids)) for (reason, hint), ids in groups.items()]
+
+
+def _assumptions(report: FuseReport) -> list[tuple[str, int]]:
+    count = Counter(a for s in report.fused if s.record for a in s.record.assumptions)
+    return count.most_common()
+
+
+def _limits(report: FuseReport) -> list[tuple[str, int]]:
+    return Counter(x for s in report.fused for x in s.npu_limits).most_common()
+
+
+def _costs(report: FuseReport, memory: str) -> list[tuple[str, object]]:
+    stages = ", ".join(f"{k} {v:.2f} s" for k, v in report.seconds.items())
+    read = f"{report.weights_bytes_read} bytes"
+    return [("stages", stages), ("weights read", read), ("peak memory", memory)]
+
+
+def markdown(title: str, report: FuseReport) -> str:
+    """The same in short, for a pull request."""
+    lines = [f"# {title}", "", f"{summary(report)}.", ""]
+    lines += _md_table(_SITES, [_row(s) for s in report.sites])
+    lines += _md_table(_REFUSED, _reasons(report))
+    lines += _md_table(("assumption", "sites"), _assumptions(report))
+    return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])
+
+
+def _md_table(head: tuple[str, ...], rows: object) -> list[str]:
+    assert isinstance(rows, list)
+    if not rows:
+        return []
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+
+
+def _cell(value: object) -> str:
+    return printable(str(value)).replace("|", "\\|").replace("\n", " ")
