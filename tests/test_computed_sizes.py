@@ -9,7 +9,12 @@ import onnx
 import pytest
 
 import sfa_onnx
+from sfa_onnx.passes.candidate import Candidate, Refusal
+from sfa_onnx.passes.find.search import find_candidates
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.verify.sizes import concrete
 from sfa_onnx.passes.verify.sizes.choices import BASES
+from sfa_onnx.passes.verify.verifier import Verifier
 from tests.zoo.judge import run_fused, run_original
 from tests.zoo.write import Graph
 
@@ -123,8 +128,9 @@ def agree(model: onnx.ModelProto, k: int) -> None:
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-6, err_msg=f"{past} + {new}")
 
 
-@pytest.mark.parametrize("k", [2, 3, 4, 8, 19])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("k", "padded"), [(2, True), (3, False), (4, True), (8, False), (19, True)]
+)
 def test_top_k_is_never_more_than_there_are_keys(k: int, padded: bool) -> None:
     agree(decode(k, padded=padded), k)
 
@@ -144,15 +150,31 @@ def test_sizes_named_apart_are_assumed_to_be_one() -> None:
     assert all("discharged by nobody: the caller" in text for text in said)
 
 
-def test_both_sides_of_a_minimum_are_probed() -> None:
-    from sfa_onnx.passes.find.search import find_candidates
-    from sfa_onnx.passes.graph.index import GraphIndex
-    from sfa_onnx.passes.verify.sizes.concrete import Sizer
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_baked_count_is_seen_on_the_short_side_only(
+    looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replacement with 4 in place of Min(4, keys) agrees wherever there are 4 keys."""
+    if not looks:
+        monkeypatch.setattr(concrete, "turns", lambda *_: [])
+        monkeypatch.setattr(concrete.Sizer, "_of_length", lambda *_: None)
+    index = GraphIndex.of(decode(4))
+    (candidate,) = find_candidates(index)
+    assert isinstance(candidate, Candidate)
+    (top,) = (n for n in candidate.replacement if n.op_type == "TopK")
+    four = onnx.numpy_helper.from_array(np.array([4]), "four")
+    candidate.replacement_initializers.append(four)
+    top.input[1] = "four"
+    verdict = Verifier(index).verify(candidate)
+    assert isinstance(verdict, Refusal) == looks
 
+
+def test_both_sides_of_a_minimum_are_probed() -> None:
     for k in (4, 40, 700):
         index = GraphIndex.of(decode(k))
         (candidate,) = find_candidates(index)
-        sizer = Sizer(index, candidate, "")  # type: ignore[arg-type]
+        assert isinstance(candidate, Candidate)
+        sizer = concrete.Sizer(index, candidate, "")
         assert sizer.bases()[0][1].batches == BASES[0]["B"]
         around = {(d.capacity, d.slots) for _, d in sizer.others([]) if abs(d.capacity - k) <= 1}
         assert around >= {(k - 1, k - 1), (k, k), (k + 1, k)}

@@ -5,6 +5,7 @@ Rows without a visible key are an assumption wherever a mask can make them, the 
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import onnx
 import pytest
 
 import sfa_onnx
+from sfa_onnx.passes.verify import verifier
 from tests.zoo.judge import run_fused, run_original
 from tests.zoo.write import Graph
 
 N, C, R, K = 4, 32, 8, 6
+TILE = 8  # columns of one scale
 AVERAGE = "rows without a visible key: average before, zeros after"
 NAN = "rows without a visible key: NaN before, zeros after"
 LOWS = {"-1e30": np.float32(-1e30), "least": np.finfo(np.float32).min, "-inf": np.float32(-np.inf)}
@@ -46,6 +49,10 @@ def invalid(g: Graph, index: str, kind: str) -> str:
             return str(g.op("Less", index, g.const(1 << 27, np.int64)))
         case "constant":
             return str(g.op("Expand", g.const(True), g.op("Shape", index)))
+        case "low score":  # of a TopK
+            return str(g.op("Less", "scores", g.const(-1e20, np.float32)))
+        case "low score, inverted":
+            return str(g.op("Greater", "scores", g.const(-1e20, np.float32)))
         case "by length":  # also the lengths that somebody gives
             return str(g.op("GreaterOrEqual", index, g.unsqueeze("lengths", 1, 2)))
         case "by length, inverted":
@@ -53,24 +60,46 @@ def invalid(g: Graph, index: str, kind: str) -> str:
     raise AssertionError(kind)
 
 
-def gathered(kind: str, low: str, *, fixed: bool = False, opset: int = 18) -> onnx.ModelProto:
+def rows_of(g: Graph, at: str, *, int8: bool) -> str:
+    """Gathered rows [B, S, K, C + R]: of floats, or of int8 codes times a scale per 8 columns."""
+    at = g.unsqueeze(at, -1)
+    if not int8:
+        return str(g.op("GatherND", "kv", at, batch_dims=1))
+    codes, scale = (g.op("GatherND", x, at, batch_dims=1) for x in ("kv", "scale"))
+    tiles = g.reshape(g.cast(codes, "f32"), 0, 0, K, C // TILE, TILE)
+    return str(g.reshape(g.op("Mul", tiles, g.unsqueeze(scale, -1)), 0, 0, K, C))
+
+
+def gathered(
+    kind: str, low: str, *, fixed: bool = False, opset: int = 18, int8: bool = False
+) -> onnx.ModelProto:
     """Attention over gathered rows, whose mask is made of the indices alone."""
     g = Graph(opset)
-    index = g.cast("indices", "i64")
+    if "score" in kind:
+        index = g.op("TopK", "index_scores", g.ints(K), outputs=2, axis=-1)[1]
+        g.nodes[-1].output[0] = "scores"
+    else:
+        index = g.cast("indices", "i64")
     bad = g.unsqueeze(invalid(g, index, kind), 2)
     safe = g.op("Max", index, g.const(0, np.int64))
-    rows = g.op("GatherND", "kv", g.unsqueeze(safe, -1), batch_dims=1)
+    rows = rows_of(g, safe, int8=int8)
     x = g.op("MatMul", "query", g.op("Transpose", rows, perm=[0, 1, 3, 2]))
     x = g.op("Mul", x, g.const(0.17, np.float32))
     hidden = g.const(LOWS[low])
     x = g.op("Where", bad, x, hidden) if kind == "swapped" else g.op("Where", bad, hidden, x)
     out = g.op("MatMul", g.op("Softmax", x, axis=-1), g.cut(rows, 0, C))
     b, s, t = (2, 3, 24) if fixed else ("B", "S", "T")
+    width = C if int8 else C + R
     inputs = {
-        "query": ("f32", (b, s, N, C + R)),
-        "kv": ("f32", (b, t, C + R)),
+        "query": ("f32", (b, s, N, width)),
+        "kv": ("i8" if int8 else "f32", (b, t, width)),
         "indices": ("i32", (b, s, K)),
     }
+    if int8:
+        inputs["scale"] = ("f32", (b, t, C // TILE))
+    if "score" in kind:
+        del inputs["indices"]
+        inputs["index_scores"] = ("f32", (b, s, t))
     if "length" in kind:
         inputs["lengths"] = ("i64", (b,))
     return g.model(inputs, {"out": ("f32", (b, s, N, C))}, [out])
@@ -78,15 +107,33 @@ def gathered(kind: str, low: str, *, fixed: bool = False, opset: int = 18) -> on
 
 WRONG = (
     *("inverted", "not negative", "below the end", "is not -1", "always", "constant", "swapped"),
-    "by length, inverted",
+    *("by length, inverted", "low score, inverted"),
 )
 
 
-@pytest.mark.parametrize("kind", WRONG)
-@pytest.mark.parametrize(("low", "fixed"), [("-1e30", False), ("least", True), ("-inf", False)])
+FORMS = itertools.cycle([("-1e30", False), ("least", True), ("-inf", False), ("-inf", True)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "fixed"),
+    [
+        *((kind, *form) for kind, form in zip(WRONG, FORMS, strict=False)),
+        *(("inverted", low, fixed) for low in LOWS for fixed in (False, True)),
+    ],
+)
 def test_a_mask_that_hides_what_is_selected_is_refused(kind: str, low: str, fixed: bool) -> None:
     (site,) = sfa_onnx.fuse(gathered(kind, low, fixed=fixed)).sites
     assert site.status == "refused", f"{kind} with {low}"
+
+
+@pytest.mark.parametrize(("kind", "status"), [("negative", "fused"), ("not negative", "refused")])
+def test_rows_of_int8_are_judged_too(kind: str, status: str) -> None:
+    (site,) = sfa_onnx.fuse(gathered(kind, "-1e30", int8=True)).sites
+    assert site.status == status, site.reason
+    if site.record is not None:
+        assert AVERAGE in site.record.assumptions
+    else:
+        assert "hides every index" in site.reason
 
 
 def test_the_reason_names_the_mask() -> None:
@@ -95,8 +142,17 @@ def test_the_reason_names_the_mask() -> None:
     assert "is it inverted?" in site.reason
 
 
-@pytest.mark.parametrize("kind", ["negative", "is -1", "not in range", "by length"])
-@pytest.mark.parametrize(("low", "said"), [("-1e30", AVERAGE), ("least", AVERAGE), ("-inf", NAN)])
+@pytest.mark.parametrize(
+    ("kind", "low", "said"),
+    [
+        ("negative", "-1e30", AVERAGE),
+        ("is -1", "-inf", NAN),
+        ("not in range", "least", AVERAGE),
+        ("by length", "-inf", NAN),
+        ("by length", "least", AVERAGE),
+        ("low score", "-1e30", AVERAGE),
+    ],
+)
 def test_rows_without_keys_are_an_assumption_of_the_right_mask(
     kind: str, low: str, said: str
 ) -> None:
@@ -128,6 +184,14 @@ def test_what_the_assumption_says_is_what_happens() -> None:
     np.testing.assert_allclose(got[0, 0], want[0, 0], atol=5e-6)
     np.testing.assert_allclose(want[0, 1], np.tile(given["kv"][0, 0, :C], (N, 1)), atol=1e-6)
     assert not got[0, 1].any()
+
+
+@pytest.mark.parametrize("kind", ["inverted", "swapped", "low score, inverted"])
+def test_only_this_judgement_finds_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, the same graphs are verified for every mask that is fed, and fused."""
+    monkeypatch.setattr(verifier, "hidden_by_mask", lambda *_: None)
+    (site,) = sfa_onnx.fuse(gathered(kind, "-1e30")).sites
+    assert site.status == "fused"
 
 
 def dense(causal: str, low: str, *, padded: bool) -> onnx.ModelProto:

@@ -216,7 +216,7 @@ def _mask(
 
     Over slots (last axis K) the first slot stays visible, over keys each sequence's common key.
     """
-    shape = problem.shapes[operand.value]
+    shape, _ = _trimmed(problem, operand)
     if not shape:  # one switch for everything: off leaves every row empty
         return np.asarray(draw.lonely != "no key")
     mask = rng.random(shape) < (1.0 if draw.lengths == "full" else draw.visible)
@@ -233,10 +233,18 @@ def _mask(
 
 def over_slots(problem: Problem, operand: Operand) -> bool:
     """Whether a mask runs over index entries rather than over keys."""
-    shape = problem.shapes[operand.value]
-    if not shape or operand.axes[-1] == "K":
+    shape, axes = _trimmed(problem, operand)
+    if not shape or axes[-1] == "K":
         return True
-    return operand.axes[-1] != "S2" and shape[-1] == problem.dims.slots != problem.dims.capacity
+    return axes[-1] != "S2" and shape[-1] == problem.dims.slots != problem.dims.capacity
+
+
+def _trimmed(problem: Problem, operand: Operand) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Shape and axes of a mask without axes of size 1 behind what it runs over."""
+    shape, axes = problem.shapes[operand.value], operand.axes
+    while len(shape) > 1 and (shape[-1], axes[-1]) == (1, "1") and max(shape) > 1:
+        shape, axes = shape[:-1], axes[:-1]
+    return shape, axes
 
 
 def and_mask(problem: Problem, visible: Array, mask: Array) -> Array:

@@ -23,10 +23,10 @@ from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError, embedded_constant
 from sfa_onnx.passes.verify.geometry import and_mask, over_slots
-from sfa_onnx.passes.verify.ordinary import WAYS, Way, ordinary
+from sfa_onnx.passes.verify.ordinary import WAYS, Way, ordinary, ranked
 from sfa_onnx.passes.verify.problem import Problem
 
-__all__ = ["Natural", "hidden_by_mask"]
+__all__ = ["Natural", "hidden_by_mask", "hides_all"]
 
 Array = NDArray[Any]
 _NODES_MAX: Final = 600
@@ -43,7 +43,7 @@ class Natural:
 
     Attributes:
         model: from `sources` and `lengths` to the operands in its outputs.
-        sources: integers and bools that somebody gives: value -> element type.
+        sources: integers and bools that somebody gives, and what TopK finds: value -> type.
         lengths: results of Shape nodes.
         chosen: sources that indices are computed from.
     """
@@ -91,10 +91,12 @@ class Natural:
                 return None
             feeds[name] = np.asarray(told, np.int64)
         for name, kind in self.sources.items():
-            shape = sizes.shape(name)
-            array = None if shape is None else ordinary(
-                name, tuple(map(int, shape)), problem, way, chosen=name in self.chosen
-            )  # fmt: skip
+            shape = tuple(map(int, sizes.shape(name) or ()))
+            array = (
+                ordinary(name, shape, problem, way, chosen=name in self.chosen)
+                if kind in _WHOLE
+                else ranked(shape)
+            )
             if array is None:
                 return None
             feeds[name] = array.astype(helper.tensor_dtype_to_np_dtype(kind))
@@ -134,7 +136,7 @@ class _Cut:
             if not kind and node is not None and node.op_type == "TopK":
                 kind = _T.INT64 if name == node.output[1] else _T.FLOAT
             self.sources[name] = kind
-            return kind in _WHOLE
+            return kind in _WHOLE or (node is not None and node.op_type == "TopK")
         if node is None or producer is None:
             try:
                 self.constants[name] = embedded_constant(index, name)
@@ -169,10 +171,16 @@ def hidden_by_mask(natural: Natural, problem: Problem, sizes: Concrete) -> Refus
     made = {o.name for o in natural.model.graph.output}
     names = [o.value for o in problem.all(Role.MASK) if o.value in made]
     every = "every index that is in range" if min(shares) == 1 else "all keys of most rows"
+    return hides_all(names, every, names[0])
+
+
+def hides_all(names: Iterable[str], what: str, at: str) -> Refusal:
+    """The refusal of masks that hide `what`."""
+    masks = f"the mask {' and '.join(map(repr, names))}".removesuffix(" ")
     return Refusal(
-        f"the mask {' and '.join(map(repr, names))} hides {every}, so it is not the usual rule that"
-        " hides invalid ones (is it inverted?)",
-        names[0],
+        f"{masks} hides {what}, so it is not the usual rule that hides invalid ones (is it"
+        " inverted?)",
+        at,
         final=True,
     )
 
@@ -186,6 +194,8 @@ def _hidden(problem: Problem, values: Mapping[str, Array]) -> Array:
         if operand.value not in values:
             continue
         mask = _shown(operand, values[operand.value])
+        while mask.ndim > 1 and mask.shape[-1] == 1 and mask.size > 1:
+            mask = mask[..., 0]
         if over_slots(problem, operand):
             slots = and_mask(problem, slots, mask)
         else:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sfa_onnx.passes.candidate import Role
 from sfa_onnx.passes.verify.problem import Problem
 
-__all__ = ["WAYS", "Way", "ordinary"]
+__all__ = ["WAYS", "Way", "ordinary", "ranked", "selected"]
 
 Array = NDArray[Any]
 Way = Literal["any", "first", "last"]
@@ -39,7 +39,7 @@ def ordinary(
     if operand is not None and operand.role is Role.BLOCK_TABLE:
         return np.resize(rng.permutation(dims.keys[0]), shape)
     if chosen and shape and shape[-1] == dims.slots:
-        return _selected(shape, dims.capacity, way, rng)
+        return selected(shape, dims.capacity, way)
     few = int(np.prod(shape, dtype=np.int64))
     if len(shape) > 1 and shape[-1] == dims.capacity:  # a key is there or padding, either way
         return rng.random(shape) < 0.5
@@ -51,7 +51,12 @@ def ordinary(
     return None
 
 
-def _selected(shape: tuple[int, ...], capacity: int, way: Way, rng: np.random.Generator) -> Array:
+def ranked(shape: tuple[int, ...]) -> Array:
+    """The scores that a TopK found: finite, the best first."""
+    return -np.sort(-np.random.default_rng(18).standard_normal(shape), axis=-1)
+
+
+def selected(shape: tuple[int, ...], capacity: int, way: Way) -> Array:
     """Keys in range, neither the first nor the last one where there are others."""
     inner = np.arange(1, capacity - 1) if capacity > 2 else np.arange(capacity)
     if way == "first":
@@ -61,5 +66,5 @@ def _selected(shape: tuple[int, ...], capacity: int, way: Way, rng: np.random.Ge
     else:
         line = np.resize(inner, max(len(inner), shape[-1]))
         rows = np.broadcast_to(line, (*shape[:-1], len(line)))
-        return rng.permuted(rows, axis=-1)[..., : shape[-1]]
+        return np.random.default_rng(19).permuted(rows, axis=-1)[..., : shape[-1]]
     return np.broadcast_to(row, shape)

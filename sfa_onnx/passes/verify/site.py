@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from sfa_onnx.errors import ContractError
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.verify.distance import empty_rows, mostly_empty, relative_error
+from sfa_onnx.passes.verify.distance import mostly_empty, relative_error
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError
 from sfa_onnx.passes.verify.inputs import inputs
 from sfa_onnx.passes.verify.judge import Judge
+from sfa_onnx.passes.verify.lonely import mostly_hidden, rows_without_keys
 from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
-from sfa_onnx.passes.verify.problem import LONELY, Draw, Problem, inputs_as
+from sfa_onnx.passes.verify.problem import Draw, Problem, inputs_as
 from sfa_onnx.passes.verify.promote import promote
 from sfa_onnx.passes.verify.sizes.concrete import Sizer
 from sfa_onnx.passes.verify.sizes.turns import integer_constants
@@ -111,7 +112,9 @@ class Site:
                 return result
             if result.draws:
                 results.append(result)
-        self._without_keys(problem)
+        self._edges |= rows_without_keys(problem, self._both)
+        if refusal := mostly_hidden(problem, self._both, self._edges):
+            return refusal
         return VerifyRecord(
             probes=tuple(results),
             sizes=problem.dims.named(),
@@ -122,13 +125,11 @@ class Site:
             seconds=time.monotonic() - begin,
         )
 
-    def _without_keys(self, problem: Problem) -> None:
-        """Note what becomes of rows in which the mask hides every key."""
-        for lonely in LONELY:
-            feeds = inputs(problem, Draw(91, lonely=lonely))
-            with contextlib.suppress(RuntimeError, ContractError):
-                want, got = self._region.run(feeds), self._fused.run(feeds)
-                self._edges |= empty_rows(self._flat(want), self._flat(got))
+    def _both(self, feeds: dict[str, Array]) -> tuple[Array, Array] | None:
+        """Results of the original and of the fused form, flat; None where one rejects the feeds."""
+        with contextlib.suppress(RuntimeError, ContractError):
+            return self._flat(self._region.run(feeds)), self._flat(self._fused.run(feeds))
+        return None
 
     def _unturned(self) -> list[str]:
         """What the sizes leave open: Mins and Maxes of which one side is too large to be run."""

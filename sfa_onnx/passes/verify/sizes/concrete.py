@@ -108,9 +108,20 @@ class Sizer:
             return self._opened_others(self._family)
         straddled = [n for c in sorted(set(constants)) for n in (c, 2 * c + 1)]
         wanted = [*OTHERS, *({**BASES[0], "S2": n, "K": n} for n in straddled)]
-        found = (s for w in wanted if (s := self.choose(w)) is not None)
+        found = [s for w in wanted if (s := self.choose(w)) is not None]
+        found += [s for c in sorted(set(constants)) if (s := self._of_length(c - 1)) is not None]
         few = [s for s in found if s[1].count * s[1].capacity <= _WORK_MAX]
         return _distinct([*few, *self._turned()])
+
+    def _of_length(self, keys: int) -> tuple[Shapes, Dims] | None:
+        """Sizes with so many keys, where the axes in front of the new tokens allow it."""
+        wanted = {**BASES[0], "S1": 1, "S2": keys, "K": max(keys, 1)}
+        if keys < 1 or (choice := self.choose(wanted)) is None:
+            return None
+        past = 2 * keys - choice[1].capacity
+        if past == keys:
+            return choice
+        return self.choose({**wanted, "S2": past}) if past >= 1 else None
 
     def _turned(self) -> Iterator[tuple[Shapes, Dims]]:
         """Sizes on both sides of where a Min or Max turns, and where it does; see `unturned`."""

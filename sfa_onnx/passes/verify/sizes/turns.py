@@ -39,7 +39,7 @@ def turns(index: GraphIndex, sizes: Concrete, candidate: Candidate) -> list[Form
 
 
 def integer_constants(region: onnx.ModelProto) -> set[int]:
-    """Small positive integers that a region's constants mention."""
+    """Small integers that a region's constants mention; -8 for the last eight is one."""
     graph = region.graph
     arrays = [numpy_helper.to_array(t) for t in graph.initializer]
     for attribute in (a for n in graph.node if n.op_type == "Constant" for a in n.attribute):
@@ -49,5 +49,5 @@ def integer_constants(region: onnx.ModelProto) -> set[int]:
     found: set[int] = set()
     for array in arrays:
         if array.dtype.kind in "iu" and array.size <= 8:
-            found |= {int(v) for v in array.reshape(-1) if 2 <= v <= _CONSTANT_MAX}
+            found |= {abs(int(v)) for v in array.reshape(-1) if 2 <= abs(int(v)) <= _CONSTANT_MAX}
     return found
