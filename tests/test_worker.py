@@ -60,7 +60,7 @@ def last_words():
 
 def test_a_task_that_does_not_come_back_is_ended():
     begin = time.monotonic()
-    with pytest.raises(CrashError, match=r"did not come back.*SFA_ONNX_MAX_SECONDS"):
+    with pytest.raises(CrashError, match=r"did not come back.*SFA_ONNX_MAX_INFERENCE_SECONDS"):
         worker.call("time:sleep", 60, seconds=1.0)
     assert time.monotonic() - begin < 20
     assert worker.call("math:sqrt", 4.0) == 2.0

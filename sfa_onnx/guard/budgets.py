@@ -12,7 +12,15 @@ from typing import Final
 
 from sfa_onnx.errors import BudgetError, UsageError
 
-__all__ = ["CONSTANT_BYTES", "NODES", "SECONDS", "WORKER_BYTES", "Budget"]
+__all__ = [
+    "CONSTANT_BYTES",
+    "INFERENCE",
+    "INPUT_BYTES",
+    "NODES",
+    "SECONDS",
+    "WORKER_BYTES",
+    "Budget",
+]
 
 
 @dataclass(frozen=True)
@@ -64,5 +72,9 @@ CONSTANT_BYTES: Final = Budget(
 )
 WORKER_BYTES: Final = Budget(
     "memory of one verification", "SFA_ONNX_MAX_VERIFY_BYTES", 6 << 30, "bytes"
+)
+INPUT_BYTES: Final = Budget("all inputs drawn here", "SFA_ONNX_MAX_INPUT_BYTES", 8 << 30, "bytes")
+INFERENCE: Final = Budget(
+    "shape inference", "SFA_ONNX_MAX_INFERENCE_SECONDS", 10, "seconds and one per 100 kB of graph"
 )
 SECONDS: Final = Budget("one run in the worker", "SFA_ONNX_MAX_SECONDS", 300, "seconds")

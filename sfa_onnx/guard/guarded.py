@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto
 
 from sfa_onnx.errors import CrashError, ModelError
-from sfa_onnx.guard.budgets import WORKER_BYTES
+from sfa_onnx.guard.budgets import INFERENCE, WORKER_BYTES
 from sfa_onnx.guard.worker import Handle, RemoteError, call
 
 __all__ = ["Stage", "evaluate", "infer_node", "infer_shapes", "inline"]
@@ -37,10 +37,12 @@ def infer_shapes(model: ModelProto, *, data_prop: bool = False) -> tuple[ModelPr
     """
     if model.ByteSize() > _LARGEST:
         return None, "the model is too large for onnx's shape inference"
+    graph = _with_open_dims(model).SerializeToString()
+    seconds = INFERENCE.limit + len(graph) / 1e5
     try:
         data = call(
-            _TASKS + "infer_shapes", _with_open_dims(model).SerializeToString(), data_prop,
-            what="the shapes of this model",
+            _TASKS + "infer_shapes", graph, data_prop,
+            what="the shapes of this model", memory=WORKER_BYTES, seconds=seconds,
         )  # fmt: skip
     except (RemoteError, CrashError, ModelError) as error:
         _log.debug("shape inference gave up: %s", error)

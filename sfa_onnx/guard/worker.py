@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 
 from sfa_onnx import errors
 from sfa_onnx.errors import CrashError, MissingError, SfaError
-from sfa_onnx.guard.budgets import SECONDS, Budget
+from sfa_onnx.guard.budgets import INFERENCE, SECONDS, Budget
 from sfa_onnx.guard.text import printable
 
 __all__ = ["Handle", "RemoteError", "call", "stop", "warm"]
@@ -219,7 +219,8 @@ def call(
             _drop(worker, kill=True)
             raise CrashError(
                 f"the runtime did not come back on {what} within {limit:.0f} seconds, the budget"
-                f" for {SECONDS.name}; set {SECONDS.variable} to wait longer"
+                f" for {(budget := SECONDS if seconds is None else INFERENCE).name}; set"
+                f" {budget.variable} to wait longer"
             ) from None
         except (EOFError, OSError):
             how = _drop(worker, kill=False)

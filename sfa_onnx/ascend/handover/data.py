@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from sfa_onnx.errors import UsageError
+from sfa_onnx.errors import ModelError, UsageError
 
 __all__ = ["read_arrays", "write_inputs", "write_output_names"]
 
@@ -74,6 +74,11 @@ def write_output_names(model: ModelProto, path: Path) -> Path:
     entries = []
     for index, value in enumerate(model.graph.output):
         tensor = value.type.tensor_type
+        if not tensor.elem_type:
+            raise ModelError(
+                f"output {value.name!r} has no element type in the file; declare it, e.g. by"
+                " onnx.shape_inference.infer_shapes, and hand the model over again"
+            )
         dtype = _NARROW.get(tensor.elem_type) or str(
             np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         )

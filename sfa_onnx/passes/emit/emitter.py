@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.emit.counted import counted
 from sfa_onnx.passes.emit.sized import sized
 from sfa_onnx.passes.graph.order import in_order
 from sfa_onnx.passes.shapes.size import form_of
@@ -358,7 +359,7 @@ class Emitter:
     def iota_of(self, labels: Group, rank: int) -> str:
         """0, 1, 2 ... over merged labels on the first of `rank` axes."""
         if all(self.static(x) for x in labels):
-            line = np.arange(math.prod(x.size for x in labels), dtype=np.int64)
+            line = counted(math.prod(x.size for x in labels))
             return self.constant(line.reshape([-1] + [1] * (rank - 1)))
         zero, one = (self.constant(np.asarray(v, np.int64)) for v in (0, 1))
         stop = self.emit("Squeeze", [self.size(labels)], "stop", _T.INT64)
@@ -370,7 +371,7 @@ class Emitter:
         shape = [[label] if label in g else [] for g in groups]
         if self.static(label):
             dims = [label.size if s else 1 for s in shape]
-            return self.constant(np.arange(label.size, dtype=np.int64).reshape(dims))
+            return self.constant(counted(label.size).reshape(dims))
         zero, one = (self.constant(np.asarray(v, np.int64)) for v in (0, 1))
         stop = self.emit("Squeeze", [self.size([label])], "stop", _T.INT64)
         line = self.emit("Range", [zero, stop, one], "iota", _T.INT64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from sfa_onnx.guard.budgets import CONSTANT_BYTES
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Quot, Read
 from sfa_onnx.passes.axes.trace import Ref, Tracer
 from sfa_onnx.passes.emit.emitter import Emitter, Group, axis_labels
@@ -137,6 +138,7 @@ def _lengths(e: Emitter, batch: Group, table: str, pages: int, size: int) -> str
     """actual_seq_lengths_kv [B]: all tokens the table has room for; masks are in the indices."""
     if pages and all(e.static(x) for x in batch):
         batches = int(np.prod([x.size for x in batch], dtype=np.int64))
+        CONSTANT_BYTES.check(4 * batches, f"the lengths of {batches} sequences in a constant")
         return e.constant(np.full(batches, pages * size, np.int32))
     shape = e.emit("Shape", [table], "shape", _T.INT64)
     count = e.emit("Gather", [shape, e.ints([0])], "count", _T.INT64, axis=0)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sfa_onnx.errors import BudgetError
 from sfa_onnx.passes.axes.trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind.finished import by_finished_indices
 from sfa_onnx.passes.bind.heads import check_heads
@@ -132,6 +133,8 @@ def _one(
         refusal = Refusal(_plain(stop.reason), stop.at, stop.hint)
     except SizesMeetError as meet:
         refusal = Refusal(str(meet), anchor.scores, "export with these sizes fixed, or as one name")
+    except BudgetError as over:
+        refusal = Refusal(str(over), anchor.scores)
     except RecursionError:
         refusal = Refusal("the graph is nested too deeply to be traced", anchor.scores)
     except _INVALID as e:
@@ -164,7 +167,7 @@ def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str
         tracer.budget = budget
         try:
             return _unified(tracer, anchor, lambda: _finished(tracer, anchor, bound[:1]))
-        except (Stop, NotASite, SizesMeetError, RecursionError, *_INVALID):
+        except (Stop, NotASite, SizesMeetError, BudgetError, RecursionError, *_INVALID):
             return None
 
     try:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from sfa_onnx.guard.budgets import WORKER_BYTES
 from sfa_onnx.passes.candidate import Operand, Role
 from sfa_onnx.passes.verify.geometry import Geometry
 from sfa_onnx.passes.verify.packed_rows import draw_rows, row_layout
@@ -22,7 +23,13 @@ _DISTINCT = 1_000_003  # no width divides it: columns and rows of weights differ
 
 
 def inputs(problem: Problem, draw: Draw) -> dict[str, Array]:
-    """One array per operand, floats in float64."""
+    """One array per operand, floats in float64.
+
+    Raises:
+        BudgetError: one of them is too large to be drawn.
+    """
+    sizes = (math.prod(problem.shapes[o.value]) for o in problem.candidate.operands)
+    WORKER_BYTES.check(8 * max(sizes, default=0), "an input of this region, drawn in float64,")
     rng = np.random.default_rng(draw.seed)
     geometry = Geometry.draw(problem, draw, rng)
     values: dict[str, Array] = {}

@@ -229,7 +229,7 @@ def _decades(error: Array, bound: Array) -> tuple[int, ...]:
 
 def _noise(x: Array, finite: Array, exact: Array | None, norm: float) -> tuple[float | None, float]:
     """Largest and relative error of x against its float64 twin."""
-    if exact is None or exact.shape != x.shape:
+    if exact is None or exact.shape != x.shape or exact.dtype == object:
         return None, 0.0
     off = np.where(finite & np.isfinite(exact), x - exact, 0.0)
     return float(np.abs(off).max(initial=0.0)), float(np.linalg.norm(off)) / norm if norm else 0.0

@@ -7,6 +7,7 @@ is decided by the input's name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
@@ -20,6 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.files.onnx_attrs import attribute, attributes
+from sfa_onnx.guard.budgets import INPUT_BYTES
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -38,6 +40,8 @@ _VIEWS: Final = frozenset(
      "Concat", "Where", "Sub", "Max", "Min", "Clip", "Tile", "Gather", "ScatterND",
      "ScatterElements", "Flatten", "Split")
 )  # fmt: skip
+_NOT_DRAWN: Final = (TensorProto.UNDEFINED, TensorProto.STRING)
+_DRAWN: Final = frozenset(TensorProto.DataType.values()) - frozenset(_NOT_DRAWN)
 _WHOLE: Final = (TensorProto.INT32, TensorProto.INT64)
 
 
@@ -210,7 +214,13 @@ class _Feeds:
 
     def _one(self, value: ValueInfoProto) -> Array:
         shape, elem_type = self.sizes.shape(value), value.type.tensor_type.elem_type
+        if elem_type not in _DRAWN:
+            raise UsageError(
+                f"input {value.name!r} is declared with the element type {elem_type}, of which no"
+                " values are drawn; give it with --inputs (inputs=...)"
+            )
         dtype = helper.tensor_dtype_to_np_dtype(elem_type)
+        INPUT_BYTES.check(math.prod(shape) * dtype.itemsize, f"drawing input {value.name!r}")
         node, role = self._use(value.name)
         if node is not None and node.output[0] in self.slots:
             made = self.slots[node.output[0]].draw(role, shape, dtype)
