@@ -1,0 +1,56 @@
+"""The documentation: generated pages are current, links lead somewhere, the site builds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import write_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = re.compile(r"`((?:sfa_onnx|kernels|tests|scripts|benchmarks|examples)/[\w./]+)`")
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", write_reference.PAGES)
+def test_reference_pages_are_current(page: str) -> None:
+    stored = (write_reference.FOLDER / page).read_text()
+    assert stored == write_reference.PAGES[page](), "run python -m scripts.write_reference"
+
+
+def test_every_option_of_every_verb_is_explained() -> None:
+    rows = re.findall(r"^\| `(.+?)` \| (.*?) \|", write_reference.command(), re.MULTILINE)
+    assert len(rows) > 40
+    assert [name for name, text in rows if not text.strip()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).is_file(), target
+
+
+def test_names_of_files_in_the_docs_exist() -> None:
+    """What a recipe tells people to open is there."""
+    missing = []
+    for page in PAGES:
+        for name in NAMES.findall(page.read_text()):
+            if not (ROOT / name).exists():
+                missing.append(f"{page.name}: {name}")
+    assert missing == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "index.html").is_file()
