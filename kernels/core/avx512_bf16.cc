@@ -47,9 +47,27 @@ void bf16_load_query(const Geom& g, const void* query, const void* query_rope, v
   pack(p, query, query_rope);
 }
 
+// All at once, or in halves whose values are shared.
+void attend_wide(Plan& p, const Rows& rows, Prefetch* prefetch, Partial* out) {
+  const int most = p.shared ? kSharedKeys : kChunk;
+  for (int begin = 0; begin < rows.n; begin += most) {
+    const int n = rows.n - begin < most ? rows.n - begin : most;
+    Partial* to = begin == 0 ? out : &p.other;
+    scores(p, rows, begin, begin + n, prefetch);
+    softmax(p, n, to);
+    if (begin + n == rows.n) {
+      prefetch->values();
+    } else {
+      prefetch->finish();
+    }
+    values(p, rows, n, to, prefetch);
+    if (begin > 0) merge_partials(p.g, out, p.other);
+  }
+}
+
 void bf16_attend(const Geom& g, const Rows& rows, const Rows* next, bool warm, void* scratch,
                  Partial* out) {
-  const Plan p(g, scratch);
+  Plan p(g, scratch);
   if (g.heads <= kNarrowHeads) return attend_few(p, rows, next, warm, out);
   Prefetch prefetch(p, rows, next, warm);
   if (g.heads <= kHalfHeads) {
@@ -57,9 +75,7 @@ void bf16_attend(const Geom& g, const Rows& rows, const Rows* next, bool warm, v
     softmax_half(p, rows.n, out);
     values_half(p, rows, out, &prefetch);
   } else {
-    scores(p, rows, &prefetch);
-    softmax(p, rows.n, out);
-    values(p, rows, out, &prefetch);
+    attend_wide(p, rows, &prefetch, out);
   }
   prefetch.finish();
 }

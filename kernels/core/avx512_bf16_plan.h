@@ -11,10 +11,11 @@
 namespace sfa {
 namespace {
 
-constexpr int kTileDwords = 64;  // pairs of columns decoded at a time for five to eight heads
-constexpr int kQkKeys = 48;      // keys per decoded tile of Q.K, at most
-constexpr int kKeyPad = 8;       // tiles are padded to a multiple of so many keys
-constexpr int kQkLanes = 32;     // heads that meet a tile of keys together
+constexpr int kTileDwords = 64;   // pairs of columns decoded at a time for five to eight heads
+constexpr int kQkKeys = 48;       // keys per decoded tile of Q.K, at most
+constexpr int kKeyPad = 8;        // tiles are padded to a multiple of so many keys
+constexpr int kQkLanes = 32;      // heads that meet a tile of keys together
+constexpr int kSharedKeys = 256;  // keys whose decoded values are kept, see Plan::shared
 
 // Where everything lies in the scratch, and what shape the columns take.
 //
@@ -22,8 +23,11 @@ constexpr int kQkLanes = 32;     // heads that meet a tile of keys together
 // key. Its rope becomes three parts, (high, low, high) against (high, high, low) of the key.
 struct Plan {
   const Geom& g;
-  bool packed;      // int8 rows; else bf16 rows
-  bool scaled;      // int8 rows whose scales go into scores and weights; else rounded, or bf16
+  bool packed;  // int8 rows; else bf16 rows
+  bool scaled;  // int8 rows whose scales go into scores and weights; else rounded, or bf16
+  // Rounded rows cost twice the decoding. With few heads that shows, so values are interleaved from
+  // the decoded keys while these are in L1, for half a chunk at a time: a whole one would fill L2.
+  bool shared;
   int lanes;        // heads rounded up to vectors
   int passes;       // bf16 terms per query element
   int block_pairs;  // pairs of latent columns decoded at a time: 64, or 32 for narrow tiles
@@ -34,7 +38,9 @@ struct Plan {
   size_t rope_bytes;
   int row_bytes;     // contiguous bytes that belong to a key
   uint32_t* tile;    // [tile_keys, key_dwords] decoded keys
-  uint32_t* values;  // [kChunk / 2, 64] decoded, interleaved values
+  uint32_t* values;  // [kChunk / 2, 64] decoded, interleaved values; shared: of all columns,
+                     // [nope / 64, kSharedKeys / 2, 64]
+  Partial other;     // shared: of the second half
   float* scale;      // [latent tiles, kQkKeys]
   int32_t* best;     // [lanes] the key of the largest score
   float* unit;       // [lanes] what the weights of a tile are multiples of; few heads: of all tiles
@@ -49,6 +55,7 @@ struct Plan {
   Plan(const Geom& geom, void* scratch) : g(geom) {
     packed = g.cache_dtype == SFA_CORE_I8;
     scaled = packed && !g.rounded;
+    shared = g.rounded && g.heads > 8 && g.heads <= kQkLanes;
     lanes = round_up(g.heads, 16);
     passes = g.query_dtype == SFA_CORE_F16 ? 2 : 1;
     block_pairs = g.tile % 128 == 0 ? 64 : 32;
@@ -65,7 +72,13 @@ struct Plan {
     const size_t half_dwords = (size_t)kQkKeys * kTileDwords;
     const size_t tile_dwords = (size_t)(tile_keys + kKeyPad) * key_dwords;
     tile = (uint32_t*)take(&at, 4 * (tile_dwords > half_dwords ? tile_dwords : half_dwords));
-    values = (uint32_t*)take(&at, 4 * 32 * kChunk);
+    values = (uint32_t*)take(&at, 2 * (size_t)(shared ? kSharedKeys * g.nope : 64 * kChunk));
+    other = {nullptr, nullptr, nullptr};
+    if (shared) {
+      other.m = (float*)take(&at, 4 * (size_t)lanes);
+      other.l = (float*)take(&at, 4 * (size_t)lanes);
+      other.o = (float*)take(&at, 4 * (size_t)g.heads * g.o_stride);
+    }
     scale = (float*)take(&at, 4 * (size_t)(g.nope / (2 * block_pairs)) * kQkKeys);
     best = (int32_t*)take(&at, 4 * (size_t)lanes);
     const int units =

@@ -143,13 +143,32 @@ void decode_keys(const Plan& p, const Rows& rows, int first, int keys) {
   }
 }
 
-void scores(const Plan& p, const Rows& rows, Prefetch* pf) {
-  for (int first = 0; first < rows.n; first += p.tile_keys) {
-    const int left = rows.n - first;
+// The decoded keys of the tile as pairs of values, the first of which is pair `pair`.
+void share_values(const Plan& p, int pair, int keys) {
+  for (int k = 0; k < keys; k += 2, ++pair) {
+    const uint32_t* r0 = p.tile + (size_t)k * p.key_dwords;
+    const uint32_t* r1 = r0 + p.key_dwords;
+    for (int d = 0; d < p.g.nope; d += 64, r0 += 32, r1 += 32) {
+      const __m512i a0 = _mm512_load_si512(r0), b0 = _mm512_load_si512(r0 + 16);
+      const __m512i a1 = _mm512_load_si512(r1), b1 = _mm512_load_si512(r1 + 16);
+      uint32_t* out = p.values + ((size_t)(d / 64) * (kSharedKeys / 2) + pair) * 64;
+      _mm512_store_si512(out, _mm512_unpacklo_epi16(a0, a1));
+      _mm512_store_si512(out + 16, _mm512_unpackhi_epi16(a0, a1));
+      _mm512_store_si512(out + 32, _mm512_unpacklo_epi16(b0, b1));
+      _mm512_store_si512(out + 48, _mm512_unpackhi_epi16(b0, b1));
+    }
+  }
+}
+
+// Keys [begin, end).
+void scores(const Plan& p, const Rows& rows, int begin, int end, Prefetch* pf) {
+  for (int first = begin; first < end; first += p.tile_keys) {
+    const int left = end - first;
     const int keys = left < p.tile_keys ? round_up(left, 4) : p.tile_keys;
     pf->tile();
     decode_keys(p, rows, first, keys);
-    score_block(p, keys, p.s + (size_t)first * p.lanes, pf);
+    if (p.shared) share_values(p, (first - begin) / 2, keys);
+    score_block(p, keys, p.s + (size_t)(first - begin) * p.lanes, pf);
   }
 }
 
@@ -253,12 +272,12 @@ void choose_units(const Plan& p, const Rows& rows, int t) {
 
 // Probabilities times the scales of latent tile t, as bf16 pairs of keys:
 // weights[head / 16][pair][head % 16].
-void fold_scales(const Plan& p, const Rows& rows, int t) {
+void fold_scales(const Plan& p, const Rows& rows, int n, int t) {
   const __m512i interleave =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   choose_units(p, rows, t);
-  for (int w = 0; w < (rows.n + 1) / 2; ++w) {
+  for (int w = 0; w < (n + 1) / 2; ++w) {
     const __m512 s0 = _mm512_set1_ps(p.scaled ? scale_of(p, rows.rope[2 * w], t) : 1.0f);
     const __m512 s1 = _mm512_set1_ps(p.scaled ? scale_of(p, rows.rope[2 * w + 1], t) : 1.0f);
     const float* row = p.s + (size_t)(2 * w) * p.lanes;
@@ -291,18 +310,23 @@ void decode_values(const Plan& p, const Rows& rows, int d) {
   }
 }
 
-void values(const Plan& p, const Rows& rows, Partial* out, Prefetch* pf) {
-  pf->values();
+// `n` keys: those of `rows`, or those whose values are shared.
+void values(const Plan& p, const Rows& rows, int n, Partial* out, Prefetch* pf) {
   for (int d = 0; d < p.g.nope; d += 64) {
-    if (d == 0 || (p.scaled && d % p.g.tile == 0)) fold_scales(p, rows, d / p.g.tile);
-    decode_values(p, rows, d);
+    if (d == 0 || (p.scaled && d % p.g.tile == 0)) fold_scales(p, rows, n, d / p.g.tile);
+    const uint32_t* columns = p.values;
+    if (p.shared) {
+      columns += (size_t)(d / 64) * (kSharedKeys / 2) * 64;
+    } else {
+      decode_values(p, rows, d);
+    }
     for (int lane = 0; lane < p.g.heads; lane += 16) {
       const uint32_t* weights = p.weights + (size_t)lane * (kChunk / 2);
       const int heads = p.g.heads - lane < 16 ? p.g.heads - lane : 16, groups = (heads + 5) / 6;
       for (int i = 0; i < groups; ++i) {
         const int h = i * heads / groups, count = (i + 1) * heads / groups - h;
-        kValueFns<16>[count - 1](p.values, (rows.n + 1) / 2, weights + h, p.unit + lane + h,
-                                 p.g.o_stride, out->o + (size_t)(lane + h)* p.g.o_stride + d, pf);
+        kValueFns<16>[count - 1](columns, (n + 1) / 2, weights + h, p.unit + lane + h, p.g.o_stride,
+                                 out->o + (size_t)(lane + h)* p.g.o_stride + d, pf);
       }
     }
   }
