@@ -11,6 +11,7 @@ Needs `pip install 'sfa-onnx[torch]'`; nothing else of the package imports torch
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from sfa_onnx.errors import MissingError
 
@@ -20,12 +21,27 @@ if importlib.util.find_spec("torch") is None:
 from sfa_onnx.torch.exporting import export, register_symbolics, translation_table
 from sfa_onnx.torch.names import enable_ascend_names
 from sfa_onnx.torch.ops import OPERATORS, schema_of
+from sfa_onnx.torch.patch import patch_attention, unpatch_attention
 
 __all__ = [
     "OPERATORS",
+    "PagedInt8Cache",
     "enable_ascend_names",
     "export",
+    "patch_attention",
     "register_symbolics",
     "schema_of",
     "translation_table",
+    "unpatch_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`PagedInt8Cache` is made when asked for: it derives from a class of transformers."""
+    if name != "PagedInt8Cache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from sfa_onnx.torch.paged_cache import PagedInt8Cache
+    except ImportError as error:
+        raise MissingError("PagedInt8Cache needs transformers >= 5.20") from error
+    return PagedInt8Cache

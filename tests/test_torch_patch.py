@@ -1,0 +1,123 @@
+"""The operator inside transformers' own models: same logits, same tokens, int8 in pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import sfa_onnx.torch as sfa_torch  # noqa: E402
+from sfa_onnx import runtime  # noqa: E402
+from sfa_onnx.errors import UsageError  # noqa: E402
+from tests.zoo.hf import Spec, make_model  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def tiny(model="deepseek", attention="eager", **kw):
+    return make_model(Spec(model=model, attention=attention, layers=2, topk=8, **kw))
+
+
+def prompt(batch=2, length=12):
+    torch.manual_seed(1)
+    ids = torch.randint(3, 96, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # left padding: the shorter sequence
+    return ids, mask
+
+
+def generate(model, tokens=64, **kw):
+    ids, mask = prompt()
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, pad_token_id=0, **kw,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [("deepseek", "eager"), ("deepseek", "sdpa"), ("glm", "sdpa")]
+)
+def test_64_tokens_have_the_originals_logits(family, attention):
+    model = tiny(family, attention)
+    want_ids, want = generate(model)
+    assert len(sfa_torch.patch_attention(model)) == 2
+    ids, got = generate(model)
+    assert torch.equal(ids, want_ids)
+    assert (got - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+    sfa_torch.unpatch_attention(model)
+    again = generate(model, 4)[1]
+    assert torch.equal(again, want[:, :4])
+
+
+def test_paged_int8_is_near_and_the_same_with_and_without_pages():
+    model = tiny()
+    _, want = generate(model, 1)
+    sfa_torch.patch_attention(model, cache="paged-int8")
+    ids, without = generate(model, 24)
+    cache = sfa_torch.PagedInt8Cache(block_size=16)
+    paged_ids, paged = generate(model, 24, past_key_values=cache)
+    assert torch.equal(paged_ids, ids)
+    np.testing.assert_allclose(paged, without, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 12 + 24 - 1
+    layer = cache.layers[0]
+    assert layer.keys.dtype == torch.int8
+    assert layer.keys.shape[1:] == (16, 1, 64 + 16 * 4 + 4)  # one tile of 64, float32 rope
+    difference = (paged[:, :1] - want).norm() / want.norm()
+    assert 1e-5 < difference < 0.05  # quantised, and not far off
+
+
+def test_beams_and_crops_keep_pages_apart():
+    model = tiny()
+    sfa_torch.patch_attention(model, cache="paged-int8")
+    ids, mask = prompt()
+    kw = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 3, "do_sample": False,
+          "pad_token_id": 0}  # fmt: skip
+    want = model.generate(ids, **kw)
+    got = model.generate(ids, past_key_values=sfa_torch.PagedInt8Cache(block_size=16), **kw)
+    assert torch.equal(got, want)
+    cache = sfa_torch.PagedInt8Cache(block_size=16)
+    with torch.no_grad():
+        first = model(ids, past_key_values=cache).logits
+        cache.crop(-2)
+        assert cache.get_seq_length() == 10
+        again = model(ids[:, 10:], past_key_values=cache).logits
+    np.testing.assert_allclose(again, first[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_export_has_the_operator_inside(tmp_path):
+    model = tiny()
+    ids = prompt()[0]
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+    sfa_torch.patch_attention(model)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):
+            return self.model(input_ids, use_cache=False).logits
+
+    sfa_torch.export(Logits().eval(), (ids,), tmp_path / "m.onnx", input_names=["ids"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node if n.domain == "npu"]
+    assert kinds == ["NPUSparseFlashAttention"] * 2
+    (got,) = runtime.run(str(tmp_path / "m.onnx"), {"ids": ids.numpy()}).values()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_patched_is_refused():
+    with pytest.raises(UsageError, match="model: expected one with DeepseekV32Attention or"):
+        sfa_torch.patch_attention(torch.nn.Linear(2, 2))
+    model = tiny()
+    with pytest.raises(UsageError, match="expected one that patch_attention changed"):
+        sfa_torch.unpatch_attention(model)
+    with pytest.raises(UsageError, match="cache: expected 'float' or 'paged-int8', got 'int4'"):
+        sfa_torch.patch_attention(model, cache="int4")
+    sfa_torch.patch_attention(model)
+    with pytest.raises(UsageError, match="patched already"):
+        sfa_torch.patch_attention(model)
