@@ -218,6 +218,10 @@ int32_t sfa_core_describe(const sfa_core_error* err, char* buf, int32_t size) {
                    "negative one at slot %lld; valid indices must come first",
                    token, slot, value, limit);
       break;
+    case SFA_CORE_BAD_SLOT:
+      n = snprintf(buf, size, "%s[%lld] is %lld, but the cache has rows 0..%lld", what, slot, value,
+                   limit - 1);
+      break;
     default:
       n = snprintf(buf, size, "%s[%lld] is %lld, allowed is 0..%lld", what, batch, value, limit);
   }

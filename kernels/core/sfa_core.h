@@ -88,6 +88,7 @@ typedef enum sfa_core_status {
   SFA_CORE_BAD_BLOCK = 9,    // block_table[batch][slot] = value, allowed [0, limit); token needs it
   SFA_CORE_INDEX_HOLE = 10,  // sparse_indices[token][slot] = value is usable after a negative one
                              // at slot `limit`
+  SFA_CORE_BAD_SLOT = 11,    // slot_mapping[slot] = value, the cache has `limit` rows
 } sfa_core_status;
 
 typedef struct sfa_core_error {
@@ -256,6 +257,22 @@ typedef struct sfa_core_pack_params {
 // Packs rows [first, first + count). Disjoint ranges may run on different threads.
 SFA_CORE_API int sfa_core_pack(const sfa_core_pack_params* params, int64_t first, int64_t count,
                                sfa_core_error* err);
+
+// sfa_onnx::KvCacheWrite: the rows of a paged cache, some of them replaced.
+typedef struct sfa_core_write_params {
+  uint32_t struct_size;  // sizeof(sfa_core_write_params)
+  int32_t reserved;
+  int64_t slots;                // rows of the cache: block_num * block_size
+  int64_t row_bytes;            // >= 1
+  int64_t rows;                 // new rows
+  const void* pages;            // [slots, row_bytes]
+  const void* new_rows;         // [rows, row_bytes]
+  const int32_t* slot_mapping;  // [rows]: where each goes; negative: nowhere; equal: the last wins
+  void* out;                    // [slots, row_bytes]; `pages` itself: only the new rows are touched
+} sfa_core_write_params;
+
+// Nothing is written when a slot lies past the cache.
+SFA_CORE_API int sfa_core_cache_write(const sfa_core_write_params* params, sfa_core_error* err);
 
 // Name of the path that ISA_AUTO takes ("avx512_bf16", ... "scalar"); "" when SFA_ONNX_ISA names
 // one this machine lacks.

@@ -16,7 +16,7 @@ constexpr uint32_t kOrtApiFloor = 17;
 
 #ifdef SFA_ONNX_OFFICIAL_ORT_HEADER
 #include <onnxruntime_c_api.h>
-static_assert(ORT_API_VERSION >= kOrtApiFloor, "the onnxruntime header must be 1.17 or newer");
+static_assert(ORT_API_VERSION >= 18, "the onnxruntime header must be 1.18 or newer");
 #else
 
 extern "C" {
@@ -123,7 +123,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-// What a custom op tells the runtime; null callbacks mean the default. Layout of API 17.
+// What a custom op tells the runtime; null callbacks mean the default. Layout of API 18.
 struct OrtCustomOp {
   uint32_t version;
   void* (*CreateKernel)(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info);
@@ -150,6 +150,11 @@ struct OrtCustomOp {
   OrtStatusPtr (*InferOutputShapeFn)(const OrtCustomOp* op, OrtShapeInferContext* context);
   int (*GetStartVersion)(const OrtCustomOp* op);
   int (*GetEndVersion)(const OrtCustomOp* op);
+  // From API 18, looked at when `version` says so: outputs that may lie in an input's memory.
+  size_t (*GetMayInplace)(int** input_index, int** output_index);
+  void (*ReleaseMayInplace)(int* input_index, int* output_index);
+  size_t (*GetAliasMap)(int** input_index, int** output_index);
+  void (*ReleaseAliasMap)(int* input_index, int* output_index);
 };
 
 }  // extern "C"
@@ -197,6 +202,7 @@ SFA_ORT_AT(KernelContext_ParallelFor, 274);
 
 static_assert(offsetof(OrtCustomOp, CreateKernelV2) == 17 * sizeof(void*));
 static_assert(offsetof(OrtCustomOp, GetEndVersion) == 21 * sizeof(void*));
+static_assert(offsetof(OrtCustomOp, ReleaseMayInplace) == 23 * sizeof(void*));
 static_assert(ORT_INVALID_ARGUMENT == 2 && ORT_NOT_IMPLEMENTED == 9 && ORT_FAIL == 1);
 static_assert(INPUT_OUTPUT_OPTIONAL == 1 && ORT_OP_ATTR_INT == 1);
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 == 16);

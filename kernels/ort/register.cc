@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "indexer.h"
 #include "kv_cache_pack.h"
+#include "kv_cache_write.h"
 #include "message.h"
 #include "ort_abi.h"
 #include "rms_norm.h"
@@ -288,25 +289,42 @@ OrtStatus* ReadRounding(const OrtApi* api, const OrtSessionOptions* options, int
   return api->CreateStatus(ORT_INVALID_ARGUMENT, m.text());
 }
 
-// The domain is deliberately never released: sessions keep pointers into it, and the session
-// options that could tell us when the last one goes do not.
-OrtStatus* AddDomain(const OrtApi* api, OrtSessionOptions* options, const char* name, const Op* ops,
-                     int count, const Op* more = nullptr, int more_count = 0) {
-  OrtCustomOpDomain* domain = nullptr;
-  SFA_ORT_TRY(api->CreateCustomOpDomain(name, &domain));
-  for (int i = 0; i < count; ++i) SFA_ORT_TRY(api->CustomOpDomain_Add(domain, &ops[i]));
-  for (int i = 0; i < more_count; ++i) SFA_ORT_TRY(api->CustomOpDomain_Add(domain, &more[i]));
-  if (strcmp(name, "sfa_onnx") != 0) SFA_ORT_TRY(AddRmsNorms(api, domain));
-  return api->AddCustomOpDomain(options, domain);
+// Whether `version` is 1.`minor` or newer.
+bool AtLeast(const char* version, long minor) {
+  char* end = nullptr;
+  const long major = strtol(version, &end, 10);
+  return major > 1 || (major == 1 && *end == '.' && strtol(end + 1, nullptr, 10) >= minor);
 }
 
 // Runtimes 1.17 to 1.23 crash at session load when an op with a shape function has an input left
 // out in the middle, and ours always has.
-bool ShapeInferenceIsSafe(const char* version) {
-  char* end = nullptr;
-  const long major = strtol(version, &end, 10);
-  const long minor = *end == '.' ? strtol(end + 1, nullptr, 10) : 0;
-  return major > 1 || (major == 1 && minor >= 24);
+bool ShapeInferenceIsSafe(const char* version) { return AtLeast(version, 24); }
+
+struct Registration {
+  const OrtApi* api;
+  OrtSessionOptions* options;
+  const Table& ops;
+  bool in_place;  // the runtime asks which outputs may lie in an input's memory
+};
+
+OrtStatus* AddAttention(const Registration& r, OrtCustomOpDomain* domain) {
+  for (const Op& op : r.ops.npu) SFA_ORT_TRY(r.api->CustomOpDomain_Add(domain, &op));
+  return AddRmsNorms(r.api, domain);
+}
+
+OrtStatus* AddCaches(const Registration& r, OrtCustomOpDomain* domain) {
+  for (const Op& op : r.ops.pack) SFA_ORT_TRY(r.api->CustomOpDomain_Add(domain, &op));
+  return AddKvCacheWrite(r.api, domain, r.in_place);
+}
+
+// The domain is deliberately never released: sessions keep pointers into it, and the session
+// options that could tell us when the last one goes do not.
+OrtStatus* AddDomain(const Registration& r, const char* name, bool attention, bool caches) {
+  OrtCustomOpDomain* domain = nullptr;
+  SFA_ORT_TRY(r.api->CreateCustomOpDomain(name, &domain));
+  if (attention) SFA_ORT_TRY(AddAttention(r, domain));
+  if (caches) SFA_ORT_TRY(AddCaches(r, domain));
+  return r.api->AddCustomOpDomain(r.options, domain);
 }
 
 OrtStatus* TooOld(const OrtApiBase* base, const char* version) {
@@ -329,12 +347,13 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   __atomic_store_n(&sfa::g_api, api, __ATOMIC_RELEASE);
   int rounding = 0;
   SFA_ORT_TRY(sfa::ReadRounding(api, options, &rounding));
-  const sfa::Table& ops = sfa::kTables[sfa::ShapeInferenceIsSafe(version)][rounding];
-  SFA_ORT_TRY(sfa::AddDomain(api, options, "npu", ops.npu, sfa::kAttentionOps + sfa::kIndexerOps));
-  SFA_ORT_TRY(sfa::AddDomain(api, options, "sfa_onnx", ops.pack, sfa::kPackOps));
+  const sfa::Registration r = {api, options,
+                               sfa::kTables[sfa::ShapeInferenceIsSafe(version)][rounding],
+                               sfa::AtLeast(version, 18)};
+  SFA_ORT_TRY(sfa::AddDomain(r, "npu", true, false));
+  SFA_ORT_TRY(sfa::AddDomain(r, "sfa_onnx", false, true));
   // Files for ATC have one opset import only: the same node types in ONNX's own domain. The price:
   // a model whose opset is newer than the runtime is refused for its first unknown node rather than
   // for its opset.
-  return sfa::AddDomain(api, options, "", ops.npu, sfa::kAttentionOps + sfa::kIndexerOps, ops.pack,
-                        sfa::kPackOps);
+  return sfa::AddDomain(r, "", true, true);
 }

@@ -148,6 +148,12 @@ OrtStatusPtr InferIndexer(const OrtApi* api, OrtShapeInferContext* context) {
   return values ? SetOutput(api, context, &query, query.type, 1) : nullptr;
 }
 
+OrtStatusPtr InferSameAsFirst(const OrtApi* api, OrtShapeInferContext* context) {
+  Shape first(api);
+  SFA_ORT_TRY(first.Read(context, 0));
+  return first.known() ? SetOutput(api, context, &first, first.type) : nullptr;
+}
+
 OrtStatusPtr InferPack(const OrtApi* api, OrtShapeInferContext* context) {
   Shape nope(api), rope(api);
   SFA_ORT_TRY(nope.Read(context, kNope));

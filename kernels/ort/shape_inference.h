@@ -9,6 +9,8 @@ namespace sfa {
 
 OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, AttentionOp op);
 OrtStatusPtr InferIndexer(const OrtApi* api, OrtShapeInferContext* context);
+// The first output is like the first input.
+OrtStatusPtr InferSameAsFirst(const OrtApi* api, OrtShapeInferContext* context);
 OrtStatusPtr InferPack(const OrtApi* api, OrtShapeInferContext* context);
 
 }  // namespace sfa
