@@ -33,7 +33,7 @@ if "$python" -c 'import onnxruntime, pytest, hypothesis' 2>/dev/null; then
     SFA_ONNX_LIBRARY=$work/address/kernels/libsfa_onnx_ops.so \
     "$python" -m pytest -q -n 0 -p no:cacheprovider \
     tests/test_ort_untrusted.py tests/test_ort_refusals.py tests/test_ort_pack.py \
-    tests/test_ort_indexer.py
+    tests/test_ort_indexer.py tests/test_ort_cache_write.py
 else
   echo "SKIPPED: $python has no onnxruntime, pytest and hypothesis"
 fi

@@ -246,7 +246,8 @@ def unpage(pages: Array, block_table: Array, lengths: Array, length: int | None 
 def write_slots(pages: Array, rows: Array, slot_mapping: Array) -> Array:
     """A copy of `pages` [block_num, block_size, 1, D] with `rows` [n, ..., D] at flat slots [n].
 
-    Slot = block * block_size + offset; a negative slot drops its row (padding).
+    The definition of `sfa_onnx::KvCacheWrite`. Slot = block * block_size + offset; a negative slot
+    drops its row (padding), and of rows for one slot the last stays.
 
     Raises:
         ContractError: a slot lies past the cache.
@@ -257,5 +258,5 @@ def write_slots(pages: Array, rows: Array, slot_mapping: Array) -> Array:
         raise _refuse("slot_mapping", f"slots < {room}", int(slots.max()))
     out = pages.copy().reshape(room, -1)
     keep = slots >= 0
-    out[slots[keep]] = rows.reshape(len(slots), -1)[keep]
+    out[slots[keep]] = rows.reshape(len(slots), out.shape[1])[keep]
     return out.reshape(pages.shape)

@@ -33,6 +33,7 @@ __all__ = [
     "DOMAIN_OWN",
     "INT64_MAX",
     "KV_CACHE_PACK",
+    "KV_CACHE_WRITE",
     "KV_QUANT_SPARSE_FLASH_ATTENTION",
     "LIGHTNING_INDEXER",
     "NPU",
@@ -265,12 +266,27 @@ KV_CACHE_PACK: Final = OpContract(
     doc="Latent, rope (and scales) to packed int8 rows: nope | rope | float32 scale per tile.",
 )
 
+KV_CACHE_WRITE: Final = OpContract(
+    name="KvCacheWrite",
+    domain=DOMAIN_OWN,
+    inputs=(
+        Tensor("pages", "P", "[block_num, block_size, 1, D]"),
+        Tensor("rows", "P", "[n, 1, D]"),
+        Tensor("slot_mapping", (INT32,), "[n] flat slots; negative: not written"),
+    ),
+    outputs=(Tensor("written", "P", "as pages"),),
+    attributes=(),
+    type_variables=(("P", (*FLOATS, INT8)),),
+    doc="Pages with some rows replaced, in place where possible; of equal slots the last wins.",
+)
+
 ALL_OPS: Final = (
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
     SPARSE_FLASH_ATTENTION,
     LIGHTNING_INDEXER,
     QUANT_LIGHTNING_INDEXER,
     KV_CACHE_PACK,
+    KV_CACHE_WRITE,
 )
 
 

@@ -15,6 +15,7 @@ from sfa_onnx.errors import ContractError
 from sfa_onnx.operator.contract import AttributeValue, OpContract, PackedRow
 from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
+    KV_CACHE_WRITE,
     LIGHTNING_INDEXER,
     QUANT_LIGHTNING_INDEXER,
     SPARSE_FLASH_ATTENTION,
@@ -58,6 +59,8 @@ def infer_outputs(
             raise ContractError(f"{op.name}: input {tensor.name} is reserved and must be absent")
     if op is KV_CACHE_PACK:
         return _pack(op, inputs, attrs)
+    if op is KV_CACHE_WRITE:
+        return _write(op, inputs)
     _check_layouts(op, inputs, attrs)
     elem, query = inputs["query"]
     if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
@@ -143,6 +146,17 @@ def _same(op: OpContract, what: str, got: Shape, expected: Shape, axis: int) -> 
         raise ContractError(
             f"{op.name}: {what}, axis {axis}: expected the query's {theirs}, got {mine}"
         )
+
+
+def _write(op: OpContract, inputs: Types) -> Results:
+    (elem, pages), (_, rows), (_, slots) = (inputs[t.name] for t in op.inputs)
+    for name, shape, rank in (("pages", pages, 4), ("rows", rows, 3), ("slot_mapping", slots, 1)):
+        if shape is not None and len(shape) != rank:
+            raise ContractError(f"{op.name}: {name}: expected rank {rank}, got {shape}")
+    widths = {s[-1] for s in (pages, rows) if s is not None and isinstance(s[-1], int)}
+    if len(widths) > 1:
+        raise ContractError(f"{op.name}: rows: expected the pages' width, got {sorted(widths)}")
+    return [(elem, pages)]
 
 
 def _pack(op: OpContract, inputs: Types, attrs: dict[str, Any]) -> Results:

@@ -18,13 +18,20 @@ from sfa_onnx.errors import ModelError
 from sfa_onnx.files.onnx_attrs import attributes, subgraphs
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import OpContract, Rounding
-from sfa_onnx.operator.op import ALL_OPS, KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
+from sfa_onnx.operator.op import (
+    ALL_OPS,
+    KV_CACHE_PACK,
+    KV_CACHE_WRITE,
+    LIGHTNING_INDEXER,
+    QUANT_LIGHTNING_INDEXER,
+)
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.portable.attention import attention_body
 from sfa_onnx.runtime.portable.body import MIN_OPSET, Body
 from sfa_onnx.runtime.portable.hints import write_hint
 from sfa_onnx.runtime.portable.indexer import indexer_body
 from sfa_onnx.runtime.portable.pack import pack_body
+from sfa_onnx.runtime.portable.write import write_body
 
 __all__ = ["OPS", "Signature", "Style", "has_body", "make_portable", "unfuse", "write_body"]
 
@@ -229,6 +236,8 @@ def _everything(signature: Signature, style: Style) -> tuple[list[NodeProto], li
     op, present = signature.op, signature.present
     if op is KV_CACHE_PACK:
         return body.nodes, [pack_body(body, present, attrs, types)]
+    if op is KV_CACHE_WRITE:
+        return body.nodes, [write_body(body)]
     if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
         written = indexer_body(body, op, present, attrs, types["query"], style.rounding)
         return body.nodes, written
