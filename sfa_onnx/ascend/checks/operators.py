@@ -20,6 +20,7 @@ from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.operator.contract import AttributeValue, OpContract
 from sfa_onnx.operator.op import (
     BINDINGS,
+    DOMAIN_OWN,
     KV_CACHE_PACK,
     LIGHTNING_INDEXER,
     NPU,
@@ -112,8 +113,8 @@ def operators(ctx: Context) -> Iterator[Finding]:
         site = Site(ctx, node, by_type.get(node.op_type, op))
         yield from _attributes(site)
         yield from _dtypes(site)
-        if op is KV_CACHE_PACK:
-            yield from _pack(site)
+        if op.domain == DOMAIN_OWN:
+            yield from _pack(site) if op is KV_CACHE_PACK else ()
             continue
         yield from _layouts(site)
         yield from _batch(site)
@@ -152,7 +153,7 @@ def _dtypes(site: Site) -> Iterator[Finding]:
         if not elem:
             continue
         legal = site.op.types_of(tensor)
-        if isinstance(tensor.types, str) and site.op is not KV_CACHE_PACK:
+        if isinstance(tensor.types, str) and site.op.domain != DOMAIN_OWN:
             legal = tuple(t for t in legal if t in NPU.query_types)
             first = variable.setdefault(tensor.types, elem)
             if first != elem:
