@@ -28,10 +28,10 @@ from sfa_onnx.operator.op import (
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.portable.attention import attention_body
 from sfa_onnx.runtime.portable.body import MIN_OPSET, Body
+from sfa_onnx.runtime.portable.cache_write import cache_write_body
 from sfa_onnx.runtime.portable.hints import write_hint
 from sfa_onnx.runtime.portable.indexer import indexer_body
 from sfa_onnx.runtime.portable.pack import pack_body
-from sfa_onnx.runtime.portable.write import write_body
 
 __all__ = ["OPS", "Signature", "Style", "has_body", "make_portable", "unfuse", "write_body"]
 
@@ -237,7 +237,7 @@ def _everything(signature: Signature, style: Style) -> tuple[list[NodeProto], li
     if op is KV_CACHE_PACK:
         return body.nodes, [pack_body(body, present, attrs, types)]
     if op is KV_CACHE_WRITE:
-        return body.nodes, [write_body(body)]
+        return body.nodes, [cache_write_body(body)]
     if op in (LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER):
         written = indexer_body(body, op, present, attrs, types["query"], style.rounding)
         return body.nodes, written

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sfa_onnx.runtime.portable.body import Body
 
-__all__ = ["write_body"]
+__all__ = ["cache_write_body"]
 
 
-def write_body(body: Body) -> str:
+def cache_write_body(body: Body) -> str:
     """Write the body; values are named as the contract's inputs. Returns the pages.
 
     ScatterND leaves open which of two rows for one slot stays, so rows that a later one replaces
