@@ -282,12 +282,12 @@ def _check_sizes(tracer: Tracer, region: Region) -> None:
     Raises:
         UnifyError: symbols turned out to be another size.
     """
-    before = dict(tracer.sizes.symbols)
+    before = tracer.sizes.symbols
     for i in sorted({*region.nodes, *region.support}):
         tracer.sizes.check(tracer.index.nodes[i])
-        for what, symbol in tracer.sizes.equal:
-            if before[symbol] != tracer.sizes.symbols[symbol]:
-                raise UnifyError(what, symbol)
+        if (now := tracer.sizes.symbols) is not before:
+            changed = (pair for pair in tracer.sizes.equal if now[pair[1]] != before[pair[1]])
+            raise UnifyError(*next(changed))
 
 
 def _check_closed(site: Site, region: Region, output: str) -> None:
