@@ -31,6 +31,7 @@ FAMILIES = (
     "outsiders",
     "guarded",
     "kernels",
+    "foreign",
 )
 
 

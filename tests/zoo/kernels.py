@@ -36,6 +36,8 @@ class Form:
     opset: int = 18
     exporters: tuple[str, ...] = ("dynamo", "ts")
     sites: int = 1
+    op: str = FLOAT_KV
+    dtype: str = "f32"
 
 
 def rows_of(rng: np.random.Generator, lead: tuple[int, ...], high: int, holes: bool = True):
@@ -303,7 +305,9 @@ def _module(form: Form, names: tuple[str, ...]) -> nn.Module:
     return space["Named"](form.forward)
 
 
-def _case(form: Form, exporter: str, dynamic: bool) -> Case:
+def case_of(family: str, form: Form, exporter: str, dynamic: bool) -> Case:
+    """The form, exported one way."""
+
     def make():
         inputs = to_torch(form.feeds(np.random.default_rng(0)))
         return export(
@@ -315,23 +319,24 @@ def _case(form: Form, exporter: str, dynamic: bool) -> Case:
             dynamic={k: form.dynamic.get(k, {}) for k in inputs} if dynamic else None,
         )
 
+    make.__module__ = f"tests.zoo.{family}"  # whose source names the cache
     kind = "dyn" if dynamic else "static"
     return Case(
-        f"kernels-{form.name}-{exporter}-{kind}",
-        "kernels",
+        f"{family}-{form.name}-{exporter}-{kind}",
+        family,
         make,
         lambda seed: form.feeds(np.random.default_rng(seed)),
         expect="refuse" if form.refuse else "fuse",
-        op=None if form.refuse else FLOAT_KV,
+        op=None if form.refuse else form.op,
         reason=form.refuse,
         sites=form.sites,
-        tags={"exporter": exporter, "dynamic": dynamic},
+        tags={"exporter": exporter, "dynamic": dynamic, "dtype": form.dtype},
     )
 
 
 def cases() -> Iterator[Case]:
     for form in _forms():
         for exporter in form.exporters:
-            yield _case(form, exporter, dynamic=False)
+            yield case_of("kernels", form, exporter, dynamic=False)
             if form.dynamic:
-                yield _case(form, exporter, dynamic=True)
+                yield case_of("kernels", form, exporter, dynamic=True)

@@ -83,7 +83,9 @@ class _Join:
                 b = self._down([s.b for s in products], depth)
             if isinstance(a, Move | Scaled) and isinstance(b, Move | Scaled):
                 both = factor * _factor(a) * _factor(b)
-                return Product(a.ref, b.ref) if both == 1.0 else None
+                same = len({s.inverse for s in products}) == 1
+                whole = Product(a.ref, b.ref, products[0].inverse)
+                return whole if both == 1.0 and same else None
         pieces = [s for s in steps if isinstance(s, Pieces)]
         if len(pieces) == len(steps) and factor == 1.0:
             return self._pieces(pieces, depth)

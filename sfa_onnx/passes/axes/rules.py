@@ -212,12 +212,25 @@ def _mul(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
             ref.value
         ):
             return Scaled(Ref(value, ref.coords), factor)
+    for value, other in ((a, b), (b, a)):
+        over = tracer.index.origin(other)
+        if over is not None and over.op_type == "Reciprocal":
+            divisor = tracer.operand(over.input[0], ref.coords)
+            return Product(tracer.operand(value, ref.coords), divisor, inverse=True)
     return Product(tracer.operand(a, ref.coords), tracer.operand(b, ref.coords))
 
 
 def _div(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     divisor = tracer.scalar(node.input[1])
     same = tracer.shape(node.input[0]) == tracer.shape(ref.value)
+    if divisor is None and is_float(tracer.sizes.elem_type(ref.value)):
+        over = tracer.index.origin(node.input[1])
+        if over is not None and over.op_type == "Reciprocal":  # a / (1 / b)
+            names, inverse = (node.input[0], over.input[0]), False
+        else:
+            names, inverse = (node.input[0], node.input[1]), True
+        a, b = (tracer.operand(name, ref.coords) for name in names)
+        return Product(a, b, inverse)
     return Scaled(Ref(node.input[0], ref.coords), 1 / divisor) if divisor and same else None
 
 
@@ -323,7 +336,11 @@ def _reduce_sum(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     while isinstance(step, Move | Scaled):
         factor *= step.factor if isinstance(step, Scaled) else 1.0
         step = tracer.step(step.ref)
-    if not isinstance(step, Product) or not all(label in r.labels for r in (step.a, step.b)):
+    if (
+        not isinstance(step, Product)
+        or step.inverse
+        or not all(label in r.labels for r in (step.a, step.b))
+    ):
         return None
     return Dot(step.a, step.b, label, factor)
 

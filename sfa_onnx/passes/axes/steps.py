@@ -94,10 +94,11 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Product:
-    """The element is the product of one element of each of two tensors."""
+    """The element is the product of one element of each of two tensors (`inverse`: a / b)."""
 
     a: Ref
     b: Ref
+    inverse: bool = False
 
 
 @dataclass(frozen=True)

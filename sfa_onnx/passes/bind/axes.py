@@ -243,7 +243,8 @@ def check_rows(site: Site) -> None:
     for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
         own = coordinate.labels - {site.nope.label, site.key}
         twisted = any(a in own and c < 0 for a, c in coordinate.terms)
-        fixed = not coordinate.terms and size > 1
+        # a loop over batches, written out, has no label of theirs
+        fixed = not coordinate.terms and any(x.size == size > 1 for x in site.rows)
         parts = any(isinstance(a, Quot | Rem) for a, _ in coordinate.terms)
         plain = coordinate.reads or site.nope.label in coordinate.labels
         if (twisted or fixed or parts) and not plain:

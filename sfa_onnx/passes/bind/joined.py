@@ -106,13 +106,19 @@ class _Join:
         """A condition of the whole; chunk by chunk if need be."""
         chunks = [flag]
         for weight in others:
-            same = [f for f in weight.flags if _kind(f) == _kind(flag)]
+            same = [f for f in weight.flags if self._alike(flag, f)]
             exact = [f for f in same if self._pair((_leaf(flag), _leaf(f)), len(chunks))]
             own = exact or same
             if len(own) != 1:
                 raise self._differ("masks")
             chunks.append(own[0])
         return self._term(chunks)
+
+    def _alike(self, a: Term, b: Term) -> bool:
+        """Whether two conditions are made by the same operator."""
+        makers = [self.tracer.index.node_of(_leaf(x).value) for x in (a, b)]
+        kinds = {"" if m is None else m.op_type for m in makers}
+        return _kind(a) == _kind(b) and len(kinds) == 1
 
     def _term(self, chunks: Sequence[Term]) -> Term:
         first = chunks[0]
@@ -123,7 +129,9 @@ class _Join:
             return dot(query, key, first.factors[2])
         if first.op == "element":
             refs = [c.ref for c in chunks]
-            return element(self.same(refs) or self.virtual(refs))
+            whole = self.same(refs)  # what is gathered is read as it was gathered
+            reads = whole is not None and any(c.reads for c in whole.coords)
+            return element(self.virtual(refs) if whole is None or reads else whole)
         raise self._differ("masks")
 
     # -- elements -------------------------------------------------------------------------------

@@ -42,6 +42,10 @@ def is_hidden(tracer: Tracer, value: str) -> bool:
 def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal]:
     """The literals of a float tensor that is added to scores: 0 where visible, else very low."""
     tracer.spend(ref.value)
+    if ref.value in tracer.joined and not negated:  # one mask per chunk of keys
+        for part, _ in tracer.joined[ref.value].parts:
+            additive(tracer, part)
+        return [Visible(ref, is_bool=False)]
     fill = tracer.fill(ref.value)
     if fill is not None:
         return _constant_mask(-fill if negated else fill, ref)

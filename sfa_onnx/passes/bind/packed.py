@@ -56,7 +56,7 @@ def bind_packed(site: Site) -> Site:
     Raises:
         Stop: it decodes rows of one int8 tensor that are laid out in another way.
     """
-    if site.nope.kind != "int8":
+    if site.nope.kind != "int8" or site.nope.inverse:
         return site
     tracer, deep = site.tracer, site.nope.deep.ref
     scale = stored_bytes(tracer, site.nope.scale[-1].ref)

@@ -65,6 +65,7 @@ class Columns:
     inner: Label | None = None
     # index in `path` of the first state behind the product with scale or weight
     behind: int = 0
+    inverse: bool = False  # rows are divided by the scale
 
     @property
     def kind(self) -> str:
@@ -159,11 +160,12 @@ def _dequantised(
 ) -> Columns:
     factor = path[-1].factor
     sides = [deepen(tracer, step.a, factor), deepen(tracer, step.b)]
-    for rows, scale in (sides, sides[::-1]):
+    orders = (sides,) if step.inverse else (sides, sides[::-1])
+    for rows, scale in orders:
         if any(tracer.sizes.elem_type(s.ref.value) == _INT8 for s in rows):
-            whole = (*path, *rows)
-            return Columns(label, low, whole, scale=tuple(scale), behind=len(path))
-    for rows, scale in (sides, sides[::-1]):  # bytes that are made numbers step by step
+            whole, own = (*path, *rows), tuple(scale)
+            return Columns(label, low, whole, scale=own, behind=len(path), inverse=step.inverse)
+    for rows, scale in () if step.inverse else orders:  # bytes that are made numbers step by step
         stored = stored_bytes(tracer, rows[-1].ref)
         if stored and stored[-1].coords[-1] == Expr.of(label) and _of_bytes(tracer, scale):
             whole = (*path, *rows, *(State(r, rows[-1].factor) for r in stored))
@@ -216,6 +218,8 @@ def _merge_tiles(parts: list[Columns]) -> list[Columns]:
 
 def _joined(a: Columns, b: Columns) -> Columns | None:
     if a.kind != "int8" or b.kind != "int8" or a.label.size % b.label.size:
+        return None
+    if a.inverse != b.inverse:
         return None
     both = Label(f"{a.label.name}+", a.label.size + b.label.size)
     place = Expr.of(both)
@@ -296,7 +300,7 @@ def same_rows(key: Columns, value: Columns) -> str:
         c, d = key.scale[-1].ref.substitute(swap_k), value.scale[-1].ref.substitute(swap_v)
         if c != d:
             return f"its scales are {d.value}{_show(d)}, the key's {c.value}{_show(c)}"
-        if key.scale[-1].factor != value.scale[-1].factor:
+        if key.scale[-1].factor != value.scale[-1].factor or key.inverse != value.inverse:
             return "its scales are multiplied by another number"
     if value.label.size > key.label.size:
         return f"it has {value.label.size} columns, the key's nope part {key.label.size}"

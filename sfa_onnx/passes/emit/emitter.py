@@ -273,6 +273,12 @@ class Emitter:
         value, axes = ref.value, []
         for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
             labels = axis_labels(coordinate)
+            if labels is None and (label := _repeated(coordinate)) is not None:
+                at = self.index(coordinate, [[label]])
+                kind = self.elem_type(value)
+                value = self.emit("Gather", [value, at], "repeated", kind, axis=axis)
+                axes.append([label])
+                continue
             if labels is None:
                 return self._cut_strided(ref, shape)
             covered = math.prod(x.size for x in labels)
@@ -376,6 +382,13 @@ class Emitter:
         stop = self.emit("Squeeze", [self.size([label])], "stop", _T.INT64)
         line = self.emit("Range", [zero, stop, one], "iota", _T.INT64)
         return self.reshape(line, shape, "iota")
+
+
+def _repeated(coordinate: Expr) -> Label | None:
+    """The label of an axis that is read at a quotient or remainder: a mask per block of keys."""
+    whole = all(isinstance(atom, Quot | Rem) for atom, _ in coordinate.terms)
+    labels = coordinate.labels
+    return next(iter(labels)) if whole and len(labels) == 1 and not coordinate.reads else None
 
 
 def _single(coordinate: Expr) -> Label | None:

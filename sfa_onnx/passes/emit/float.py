@@ -18,6 +18,7 @@ from sfa_onnx.passes.emit.plan import (
     deliver,
     queries,
     query_rows,
+    rope_rows,
     split_rows,
     unrounded,
 )
@@ -50,7 +51,7 @@ def build_float(plan: Plan) -> Built | None:
     q = query_rows(plan, nope, [*query, [site.nope.label]])
     q_rope = ""
     if rope is not None and site.rope is not None:
-        q_rope = query_rows(plan, rope, [*query, [site.rope.label]])
+        q_rope = rope_rows(plan, rope, [*query, [site.rope.label]])
     entries = e.emit("Unsqueeze", [entries, e.ints([2])], "indices", _T.INT32)
     out = sparse_attention(plan, q, q_rope, keys, entries)
     deliver(plan, out, [*query, [site.column]])

@@ -21,6 +21,7 @@ from sfa_onnx.passes.emit.plan import (
     deliver,
     queries,
     query_rows,
+    rope_rows,
     split_rows,
     unrounded,
 )
@@ -42,6 +43,8 @@ def build_int8(plan: Plan) -> Built:
     ints = pick.rows(site.nope.path[site.nope.behind :], site.nope.label, _T.INT8)
     scales = unrounded(site, _by_tile(site.nope, tile, tiles), _T.FLOAT)
     scale = e.cast(pick.rows(scales, tiles, 0), _T.FLOAT)
+    if site.nope.inverse:
+        scale = e.emit("Reciprocal", [scale], "scale", _T.FLOAT)
     inputs = [ints, "", scale]
     order: list[Group] = [pick.order, [], site.heads]
     query = query_rows(plan, nope, [*order, [site.nope.label]])
@@ -184,13 +187,18 @@ def joined_query(plan: Plan, nope: State, rope: State, query: str, groups: Seque
     if whole is not None:
         ref, label = whole
         return query_rows(plan, State(ref), [*groups, [label]])
-    side = query_rows(plan, rope, [*groups, [site.rope.label]])
+    side = rope_rows(plan, rope, [*groups, [site.rope.label]])
     return e.emit("Concat", [query, side], "query", plan.elem_type, axis=-1)
 
 
 def _whole_query(plan: Plan, nope: State, rope: State) -> tuple[Ref, Label] | None:
     site = plan.site
-    if nope.ref.value != rope.ref.value or site.rope is None or plan.absorb is not None:
+    if (
+        nope.ref.value != rope.ref.value
+        or site.rope is None
+        or plan.absorb is not None
+        or plan.rope_by != 1
+    ):
         return None
     a, b = site.nope.label, site.rope.label
     both = Label("columns", a.size + b.size)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import onnx
 
 from sfa_onnx.operator.contract import OpContract
@@ -23,6 +24,7 @@ __all__ = [
     "is_view",
     "queries",
     "query_rows",
+    "rope_rows",
     "rounded_alike",
     "split_rows",
     "unrounded",
@@ -59,6 +61,9 @@ class Plan:
     output: str
     scale: float = 1.0
     absorb: Absorbed | None = None
+    rope_by: float = (
+        1.0  # what the query's rope is multiplied by: rope scores have their own factor
+    )
 
 
 def working_type(site: Site) -> tuple[int, str]:
@@ -115,11 +120,7 @@ def queries(plan: Plan) -> tuple[State, State | None]:
     if rope is not None and site.rope is not None:
         other = site.rope_factor * rope.factor * _row_factor(site.rope)
         if abs(other - scale) > 1e-6 * abs(scale):
-            raise Stop(
-                f"rope scores are scaled by {other:.8g}, nope scores by {scale:.8g}",
-                rope.ref.value,
-                "the operator has one scale_value",
-            )
+            plan.rope_by = other / scale
     if _row_factor(site.value) != 1:
         raise Stop(
             f"the value is {_row_factor(site.value):g} times the stored rows",
@@ -210,6 +211,17 @@ def query_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
         return plan.absorb.query(e, state.ref, groups, plan.elem_type)
     value = e.broadcast(e.arrange(state.ref, groups, "query"), groups, state.ref.labels)
     return e.cast(value, plan.elem_type)
+
+
+def rope_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
+    """The query's rope; another factor than the nope part's is multiplied in here, in float32."""
+    value = query_rows(plan, state, groups)
+    if plan.rope_by == 1:
+        return value
+    e = plan.e
+    by = e.constant(np.asarray(plan.rope_by, np.float32))
+    wide = e.emit("Mul", [e.cast(value, _T.FLOAT), by], "query_rope", _T.FLOAT)
+    return e.cast(wide, plan.elem_type)
 
 
 def split_rows(plan: Plan) -> None:
