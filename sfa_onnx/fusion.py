@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from sfa_onnx.guard import worker
 from sfa_onnx.guard.doors import door
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
+from sfa_onnx.passes.assume import note_assumptions, two_valued
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
-from sfa_onnx.passes.find.search import find_candidates
+from sfa_onnx.passes.find.search import FindOptions, find_candidates
 from sfa_onnx.passes.graph.functions import Inlined, inline_sites
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
@@ -68,6 +69,7 @@ def fuse(
     force: bool = False,
     cost: Literal["any", "not-worse"] = "any",
     materialize_absorbed: bool = False,
+    assume: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> FuseReport:
     """Put the fused sparse-attention operators in place of the sub-graphs that spell them.
@@ -92,6 +94,9 @@ def fuse(
         materialize_absorbed: write W_UK and W_UV of absorbed sites as initializers of their own
             (beside `output` when the weight lies outside the model), for compilers that do not
             fold views of constants.
+        assume: what no file can carry, asserted by the caller: "two-valued:NAME" says that the
+            float input NAME holds 0 and numbers of -1e4 or less (-inf) only, so it is a mask and
+            no bias. A plan may hold such entries too. They stand in record, report, certificate.
         progress: called with (stage, fraction done).
 
     Returns:
@@ -109,7 +114,7 @@ def fuse(
         force=force,
         replaceable=("the output",),
     )
-    run = _Run(verify, target, cost, progress or _silent)
+    run = _Run(verify, target, cost, progress or _silent, assume=tuple(assume))
     with contextlib.ExitStack() as stack:
         if materialize_absorbed:
             where = None if output is None else WeightsFile(Path(output), force=force)
@@ -199,6 +204,8 @@ class _Run:
     source_dir: Path | None = None
     materialize: bool = False
     restored: list[SiteReport] = field(default_factory=list)  # operators that bodies stood for
+    assume: tuple[str, ...] = ()
+    options: FindOptions = field(default_factory=FindOptions)
     sorted: bool = False  # nodes were not in an order that runs
     file: WeightsFile | None = None  # takes what materialize makes of external weights
     before: certificates.Snapshot = field(default_factory=certificates.Snapshot)
@@ -221,6 +228,9 @@ class _Run:
             given, back = restored(self._load(source))
             self.restored = restored_sites(given, back)
         reader = StorageReader(self.source_dir)
+        assumed = (*self.assume, *(() if plan is None else plan.assume))
+        self.assume = tuple(dict.fromkeys(assumed))
+        self.options = FindOptions(masks=two_valued(self.assume, given.graph))
         with self.stage("find"):
             inlined = inline_sites(given, lambda m: _findings(self._find(m, reader)))
             scopes = self._find(inlined.model, reader)
@@ -255,7 +265,9 @@ class _Run:
             planned=() if plan is None else plan.chosen,
             materialized=materialized,
             inlined=inlined.functions,
+            assumed=self.assume,
         )
+        note_assumptions(report.model, self.assume)
         if own_weights is not None:
             report.weights_bytes_read += sum(m.bytes_read for m in materialized)
             report.notes += materialized_notes(materialized, self.file)
@@ -269,7 +281,7 @@ class _Run:
             main, self.sorted = GraphIndex.of(model, reader), True
         scopes = []
         for index in (main, *body_views(main)):
-            found = find_candidates(index)
+            found = find_candidates(index, self.options)
             costs = Costs(index) if found else None
             sites = [describe(index, item, n, costs) for n, item in enumerate(found)]
             scopes.append(_Scope(index, found, sites))

@@ -106,6 +106,7 @@ class FuseReport:
     planned: tuple[str, ...] = ()  # site ids that a plan asked for
     materialized: list[MaterializedWeight] = field(default_factory=list)
     inlined: tuple[tuple[str, str], ...] = ()  # (domain, name) of local functions inlined
+    assumed: tuple[str, ...] = ()  # what the caller asserts: "two-valued:attention_mask"
 
     @property
     def fused(self) -> list[SiteReport]:

@@ -52,6 +52,7 @@ def _add_inspect(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain", action="store_true", help="how far each refused site got")
     parser.add_argument("--site", metavar="ID", help="explain this site only (id or number)")
     parser.add_argument("--plan", type=Path, help="write an editable plan of the sites (YAML)")
+    _add_assume(parser)
     parser.add_argument("--no-verify", action="store_true", help="find and bind only (quick)")
     parser.add_argument("--estimate", action="store_true", help="roofline model per site")
     parser.add_argument("--soc-version", default="Ascend910B2", help="chip for --estimate")
@@ -76,9 +77,20 @@ def _add_fuse(verbs: Any, common: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write W_UK and W_UV of absorbed sites as weights of their own (reads the weights)",
     )
+    _add_assume(parser)
     parser.add_argument("--no-verify", action="store_true", help="skip execution in float64")
     parser.add_argument("--dry-run", action="store_true", help="report only, write nothing")
     parser.set_defaults(action=_fuse)
+
+
+def _add_assume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="two-valued:NAME",
+        help="assert that the float input NAME holds 0 and -1e4 or less only: a mask, no bias",
+    )
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> int:
@@ -88,7 +100,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     check_outputs({"the plan": args.plan}, {"the model": args.model}, force=args.force)
     summary = summarise(args.model)
     show.summary(console, args.model, summary)
-    report = _run_fuse(args, console, output=None, verify=not args.no_verify)
+    report = _run_fuse(args, console, output=None, verify=not args.no_verify, assume=args.assume)
     sites = show.pick_sites(report.sites, args.site)
     show.sites(console, sites, explain=args.explain or args.site is not None)
     if args.plan:
@@ -133,6 +145,7 @@ def _fuse(args: argparse.Namespace, console: Console) -> int:
         weights=args.weights,
         force=args.force,
         cost=args.cost,
+        assume=args.assume,
         materialize_absorbed=args.materialize_absorbed and not args.dry_run,
     )
     show.fuse_report(console, args.model, report)

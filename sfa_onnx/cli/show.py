@@ -142,6 +142,8 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
     for op_type, count in Counter(s.op_type for s in report.fused).items():
         console.say("  {} x {}", count, op_type)
     _verified(console, report)
+    for entry in report.assumed:
+        console.say("  [yellow]assumed[/yellow], as the caller asserts: {}", entry)
     for reason, count in Counter(s.reason for s in report.refused).most_common():
         console.say("  [red]refused[/red] {} x {}", count, reason)
     for limit, count in Counter(x for s in report.fused for x in s.npu_limits).items():

@@ -212,6 +212,7 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
         "weights_bytes_read": report.weights_bytes_read,
         "materialized": to_json(report.materialized),
         "inlined": to_json(report.inlined),
+        "assumed": to_json(report.assumed),
         "sites": to_json(report.sites),
         "notes": to_json(report.notes),
     }

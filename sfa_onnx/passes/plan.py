@@ -5,6 +5,7 @@ JSON. Deleting a site, or writing `fuse: false`, leaves it as it is.
 
     version: 1
     model: "model.onnx"
+    assume: "two-valued:attention_mask"
     sites:
       - id: "/layers.0/attn/Softmax"
         fuse: true
@@ -37,10 +38,11 @@ _HEADER = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Site ids that a plan file asks for."""
+    """Site ids that a plan file asks for, and what it asserts about inputs (`fuse(assume=)`)."""
 
     path: Path
     chosen: tuple[str, ...]
+    assume: tuple[str, ...] = ()
 
     def check_against(self, known: Iterable[str]) -> None:
         """Every chosen site must be a candidate of the model.
@@ -72,9 +74,15 @@ def write_plan(report: FuseReport, path: str | os.PathLike[str], *, force: bool 
         {"id": s.site_id, "fuse": True, "op": s.op_type, "layer": s.layer} for s in report.fused
     ]
     if target.suffix == ".json":
-        text = json.dumps({"version": _VERSION, "sites": sites}, indent=2) + "\n"
+        head = {"version": _VERSION} | (
+            {"assume": " ".join(report.assumed)} if report.assumed else {}
+        )
+        text = json.dumps({**head, "sites": sites}, indent=2) + "\n"
     else:
-        lines = [f"version: {_VERSION}", "sites:" if sites else "sites: []"]
+        lines = [f"version: {_VERSION}"]
+        if report.assumed:
+            lines.append(f"assume: {json.dumps(' '.join(report.assumed))}")
+        lines.append("sites:" if sites else "sites: []")
         for site in sites:
             pairs = [f"{key}: {json.dumps(value)}" for key, value in site.items()]
             lines += [f"  - {pairs[0]}", *(f"    {pair}" for pair in pairs[1:])]
@@ -110,7 +118,10 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
             raise UsageError(f"{source}: a site needs an id (text) and fuse: true|false: {site}")
         if site.get("fuse", True):
             chosen.append(site["id"])
-    return Plan(source, tuple(chosen))
+    assume = document.get("assume") or ""
+    if not isinstance(assume, str):
+        raise UsageError(f"{source}: assume is text, entries apart by spaces: {assume!r}")
+    return Plan(source, tuple(chosen), tuple(assume.split()))
 
 
 def _parse_yaml(text: str) -> dict[str, Any]:

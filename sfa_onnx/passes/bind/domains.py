@@ -18,6 +18,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 __all__ = ["chosen_domain", "finished_domain", "mask_domain", "table_domain", "unread_table"]
 
 _MASKED = float(np.finfo(np.float32).min)
+_ASSERTED = -1e4  # the largest number that a mask may hide by where its caller vouches for it
 
 
 def chosen_domain(site: Site, value: str, topk: str = "") -> Domain:
@@ -55,8 +56,17 @@ def finished_domain(site: Site, ref: Ref) -> Domain:
     )
 
 
-def mask_domain(is_bool: bool, positive: bool) -> Domain:
-    """Of a mask: True (or 1, or 0.0) is visible; `positive` False: what is True is hidden."""
+def mask_domain(is_bool: bool, positive: bool, assumed: str = "") -> Domain:
+    """Of a mask: True (or 1, or 0.0) is visible; `positive` False: what is True is hidden.
+
+    `assumed`: the input that is a mask because the caller says so.
+    """
+    if assumed:
+        return Domain(
+            values=(0.0, _ASSERTED),
+            assumption=f"the mask {assumed!r} holds 0 and numbers of -1e4 or less only",
+            discharged_by=f"the caller (assume two-valued:{assumed})",
+        )
     if is_bool:
         return Domain() if positive else Domain(values=(0.0, 1.0))
     return Domain(values=(0.0, _MASKED))

@@ -20,6 +20,7 @@ class Visible:
 
     `among`: it is part of a selection and made from these as well, so it cannot be any mask;
     `hides`: the scatter that makes it hides the keys it names;
+    `assumed`: the input that is a mask of two values, as the caller asserts;
     `joins`: what the masks are made of that it is the union of, where one of them has no bound of
     its own.
     """
@@ -29,6 +30,7 @@ class Visible:
     is_bool: bool = True
     among: tuple[Selected, ...] = field(default=(), compare=False)
     hides: str = field(default="", compare=False)
+    assumed: str = field(default="", compare=False)
     joins: tuple[tuple[Literal, ...], ...] = field(default=(), compare=False)
 
 

@@ -60,11 +60,16 @@ def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal
             return inner if negated else _at_view(node, ref, inner, True, is_bool=False)
     if not negated and _two_valued_table(tracer, ref.value):
         return [Visible(ref, is_bool=False)]
+    if not negated and ref.value in tracer.masks:
+        return [Visible(ref, is_bool=False, assumed=ref.value)]
+    hint = "build the mask from a bool tensor in the graph, or pass a bool mask"
+    if tracer.index.is_given(ref.value):
+        hint += f"; if it is a mask, say so: --assume two-valued:{ref.value}"
     raise Stop(
         f"{ref.value} is added to the scores and cannot be shown to hold only 0 and -inf: it may be"
         " a bias",
         ref.value,
-        "build the mask from a bool tensor in the graph, or pass a bool mask",
+        hint,
     )
 
 
@@ -242,7 +247,7 @@ def _at_view(
     if node.op_type not in cuts:
         return inner
     if len(inner) == 1 and isinstance(inner[0], Visible):
-        return [Visible(ref, positive, is_bool)]
+        return [Visible(ref, positive, is_bool, assumed=inner[0].assumed)]
     return inner
 
 

@@ -270,7 +270,7 @@ def _known_operands(site: Site, queries: list[Ref], names: _Names) -> dict[str, 
             continue
         if not site.finished and _from_indices(site, literal, known):
             continue
-        domain = mask_domain(literal.is_bool, literal.positive)
+        domain = mask_domain(literal.is_bool, literal.positive, literal.assumed)
         add(literal.ref, Role.MASK, table_domain(literal.ref.value, domain) if unread else domain)
     return known
 

@@ -50,10 +50,12 @@ class FindOptions:
     Attributes:
         max_steps: how many tracing steps one site may take before it is refused.
         absorb: whether per-head expanded (MHA) forms may be fused by absorption.
+        masks: float inputs that hold 0 and -1e4 or less only, as the caller asserts.
     """
 
     max_steps: int = 200_000
     absorb: bool = True
+    masks: frozenset[str] = frozenset()
 
 
 def find_candidates(
@@ -109,6 +111,7 @@ class _Search:
 
     def _look(self, anchor: Anchor) -> Candidate | RefusedSite | None:
         tracer = Tracer(self.index, self.sizes, self.other, self.options.max_steps)
+        tracer.masks = self.options.masks
         label = self.index.label(anchor.node)
         tracer.stem = label if self.named[label] <= 1 else anchor.weights
         fed = fed_by_selection(tracer, anchor)

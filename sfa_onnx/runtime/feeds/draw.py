@@ -24,6 +24,7 @@ from sfa_onnx.files.onnx_attrs import attribute, attributes
 from sfa_onnx.guard.budgets import INPUT_BYTES
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import find_op
+from sfa_onnx.passes.assume import assumed_masks
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.runtime.elem_types import ElemTypes
@@ -105,6 +106,7 @@ class _Feeds:
         self.inputs = {v.name: v for v in self.graph.input if v.name not in weights}
         if unknown := [name for name in given if name not in self.inputs]:
             raise UsageError(f"the model has no input {unknown}; it takes {list(self.inputs)}")
+        self.masks = assumed_masks(fused or model)
         self.rng = np.random.default_rng(seed)
         self.readers: dict[str, list[tuple[NodeProto, int]]] = {}
         for graph in (*((fused.graph,) if fused else ()), self.graph):
@@ -230,7 +232,7 @@ class _Feeds:
             return self._visible(shape)
         if np.issubdtype(dtype, np.integer):
             return self._integers(value.name, node, role, shape).astype(dtype)
-        if "mask" in value.name.lower() and len(shape) >= 2:
+        if value.name in self.masks or ("mask" in value.name.lower() and len(shape) >= 2):
             lowest = float(np.finfo(np.float16).min)
             return np.where(self._visible(shape), 0.0, lowest).astype(dtype)
         return self.rng.standard_normal(shape).astype(dtype)
