@@ -17,7 +17,7 @@ def fused(monkeypatch, tmp_path):
     """(folder with before.onnx, after.onnx, proof.json, the report)."""
     model, candidates = several_sites(2)
     model.graph.value_info.append(onnx.helper.make_tensor_value_info("l0_p", 1, None))
-    monkeypatch.setattr(run_fuse, "find_candidates", lambda index: list(candidates))
+    monkeypatch.setattr(run_fuse, "find_candidates", lambda index, options: list(candidates))
     onnx.save(model, tmp_path / "before.onnx")
     report = sfa_onnx.fuse(
         tmp_path / "before.onnx", tmp_path / "after.onnx", certificate=tmp_path / "proof.json"

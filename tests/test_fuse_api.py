@@ -19,7 +19,9 @@ from tests.hand_sites import gather_site, several_sites
 def sites(monkeypatch):
     """Three sites; the middle one has a sink of logit -100 and must be refused."""
     model, candidates = several_sites(3, {1: {"float ninf = {-inf}": "float ninf = {-100.0}"}})
-    monkeypatch.setattr(run_fuse, "find_candidates", lambda index: _moved(index, candidates))
+    monkeypatch.setattr(
+        run_fuse, "find_candidates", lambda index, options: _moved(index, candidates)
+    )
     return model
 
 
@@ -93,7 +95,7 @@ def test_refused_anchors_are_reported_with_how_far_binding_got(monkeypatch):
     refused = RefusedSite(
         candidate.anchor, "layers.0", Refusal("two values", "v", "use one"), ("scores",), "x"
     )
-    monkeypatch.setattr(run_fuse, "find_candidates", lambda index: [refused])
+    monkeypatch.setattr(run_fuse, "find_candidates", lambda index, options: [refused])
     (site,) = sfa_onnx.fuse(model).sites
     assert (site.reason, site.stopped_at, site.hint) == ("two values", "v", "use one")
     assert (site.layer, site.bound) == ("layers.0", ("scores",))
