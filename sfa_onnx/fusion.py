@@ -70,6 +70,7 @@ def fuse(
     cost: Literal["any", "not-worse"] = "any",
     materialize_absorbed: bool = False,
     assume: Sequence[str] = (),
+    trace: bool = False,
     progress: Progress | None = None,
 ) -> FuseReport:
     """Put the fused sparse-attention operators in place of the sub-graphs that spell them.
@@ -97,6 +98,7 @@ def fuse(
         assume: what no file can carry, asserted by the caller: "two-valued:NAME" says that the
             float input NAME holds 0 and numbers of -1e4 or less (-inf) only, so it is a mask and
             no bias. A plan may hold such entries too. They stand in record, report, certificate.
+        trace: tell each site's normal form and the identities that led to it (`SiteReport.terms`).
         progress: called with (stage, fraction done).
 
     Returns:
@@ -114,7 +116,7 @@ def fuse(
         force=force,
         replaceable=("the output",),
     )
-    run = _Run(verify, target, cost, progress or _silent, assume=tuple(assume))
+    run = _Run(verify, target, cost, progress or _silent, assume=tuple(assume), trace=trace)
     with contextlib.ExitStack() as stack:
         if materialize_absorbed:
             where = None if output is None else WeightsFile(Path(output), force=force)
@@ -205,6 +207,7 @@ class _Run:
     materialize: bool = False
     restored: list[SiteReport] = field(default_factory=list)  # operators that bodies stood for
     assume: tuple[str, ...] = ()
+    trace: bool = False
     options: FindOptions = field(default_factory=FindOptions)
     sorted: bool = False  # nodes were not in an order that runs
     file: WeightsFile | None = None  # takes what materialize makes of external weights
@@ -230,7 +233,7 @@ class _Run:
         reader = StorageReader(self.source_dir)
         assumed = (*self.assume, *(() if plan is None else plan.assume))
         self.assume = tuple(dict.fromkeys(assumed))
-        self.options = FindOptions(masks=two_valued(self.assume, given.graph))
+        self.options = FindOptions(masks=two_valued(self.assume, given.graph), trace=self.trace)
         with self.stage("find"):
             inlined = inline_sites(given, lambda m: _findings(self._find(m, reader)))
             scopes = self._find(inlined.model, reader)

@@ -64,6 +64,7 @@ class SiteReport:
     stopped_at: str = ""  # the tensor or node where recognition ended
     family: str = ""
     bound: tuple[str, ...] = ()  # what recognition understood, in order
+    terms: tuple[str, ...] = ()  # `trace`: normal form of the result, and identities that fired
     npu_limits: tuple[str, ...] = ()
     record: VerifyRecord | None = None
     removed: tuple[str, ...] = ()  # node names (or outputs) replaced

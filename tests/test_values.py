@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sfa_onnx import fuse
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Ref
 from sfa_onnx.passes.values.identity import Identity
 from sfa_onnx.passes.values.table import TABLE, normal
 from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, Term, dot, element, number
+from tests.graphs import gathered
 
 T, U, D = Label("t", 7), Label("u", 7), Label("d", 3)
 CUT = 3  # where pieces are cut
@@ -256,3 +258,13 @@ def test_terms_are_compared_by_content() -> None:
     assert element(Ref("a", ())) == element(Ref("a", ())) != element(Ref("b", ()))
     assert hash(ONE) == hash(number(1))
     assert repr(read("exp(a) * 2")) == "(exp(a[]) * 2)"
+
+
+def test_a_trace_tells_the_normal_form_and_each_identity() -> None:
+    (site,) = fuse(gathered(), verify=False, trace=True).sites
+    first, *fired = site.terms
+    assert first.startswith("out = ")
+    assert "sum(key0, " in first
+    assert any(line.startswith("bound label: ") for line in fired)
+    (quiet,) = fuse(gathered(), verify=False).sites
+    assert not quiet.terms

@@ -50,6 +50,9 @@ def _add_inspect(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", type=Path, help="the ONNX model")
     parser.add_argument("--explain", action="store_true", help="how far each refused site got")
+    parser.add_argument(
+        "--trace", action="store_true", help="with --explain: normal forms, and what led to them"
+    )
     parser.add_argument("--site", metavar="ID", help="explain this site only (id or number)")
     parser.add_argument("--plan", type=Path, help="write an editable plan of the sites (YAML)")
     _add_assume(parser)
@@ -100,9 +103,10 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     check_outputs({"the plan": args.plan}, {"the model": args.model}, force=args.force)
     summary = summarise(args.model)
     show.summary(console, args.model, summary)
-    report = _run_fuse(args, console, output=None, verify=not args.no_verify, assume=args.assume)
+    how = {"verify": not args.no_verify, "assume": args.assume, "trace": args.trace}
+    report = _run_fuse(args, console, output=None, **how)
     sites = show.pick_sites(report.sites, args.site)
-    show.sites(console, sites, explain=args.explain or args.site is not None)
+    show.sites(console, sites, explain=args.explain or args.trace or args.site is not None)
     if args.plan:
         spare_weights(report.model, args.model.parent, args.plan)
         plans.write_plan(report, args.plan, force=args.force)

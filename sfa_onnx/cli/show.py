@@ -133,6 +133,10 @@ def _explain(console: Console, site: SiteReport) -> None:
             console.say("  {}{}", f"{'at sizes':14}", ", ".join(site.record.shrunk))
         for assumption in site.record.assumptions:
             console.say("  {}{}", f"{'assumes':14}", assumption)
+    for label, text in zip(
+        ("normal form", *("identity",) * len(site.terms)), site.terms, strict=False
+    ):
+        console.say("  {}{}", f"{label:14}", text)
 
 
 def fuse_report(console: Console, path: Path, report: FuseReport) -> None:

@@ -96,6 +96,7 @@ class RefusedSite:
     refusal: Refusal
     bound: tuple[str, ...] = ()
     family: str = ""
+    terms: tuple[str, ...] = ()  # normal form of the result, and the identities that fired
 
 
 @dataclass
@@ -127,3 +128,4 @@ class Candidate:
     notes: list[str] = field(default_factory=list)
     otherwise: Callable[[], Candidate | None] | None = None
     equal: tuple[tuple[str, str], ...] = ()
+    terms: tuple[str, ...] = ()

@@ -51,6 +51,7 @@ def describe(
         scope=index.path,
         layer=item.layer,
         family=item.family,
+        terms=item.terms,
     )
     if isinstance(item, RefusedSite):
         refusal = item.refusal

@@ -77,6 +77,7 @@ class Tracer:
         self.stem = ""  # how new names begin
         self._representatives: dict[str, str] = {}
         self._equal: dict[object, str] = {}
+        self.terms: list[str] | None = None  # normal form and identities, where they are wanted
         self.masks: frozenset[str] = frozenset()  # inputs that the caller asserts to be masks
         self.joined: dict[str, Joined] = {}  # tensors that only a replacement has
         self.opaque = False  # True: index tensors are read as they are, without arithmetic

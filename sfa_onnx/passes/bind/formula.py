@@ -31,7 +31,10 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
         Stop: the term of the result is not the operator's.
     """
     reader = Reader(tracer, normal(), region.inner)
-    found = as_attention(reader.term(out), region.result)
+    term = reader.term(out)
+    if tracer.terms is not None:
+        tracer.terms[:] = [f"{region.result} = {term}", *map(str, reader.n.fired)]
+    found = as_attention(term, region.result)
     if found.sinks:
         raise Stop("a sink takes part in the softmax", region.result, "the operator has no sink")
     weight, value = found.parts[0]

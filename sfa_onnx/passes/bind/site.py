@@ -30,7 +30,7 @@ class AttentionRegion:
         inner: the values that depend on scores, products and result included.
         scores: what the first exponential is of.
         weights: what weights rows first.
-        sides: other inner values that are read outside, such as log-sum-exps.
+        results: `result`, and values behind it that the attention may end at as well.
     """
 
     anchor: int
@@ -38,7 +38,7 @@ class AttentionRegion:
     inner: frozenset[str]
     scores: str
     weights: str
-    sides: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,13 @@ from sfa_onnx.passes.graph.index import GraphIndex
 __all__ = ["attention_regions"]
 
 _MOST: Final = 4000  # nodes followed from one product
+_LATER: Final = 3  # values behind the first that all rows reach, which are asked as well
 _EXPONENTIALS: Final = frozenset(
     ("Exp", "LogSoftmax", "Pow", "ReduceLogSumExp", "Sigmoid", "Softmax")
 )
+_CONDITIONS: Final = frozenset(
+    ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
+) | {"Or", "Xor"}
 _SIZES: Final = frozenset(("Shape", "Size"))
 _VIEWS: Final = frozenset(
     ("Cast", "Concat", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND")
@@ -64,8 +68,9 @@ def _joined(index: GraphIndex, result: str, group: list[_Sweep]) -> AttentionReg
         return None
     own = index.nodes[first]
     scores = next((n for n in own.input if n in inner), own.input[0])
-    sides = tuple(dict.fromkeys(v for s in group for v in s.sides if v != result))
-    return AttentionRegion(first, result, inner, scores, group[0].weights, sides)
+    later = [v for v in group[0].singles if all(v in s.singles for s in group)]
+    results = (result, *[v for v in later if v != result][:_LATER])
+    return AttentionRegion(first, result, inner, scores, group[0].weights, results)
 
 
 class _Sweep:
@@ -84,7 +89,6 @@ class _Sweep:
         self._exponential = False
         self._enter(index.nodes[start].output[0], rows=False)
         self.result = self._run()
-        self.sides = tuple(v for v in self.outside if v in self.inner and v not in self.rows)
 
     def _enter(self, value: str, *, rows: bool) -> None:
         self.inner.add(value)
@@ -165,7 +169,11 @@ def _is_mask(index: GraphIndex, value: str) -> bool:
     """Whether a tensor is a condition that was cast to numbers."""
     node = index.node_of(value)
     while node is not None and node.op_type in _VIEWS | {"Unsqueeze"}:
-        if node.op_type == "Cast" and index.elem_type(node.input[0]) == onnx.TensorProto.BOOL:
+        made = index.node_of(node.input[0])
+        if node.op_type == "Cast" and (
+            index.elem_type(node.input[0]) == onnx.TensorProto.BOOL
+            or (made is not None and made.op_type in _CONDITIONS)
+        ):
             return True
-        node = index.node_of(node.input[0])
+        node = made
     return False

@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sfa_onnx.errors import BudgetError
 from sfa_onnx.passes.axes.trace import Stop, Tracer, UnifyError
@@ -51,11 +51,13 @@ class FindOptions:
         max_steps: how many tracing steps one site may take before it is refused.
         absorb: whether per-head expanded (MHA) forms may be fused by absorption.
         masks: float inputs that hold 0 and -1e4 or less only, as the caller asserts.
+        trace: whether to tell each site's normal form and the identities that led to it.
     """
 
     max_steps: int = 200_000
     absorb: bool = True
     masks: frozenset[str] = frozenset()
+    trace: bool = False
 
 
 def find_candidates(
@@ -98,6 +100,12 @@ class _Search:
             form = own[0].form if own else self.index.nodes[node].op_type
             anchor = Anchor(node, region.scores, -1, region.weights, form=form, region=region)
             site = self._look(anchor)
+            for result in region.results[1:]:
+                if site is None or isinstance(site, Candidate):
+                    break
+                again = replace(anchor, region=replace(region, result=result))
+                later = self._look(again)
+                site = later if isinstance(later, Candidate) else site
             if isinstance(site, Candidate) or (site is not None and not own):
                 self.found.append(site)
                 self._done |= {a.node for a in own}
@@ -112,12 +120,15 @@ class _Search:
     def _look(self, anchor: Anchor) -> Candidate | RefusedSite | None:
         tracer = Tracer(self.index, self.sizes, self.other, self.options.max_steps)
         tracer.masks = self.options.masks
+        tracer.terms = [] if self.options.trace else None
         label = self.index.label(anchor.node)
         tracer.stem = label if self.named[label] <= 1 else anchor.weights
         fed = fed_by_selection(tracer, anchor)
         if not fed:
             return None
         site = _one(tracer, anchor, self.options, surely=fed == "surely")
+        if site is not None and tracer.terms:
+            site = replace(site, terms=tuple(tracer.terms))
         return site if fed != "maybe" or isinstance(site, Candidate) else None
 
 

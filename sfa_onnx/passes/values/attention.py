@@ -75,8 +75,8 @@ def as_attention(term: Term, at: str) -> Attention:
     for part in addends(top):
         rows.append(_row(part, at))
     weights = [w for w, _ in rows]
-    left, sinks = _divisor(below, at), []
-    for total in left:
+    sinks = []
+    for total in addends(below):
         weight = Weight.of(total)
         match = next((w for w in weights if weight is not None and _alike(w, weight)), None)
         if match is not None:
@@ -106,6 +106,8 @@ def _fraction(term: Term, at: str) -> tuple[Term, Term, list[Term]]:
             conditions.append(f.args[0])
         else:
             tops.append(f)
+    for divisor in below:
+        _check_bound(divisor, at)
     if len(below) == 1 and len(tops) == 1 and tops[0].op in ("sum", "add"):
         return tops[0], below[0], conditions
     if not below:
@@ -127,7 +129,8 @@ def _fraction(term: Term, at: str) -> tuple[Term, Term, list[Term]]:
 _HINT: Final = "the operator computes softmax(scale * q.k + mask) v over the selected keys only"
 
 
-def _divisor(below: Term, at: str) -> tuple[Term, ...]:
+def _check_bound(below: Term, at: str) -> None:
+    """Refuse a floor or a ceiling under the sum by its own name."""
     if below.op in ("max", "min"):
         bound = next((a for a in below.args if a.is_number()), None)
         what = "a floor" if below.op == "max" else "a ceiling"
@@ -137,7 +140,6 @@ def _divisor(below: Term, at: str) -> tuple[Term, ...]:
                 at,
                 "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
             )
-    return addends(below)
 
 
 def _too_much(total: Term, at: str) -> Stop:

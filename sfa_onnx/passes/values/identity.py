@@ -38,6 +38,9 @@ class Fired:
     before: Term
     after: Term
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} = {self.after}"
+
 
 @dataclass
 class Normal:
