@@ -34,6 +34,9 @@ class Tracing(Protocol):
     def same_count(self, source: Shape, target: Shape) -> None:
         """A view keeps the number of elements."""
 
+    def shown(self, condition: Ref, holds: bool) -> bool:
+        """Whether keys are seen only where a condition says `holds`."""
+
     def spend(self, value: str) -> None:
         """Count one step of the budget."""
 

@@ -240,11 +240,14 @@ def _neg(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 
 def _scrubbed(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    """Where(x is NaN, 0, x): x, as far as x is a number."""
+    """Where(x is NaN, 0, x): x, as far as x is a number; rows of hidden keys are no matter."""
+    condition = tracer.operand(node.input[0], ref.coords)
     for kept, other, holds in ((2, 1, True), (1, 2, False)):
+        if tracer.fill(node.input[other]) != 0:
+            continue
         nan = _tests_nan(tracer, node.input[0], node.input[kept], holds)
-        if nan and tracer.fill(node.input[other]) == 0:
-            return Move(Ref(node.input[kept], ref.coords))
+        if nan or tracer.shown(condition, not holds):
+            return Move(tracer.operand(node.input[kept], ref.coords))
     return None
 
 

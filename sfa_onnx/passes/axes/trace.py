@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -77,6 +78,7 @@ class Tracer:
         self.stem = ""  # how new names begin
         self._representatives: dict[str, str] = {}
         self._equal: dict[object, str] = {}
+        self.seen: Callable[[Ref, bool], bool] | None = None  # of the attention that is bound
         self.terms: list[str] | None = None  # normal form and identities, where they are wanted
         self.masks: frozenset[str] = frozenset()  # inputs that the caller asserts to be masks
         self.joined: dict[str, Joined] = {}  # tensors that only a replacement has
@@ -188,6 +190,10 @@ class Tracer:
         return [
             name for dim in shape for name, size in symbols if is_open(size) and dim % size == 0
         ]
+
+    def shown(self, condition: Ref, holds: bool) -> bool:
+        """Whether keys are seen only where a condition says `holds`: others have no weight."""
+        return self.seen is not None and self.seen(condition, holds)
 
     def spend(self, value: str) -> None:
         """Count one step; stops recognition when the budget is used up."""

@@ -31,6 +31,7 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
         Stop: the term of the result is not the operator's.
     """
     reader = Reader(tracer, normal(), region.inner)
+    tracer.seen = None
     term = reader.term(out)
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.result} = {term}", *map(str, reader.n.fired)]
@@ -44,6 +45,14 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     swap = {weight.label: Expr.of(key)}
     flags = tuple(f.rename(swap) for f in weight.flags)
     weight, value = Weight(key, weight.exponent.rename(swap), flags), value.substitute(swap)
+    known = set(flags)
+
+    def seen(condition: Ref, holds: bool) -> bool:
+        term = reader.term(condition)
+        term = term if holds else reader.n.negate(term)
+        return set(term.args if term.op == "and" else (term,)) <= known
+
+    tracer.seen = seen
     others = set().union(weight.exponent.labels, *(f.labels for f in weight.flags)) - {key}
     return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions))
 
