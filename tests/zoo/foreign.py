@@ -107,18 +107,6 @@ def in_blocks(x, keep):
     return x.masked_fill(~blocks, -INF).view(b, n, s, t)
 
 
-def one(rng: np.random.Generator) -> Feeds:
-    """A single selected key."""
-    found = batches(rng)
-    return {**found, "indices": found["indices"][..., :1]}
-
-
-def plain(q, kv, indices):
-    rows = take(kv, indices)
-    x = torch.einsum("bnsd,bskd->bnsk", q, rows) * SCALE
-    return torch.einsum("bnsk,bskd->bnsd", torch.softmax(x, -1), rows[..., :C])
-
-
 # -- per-head keys and values, expanded, gathered and folded chunk by chunk ------------------------
 
 
@@ -194,7 +182,6 @@ def _forms() -> Iterator[Form]:
     yield Form("cast-up", cast_up, halved, many, dtype="bf16")
     yield Form("two-factors", two_factors, batches, many)
     yield Form("blocks", scattered(in_blocks), batches)
-    yield Form("one-key", plain, one, many)
     for chunk, some in ((K, N), (5, N), (4, 2)):
         sites = B * N // some
         name = f"expanded-{chunk}-{some}"

@@ -92,6 +92,24 @@ def patched(q, kv, indices, topk_length=None):
     return torch.exp(scores - safe.unsqueeze(-1)) @ rows[..., :C]
 
 
+def sunk(q, kv, indices, sink):
+    """The log-sum-exp takes a sink in; rows without keys are zero."""
+    scores, rows = gathered(q, kv, indices)
+    lse = torch.logsumexp(scores, -1)
+    both = torch.stack([lse, sink.broadcast_to(lse.shape)], 0)
+    whole = torch.logsumexp(both, 0).clone()
+    whole[whole == -INF] = INF
+    return torch.exp(scores - whole.unsqueeze(-1)) @ rows[..., :C]
+
+
+def sunk_per_row(q, kv, indices, sink):
+    """A sink that differs from token to token."""
+    scores, rows = gathered(q, kv, indices)
+    own = sink * torch.arange(1.0, S1 + 1).view(-1, 1)
+    wide = torch.cat([scores, own.unsqueeze(-1)], -1)
+    return torch.softmax(wide, -1)[..., :-1] @ rows[..., :C]
+
+
 def patched_wrong(q, kv, indices):
     """The log-sum-exp is patched where it is negative, too: rows that see keys become zero."""
     scores, rows = gathered(q, kv, indices)
@@ -275,6 +293,9 @@ def _forms() -> Iterator[Form]:
     paged = {"q": {0: "b"}, "blocked": {0: "pages"}, "indices": {0: "b"}, "topk_length": {0: "b"}}
     yield Form("decode", decode, pages, paged)
     yield Form("decode-length", decode, page_lengths, paged)
+    yield Form("prefill-sink", sunk, with_sink, {**tokens})
+    yield Form("decode-sink", decode, page_sink, {**paged})
+    yield Form("prefill-sink-row", sunk_per_row, with_sink, refuse="sink")
     many = {"q": {0: "b", 2: "s"}, "kv": {0: "b", 1: "keys"}, "indices": {0: "b", 1: "s"}}
     for chunk in (K, 4, 5):
         yield Form(f"running-{chunk}", running(chunk), batches, many)
@@ -284,9 +305,10 @@ def _forms() -> Iterator[Form]:
     yield Form("running-floor", running(4, floor=1.5), batches, refuse="floor")
     yield Form("masked", masked_softmax(1e-20), chosen, many)
     yield Form("masked-floor", masked_softmax(1e-6, shifted=False), chosen, refuse="floor")
-    yield Form("halves", halves(), chosen, many)
-    yield Form("halves-swapped", halves("swap"), chosen, refuse=".")
-    yield Form("halves-mean", halves("mean"), chosen, refuse=".")
+    plain = ("dynamo",)  # the tracer has no logaddexp
+    yield Form("halves", halves(), chosen, many, exporters=plain)
+    yield Form("halves-swapped", halves("swap"), chosen, refuse=".", exporters=plain)
+    yield Form("halves-mean", halves("mean"), chosen, refuse=".", exporters=plain)
 
 
 class _Module(nn.Module):

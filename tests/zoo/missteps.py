@@ -9,7 +9,9 @@ from tests.zoo.honest import S1, S2, SCALE, TILE, B, C, Gathered, K, N, R
 
 # ---- steps on scores: (name, method overrides, reason) -------------------------------------------
 def _sink(self, x):
-    column = self.sink.reshape(1, 1, N, 1).expand(B, S1, N, 1)
+    """A sink that grows from token to token: one number per head is what the operator takes."""
+    grown = self.sink.reshape(1, 1, N, 1) * torch.arange(1.0, S1 + 1).reshape(1, S1, 1, 1)
+    column = grown.expand(B, S1, N, 1)
     return torch.softmax(torch.cat([x, column], -1), -1)[..., :-1]
 
 

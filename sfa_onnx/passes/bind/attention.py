@@ -26,12 +26,14 @@ class Parts:
         key: label that runs over the keys.
         others: labels of the weights besides `key`.
         scores: takes the scores apart.
+        sinks: one more score per head, without a row.
     """
 
     value: Ref
     key: Label
     others: set[Label]
     scores: Callable[[], Scores]
+    sinks: Ref | None = None
 
 
 def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:

@@ -36,8 +36,6 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.result} = {term}", *map(str, reader.n.fired)]
     found = as_attention(term, region.result)
-    if found.sinks:
-        raise Stop("a sink takes part in the softmax", region.result, "the operator has no sink")
     weight, value = found.parts[0]
     if len(found.parts) > 1:
         weight, value = join_chunks(tracer, found.parts, region.result)
@@ -54,7 +52,26 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
 
     tracer.seen = seen
     others = set().union(weight.exponent.labels, *(f.labels for f in weight.flags)) - {key}
-    return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions))
+    sinks = _sinks(found.sinks, region.result)
+    return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions), sinks)
+
+
+def _sinks(exponents: tuple[Term, ...], at: str) -> Ref | None:
+    """The tensor that holds one more score per head.
+
+    Raises:
+        Stop: there are several, or it is computed from something else.
+    """
+    if not exponents:
+        return None
+    if len(exponents) == 1 and exponents[0].op == "element":
+        return exponents[0].ref
+    told = " and ".join(f"exp({e})" for e in exponents)
+    raise Stop(
+        f"the exponentials are divided by their sum and {told[:160]}",
+        at,
+        "the operator takes one sink per head, a tensor, as it is",
+    )
 
 
 def _scores(reader: Reader, weight: Weight, conditions: tuple[Term, ...]) -> Scores:

@@ -112,6 +112,13 @@ def _bind_at(
     take_masks(site, scores.masks)
     same_addresses(tracer, site.nope, site.rope)
     tell_rows(site, parts.others)
+    site.sinks = parts.sinks
+    if site.sinks is not None and not site.sinks.labels <= set(site.heads):
+        raise Stop(
+            f"the sink {site.sinks.value} is not one number per head",
+            site.sinks.value,
+            "the operator takes sinks [N1], the same for every batch and token",
+        )
     return site
 
 

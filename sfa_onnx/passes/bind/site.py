@@ -93,6 +93,7 @@ class Site:
         heads: labels that share them.
         products: values that hold query times key, where the inside of the attention begins.
         score_axes: every score tensor, with what its axes run over.
+        sinks: one more score per head, which takes part in the sum without a row.
         finished: indices and masks are taken as the graph has computed them (`bind/finished.py`).
     """
 
@@ -117,4 +118,5 @@ class Site:
     products: list[str] = field(default_factory=list)
     score_axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
     bound: list[str] = field(default_factory=list)
+    sinks: Ref | None = None
     finished: bool = False

@@ -21,6 +21,7 @@ from sfa_onnx.passes.emit.plan import (
     rope_rows,
     split_rows,
     unrounded,
+    with_sinks,
 )
 from sfa_onnx.passes.emit.rows import cache, gathered
 from sfa_onnx.passes.emit.select import (
@@ -86,7 +87,7 @@ def sparse_attention(
     )
     return plan.e.emit(
         SPARSE_FLASH_ATTENTION.name,
-        inputs,
+        with_sinks(plan, SPARSE_FLASH_ATTENTION, inputs),
         "attention",
         plan.elem_type,
         domain=SPARSE_FLASH_ATTENTION.domain,

@@ -24,6 +24,7 @@ from sfa_onnx.passes.emit.plan import (
     rope_rows,
     split_rows,
     unrounded,
+    with_sinks,
 )
 from sfa_onnx.passes.emit.rows import cache, gathered
 from sfa_onnx.passes.emit.select import gathered_entries, selected_entries
@@ -143,7 +144,7 @@ def antiquant(
     )
     return plan.e.emit(
         ANTIQUANT.name,
-        inputs,
+        with_sinks(plan, ANTIQUANT, inputs),
         "attention",
         plan.elem_type,
         domain=ANTIQUANT.domain,

@@ -28,6 +28,7 @@ __all__ = [
     "rounded_alike",
     "split_rows",
     "unrounded",
+    "with_sinks",
     "working_type",
 ]
 
@@ -222,6 +223,17 @@ def rope_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
     by = e.constant(np.asarray(plan.rope_by, np.float32))
     wide = e.emit("Mul", [e.cast(value, _T.FLOAT), by], "query_rope", _T.FLOAT)
     return e.cast(wide, plan.elem_type)
+
+
+def with_sinks(plan: Plan, op: OpContract, inputs: list[str]) -> list[str]:
+    """`inputs` with the sinks, float32 [N1], at their place, where the site has some."""
+    ref, e = plan.site.sinks, plan.e
+    if ref is None:
+        return inputs
+    heads: list[Group] = [plan.site.heads]
+    value = e.broadcast(e.arrange(ref, heads, "sinks"), heads, ref.labels)
+    place = [t.name for t in op.inputs].index("sinks")
+    return [*inputs, *[""] * (place - len(inputs)), e.cast(value, _T.FLOAT)]
 
 
 def split_rows(plan: Plan) -> None:

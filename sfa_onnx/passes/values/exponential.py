@@ -14,12 +14,14 @@ from sfa_onnx.passes.values.terms import ZERO, Term, number
 __all__ = ["ROWS", "is_positive", "reaches_one", "weighed"]
 
 _NEAR: Final = 1e-6
+_FINITE: Final = 700.0  # exponents whose exponentials float64 can tell from 0 and infinity
 
 
 def _exp(n: Normal, term: Term) -> Term | None:
     del n
     inner = term.args[0]
-    return number(math.exp(inner.value)) if inner.is_number() and inner.value < 700 else None
+    small = inner.is_number() and (abs(inner.value) < _FINITE or inner.value == -math.inf)
+    return number(math.exp(inner.value)) if small else None  # exp(-1000) is no 0
 
 
 def _exp_where(n: Normal, term: Term) -> Term | None:
