@@ -92,6 +92,31 @@ def patched(q, kv, indices, topk_length=None):
     return torch.exp(scores - safe.unsqueeze(-1)) @ rows[..., :C]
 
 
+def told(patched: bool):
+    """The result, the largest score and the log-sum-exp; rows without keys have -inf, or +inf."""
+
+    def forward(q, kv, indices, topk_length=None):
+        scores, rows = gathered(q, kv, indices, topk_length)
+        lse, top = torch.logsumexp(scores, -1), scores.max(-1).values
+        safe = lse.clone()
+        safe[safe == -INF] = INF
+        out = torch.exp(scores - safe.unsqueeze(-1)) @ rows[..., :C]
+        if patched:
+            lonely = lse == -INF
+            lse = lse.clone()
+            lse[lonely] = INF
+        return out, top, lse
+
+    return forward
+
+
+def half_lse(q, kv, indices):
+    """What is returned is a log-sum-exp of half the scores."""
+    scores, rows = gathered(q, kv, indices)
+    out = torch.softmax(scores, -1) @ rows[..., :C]
+    return torch.nan_to_num(out), torch.logsumexp(scores / 2, -1)
+
+
 def sunk(q, kv, indices, sink):
     """The log-sum-exp takes a sink in; rows without keys are zero."""
     scores, rows = gathered(q, kv, indices)
@@ -182,6 +207,22 @@ def decode(q, blocked, indices, topk_length=None, scrub=True, sink=None):
     lonely = lse == -INF
     out[lonely.unsqueeze(-1).expand(b, s, N, C)] = 0.0
     return out
+
+
+def decode_lse(q, blocked, indices):
+    """As `decode`, with the log-sum-exp, heads first."""
+    b, s = q.shape[0], q.shape[1]
+    rows = blocked.view(-1, D).index_select(0, indices.clamp_min(0).view(-1)).view(b * s, K, D)
+    rows[rows != rows] = 0.0
+    x = q.view(b * s, N, D) @ rows.transpose(-1, -2) * SCALE
+    x[(indices == -1).view(b * s, 1, -1).expand(b * s, N, K)] = -INF
+    lse = x.logsumexp(-1)
+    out = torch.exp(x - lse.unsqueeze(-1)) @ rows[..., :C]
+    out, lse = out.view(b, s, N, C), lse.view(b, s, N)
+    lonely = lse == -INF
+    out[lonely.unsqueeze(-1).expand(b, s, N, C)] = 0.0
+    lse[lonely] = INF
+    return out, lse.transpose(1, 2)
 
 
 # -- running maxima over chunks -------------------------------------------------------------------
@@ -287,6 +328,12 @@ def _forms() -> Iterator[Form]:
     tokens = {"q": {0: "s"}, "kv": {0: "keys"}, "indices": {0: "s"}, "topk_length": {0: "s"}}
     yield Form("prefill", patched, prefill, tokens)
     yield Form("prefill-length", patched, with_length, tokens)
+    three, two = ("out", "top", "lse"), ("out", "lse")
+    yield Form("prefill-all", told(patched=True), prefill, tokens, outputs=three)
+    yield Form("prefill-all-plain", told(patched=False), prefill, tokens, outputs=three)
+    yield Form("prefill-all-length", told(patched=True), with_length, tokens, outputs=three)
+    yield Form("decode-lse", decode_lse, pages, {"q": {0: "b"}, "indices": {0: "b"}}, outputs=two)
+    yield Form("prefill-half-lse", half_lse, prefill, outputs=two, refuse="outside|output")
     yield Form("prefill-patched-wrong", patched_wrong, prefill, refuse=".")
     yield Form("prefill-biased", biased, prefill, refuse=".")
     yield Form("prefill-other-row", other_row, prefill, refuse=".")

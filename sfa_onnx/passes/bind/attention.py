@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -13,6 +13,7 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.bind.precision import narrower
 from sfa_onnx.passes.bind.scores import Scores, Term
+from sfa_onnx.passes.bind.site import Statistic
 
 __all__ = ["Parts", "read_attention", "split_heads"]
 
@@ -27,6 +28,7 @@ class Parts:
         others: labels of the weights besides `key`.
         scores: takes the scores apart.
         sinks: one more score per head, without a row.
+        statistics: what leaves the attention besides its result.
     """
 
     value: Ref
@@ -34,6 +36,7 @@ class Parts:
     others: set[Label]
     scores: Callable[[], Scores]
     sinks: Ref | None = None
+    statistics: Sequence[Statistic] = ()
 
 
 def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:

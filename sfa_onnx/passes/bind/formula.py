@@ -15,6 +15,7 @@ from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.bind.scores import Scores
 from sfa_onnx.passes.bind.scores import Term as Product
 from sfa_onnx.passes.bind.site import AttentionRegion
+from sfa_onnx.passes.bind.statistics import statistics
 from sfa_onnx.passes.values.arithmetic import addends, coefficient
 from sfa_onnx.passes.values.attention import Weight, as_attention
 from sfa_onnx.passes.values.read import Reader
@@ -53,7 +54,8 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     tracer.seen = seen
     others = set().union(weight.exponent.labels, *(f.labels for f in weight.flags)) - {key}
     sinks = _sinks(found.sinks, region.result)
-    return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions), sinks)
+    told = statistics(tracer, region, reader, found.total)
+    return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions), sinks, told)
 
 
 def _sinks(exponents: tuple[Term, ...], at: str) -> Ref | None:

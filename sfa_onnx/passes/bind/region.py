@@ -44,26 +44,28 @@ class Region:
     sizes: dict[str, int | str] = field(default_factory=dict)
 
 
-def cover(site: Site, output: str, queries: Iterable[str], used: Iterable[str]) -> Region:
-    """The region that computes `output`.
+def cover(
+    site: Site, outputs: tuple[str, ...], queries: Iterable[str], used: Iterable[str]
+) -> Region:
+    """The region that computes `outputs`.
 
     Args:
         site: the bound site.
-        output: the value that is replaced.
+        outputs: the values that are replaced.
         queries: where the replacement takes the query from.
         used: values of the graph that the replacement reads.
     """
     names = _Names(site)
     known = _known_operands(site, _query_refs(site, list(queries)), names)
     index = site.tracer.index
-    inner, entering = _upstream(site.tracer, [output, *used], known)
+    inner, entering = _upstream(site.tracer, [*outputs, *used], known)
     for value in entering:
         if value not in known:
             known[value] = _other_operand(site, value, inner, names)
     live = [known[v] for v in known if v in entering]
     needed = _upstream(site.tracer, list(used), known)[0]
     sized = measured(index, inner, set(used))
-    removed = _dead(index, inner | sized, output, needed)
+    removed = _dead(index, inner | sized, outputs, needed)
     sizes = dict(names.sizes)
     return Region(tuple(removed), tuple(sorted(inner - set(removed))), tuple(live), sizes)
 
@@ -122,12 +124,13 @@ def _upstream(
 _KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
-def _dead(index: GraphIndex, inner: set[int], output: str, needed: set[int]) -> list[int]:
-    """Nodes that nobody reads once `output` is made by somebody else."""
+def _dead(
+    index: GraphIndex, inner: set[int], outputs: tuple[str, ...], needed: set[int]
+) -> list[int]:
+    """Nodes that nobody reads once `outputs` are made by somebody else."""
     alive: dict[int, bool] = {}
-    first = index.producer[output]
-    removed = {first}
-    for i in sorted(inner - {first}, reverse=True):
+    removed = {index.producer[value] for value in outputs}
+    for i in sorted(inner - removed, reverse=True):
         node = index.nodes[i]
         readers = [u for o in node.output if o for u, _ in index.uses(o)]
         keeps = i in needed or any(index.is_graph_output(o) for o in node.output)

@@ -112,7 +112,7 @@ def _bind_at(
     take_masks(site, scores.masks)
     same_addresses(tracer, site.nope, site.rope)
     tell_rows(site, parts.others)
-    site.sinks = parts.sinks
+    site.sinks, site.statistics = parts.sinks, list(parts.statistics)
     if site.sinks is not None and not site.sinks.labels <= set(site.heads):
         raise Stop(
             f"the sink {site.sinks.value} is not one number per head",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from sfa_onnx.passes.axes.expr import Expr, Label
@@ -9,7 +10,7 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.mask import Kept, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 
-__all__ = ["Anchor", "AttentionRegion", "NotASite", "Query", "Site"]
+__all__ = ["Anchor", "AttentionRegion", "NotASite", "Query", "Site", "Statistic"]
 
 
 class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
@@ -30,6 +31,7 @@ class AttentionRegion:
         inner: the values that depend on scores, products and result included.
         scores: what the first exponential is of.
         weights: what weights rows first.
+        sides: other inner values that are read outside, such as log-sum-exps.
         results: `result`, and values behind it that the attention may end at as well.
     """
 
@@ -38,6 +40,7 @@ class AttentionRegion:
     inner: frozenset[str]
     scores: str
     weights: str
+    sides: tuple[str, ...] = ()
     results: tuple[str, ...] = ()
 
 
@@ -68,6 +71,19 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """What the graph returns of its softmax besides: "maximum" or "log-sum-exp", times `factor`.
+
+    `lonely`: what it holds in rows without keys.
+    """
+
+    ref: Ref
+    kind: str
+    factor: float = 1.0
+    lonely: float = -math.inf
+
+
+@dataclass(frozen=True)
 class Query:
     """The query columns that meet some key columns: `ref` over `label`."""
 
@@ -94,6 +110,7 @@ class Site:
         products: values that hold query times key, where the inside of the attention begins.
         score_axes: every score tensor, with what its axes run over.
         sinks: one more score per head, which takes part in the sum without a row.
+        statistics: what leaves the attention besides its result.
         finished: indices and masks are taken as the graph has computed them (`bind/finished.py`).
     """
 
@@ -119,4 +136,5 @@ class Site:
     score_axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
     bound: list[str] = field(default_factory=list)
     sinks: Ref | None = None
+    statistics: list[Statistic] = field(default_factory=list)
     finished: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,20 @@ class Emitter:
         self._made.update(zip(names, types, strict=True))
         return names[0], names[1]
 
+    def several(
+        self, op: str, inputs: Sequence[str], outputs: Mapping[str, int], **attrs: Any
+    ) -> list[str]:
+        """Append a node with one output per entry (hint -> type); return their names."""
+        count = len(self.nodes)
+        names = [f"{self.stem}/{hint}_{count}" for hint in outputs]
+        node = helper.make_node(op, list(inputs), names, name=f"{self.stem}/{op}_{count}")
+        node.domain = attrs.pop("domain", "")
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attrs.items())
+        self.nodes.append(node)
+        self.used.update((i, None) for i in inputs if i and i not in self._made)
+        self._made.update(zip(names, outputs.values(), strict=True))
+        return names
+
     def finish(self, value: str, name: str) -> None:
         """Call the last value `name`, which the graph knows; add an Identity if it was not made."""
         if value not in self._made or value in self.initializer_names:
@@ -101,9 +115,9 @@ class Emitter:
         """Order the nodes so that each comes after what it reads."""
         self.nodes = in_order(self.nodes)
 
-    def prune(self, output: str) -> None:
-        """Drop nodes and constants that `output` does not need."""
-        needed, kept = {output}, []
+    def prune(self, outputs: Iterable[str]) -> None:
+        """Drop nodes and constants that `outputs` do not need."""
+        needed, kept = set(outputs), []
         for node in reversed(self.nodes):
             if any(o in needed for o in node.output):
                 kept.append(node)

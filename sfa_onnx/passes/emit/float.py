@@ -30,6 +30,7 @@ from sfa_onnx.passes.emit.select import (
     selected_entries,
     token_entries,
 )
+from sfa_onnx.passes.emit.statistics import deliver_statistics
 
 __all__ = ["build_float", "dense_keys", "direct_keys", "gathered_keys"]
 
@@ -54,7 +55,9 @@ def build_float(plan: Plan) -> Built | None:
     if rope is not None and site.rope is not None:
         q_rope = rope_rows(plan, rope, [*query, [site.rope.label]])
     entries = e.emit("Unsqueeze", [entries, e.ints([2])], "indices", _T.INT32)
-    out = sparse_attention(plan, q, q_rope, keys, entries)
+    out, *softmax = sparse_attention(plan, q, q_rope, keys, entries)
+    if softmax:
+        deliver_statistics(plan, softmax[0], softmax[1], [plan.batch, [], plan.tokens, site.heads])
     deliver(plan, out, [*query, [site.column]])
     return Built(
         e,
@@ -70,8 +73,8 @@ def build_float(plan: Plan) -> Built | None:
 
 def sparse_attention(
     plan: Plan, query: str, query_rope: str, keys: tuple[str, str], entries: str
-) -> str:
-    """The float operator with every attribute written; absent tail inputs are left out."""
+) -> list[str]:
+    """The float operator's outputs, every attribute written; absent tail inputs are left out."""
     key, key_rope = keys
     inputs = [query, key, key, entries]
     if query_rope:
@@ -85,11 +88,14 @@ def sparse_attention(
             "sparse_mode": 0,
         }
     )
-    return plan.e.emit(
+    outputs = {"attention": plan.elem_type}
+    if plan.site.statistics:
+        outputs |= {"softmax_max": _T.FLOAT, "softmax_sum": _T.FLOAT}
+        attrs["return_softmax_lse"] = 1
+    return plan.e.several(
         SPARSE_FLASH_ATTENTION.name,
         with_sinks(plan, SPARSE_FLASH_ATTENTION, inputs),
-        "attention",
-        plan.elem_type,
+        outputs,
         domain=SPARSE_FLASH_ATTENTION.domain,
         **attrs,
     )

@@ -49,6 +49,13 @@ class Built:
     scale: float
     notes: list[str]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Every value that the replacement makes for the graph."""
+        made = {o for n in self.emitter.nodes for o in n.output}
+        statistics = self.emitter.tracer.index.producer.keys() & made
+        return (self.output, *sorted(statistics - {self.output}))
+
 
 @dataclass
 class Plan:

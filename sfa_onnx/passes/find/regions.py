@@ -70,7 +70,8 @@ def _joined(index: GraphIndex, result: str, group: list[_Sweep]) -> AttentionReg
     scores = next((n for n in own.input if n in inner), own.input[0])
     later = [v for v in group[0].singles if all(v in s.singles for s in group)]
     results = (result, *[v for v in later if v != result][:_LATER])
-    return AttentionRegion(first, result, inner, scores, group[0].weights, results)
+    sides = tuple(dict.fromkeys(v for s in group for v in s.sides if v not in results))
+    return AttentionRegion(first, result, inner, scores, group[0].weights, sides, results)
 
 
 class _Sweep:
@@ -89,6 +90,7 @@ class _Sweep:
         self._exponential = False
         self._enter(index.nodes[start].output[0], rows=False)
         self.result = self._run()
+        self.sides = tuple(sorted(v for v in self.outside if v not in self.rows))
 
     def _enter(self, value: str, *, rows: bool) -> None:
         self.inner.add(value)

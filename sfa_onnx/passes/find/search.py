@@ -261,14 +261,15 @@ def _bind_and_build(
 def _candidate(named: Site, site: Site, built: Built) -> Candidate:
     e = built.emitter
     detach(e, site)
-    e.prune(built.output)
+    outputs = built.outputs
+    e.prune(outputs)
     check_open_sizes(e.nodes, e.initializers, site.tracer.sizes.stands_for, built.output)
     queries = [built.query, *([built.query_rope] if built.query_rope is not None else [])]
-    region = cover(named, built.output, [q.value for q in queries], e.used)
+    region = cover(named, outputs, [q.value for q in queries], e.used)
     _check_sizes(site.tracer, region)
-    _check_closed(site, region, built.output)
+    _check_closed(site, region, outputs)
     index = site.tracer.index
-    if buried := index.buried_below(region.nodes, [built.output]):
+    if buried := index.buried_below(region.nodes, outputs):
         names = ", ".join(index.label(i) for i in buried)
         built.notes.append(f"removed as well: {names}, which no output needs")
     return Candidate(
@@ -279,7 +280,7 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
         nodes=region.nodes,
         support=region.support,
         operands=region.operands,
-        outputs=(built.output,),
+        outputs=outputs,
         replacement=e.nodes,
         replacement_initializers=e.initializers,
         sizes=region.sizes,
@@ -304,7 +305,7 @@ def _check_sizes(tracer: Tracer, region: Region) -> None:
             raise UnifyError(*next(changed))
 
 
-def _check_closed(site: Site, region: Region, output: str) -> None:
+def _check_closed(site: Site, region: Region, outputs: tuple[str, ...]) -> None:
     """What lies between the products and the output must go; if it stays, somebody reads it.
 
     Raises:
@@ -317,7 +318,7 @@ def _check_closed(site: Site, region: Region, output: str) -> None:
     kept: list[str] = []
     while todo:
         value = todo.pop()
-        if value == output or value in seen:
+        if value in outputs or value in seen:
             continue
         seen.add(value)
         producer = index.producer[value]

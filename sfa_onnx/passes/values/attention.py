@@ -51,11 +51,13 @@ class Attention:
 
     Attributes:
         parts: weights and rows, one pair per range of keys.
+        total: what the exponentials are divided by.
         sinks: exponents of what takes part in the sum without a row.
         conditions: what has to hold for the row not to be zero.
     """
 
     parts: tuple[tuple[Weight, Ref], ...]
+    total: Term
     sinks: tuple[Term, ...] = ()
     conditions: tuple[Term, ...] = ()
 
@@ -91,7 +93,7 @@ def as_attention(term: Term, at: str) -> Attention:
             at,
             "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
         )
-    return Attention(tuple(rows), tuple(sinks), tuple(conditions))
+    return Attention(tuple(rows), below, tuple(sinks), tuple(conditions))
 
 
 def _fraction(term: Term, at: str) -> tuple[Term, Term, list[Term]]:

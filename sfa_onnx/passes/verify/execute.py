@@ -53,7 +53,9 @@ class Executable:
         for step in self._steps:
             if isinstance(step, onnx.NodeProto):
                 inputs = [values[name] if name else None for name in step.input]
-                values[step.output[0]] = self.judge.run(step, inputs)
+                made = self.judge.run(step, inputs)
+                several = made if isinstance(made, tuple) else (made,)
+                values.update(zip(step.output, several, strict=False))
             else:
                 values.update(step.run(values))
         return [values[name] for name in self._outputs]

@@ -55,8 +55,8 @@ class Judge:
         """Drop the rows that were packed so far: another run begins."""
         self._parts.clear()
 
-    def run(self, node: onnx.NodeProto, inputs: list[Array | None]) -> Array:
-        """The single output of `node`.
+    def run(self, node: onnx.NodeProto, inputs: list[Array | None]) -> Array | tuple[Array, ...]:
+        """The output of `node`, or all of them where it has several.
 
         Raises:
             ContractError: the inputs break the operator's contract (a real finding: the fused
@@ -67,6 +67,8 @@ class Judge:
         if contract is KV_CACHE_PACK:
             return self._pack(values, inputs)
         values["scale_value"] = float(values["scale_value"]) * self.scale
+        if contract is SPARSE_FLASH_ATTENTION and values.get("return_softmax_lse"):
+            return reference.sparse_flash_attention_lse(*inputs, **values)  # type: ignore[arg-type]
         if contract is SPARSE_FLASH_ATTENTION:
             return reference.sparse_flash_attention(*inputs, **values)  # type: ignore[arg-type]
         if contract is SPARSE_FLASH_ATTENTION_ANTIQUANT:
@@ -90,7 +92,9 @@ class Judge:
         packed[:, :8] = handles.view(np.int8).reshape(-1, 8)
         return packed.reshape(*nope.shape[:-1], row.bytes)
 
-    def _antiquant(self, values: dict[str, Any], inputs: list[Array | None]) -> Array:
+    def _antiquant(
+        self, values: dict[str, Any], inputs: list[Array | None]
+    ) -> Array | tuple[Array, ...]:
         """The int8 operator; rows are handles when the model packs them, else real bytes."""
         if not self._parts:
             return reference.sparse_flash_attention_antiquant(
@@ -98,6 +102,8 @@ class Judge:
                 **values,
                 rope_dtype=self.rope_dtype,
             )
+        place = [t.name for t in SPARSE_FLASH_ATTENTION_ANTIQUANT.inputs].index("sinks")
+        sinks = inputs[place] if len(inputs) > place else None
         query, key, _, indices, _, _, *lengths = (*inputs, *[None] * 9)[:9]
         assert query is not None
         assert key is not None
@@ -109,7 +115,8 @@ class Judge:
         parts = [latents[handles], ropes[handles] if ropes.shape[-1] else None]
         rope_query = query[..., width:] if ropes.shape[-1] else None
         known = {a.name for a in SPARSE_FLASH_ATTENTION.attributes}
-        inputs = [query[..., :width], parts[0], None, indices, *lengths[:3], rope_query, parts[1]]
+        rows = [rope_query, parts[1], sinks]
+        inputs = [query[..., :width], parts[0], None, indices, *lengths[:3], *rows]
         return reference.sparse_flash_attention(
             *inputs,  # type: ignore[arg-type]
             **{k: v for k, v in values.items() if k in known},

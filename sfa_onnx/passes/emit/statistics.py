@@ -1,0 +1,55 @@
+"""What else a graph returns of its softmax: the largest score, the log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+
+from sfa_onnx.passes.axes.trace import Stop
+from sfa_onnx.passes.bind.site import Statistic
+from sfa_onnx.passes.emit.emitter import Group, axis_labels
+from sfa_onnx.passes.emit.plan import Plan
+
+__all__ = ["deliver_statistics"]
+
+_T = onnx.TensorProto
+
+
+def deliver_statistics(plan: Plan, top: str, total: str, groups: Sequence[Group]) -> None:
+    """Make every statistic of the site from the operator's softmax_max and softmax_sum.
+
+    Args:
+        plan: of the site.
+        top: largest scores, one axis per group.
+        total: sums of exp(score - largest); 0 in rows without keys.
+        groups: labels of the axes of both.
+
+    Raises:
+        Stop: an axis of a statistic is no view of the operator's.
+    """
+    for statistic in plan.site.statistics:
+        target = [axis_labels(c) for c in statistic.ref.coords]
+        if any(t is None for t in target):
+            raise Stop(f"the axes of {statistic.ref.value} are no view", statistic.ref.value)
+        value = _value(plan, statistic, top, total)
+        wanted = [t or [] for t in target]
+        value = plan.e.permute(value, [list(g) for g in groups], wanted, "statistic")
+        kind = plan.site.tracer.sizes.elem_type(statistic.ref.value)
+        plan.e.finish(plan.e.cast(value, kind), statistic.ref.value)
+
+
+def _value(plan: Plan, statistic: Statistic, top: str, total: str) -> str:
+    """The statistic, and what the graph gives in rows without keys."""
+    e = plan.e
+    value = top
+    if statistic.kind == "log-sum-exp":
+        value = e.emit("Add", [top, e.emit("Log", [total], "log", _T.FLOAT)], "lse", _T.FLOAT)
+    if statistic.factor != 1:
+        by = e.constant(np.asarray(statistic.factor, np.float32))
+        value = e.emit("Mul", [value, by], "statistic", _T.FLOAT)
+    zero = e.constant(np.asarray(0, np.float32))
+    empty = e.emit("Equal", [total, zero], "empty", _T.BOOL)
+    lonely = e.constant(np.asarray(statistic.lonely, np.float32))
+    return e.emit("Where", [empty, lonely, value], "statistic", _T.FLOAT)
