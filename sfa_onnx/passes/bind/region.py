@@ -52,8 +52,7 @@ def cover(
     Args:
         site: the bound site.
         outputs: the values that are replaced.
-        queries: where the replacement takes the query from.
-        used: values of the graph that the replacement reads.
+        queries, used: where the replacement takes the query from, and what else it reads.
     """
     names = _Names(site)
     known = _known_operands(site, _query_refs(site, list(queries)), names)
@@ -73,8 +72,8 @@ def cover(
 def _query_refs(site: Site, values: list[str]) -> list[Ref]:
     """The query elements at the given values."""
     found = []
-    for query in (site.nope_query, site.rope_query):
-        ref = query.ref if query is not None else None
+    for query in (q for q in (site.nope_query, site.rope_query) if q is not None):
+        ref: Ref | None = query.ref
         while ref is not None and ref.value not in values:
             step = site.tracer.step(ref)
             ref = step.ref if isinstance(step, Move | Scaled) else None
@@ -343,7 +342,7 @@ def _by_entry(site: Site, ref: Ref) -> bool:
 
 
 def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Operand:
-    """A value that binding has no name for: told by how it is used."""
+    """A value that binding has no name for."""
     tracer = site.tracer
     elem, shape = tracer.sizes.elem_type(value), tracer.shape(value)
     uses = [(tracer.index.nodes[i].op_type, k) for i, k in tracer.index.uses(value) if i in inner]

@@ -63,8 +63,7 @@ class Columns:
     scale: tuple[State, ...] = ()
     weight: tuple[State, ...] = ()
     inner: Label | None = None
-    # index in `path` of the first state behind the product with scale or weight
-    behind: int = 0
+    behind: int = 0  # index in `path` of the first state behind the product with scale or weight
     inverse: bool = False  # rows are divided by the scale
 
     @property
@@ -163,8 +162,8 @@ def _dequantised(
     orders = (sides,) if step.inverse else (sides, sides[::-1])
     for rows, scale in orders:
         if any(tracer.sizes.elem_type(s.ref.value) == _INT8 for s in rows):
-            whole, own = (*path, *rows), tuple(scale)
-            return Columns(label, low, whole, scale=own, behind=len(path), inverse=step.inverse)
+            found = Columns(label, low, (*path, *rows), tuple(scale), behind=len(path))
+            return replace(found, inverse=step.inverse)
     for rows, scale in () if step.inverse else orders:  # bytes that are made numbers step by step
         stored = stored_bytes(tracer, rows[-1].ref)
         if stored and stored[-1].coords[-1] == Expr.of(label) and _of_bytes(tracer, scale):
@@ -217,9 +216,8 @@ def _merge_tiles(parts: list[Columns]) -> list[Columns]:
 
 
 def _joined(a: Columns, b: Columns) -> Columns | None:
-    if a.kind != "int8" or b.kind != "int8" or a.label.size % b.label.size:
-        return None
-    if a.inverse != b.inverse:
+    alike = a.kind == b.kind == "int8" and a.inverse == b.inverse
+    if not alike or a.label.size % b.label.size:
         return None
     both = Label(f"{a.label.name}+", a.label.size + b.label.size)
     place = Expr.of(both)
@@ -279,7 +277,7 @@ def _widen(expr: Expr, label: Label, tile: int) -> Expr:
 
 
 def same_rows(key: Columns, value: Columns) -> str:
-    """Empty when the value's columns are the first columns of the key's; else what differs."""
+    """Empty when the value's columns are the key's first ones; else what differs."""
     if key.kind != value.kind:
         return (
             f"it {_KINDS[value.kind]} ({value.deep.ref.value}), the key {_KINDS[key.kind]}"

@@ -125,21 +125,12 @@ class Site:
             seconds=time.monotonic() - begin,
         )
 
-<<<<<<< HEAD
     def _both(self, feeds: dict[str, Array]) -> tuple[Array, Array] | None:
         """Results of the original and of the fused form, flat; None where one rejects the feeds."""
         with contextlib.suppress(RuntimeError, ContractError):
-            return self._flat(self._region.run(feeds)), self._flat(self._fused.run(feeds))
+            want, got = self._region.run(feeds), self._fused.run(feeds)
+            return self._flat(want[:1]), self._flat(got[:1])
         return None
-=======
-    def _without_keys(self, problem: Problem) -> None:
-        """Note what becomes of rows in which the mask hides every key."""
-        for lonely in LONELY:
-            feeds = inputs(problem, Draw(91, lonely=lonely))
-            with contextlib.suppress(RuntimeError, ContractError):
-                want, got = self._region.run(feeds), self._fused.run(feeds)
-                self._edges |= empty_rows(self._flat(want[:1]), self._flat(got[:1]))
->>>>>>> 169b9ac (Deliver the largest score and the log-sum-exp that graphs return beside their result)
 
     def _unturned(self) -> list[str]:
         """What the sizes leave open: Mins and Maxes of which one side is too large to be run."""
