@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from tests.zoo.base import Case, Feeds
-from tests.zoo.kernels import INF, S1, S2, SCALE, B, C, D, Form, K, N, R, case_of, rows_of, take
+from tests.zoo.forms import Form, case_of
+from tests.zoo.kernels import INF, S1, S2, SCALE, B, C, D, K, N, R, rows_of, take
 
 TILE = 8
 HEAD, VALUE = 16, 12  # columns of a head's key and value

@@ -7,37 +7,18 @@ are merged by their log-sum-exps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
 
-from tests.zoo.base import FLOAT_KV, Case, Feeds, export, to_torch
+from tests.zoo.base import Case, Feeds
+from tests.zoo.forms import Form, case_of
 
 B, S1, N, S2, K, C, R = 2, 3, 4, 40, 12, 32, 8
 D = C + R
 SCALE = D**-0.5
 INF = float("inf")
-
-
-@dataclass(frozen=True)
-class Form:
-    """One spelling: a function of tensors, the feeds it takes, and what must become of it."""
-
-    name: str
-    forward: Callable[..., Any]
-    feeds: Callable[[np.random.Generator], Feeds]
-    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
-    refuse: str = ""
-    outputs: tuple[str, ...] = ("out",)
-    opset: int = 18
-    exporters: tuple[str, ...] = ("dynamo", "ts")
-    sites: int = 1
-    op: str = FLOAT_KV
-    dtype: str = "f32"
 
 
 def rows_of(rng: np.random.Generator, lead: tuple[int, ...], high: int, holes: bool = True):
@@ -356,51 +337,6 @@ def _forms() -> Iterator[Form]:
     yield Form("halves", halves(), chosen, many, exporters=plain)
     yield Form("halves-swapped", halves("swap"), chosen, refuse=".", exporters=plain)
     yield Form("halves-mean", halves("mean"), chosen, refuse=".", exporters=plain)
-
-
-class _Module(nn.Module):
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = forward
-
-
-def _module(form: Form, names: tuple[str, ...]) -> nn.Module:
-    """A module whose forward has the feeds' names, as exporters want it."""
-    space: dict[str, Any] = {"_Module": _Module}
-    given = ", ".join(names)
-    passed = ", ".join(f"{n}={n}" for n in names)
-    code = f"class Named(_Module):\n    def forward(self, {given}):\n"
-    exec(code + f"        return self.function({passed})\n", space)
-    return space["Named"](form.forward)
-
-
-def case_of(family: str, form: Form, exporter: str, dynamic: bool) -> Case:
-    """The form, exported one way."""
-
-    def make():
-        inputs = to_torch(form.feeds(np.random.default_rng(0)))
-        return export(
-            _module(form, tuple(inputs)),
-            inputs,
-            form.outputs,
-            exporter=exporter,
-            opset=form.opset if exporter == "dynamo" else min(form.opset, 17),
-            dynamic={k: form.dynamic.get(k, {}) for k in inputs} if dynamic else None,
-        )
-
-    make.__module__ = f"tests.zoo.{family}"  # whose source names the cache
-    kind = "dyn" if dynamic else "static"
-    return Case(
-        f"{family}-{form.name}-{exporter}-{kind}",
-        family,
-        make,
-        lambda seed: form.feeds(np.random.default_rng(seed)),
-        expect="refuse" if form.refuse else "fuse",
-        op=None if form.refuse else form.op,
-        reason=form.refuse,
-        sites=form.sites,
-        tags={"exporter": exporter, "dynamic": dynamic, "dtype": form.dtype},
-    )
 
 
 def cases() -> Iterator[Case]:

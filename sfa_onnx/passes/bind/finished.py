@@ -16,7 +16,7 @@ from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.packed import PackedSite
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
-from sfa_onnx.passes.emit.emitter import axis_labels
+from sfa_onnx.passes.emit.places import axis_labels
 
 __all__ = ["by_finished_indices"]
 

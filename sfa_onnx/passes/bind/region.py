@@ -23,7 +23,7 @@ from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.bind.sources import all_reads, index_sources, nested, outside_reads
 from sfa_onnx.passes.bind.usage import counts_batches, follows_itself, measured, prefix_sums
 from sfa_onnx.passes.candidate import Domain, Operand, Role
-from sfa_onnx.passes.emit.emitter import axis_labels
+from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.plan import is_view
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.size import is_open
@@ -52,7 +52,8 @@ def cover(
     Args:
         site: the bound site.
         outputs: the values that are replaced.
-        queries, used: where the replacement takes the query from, and what else it reads.
+        queries: where the replacement takes the query from.
+        used: values of the graph that the replacement reads.
     """
     names = _Names(site)
     known = _known_operands(site, _query_refs(site, list(queries)), names)
@@ -65,8 +66,8 @@ def cover(
     needed = _upstream(site.tracer, list(used), known)[0]
     sized = measured(index, inner, set(used))
     removed = _dead(index, inner | sized, outputs, needed)
-    sizes = dict(names.sizes)
-    return Region(tuple(removed), tuple(sorted(inner - set(removed))), tuple(live), sizes)
+    kept = tuple(sorted(inner - set(removed)))
+    return Region(tuple(removed), kept, tuple(live), dict(names.sizes))
 
 
 def _query_refs(site: Site, values: list[str]) -> list[Ref]:
@@ -350,9 +351,8 @@ def _other_operand(site: Site, value: str, inner: set[int], names: _Names) -> Op
         return Operand(value, Role.SHAPE, _guess(site, shape, names), elem)
     integral = elem in (_T.INT32, _T.INT64)
     if integral and len(shape) == 2 and not _has_slots(site, shape):
-        axes = tuple("B" if i == 0 else "M" for i in range(2))
         names._size("M", value, 1, shape[1])
-        return Operand(value, Role.BLOCK_TABLE, axes, elem)
+        return Operand(value, Role.BLOCK_TABLE, ("B", "M"), elem)
     if integral and _has_slots(site, shape):
         domain = Domain(low=0, high="S2", negative_allowed=True, assumption="indices are in range")
         return Operand(value, Role.INDICES, _guess(site, shape, names), elem, domain)
@@ -376,9 +376,8 @@ def _has_slots(site: Site, shape: tuple[int, ...]) -> bool:
 
 def _guess(site: Site, shape: tuple[int, ...], names: _Names) -> tuple[str, ...]:
     """Axis names by size, in the operator's order, for tensors that no trace reached."""
-    order = [*site.rows, site.key, *(s.slot for s in site.selected), *site.heads]
-    order += [site.nope.label, *([site.rope.label] if site.rope is not None else [])]
-    left = list(order)
+    left = [*site.rows, site.key, *(s.slot for s in site.selected), *site.heads]
+    left += [site.nope.label, *([site.rope.label] if site.rope is not None else [])]
     out = []
     for size in shape:
         if size == 1:

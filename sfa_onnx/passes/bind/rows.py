@@ -108,9 +108,8 @@ def _trace(
             path.append(State(step.ref, here.factor * step.factor))
         elif isinstance(step, Pieces) and step.label == label:
             parts = _enter(tracer, step, label, low, tuple(path), wanted)
-            if wanted is None or _wants(parts, wanted):
-                return parts
-            return [Columns(label, low, tuple(path))]
+            enters = wanted is None or _wants(parts, wanted)
+            return parts if enters else [Columns(label, low, tuple(path))]
         elif isinstance(step, Product):
             return [_dequantised(tracer, step, label, low, path)]
         elif isinstance(step, Dot):

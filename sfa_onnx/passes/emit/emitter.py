@@ -13,11 +13,12 @@ from onnx import helper, numpy_helper
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.emit.counted import counted
+from sfa_onnx.passes.emit.places import axis_labels, blocks, repeated, single
 from sfa_onnx.passes.emit.sized import sized
 from sfa_onnx.passes.graph.order import in_order
 from sfa_onnx.passes.shapes.size import form_of
 
-__all__ = ["Emitter", "axis_labels"]
+__all__ = ["Emitter"]
 
 _T = onnx.TensorProto
 Group = Sequence[Label]
@@ -161,7 +162,7 @@ class Emitter:
         """Remember where the size of a label can be read off in the graph."""
         shape = self.tracer.shape(ref.value)
         for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
-            labels = _single(coordinate)
+            labels = single(coordinate)
             if labels is not None and labels.size == size and labels not in self._sources:
                 self._sources[labels] = (ref.value, axis)
 
@@ -287,7 +288,7 @@ class Emitter:
         value, axes = ref.value, []
         for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
             labels = axis_labels(coordinate)
-            if labels is None and (label := _repeated(coordinate)) is not None:
+            if labels is None and (label := repeated(coordinate)) is not None:
                 at = self.index(coordinate, [[label]])
                 kind = self.elem_type(value)
                 value = self.emit("Gather", [value, at], "repeated", kind, axis=axis)
@@ -313,13 +314,13 @@ class Emitter:
         axes: list[list[Label]] = []
         cuts: list[tuple[int, int, int]] = []
         for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
-            blocks = _blocks(coordinate, size)
-            if blocks is None or not self.tracer.static(ref.value, axis):
+            nested = blocks(coordinate, size)
+            if nested is None or not self.tracer.static(ref.value, axis):
                 raise Stop(
                     f"axis {axis} of {ref.value} is read at {coordinate}, which is no view",
                     ref.value,
                 )
-            for label, length, start in blocks:
+            for label, length, start in nested:
                 if label.size != length:
                     cuts.append((len(dims), start, start + label.size))
                 dims.append(length)
@@ -396,43 +397,3 @@ class Emitter:
         stop = self.emit("Squeeze", [self.size([label])], "stop", _T.INT64)
         line = self.emit("Range", [zero, stop, one], "iota", _T.INT64)
         return self.reshape(line, shape, "iota")
-
-
-def _repeated(coordinate: Expr) -> Label | None:
-    """The label of an axis that is read at a quotient or remainder: a mask per block of keys."""
-    whole = all(isinstance(atom, Quot | Rem) for atom, _ in coordinate.terms)
-    labels = coordinate.labels
-    return next(iter(labels)) if whole and len(labels) == 1 and not coordinate.reads else None
-
-
-def _single(coordinate: Expr) -> Label | None:
-    labels = axis_labels(coordinate)
-    return labels[0] if labels is not None and len(labels) == 1 and not coordinate.const else None
-
-
-def _blocks(coordinate: Expr, size: int) -> list[tuple[Label, int, int]] | None:
-    """(label, length, first) of nested blocks: coordinate = ((n * b1) + m) * b2 + ... + first."""
-    rest, const, out = size, coordinate.const, []
-    for atom, coefficient in sorted(coordinate.terms, key=lambda t: -t[1]):
-        if not isinstance(atom, Label) or rest % coefficient:
-            return None
-        length = rest // coefficient
-        start, const = divmod(const, coefficient)
-        if start + atom.size > length:
-            return None
-        out.append((atom, length, start))
-        rest = coefficient
-    return out if rest == 1 and const == 0 else None
-
-
-def axis_labels(coordinate: Expr) -> list[Label] | None:
-    """The labels that run row-major along an axis read at `coordinate`; None if it is no view."""
-    terms = sorted(coordinate.terms, key=lambda t: -t[1])
-    stride = 1
-    labels: list[Label] = []
-    for atom, coefficient in reversed(terms):
-        if not isinstance(atom, Label) or coefficient != stride:
-            return None
-        labels.insert(0, atom)
-        stride *= atom.size
-    return labels

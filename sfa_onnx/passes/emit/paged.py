@@ -10,7 +10,8 @@ import onnx
 from sfa_onnx.guard.budgets import CONSTANT_BYTES
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Quot, Read
 from sfa_onnx.passes.axes.trace import Ref, Tracer
-from sfa_onnx.passes.emit.emitter import Emitter, Group, axis_labels
+from sfa_onnx.passes.emit.emitter import Emitter, Group
+from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.plan import Plan
 from sfa_onnx.passes.emit.select import from_topk, token_entries
 

@@ -15,7 +15,8 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, is_float
 from sfa_onnx.passes.bind.rows import Columns, State, deepen
 from sfa_onnx.passes.bind.site import Query, Site
 from sfa_onnx.passes.emit.absorb import Absorbed
-from sfa_onnx.passes.emit.emitter import Emitter, Group, axis_labels
+from sfa_onnx.passes.emit.emitter import Emitter, Group
+from sfa_onnx.passes.emit.places import axis_labels
 
 __all__ = [
     "Built",

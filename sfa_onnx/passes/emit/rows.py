@@ -10,7 +10,8 @@ import onnx
 from sfa_onnx.passes.axes.expr import Read, merge
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.bind.rows import State
-from sfa_onnx.passes.emit.emitter import Emitter, Group, axis_labels
+from sfa_onnx.passes.emit.emitter import Emitter, Group
+from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.plan import Plan, is_view, unrounded
 
 __all__ = ["cache", "gathered"]

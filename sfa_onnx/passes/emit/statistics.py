@@ -9,7 +9,8 @@ import onnx
 
 from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.bind.site import Statistic
-from sfa_onnx.passes.emit.emitter import Group, axis_labels
+from sfa_onnx.passes.emit.emitter import Group
+from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.plan import Plan
 
 __all__ = ["deliver_statistics"]

@@ -1,0 +1,48 @@
+"""What an axis that is read at an index expression runs over."""
+
+from __future__ import annotations
+
+from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Rem
+
+__all__ = ["axis_labels", "blocks", "repeated", "single"]
+
+
+def repeated(coordinate: Expr) -> Label | None:
+    """The label of an axis that is read at a quotient or remainder: a mask per block of keys."""
+    whole = all(isinstance(atom, Quot | Rem) for atom, _ in coordinate.terms)
+    labels = coordinate.labels
+    return next(iter(labels)) if whole and len(labels) == 1 and not coordinate.reads else None
+
+
+def single(coordinate: Expr) -> Label | None:
+    """The label that an axis runs over, when it is one, from its start."""
+    labels = axis_labels(coordinate)
+    return labels[0] if labels is not None and len(labels) == 1 and not coordinate.const else None
+
+
+def blocks(coordinate: Expr, size: int) -> list[tuple[Label, int, int]] | None:
+    """(label, length, first) of nested blocks: coordinate = ((n * b1) + m) * b2 + ... + first."""
+    rest, const, out = size, coordinate.const, []
+    for atom, coefficient in sorted(coordinate.terms, key=lambda t: -t[1]):
+        if not isinstance(atom, Label) or rest % coefficient:
+            return None
+        length = rest // coefficient
+        start, const = divmod(const, coefficient)
+        if start + atom.size > length:
+            return None
+        out.append((atom, length, start))
+        rest = coefficient
+    return out if rest == 1 and const == 0 else None
+
+
+def axis_labels(coordinate: Expr) -> list[Label] | None:
+    """The labels that run row-major along an axis read at `coordinate`; None if it is no view."""
+    terms = sorted(coordinate.terms, key=lambda t: -t[1])
+    stride = 1
+    labels: list[Label] = []
+    for atom, coefficient in reversed(terms):
+        if not isinstance(atom, Label) or coefficient != stride:
+            return None
+        labels.insert(0, atom)
+        stride *= atom.size
+    return labels
