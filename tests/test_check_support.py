@@ -195,6 +195,7 @@ def test_a_pack_has_the_row_of_what_it_expands_to() -> None:
     (row,) = check(pack(), cann="9.2", soc_version="Ascend910B2").support
     assert "Bitcast" in row.ge_types
     assert "no plug-in" not in row.note
+    assert row.engines == {"A2": "AI Core"}  # its views cost nothing, its slices are static
 
 
 def test_the_canonical_node_goes_through_the_atc_flavour() -> None:

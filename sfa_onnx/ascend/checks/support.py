@@ -133,12 +133,19 @@ def _cells(ctx: Context, kind: _Kind, way: Route, family: str) -> list[Cell]:
     several = len(way.types) > 1
     pack = kind.ge_types == PACK_EXPANSION
     made = []
-    for place, name in enumerate(way.types):
+    names = _pack_types(way.types, family) if pack else way.types
+    for place, name in enumerate(names):
         dtypes = kind.dtypes[:1] if several and place == 0 else () if several else kind.dtypes
         dtypes = () if pack or name in _OTHER_ORDER else dtypes
         dtypes = dtypes[:1] if name in _FIRST_ONLY else dtypes
         made.append(cell(name, dtypes, family, line, declined=declined.get(name, "")))
     return made
+
+
+def _pack_types(types: tuple[str, ...], family: str) -> tuple[str, ...]:
+    """The inner nodes of a pack that cost something: views go, slices are made static by a pass."""
+    slices = "StridedSliceV2" if family == "950" else "StridedSliceD"
+    return tuple(slices if t == "StridedSliceV2" else t for t in types if t != "Reshape")
 
 
 def layer_summary(rows: list[SupportRow]) -> dict[str, str]:

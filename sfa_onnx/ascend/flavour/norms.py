@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnx
@@ -22,6 +22,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from sfa_onnx.ascend.flavour.norm_match import PLUGIN_EPSILON, Norm, match, same_epsilon
 from sfa_onnx.ascend.flavour.scope import Facts, Names, Scope, scopes
 from sfa_onnx.files.onnx_attrs import attribute
+
+if TYPE_CHECKING:
+    from sfa_onnx.ascend.checks.view import ModelView
 
 __all__ = ["ADD_RMS_NORM", "RMS_NORM", "fuse_norms", "readable_norms"]
 
@@ -35,8 +38,11 @@ def fuse_norms(model: ModelProto, names: Names, facts: Facts, opset: int) -> lis
 
     Nodes that only the norm needed go; a residual sum in front is taken into `NPUAddRmsNorm`.
     """
+    from sfa_onnx.ascend.checks.view import ModelView  # the checks import this module
+
     counts = {RMS_NORM: 0, ADD_RMS_NORM: 0}
     left: list[str] = []
+    view = ModelView(model)
     for scope in list(scopes(model.graph, names, facts, opset)):
         fusions: list[_Fusion] = []
         for node in scope.graph.node:
@@ -44,7 +50,7 @@ def fuse_norms(model: ModelProto, names: Names, facts: Facts, opset: int) -> lis
             if isinstance(found, str):
                 left.append(f"{node.name}: {found}")
             elif found is not None:
-                fusions.append(_Fusion(scope, node, found))
+                fusions.append(_Fusion(scope, node, found, view if scope.parent is None else None))
         if fusions:
             _apply(scope, fusions, counts)
     notes = [f"{n} norms fused to {kind}" for kind, n in counts.items() if n]
@@ -93,6 +99,7 @@ class _Fusion:
     scope: Scope
     anchor: NodeProto
     norm: Norm
+    view: ModelView | None = None  # tells symbolic dims, which are equal when they are one symbol
 
     def nodes(self) -> list[NodeProto]:
         """NPURmsNorm, with x scaled in float32 where the plug-in's epsilon is not the file's."""
@@ -119,11 +126,20 @@ class _Fusion:
         add = scope.made_here(norm.x)
         if add is None or add.op_type != "Add" or add.domain or len(add.input) != 2:
             return None
-        dims = [scope.dims(name) for name in add.input]
-        static = dims[0] is not None and None not in dims[0] and dims[0] == dims[1]
+        same = self._same_shape(*add.input)
         types = {scope.dtype(name) for name in add.input}
         given = {t.name for t in scope.graph.initializer} | {v.name for v in scope.graph.input}
-        return add if static and types == {norm.dtype} and norm.gamma in given else None
+        return add if same and types == {norm.dtype} and norm.gamma in given else None
+
+    def _same_shape(self, left: str, right: str) -> bool:
+        """Whether two values have one shape for sure: the operator does not broadcast."""
+        dims: list[Sequence[int | str | None] | None] = [
+            self.scope.dims(left),
+            self.scope.dims(right),
+        ]
+        if self.view is not None:
+            dims = [self.view.shape(self.view.root, name) for name in (left, right)]
+        return dims[0] is not None and None not in dims[0] and dims[0] == dims[1]
 
     def added(self, add: NodeProto) -> NodeProto:
         """NPUAddRmsNorm in the place of the sum; the sum stays, as its third output."""
