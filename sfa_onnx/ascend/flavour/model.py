@@ -26,6 +26,7 @@ from sfa_onnx.ascend.flavour.repairs import REPAIRS
 from sfa_onnx.ascend.flavour.rows import narrow_rows
 from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
+from sfa_onnx.ascend.flavour.sinks import sinks_behind
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.model import paused_gc
 from sfa_onnx.guard.doors import door
@@ -153,6 +154,8 @@ def _rewrite(
         readable_reductions(cann),
     )
     _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
+    behind = apply(work, (sinks_behind,), facts, names, target)
+    _note(result, behind, "sinks written as a factor behind the operator")
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
     result.notes += narrow_rows(work, ours.wide, facts)
