@@ -63,6 +63,20 @@ def test_the_quantised_indexer_selects_what_the_reference_selects(layouts, mode,
 
 
 @needs_library
+def test_the_session_chooses_the_rounding():
+    op = QUANT_LIGHTNING_INDEXER
+    given = {"heads": 2, "width": 4, "sparse_count": 40, "sparse_mode": 0}
+    inputs, attributes = indexer_call(op, ("BSND", "PA_BSND"), None, 6, **given)
+    found = {}
+    for rounding in ("exact", "npu"):
+        session = runtime.session(indexer_model(op, inputs, attributes), rounding=rounding)
+        found[rounding] = runtime.run(session, inputs)["sparse_indices"]
+        want = select(op, inputs, attributes, mode=rounding)
+        np.testing.assert_array_equal(found[rounding], want)
+    assert (found["npu"] != found["exact"]).any(), "choose numbers that the roundings tell apart"
+
+
+@needs_library
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_values_are_made_only_when_asked_for(op):
     inputs, attributes = indexer_call(op, ("BSND", "PA_BSND"), np.float32)
