@@ -13,6 +13,7 @@ Needs torch and transformers (`pip install '.[test]'`).
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import tempfile
 import warnings
@@ -51,10 +52,16 @@ def tiny_model() -> Any:
     return model
 
 
+def cache_name(model: Any) -> str:
+    """What this release of transformers calls the cache: an argument, and part of names."""
+    taken = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
+
+
 def prefill(model: Any, tokens: torch.Tensor) -> Any:
     """The cache after the prompt."""
     with torch.no_grad():
-        return model(tokens, use_cache=True).past_key_values
+        return getattr(model(tokens, use_cache=True), cache_name(model))
 
 
 def export(model: Any, cache: Any, path: Path) -> None:
@@ -62,18 +69,18 @@ def export(model: Any, cache: Any, path: Path) -> None:
     import onnx_ir
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), "past_key_values": cache}
+    inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), cache_name(model): cache}
     exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
     program = next(iter(exported.components.values())).program
     onnx_ir.save(getattr(program, "model", program), path)
 
 
-def caches_of(cache: Any) -> dict[str, np.ndarray]:
+def caches_of(cache: Any, called: str) -> dict[str, np.ndarray]:
     """The float caches under the exporter's input names."""
     feeds = {}
     for i, layer in enumerate(cache.layers):
         for part in ("keys", "values", "indexer_keys"):
-            name = f"input.past_key_values.layers.{i}.{part}"
+            name = f"input.{called}.layers.{i}.{part}"
             feeds[name] = getattr(layer, part).detach().numpy().copy()
     return feeds
 
@@ -110,7 +117,7 @@ class Decoder:
         outputs = runtime.run(self.session, feeds)
         self.length += 1
         for name, value in outputs.items():
-            if name.startswith("output.past"):
+            if ".layers." in name:
                 self.state[name.replace("output.", "input.", 1)] = value
         return outputs["logits"][0, -1]
 
@@ -158,12 +165,13 @@ def decode(folder: Path, count: int) -> int:
     }
     cache = prefill(model, prompt[:, :-1])
     for decoder in decoders.values():
-        decoder.start(caches_of(cache), PROMPT - 1)
+        decoder.start(caches_of(cache, cache_name(model)), PROMPT - 1)
     token, expected = int(prompt[0, -1]), []
     logits: dict[str, list[np.ndarray]] = {name: [] for name in decoders}
     for _ in range(count):
         with torch.no_grad():
-            out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            given = {cache_name(model): cache, "use_cache": True}
+            out = model(torch.tensor([[token]]), **given)
         expected.append(out.logits[0, -1].numpy())
         for name, decoder in decoders.items():
             logits[name].append(decoder.step(token))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tests.zoo.base import FLOAT_KV, NP_TYPES, Case, Feeds, export, quiet, to_torch, torch_dtype
+from tests.zoo.kin import cache_name
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,10 @@ class Wrapped(nn.Module):
             out = self.model(input_ids, attention_mask=attention_mask, use_cache=False)
             return out.logits
         cache = self._cache(list(flat.values()))
-        out = self.model(
-            input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True
-        )
+        name = cache_name(self.model)
+        out = self.model(input_ids, attention_mask=attention_mask, use_cache=True, **{name: cache})
         new = []
-        for layer in out.past_key_values.layers:
+        for layer in getattr(out, name).layers:
             new += [layer.keys, layer.values]
             if getattr(layer, "indexer_keys", None) is not None:
                 new.append(layer.indexer_keys)
@@ -191,7 +191,7 @@ def _own_exporter(s: Spec) -> onnx.ModelProto:
     if s.padding:
         inputs["attention_mask"] = ids["attention_mask"]
     if s.phase == "decode":
-        inputs["past_key_values"] = Wrapped(model, s)._cache([ids[n] for n in cache_names(s)])
+        inputs[cache_name(model)] = Wrapped(model, s)._cache([ids[n] for n in cache_names(s)])
         inputs["use_cache"] = True
     config = OnnxConfig(dynamic=True, ort_fusions="cpu" if s.exporter == "hf-cpu" else None)
     with quiet():
@@ -268,6 +268,13 @@ def build(s: Spec) -> onnx.ModelProto:
     return program.model_proto
 
 
+def kind_of_cache() -> str:
+    """What this release of transformers calls the cache in exported names."""
+    from transformers import DeepseekV32ForCausalLM
+
+    return cache_name(DeepseekV32ForCausalLM)
+
+
 def hf_feeds(s: Spec, seed: int) -> Feeds:
     """`feeds` under the names transformers' exporter gives."""
     plain = feeds(s, seed)
@@ -276,7 +283,7 @@ def hf_feeds(s: Spec, seed: int) -> Feeds:
         if name.startswith("past_"):
             _, kind, layer = name.split("_")
             slot = {"latent": "keys", "rope": "values", "index": "indexer_keys"}[kind]
-            name = f"input.past_key_values.layers.{layer}.{slot}"
+            name = f"input.{kind_of_cache()}.layers.{layer}.{slot}"
         out[name] = value
     return out
 

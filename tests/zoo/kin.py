@@ -33,10 +33,12 @@ class Kin:
     padded: bool = False
     cache: str = "dynamic"  # or "static": fixed capacity, written in place
     layers: int = 2
+    nope: bool = False  # mistral_large4: the last layer has no rope
 
     def __str__(self) -> str:
         pad = "padded" if self.padded else "plain"
         kind = "-static" if self.cache == "static" else ""
+        kind += "-nope" if self.nope else ""
         return f"{self.model}-{self.exporter}-{self.phase}-{pad}{kind}"
 
 
@@ -62,7 +64,7 @@ def _config(kin: Kin) -> tuple[Any, Any]:
         from transformers.models.mistral_large4 import modeling_mistral_large4 as module
 
         del sizes["q_lora_rank"]
-        ropes = [1] * (kin.layers - 1) + [0]
+        ropes = [1] * (kin.layers - 1) + [int(not kin.nope)]
         kinds = (["full", "shared"] * kin.layers)[: kin.layers]
         config = transformers.MistralLarge4TextConfig(
             **sizes, no_rope_layers=ropes, indexer_types=kinds
@@ -130,7 +132,7 @@ def tensors(cache: Any) -> dict[tuple[int, str], torch.Tensor]:
     return {
         (i, part): getattr(layer, part)
         for i, layer in enumerate(cache.layers)
-        for part in (*PARTS, "cumulative_length")
+        for part in (*PARTS, "cumulative_length", "indexer_cumulative_length")
         if isinstance(getattr(layer, part, None), torch.Tensor)
     }
 

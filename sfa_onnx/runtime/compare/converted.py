@@ -43,9 +43,9 @@ def converted_feeds(
     first = written.argmax(-1)
     span = np.arange(written.shape[1])
     between = (span >= first[:, None]) & (span < (first + counts)[:, None])
-    if counts.min(initial=0) != counts.max(initial=0) or (written != between).any():
+    if len(set(counts.tolist())) != 1 or (written != between).any():
         return adapt_feeds(interface, feeds)  # the model's own positions say where
-    return adapt_feeds(interface, feeds, new_tokens=int(counts.max(initial=0)), start=first)
+    return adapt_feeds(interface, feeds, new_tokens=int(counts[0]), start=first)
 
 
 def capacity(interface: Interface, feeds: dict[str, Array]) -> int | None:

@@ -23,12 +23,14 @@ from sfa_onnx.files.model import load_model
 from sfa_onnx.files.onnx_attrs import attribute, attributes
 from sfa_onnx.guard.budgets import INPUT_BYTES
 from sfa_onnx.guard.doors import door
+from sfa_onnx.kv_convert.interface import BLOCK_TABLE, read_interface
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.assume import assumed_masks
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.runtime.elem_types import ElemTypes
-from sfa_onnx.runtime.feeds.relations import fit_positions, fit_sizes
+from sfa_onnx.runtime.feeds.pages import plan_pages
+from sfa_onnx.runtime.feeds.relations import fit_positions, fit_sizes, with_constants
 from sfa_onnx.runtime.feeds.sizes import Sizes, is_cache
 from sfa_onnx.runtime.feeds.slots import Slots, layout, selection
 from sfa_onnx.runtime.ort import Model
@@ -116,6 +118,7 @@ class _Feeds:
         self.shapes = {t.name: tuple(t.dims) for t in self.graph.initializer}
         self.sizes = self._sizes(fixed, wide)
         self.made = dict(given)
+        self._page()
         self.slots = self._all_slots(fused)
 
     def _sizes(self, fixed: dict[str, int], wide: bool) -> Sizes:
@@ -133,7 +136,24 @@ class _Feeds:
         sizes = Sizes(self.inputs, known, self.roles, direct, most, wide)
         first = [s for s, uses in sizes.uses.items() if any(is_cache(n) for n, _ in uses)]
         sizes.sizes = fit_sizes(self.model, sizes.sizes, known, first)
+        self.known = known
         return sizes
+
+    def _page(self) -> None:
+        """Pages that agree, for a model whose caches were converted to them."""
+        interface = read_interface(self.model)
+        if interface is None or interface.form != "paged-int8" or BLOCK_TABLE in self.given:
+            return
+        start = None
+        if any(cache.in_place for cache in interface.caches):
+            packed = [cache.packed_in for cache in interface.caches]
+            floats = [n for n in self.inputs if n not in packed and is_cache(n)]
+            start = self._written_at(self.sizes.past(floats), 1)
+        pages = plan_pages(interface, self.inputs, self.sizes, start, self.rng)
+        self.made = pages.arrays | self.made
+        model = with_constants(self.model, pages.arrays)
+        fixed = {*self.known, *pages.sizes}
+        self.sizes.sizes = fit_sizes(model, self.sizes.sizes | pages.sizes, fixed)
 
     def _all_slots(self, fused: ModelProto | None) -> dict[str, Slots]:
         """First output of each of our nodes -> what may stand in its slots.

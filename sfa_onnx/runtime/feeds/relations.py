@@ -20,7 +20,7 @@ from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 
-__all__ = ["fit_positions", "fit_sizes", "misfit"]
+__all__ = ["fit_positions", "fit_sizes", "misfit", "with_constants"]
 
 Array = NDArray[Any]
 _ROUNDS: Final = 12
@@ -123,7 +123,7 @@ def fit_positions(
         free: names of those that may be moved.
     """
     small = {n: a for n, a in feeds.items() if a.size <= _LIMIT}
-    known, moved = _with_constants(model, small), dict(feeds)
+    known, moved = with_constants(model, small), dict(feeds)
     for _ in range(_ROUNDS):
         short = next((s for s in _misfits(GraphIndex.of(known), dict(sizes)) if s.index), None)
         if short is None:
@@ -134,11 +134,11 @@ def fit_positions(
             break
         for name in mine:
             moved[name] = moved[name] - moved[name].dtype.type(short.by)
-        known = _with_constants(model, {n: moved[n] for n in small})
+        known = with_constants(model, {n: moved[n] for n in small})
     return moved
 
 
-def _with_constants(model: ModelProto, arrays: Mapping[str, Array]) -> ModelProto:
+def with_constants(model: ModelProto, arrays: Mapping[str, Array]) -> ModelProto:
     """The model with some inputs known."""
     out = ModelProto()
     out.CopyFrom(model)

@@ -162,9 +162,13 @@ class Sizes:
         size = size_of(text, self.sizes)
         return 2 if size is None else max(size, 0)
 
-    def past(self) -> int:
-        """How many keys a sequence has before the call (or in all, when nothing is cached)."""
-        shapes = {n: self.shape(v) for n, v in self.inputs.items()}
+    def past(self, names: Collection[str] | None = None) -> int:
+        """How many keys a sequence has before the call (or in all, when nothing is cached).
+
+        Args:
+            names: the inputs to look at; None: all.
+        """
+        shapes = {n: self.shape(v) for n, v in self.inputs.items() if names is None or n in names}
         caches = [s for n, s in shapes.items() if is_cache(n) and len(s) > 2]
         if caches:
             return max(_key_axis(shape) for shape in caches)

@@ -1,0 +1,256 @@
+"""The road the README draws, for every kin and two exporters: each verb after every other.
+
+An export takes longer than all verbs together, so by default a part of the cross product is gone
+through in which every pair of choices meets; `SFA_ONNX_ROAD=all` goes through all of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import sfa_onnx
+from sfa_onnx import runtime
+from sfa_onnx.ascend import checks
+from sfa_onnx.ascend.handover import write
+from sfa_onnx.ascend.handover.scope import cut, parse_scope
+from sfa_onnx.errors import ModelError
+from sfa_onnx.kv_convert import convert
+from sfa_onnx.kv_convert.interface import adapt_feeds, read_interface
+from sfa_onnx.runtime.compare.run import compare
+from sfa_onnx.runtime.feeds.draw import random_feeds
+from tests.op_models import needs_library
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from tests.zoo import kin as zoo  # noqa: E402 - only where torch and transformers are
+from tests.zoo.kin import Kin  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+SOC, BLOCK = "Ascend910B2", 16
+FORMS = ("int8", "packed-int8", "paged-int8")
+KINDS = ("deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "mistral_large4")
+PAIRS = (
+    Kin("deepseek_v32", "hf", "decode", padded=True),
+    Kin("deepseek_v32", "hf", "decode", cache="static"),
+    Kin("deepseek_v32", "torch", "prefill"),
+    Kin("glm_moe_dsa", "torch", "decode", padded=True),
+    Kin("glm_moe_dsa", "hf", "prefill"),
+    Kin("axk2", "torch", "decode"),
+    Kin("dots3_note", "hf", "prefill", padded=True),
+    Kin("mistral_large4", "hf", "decode"),
+)
+
+
+def _all() -> Iterator[Kin]:
+    flags = (False, True)
+    for model, exporter, phase, pad in itertools.product(
+        KINDS, ("hf", "torch"), ("decode", "prefill"), flags
+    ):
+        yield Kin(model, exporter, phase, padded=pad)
+        if phase == "decode" and exporter == "hf":
+            yield Kin(model, exporter, phase, padded=pad, cache="static")
+
+
+WALKED = tuple(_all()) if os.environ.get("SFA_ONNX_ROAD") == "all" else PAIRS
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where exports are kept: shared by the workers of one session, or between sessions."""
+    kept = os.environ.get("SFA_ONNX_ROAD_EXPORTS")
+    folder = Path(kept) if kept else tmp_path_factory.getbasetemp().parent / "road"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def exported(kin: Kin, folder: Path) -> bytes:
+    path = folder / f"{kin}.onnx"
+    if not path.is_file():
+        fresh = folder / f".{kin}.{os.getpid()}"
+        fresh.write_bytes(zoo.export(kin).SerializeToString())
+        fresh.replace(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def road(request: pytest.FixtureRequest, tmp_path: Path, exports: Path) -> tuple[Kin, Path, Path]:
+    """The kin, its export and the fused model."""
+    kin: Kin = request.param
+    before, after = tmp_path / "m.onnx", tmp_path / "m.sfa.onnx"
+    before.write_bytes(exported(kin, exports))
+    report = sfa_onnx.fuse(before, after)
+    assert len(report.fused) == kin.layers, [s.reason for s in report.refused]
+    return kin, before, after
+
+
+def runs(path: Path) -> None:
+    """A model takes what is drawn for it, and says something."""
+    got = runtime.run(path, random_feeds(path))
+    assert all(a.dtype.kind != "f" or np.isfinite(a).all() for a in got.values())
+
+
+@needs_library
+@pytest.mark.parametrize("road", WALKED, ids=str, indirect=True)
+def test_every_verb_after_every_other(road: tuple[Kin, Path, Path], tmp_path: Path) -> None:
+    kin, before, after = road
+    first = compare(before, after)
+    assert first.passed, (first.verdict, first.notes)
+    assert all(int(text.split("[")[1].split(",")[0].rstrip("]")) == zoo.BATCH
+               for name, text in first.inputs.items() if name.endswith("input_ids"))  # fmt: skip
+    runs(after)
+    for form in FORMS:
+        _converted(kin, form, before, after, tmp_path / f"m.{form}.onnx")
+    plain = tmp_path / "plain.onnx"
+    assert len(sfa_onnx.unfuse(after, plain).sites) == kin.layers
+    assert compare(before, plain).passed
+    again = sfa_onnx.fuse(plain, expect_sites=kin.layers).model
+    assert [n.op_type for n in again.graph.node] == [n.op_type for n in onnx.load(after).graph.node]
+    found = checks.check(after, cann="9.1", soc_version=SOC)
+    assert not any(f.rule == "unsound" for f in found.findings)
+    stage = write(after, tmp_path / "stage", soc_version=SOC, scope="layer:0", execute=False)
+    assert stage.operators == 1
+    _stages(after)
+
+
+def _converted(kin: Kin, form: str, before: Path, after: Path, path: Path) -> None:
+    """One form of the cache: converted, compared, run and handed over."""
+    if form == "paged-int8" and kin.phase == "prefill":
+        with pytest.raises(ModelError, match="do not come from a cache among the inputs"):
+            convert(after, path, to=form, block_size=BLOCK)
+        return
+    convert(after, path, to=form, block_size=BLOCK)
+    report = compare(before, path)
+    assert report.passed, (form, report.verdict, report.notes)
+    assert len(report.sites) == kin.layers
+    assert all(site.loss is not None and site.loss < 0.05 for site in report.sites)
+    runs(path)
+
+
+def _stages(after: Path) -> None:
+    """The stages, one behind the other, give what the whole model gives."""
+    model = onnx.load(after)
+    feeds = random_feeds(model)
+    whole, known = runtime.run(model, feeds), dict(feeds)
+    told: dict[str, np.ndarray] = {}
+    for layer in range(2):
+        part = cut(model, parse_scope(f"layer:{layer}"))
+        entering = {v.name for v in part.graph.input}
+        assert entering <= known.keys(), "a stage wants what no other stage gives"
+        handed = entering - feeds.keys()
+        assert len(handed) <= 2, f"hidden state and a shared selection, got {handed}"
+        caches = {n for n in entering & feeds.keys() if n not in told and "mask" not in n}
+        other = [n for n in caches if f".{1 - layer}." in n or n.endswith(f"_{1 - layer}")]
+        assert all("length" in n for n in other), f"layer {layer} takes {other}"
+        told |= runtime.run(part, {n: known[n] for n in entering})
+        known |= told
+    assert whole.keys() <= told.keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(told[name], value, rtol=1e-5, atol=1e-5)
+
+
+# ---- twenty steps ------------------------------------------------------------------------------
+
+STEPS = 20
+WALKS = tuple(kin for kin in PAIRS if kin.phase == "decode" and kin.model in KINDS[:2])
+
+
+class Walk:
+    """One model stepping through given tokens, its caches carried along."""
+
+    def __init__(self, kin: Kin, model: onnx.ModelProto, caches: dict[str, np.ndarray]) -> None:
+        self.kin, self.session = kin, runtime.session(model)
+        self.inputs = [v.name for v in model.graph.input]
+        self.outputs = [v.name for v in model.graph.output]
+        self.interface = read_interface(model)
+        self.state, self.length = dict(caches), zoo.PAST
+        if self.interface is not None and self.interface.form != "int8":
+            self.state = adapt_feeds(self.interface, caches, new_tokens=0)
+            self.state.pop("slot_mapping", None)
+            if self.interface.form == "paged-int8":
+                self._room(caches)
+
+    def _room(self, caches: dict[str, np.ndarray]) -> None:
+        """Pages for all steps to come; what is written there is overwritten."""
+        assert self.interface is not None
+        ahead = STEPS if not self.interface.caches[0].in_place else 0
+        self.state = adapt_feeds(
+            self.interface, caches, new_tokens=ahead, **({"start": zoo.PAST} if ahead else {})
+        )
+        self.state.pop("slot_mapping")
+
+    def step(self, tokens: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+        feeds = {**self.state, "input_ids": tokens}
+        if kept is not None and "attention_mask" in self.inputs:
+            feeds["attention_mask"] = kept
+        if "block_table" in feeds:
+            table = feeds["block_table"]
+            page = table[:, self.length // BLOCK].astype(np.int64) * BLOCK
+            feeds["slot_mapping"] = (page + self.length % BLOCK).astype(np.int32)
+            if not (self.interface and self.interface.caches[0].in_place):
+                feeds["actual_seq_lengths_kv"] = np.full(len(table), self.length + 1, np.int32)
+        got = runtime.run(self.session, {n: feeds[n] for n in self.inputs})
+        self.length += 1
+        for name, value in got.items():
+            back = self._input(name)
+            if back in self.inputs:
+                self.state[back] = value
+        return got["logits"]
+
+    def _input(self, output: str) -> str:
+        return output.replace("output.", "input.", 1) if "output." in output else (
+            output.replace("new_", "past_", 1)
+        )  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("kin", WALKS, ids=str)
+def test_twenty_steps_in_every_form_stay_with_the_original(kin: Kin, exports: Path) -> None:
+    source = onnx.load_from_string(exported(kin, exports))
+    fused = sfa_onnx.fuse(source, expect_sites=kin.layers).model
+    models = {"original": source, "fused": fused}
+    models |= {form: convert(fused, to=form, block_size=BLOCK).model for form in FORMS}
+    names = [v.name for v in source.graph.input]
+    given = zoo.inputs(kin, zoo.make(kin))
+    first = zoo.named(kin, names, given)
+    caches = {n: a for n, a in first.items() if n not in ("input_ids", "attention_mask")}
+    walks = {name: Walk(kin, model, caches) for name, model in models.items()}
+    rng = np.random.default_rng(3)
+    kept = first.get("attention_mask")
+    gaps: dict[str, list[float]] = {name: [] for name in models}
+    apart: list[float] = []
+    for _ in range(STEPS):
+        tokens = rng.integers(3, zoo.VOCAB, (zoo.BATCH, 1))
+        told = {name: walk.step(tokens, kept) for name, walk in walks.items()}
+        for name, logits in told.items():
+            gaps[name].append(_distance(told["original"], logits))
+        apart += [_distance(told["int8"], told[form]) for form in FORMS[1:]]
+        if kept is not None and kin.cache == "dynamic":
+            kept = np.pad(kept, ((0, 0), (0, 1)), constant_values=1)
+    assert max(gaps["fused"]) < 1e-4
+    # A rounded row may turn a near tie of the selection, so single steps may be further off.
+    assert all(np.median(gaps[form]) < 0.05 for form in FORMS), gaps
+    assert np.median(apart) < 1e-4, apart
+    assert max(apart) < 0.05, apart
+
+
+def _distance(want: np.ndarray, got: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.skipif(WALKED == PAIRS, reason="walked with SFA_ONNX_ROAD=all")
+def test_what_exporters_cannot_do(exports: Path) -> None:
+    """A step through a layer without rope, and a cache of fixed length by torch.onnx.export."""
+    bare = exported(Kin("mistral_large4", "hf", "decode", nope=True), exports)
+    with pytest.raises(ModelError, match="Product cannot be 0"):
+        runtime.session(bare)
+    with pytest.raises(torch.onnx.OnnxExporterError, match="decompose"):
+        zoo.export(Kin("deepseek_v32", "torch", "decode", cache="static"))
