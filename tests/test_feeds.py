@@ -3,11 +3,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx import runtime
+from sfa_onnx.kv_convert import convert
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.runtime.feeds.draw import random_feeds
 from tests.attention_cases import make_case
 from tests.op_models import needs_library, op_model
 from tests.test_compare import TOP, VOCABULARY, decoder
+from tests.test_kv_convert import TILE, growing
 
 
 def one_node(node, inputs, weights=()):
@@ -208,3 +210,20 @@ def test_a_position_in_a_buffer_leaves_room_and_every_layer_agrees():
     feeds = random_feeds(relation(nodes, inputs, weights))
     assert feeds["used_0"] == feeds["used_1"]
     assert 0 < feeds["used_0"] <= 38
+
+
+@needs_library
+@pytest.mark.parametrize("fixed", [{}, {"blocks_per_sequence": 5, "b": 3}])
+def test_pages_of_a_converted_model_agree(fixed):
+    model = convert(growing(2), to="paged-int8", block_size=16, tile_size=TILE).model
+    feeds = random_feeds(model, sizes=fixed)
+    table, slots = feeds["block_table"], feeds["slot_mapping"]
+    lengths = feeds["actual_seq_lengths_kv"]
+    assert len(set(table.ravel().tolist())) == table.size, "no page belongs to two sequences"
+    assert len(set(slots.tolist())) == slots.size
+    assert (lengths <= 16 * table.shape[1]).all()
+    assert table.shape == ((3, 5) if fixed else (2, table.shape[1]))
+    last = slots.reshape(len(table), -1)[:, -1]
+    assert (last // 16 == table[np.arange(len(table)), (lengths - 1) // 16]).all()
+    got = runtime.run(model, feeds)
+    assert all(np.isfinite(a).all() for a in got.values() if a.dtype.kind == "f")

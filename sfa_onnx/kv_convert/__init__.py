@@ -82,7 +82,7 @@ def convert(
     copy.CopyFrom(source)
     conversion = Conversion(copy, to, block_size, tile_size)
     report = conversion.run()
-    write_interface(copy, Interface(to, block_size, tuple(conversion.entries)))
+    write_interface(copy, Interface(to, block_size, tuple(conversion.entries), conversion.tokens))
     if inner := _in_bodies(copy):
         report["notes"].append(
             f"{len(inner)} sites in bodies of If, Loop or Scan keep their float caches: {inner[0]}"

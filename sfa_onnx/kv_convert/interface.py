@@ -85,6 +85,7 @@ class Interface:
     form: str
     block_size: int
     caches: tuple[CacheEntry, ...]
+    tokens: str = ""  # new rows per sequence of one run: a number, or the symbol of that dim
 
 
 def write_interface(model: onnx.ModelProto, interface: Interface) -> None:
@@ -108,7 +109,8 @@ def read_interface(model: onnx.ModelProto) -> Interface | None:
     try:
         raw = json.loads(text)
         caches = tuple(_entry(cache) for cache in raw["caches"])
-        return Interface(raw["form"], int(raw["block_size"]), caches)
+        tokens = str(raw.get("tokens", ""))
+        return Interface(raw["form"], int(raw["block_size"]), caches, tokens)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"model metadata {METADATA_KEY!r} is not readable ({error}); convert the model again"

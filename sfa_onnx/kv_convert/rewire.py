@@ -94,6 +94,12 @@ class Conversion:
             "notes": self.notes,
         }
 
+    @property
+    def tokens(self) -> str:
+        """New rows per sequence of one run, as far as the file tells."""
+        told = (t.fresh["S"] for t in self.translators.values())
+        return next((str(n) for n in told if n is not None), "")
+
     # -- one site ---------------------------------------------------------------------------------
 
     def _site(self, node: onnx.NodeProto) -> None:

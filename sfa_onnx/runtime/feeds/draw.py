@@ -149,7 +149,7 @@ class _Feeds:
             packed = [cache.packed_in for cache in interface.caches]
             floats = [n for n in self.inputs if n not in packed and is_cache(n)]
             start = self._written_at(self.sizes.past(floats), 1)
-        pages = plan_pages(interface, self.inputs, self.sizes, start, self.rng)
+        pages = plan_pages(interface, self.inputs, self.sizes, start, self.known, self.rng)
         self.made = pages.arrays | self.made
         model = with_constants(self.model, pages.arrays)
         fixed = {*self.known, *pages.sizes}
