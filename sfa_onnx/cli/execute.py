@@ -98,21 +98,17 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    from sfa_onnx import runtime
-    from sfa_onnx.runtime.execute import runnable
+    from sfa_onnx.runtime.execute import run_file
     from sfa_onnx.runtime.feeds.draw import random_feeds
-    from sfa_onnx.runtime.timing import time_session
 
     inputs = {"the model": args.model, "the inputs": args.inputs}
     check_outputs({"the outputs": args.output}, inputs, force=args.force)
     if args.output:
         spare_weights(load_model(args.model), args.model.parent, args.output)
-    session, note = runnable(args.model, rounding=args.rounding)
     feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))
-    outputs = runtime.run(session, feeds)
+    outputs, timing, note = run_file(args.model, feeds, rounding=args.rounding, repeat=args.repeat)
     rows = [(n, f"{v.dtype}{list(v.shape)}", show.spread(v)) for n, v in outputs.items()]
     console.table(("output", "type", "values"), rows)
-    timing = time_session(session, feeds, args.repeat) if args.repeat else None
     if timing:
         console.say("median {} ms, best {} ms", f"{timing.median_ms:.3f}", f"{timing.best_ms:.3f}")
     if args.output:

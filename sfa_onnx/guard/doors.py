@@ -68,6 +68,8 @@ def as_ours(error: Exception, where: str) -> SfaError:
     """
     if isinstance(error, OSError):
         return UsageError(_of_system(error, where))
+    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):
+        return UsageError(printable(f"{where}: {error}; {_NEXT[errno.ELOOP]}"))
     if isinstance(error, MemoryError):
         return BudgetError(
             f"{where}: this machine's memory does not suffice ({error or 'out of memory'}); the"

@@ -103,12 +103,12 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     source = Path(path)
     if not source.is_file():
         raise UsageError(f"{source}: the plan file does not exist")
-    text = source.read_text(encoding="utf-8")
     try:
+        text = source.read_text(encoding="utf-8")
         document = json.loads(text) if text.lstrip().startswith("{") else _parse_yaml(text)
     except ValueError as error:
         raise UsageError(f"{source}: not a plan file: {error}") from error
-    if document.get("version") != _VERSION:
+    if not isinstance(document, dict) or document.get("version") != _VERSION:
         raise UsageError(
             f"{source}: plan version {document.get('version')!r}; this release reads {_VERSION}"
         )

@@ -17,9 +17,11 @@ from sfa_onnx.errors import ModelError, WeightsError
 from sfa_onnx.files.external import iter_tensors
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.guarded import infer_shapes
+from sfa_onnx.guard.worker import RemoteError, call
 from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.runtime.elem_types import ElemTypes, light_copy
 from sfa_onnx.runtime.ort import run, session
+from sfa_onnx.runtime.timing import Timing, time_session
 from sfa_onnx.runtime.twin import float32_twin, uses
 
 __all__ = [
@@ -36,6 +38,7 @@ Array = NDArray[Any]
 _FOLDER: Final = "session.model_external_initializers_file_folder_path"
 # Before 1.22 a model in memory finds its weights by absolute paths, which later ones reject.
 _KNOWS_FOLDER: Final = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 22)
+_TWO_GIB: Final = 2**31
 _SMALL: Final = 1 << 12  # elements of an integer tensor that is structure, not weights
 
 
@@ -164,9 +167,75 @@ def execute(
     as_written: bool = False,
     rounding: Rounding = "exact",
 ) -> dict[str, Array]:
-    """Run a model whose weights, if external, lie in `folder`; feeds it does not take are left."""
+    """Run a model whose weights, if external, lie in `folder`; feeds it does not take are left.
+
+    It runs in the worker: a graph that kills the runtime does not kill the caller.
+
+    Raises:
+        CrashError: it killed the runtime.
+        ModelError, ContractError: it does not load or does not run.
+    """
     if outputs is not None and not outputs:
         return {}
-    sess = opened(model, folder, as_written=as_written, rounding=rounding)
+    if model.ByteSize() >= _TWO_GIB:
+        raise ModelError("the model is beyond 2 GiB: save it with external data, pass the path")
+    place = None if folder is None else str(folder.resolve())
+    try:
+        done: dict[str, Array] = call(
+            f"{__name__}:execute_here",
+            *(model.SerializeToString(), place, dict(feeds), outputs, as_written, rounding),
+        )
+    except RemoteError as error:
+        raise ModelError(f"the model does not run: {error}") from error
+    return done
+
+
+def execute_here(
+    model: bytes,
+    folder: str | None,
+    feeds: Mapping[str, Array],
+    outputs: list[str] | None,
+    as_written: bool,
+    rounding: Rounding,
+) -> dict[str, Array]:
+    """`execute`, inside the worker."""
+    place = None if folder is None else Path(folder)
+    proto = ModelProto.FromString(model)
+    sess = opened(proto, place, as_written=as_written, rounding=rounding)
     taken = {i.name for i in sess.get_inputs()}
     return run(sess, {n: a for n, a in feeds.items() if n in taken}, outputs)
+
+
+def run_file(
+    path: str | os.PathLike[str],
+    feeds: Mapping[str, Array],
+    *,
+    rounding: Rounding = "exact",
+    repeat: int = 0,
+) -> tuple[dict[str, Array], Timing | None, str]:
+    """Run a file once in the worker, then `repeat` times for the clock.
+
+    Returns:
+        Its outputs, the times (None without `repeat`), and the note of `runnable`.
+
+    Raises:
+        CrashError: it killed the runtime.
+        ModelError, ContractError: it does not load or does not run.
+    """
+    try:
+        done: tuple[dict[str, Array], Timing | None, str] = call(
+            f"{__name__}:run_file_here", str(Path(path).resolve()), dict(feeds), rounding, repeat
+        )
+    except RemoteError as error:
+        raise ModelError(f"{path}: does not run: {error}") from error
+    return done
+
+
+def run_file_here(
+    path: str, feeds: Mapping[str, Array], rounding: Rounding, repeat: int
+) -> tuple[dict[str, Array], Timing | None, str]:
+    """`run_file`, inside the worker."""
+    sess, note = runnable(path, rounding=rounding)
+    given = dict(feeds)
+    outputs = run(sess, given)
+    return outputs, time_session(sess, given, repeat) if repeat else None, note

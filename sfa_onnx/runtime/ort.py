@@ -141,7 +141,6 @@ def register(sess_options: ort.SessionOptions, rounding: Rounding = "exact") -> 
     return sess_options
 
 
-@door
 def _entry(sess_options: ort.SessionOptions, key: str) -> str:
     try:
         return str(sess_options.get_session_config_entry(key))
@@ -149,6 +148,7 @@ def _entry(sess_options: ort.SessionOptions, key: str) -> str:
         return ""
 
 
+@door
 def session(
     model: Model | bytes,
     sess_options: ort.SessionOptions | None = None,
