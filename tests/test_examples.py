@@ -49,3 +49,12 @@ def test_the_packaged_demo_model_is_what_its_script_exports(tmp_path: Path) -> N
     fresh = onnx.load(target, load_external_data=False)
     assert [n.op_type for n in fresh.graph.node] == [n.op_type for n in shipped.graph.node]
     assert [t.name for t in fresh.graph.initializer] == [t.name for t in shipped.graph.initializer]
+
+
+@pytest.mark.torch
+@pytest.mark.kernel
+def test_the_paged_decode_loop_agrees_with_unpacked_attention() -> None:
+    printed = run_example("paged_decode.py")
+    assert "step 7: lengths [48, 15]" in printed
+    lines = (ROOT / "examples" / "paged_decode.py").read_text().splitlines()
+    assert len(lines) <= 65

@@ -22,7 +22,7 @@ the reciprocal, no epsilon); steps 4 and 7 define what the vendor's kernel leave
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +34,7 @@ from sfa_onnx.operator.op import PackedRow
 __all__ = ["dequantise", "pack", "page", "quantise", "unpack", "unpage", "write_slots"]
 
 Array = NDArray[Any]
+Order = Literal["reciprocal", "division"]
 _F32: Final = np.float32
 _INV_127: Final = _F32(1) / _F32(127)
 _FLOATS: Final = (np.dtype(_F32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -52,7 +53,7 @@ def _tiles(width: int, tile_size: int, what: str) -> int:
 
 
 def quantise(
-    nope: Array, tile_size: int = 128, clip: float | None = None
+    nope: Array, tile_size: int = 128, clip: float | None = None, order: Order = "reciprocal"
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantise latents per tile, symmetrically, as the module's docstring spells out.
 
@@ -60,6 +61,9 @@ def quantise(
         nope: [..., C] float32, float16 or bfloat16.
         tile_size: latent columns that share a scale; divides C.
         clip: alpha, finite and > 0: each tile is clipped to +-(amax * alpha) first.
+        order: "reciprocal", the kernel's (steps 5, 6 and 9); "division" is what the vendor's CPU
+            checks of that kernel do, limit / 127 and x / scale: another int8 where x / scale lies
+            within a rounding of a half, which bfloat16 latents often do.
 
     Returns:
         int8 [..., C] and float32 scales [..., C / tile_size].
@@ -69,6 +73,8 @@ def quantise(
     """
     if nope.dtype not in _FLOATS:
         raise _refuse("nope", "float32, float16 or bfloat16", nope.dtype)
+    if order not in ("reciprocal", "division"):
+        raise _refuse("order", "reciprocal or division", order)
     alpha = _F32(1 if clip is None else clip)
     if not (np.isfinite(alpha) and alpha > 0):
         raise _refuse("clip", "a finite number > 0", clip)
@@ -76,9 +82,10 @@ def quantise(
     x = nope.astype(_F32).reshape(*nope.shape[:-1], tiles, tile_size)
     with np.errstate(all="ignore"):
         limit = np.abs(x).max(-1, keepdims=True) * alpha
-        scale = limit * _INV_127
+        scale = limit * _INV_127 if order == "reciprocal" else limit / _F32(127)
         reciprocal = _F32(1) / scale
-        y = np.rint(np.minimum(np.maximum(x, -limit), limit) * reciprocal)
+        clipped = np.minimum(np.maximum(x, -limit), limit)
+        y = np.rint(clipped * reciprocal if order == "reciprocal" else clipped / scale)
     finite = np.isfinite(limit)
     usable = finite & np.isfinite(reciprocal)
     q = np.where(usable, y, 0).astype(np.int8).reshape(nope.shape)

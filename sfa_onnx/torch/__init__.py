@@ -19,7 +19,7 @@ if importlib.util.find_spec("torch") is None:
     raise MissingError("sfa_onnx.torch needs torch: pip install 'sfa-onnx[torch]'")
 
 from sfa_onnx.torch.exporting import export, register_symbolics, translation_table
-from sfa_onnx.torch.names import enable_ascend_names
+from sfa_onnx.torch.names import enable_ascend_names, owners
 from sfa_onnx.torch.ops import OPERATORS, schema_of
 from sfa_onnx.torch.patch import patch_attention, unpatch_attention
 
@@ -28,6 +28,7 @@ __all__ = [
     "PagedInt8Cache",
     "enable_ascend_names",
     "export",
+    "owners",
     "patch_attention",
     "register_symbolics",
     "schema_of",
