@@ -149,12 +149,12 @@ FUSE = {
     "no-scale": _with(GATHERED),
     "no-softcap": _with(GATHERED, scale=0.2, softcap=0.0),
     "not-causal": _with(DENSE, scale=0.2, is_causal=0),
+    "causal": _with(DENSE, scale=0.2, is_causal=1),
     "unused-scores": replace(_with(DENSE, scale=0.2, qk_matmul_output_mode=3), outputs=4),
     "precise": replace(_with(DENSE, scale=0.2, softmax_precision=1), kind="f16"),
 }
 REFUSE = {
     "softcap": (_with(GATHERED, scale=0.2, softcap=30.0), "soft-cap"),
-    "causal": (_with(DENSE, scale=0.2, is_causal=1), "causal mask"),
     "past": (replace(DENSE, past=True), "cache of its own"),
     "used-scores": (
         replace(_with(DENSE, scale=0.2, qk_matmul_output_mode=3), outputs=4, used=True),

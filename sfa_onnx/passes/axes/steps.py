@@ -10,6 +10,7 @@ import onnx
 from sfa_onnx.passes.axes.expr import Expr, Label
 
 __all__ = [
+    "Causal",
     "Dot",
     "Joined",
     "Leaf",
@@ -75,6 +76,22 @@ class Joined:
     parts: tuple[tuple[Ref, Label], ...]
     rows: tuple[Label, ...]
     whole: Label
+
+
+@dataclass(frozen=True)
+class Causal:
+    """The mask that an operator makes itself: a key is seen up to the query's own `row`.
+
+    Attributes:
+        row: number of the query, from the start of the keys.
+        rows: the labels of `row`, one axis each, in front of the keys.
+        whole: runs over all keys.
+    """
+
+    row: Expr
+    rows: tuple[Label, ...]
+    whole: Label
+    parts: tuple[tuple[Ref, Label], ...] = ()  # it is made of no tensor
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Read
 from sfa_onnx.passes.axes.one_hot import picked
 from sfa_onnx.passes.axes.rules import STEPS
 from sfa_onnx.passes.axes.steps import (
+    Causal,
     Dot,
     Joined,
     Leaf,
@@ -30,6 +31,7 @@ from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = [
+    "Causal",
     "Dot",
     "Joined",
     "Leaf",
@@ -81,7 +83,7 @@ class Tracer:
         self.seen: Callable[[Ref, bool], bool] | None = None  # of the attention that is bound
         self.terms: list[str] | None = None  # normal form and identities, where they are wanted
         self.masks: frozenset[str] = frozenset()  # inputs that the caller asserts to be masks
-        self.joined: dict[str, Joined] = {}  # tensors that only a replacement has
+        self.joined: dict[str, Joined | Causal] = {}  # tensors that only a replacement has
         self.opaque = False  # True: index tensors are read as they are, without arithmetic
         self.tables = False  # True: but for constant tables of positions
 
@@ -98,17 +100,19 @@ class Tracer:
             )
         return shape
 
-    def join(self, chunks: Joined) -> str:
-        """A name for the tensor that chunks make up; the same chunks have one name."""
+    def join(self, chunks: Joined | Causal) -> str:
+        """A name for the tensor that chunks make up, or a mask; the same ones have one name."""
         for name, known in self.joined.items():
-            if [r for r, _ in known.parts] == [r for r, _ in chunks.parts]:
+            own = [r for r, _ in chunks.parts]
+            if known == chunks or (own and [r for r, _ in known.parts] == own):
                 return name
         name = f"{self.stem}/chunks_{len(self.joined)}"
         self.joined[name] = chunks
-        first = chunks.parts[0][0].value
+        made = [self.sizes.elem_type(ref.value) for ref, _ in chunks.parts[:1]]
+        kind = made[0] if made else int(onnx.TensorProto.BOOL)
         for sizes in (self.sizes, self.other):
             shape = tuple(_size_in(sizes, self.sizes, x) for x in (*chunks.rows, chunks.whole))
-            sizes.declare(name, shape, self.sizes.elem_type(first))
+            sizes.declare(name, shape, kind)
         return name
 
     def static(self, value: str, axis: int) -> bool:

@@ -9,7 +9,8 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
-from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Causal, Ref, Stop, Tracer
+from sfa_onnx.passes.bind.literals import Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.bind.precision import narrower
 from sfa_onnx.passes.bind.scores import Scores, Term
@@ -75,6 +76,10 @@ def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:
 
     def scores() -> Scores:
         found = Scores([term])
+        if a.get("is_causal"):
+            rows = tuple(sorted(row.labels, key=str))
+            name = tracer.join(Causal(row, rows, key))
+            found.masks.append(Visible(Ref(name, (*map(Expr.of, rows), own))))
         if len(node.input) > 3 and node.input[3]:
             ref = tracer.operand(node.input[3], (batch, head, row, own))
             if tracer.sizes.elem_type(ref.value) == onnx.TensorProto.BOOL:
@@ -168,7 +173,4 @@ def _plain(tracer: Tracer, node: onnx.NodeProto, a: dict[str, object]) -> None:
             )
 
 
-_MORE = (
-    ("is_causal", "its own causal mask", "pass the causal rule in attn_mask instead"),
-    ("softcap", "a soft-cap", "the operator has no soft-cap"),
-)
+_MORE = (("softcap", "a soft-cap", "the operator has no soft-cap"),)

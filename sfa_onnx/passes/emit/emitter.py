@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
-from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Causal, Ref, Stop, Tracer
 from sfa_onnx.passes.emit.counted import counted
 from sfa_onnx.passes.emit.places import axis_labels, blocks, repeated, single
 from sfa_onnx.passes.emit.sized import sized
@@ -234,6 +234,11 @@ class Emitter:
         if value in self._made:
             return
         chunks = self.tracer.joined[value]
+        if isinstance(chunks, Causal):
+            axes: list[Group] = [*([x] for x in chunks.rows), [chunks.whole]]
+            sides = [self.index(chunks.row, axes), self.iota(chunks.whole, axes)]
+            self.emit("GreaterOrEqual", sides, "causal", _T.BOOL, out=value)
+            return
         parts = []
         for ref, label in chunks.parts:
             groups: list[Group] = [*([x] for x in chunks.rows), [label]]
