@@ -108,6 +108,17 @@ def in_blocks(x, keep):
     return x.masked_fill(~blocks, -INF).view(b, n, s, t)
 
 
+def functional(q, kv, indices):
+    """A mask set at [batch, token, index], negative indices wrapped first."""
+    x = q @ kv.unsqueeze(1).transpose(-1, -2) * SCALE
+    b, s, t = q.shape[0], q.shape[2], kv.shape[1]
+    at = torch.where(indices < 0, indices + t, indices)
+    batch, token = torch.arange(b).view(-1, 1, 1), torch.arange(s).view(1, -1, 1)
+    keep = torch.zeros(b, s, t, dtype=torch.bool)
+    keep = keep.index_put((batch, token, at), torch.tensor(True))
+    return torch.softmax(torch.where(keep.unsqueeze(1), x, -INF), -1) @ kv[..., :C].unsqueeze(1)
+
+
 # -- per-head keys and values, expanded, gathered and folded chunk by chunk ------------------------
 
 
@@ -183,6 +194,7 @@ def _forms() -> Iterator[Form]:
     yield Form("cast-up", cast_up, halved, many, dtype="bf16")
     yield Form("two-factors", two_factors, batches, many)
     yield Form("blocks", scattered(in_blocks), batches)
+    yield Form("functional", functional, batches)
     for chunk, some in ((K, N), (5, N), (4, 2)):
         sites = B * N // some
         name = f"expanded-{chunk}-{some}"
