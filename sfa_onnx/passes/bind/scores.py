@@ -160,7 +160,7 @@ def _unknown(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Stop:
         return Stop(
             f"Concat on the score path is an extra column (a sink?) ({where})",
             ref.value,
-            "the operator has no sink: its weights are those of the keys alone",
+            "the operator takes one sink per head, a tensor [N1], joined to the scores as it is",
         )
     what = _KNOWN.get(node.op_type, "not part of softmax(scale * q.k + mask)")
     return Stop(

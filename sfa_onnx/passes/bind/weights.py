@@ -80,7 +80,7 @@ def _other_use(index: GraphIndex, i: int, value: str) -> Stop:
             f"{node.op_type} {index.label(i)} cuts a column off the attention weights: scores of a"
             " sink were joined to those of the keys (Concat)",
             value,
-            "the operator has no sink",
+            "the operator takes one sink per head, a tensor [N1], as it is",
         )
     changes = node.op_type in _CHANGES
     return Stop(

@@ -349,5 +349,5 @@ def _used_outside(index: GraphIndex, value: str, removed: set[int]) -> Stop:
     return Stop(
         f"{what} {value} is {by}",
         value,
-        "only the result may leave the attention: the operator returns nothing else",
+        "only the result, the largest score and the log-sum-exp of float rows may leave it",
     )
