@@ -106,7 +106,8 @@ class _Search:
                 again = replace(anchor, region=replace(region, result=result))
                 later = self._look(again)
                 site = later if isinstance(later, Candidate) else site
-            if isinstance(site, Candidate) or (site is not None and not own):
+            listed = own or self.index.nodes[node].op_type == "Sigmoid"  # with other words
+            if isinstance(site, Candidate) or (site is not None and not listed):
                 self.found.append(site)
                 self._done |= {a.node for a in own}
                 self.taken |= {self.index.producer[v] for v in region.inner}
