@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +60,7 @@ def examine(model: Path | None = None) -> DoctorReport:
         ("packages", _packages),
         ("library", _library),
         ("cann", _cann),
+        ("torch names", _torch_names),
     ]
     if model is not None:
         groups.append(("weights", lambda: _weights(model)))
@@ -110,6 +113,27 @@ def _cann() -> list[Probe]:
     from sfa_onnx.ascend import doctor
 
     return [Probe("cann", p.name, p.state, p.text) for p in doctor.examine_cann()]
+
+
+def _torch_names() -> list[Probe]:
+    """Whose each of the vendors' names is, once enabled beside what is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return [Probe("torch names", "torch", "info", "not installed (optional)")]
+    from sfa_onnx import torch as ours
+
+    if not ours.owners():
+        ours.enable_ascend_names()
+    probes = []
+    for package in ("torch_npu", "custom_ops"):
+        if importlib.util.find_spec(package) is None:
+            continue
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            probes.append(Probe("torch names", package, "warning", str(error)))
+    for name, owner in ours.owners().items():
+        probes.append(Probe("torch names", name.replace("::", "."), "ok", owner))
+    return probes
 
 
 def _weights(model: Path) -> list[Probe]:

@@ -337,3 +337,11 @@ def test_torch_npu_without_cann_is_one_sentence(tmp_path):
 
 def test_names_are_the_modules_facade():
     assert sfa_torch.enable_ascend_names is names.enable_ascend_names
+
+
+def test_doctor_says_whose_each_name_is():
+    from sfa_onnx.doctor import examine
+
+    found = {p.name: p.text for p in examine().probes if p.topic == "torch names"}
+    assert found["custom.npu_sparse_flash_attention_antiquant"] == "sfa_onnx"
+    assert len(found) == 8
