@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from sfa_onnx import runtime
 from sfa_onnx.ascend.handover import against as handover_against
@@ -344,50 +344,3 @@ def test_what_is_mechanical_is_fixed_and_told(tmp_path):
     assert any(note.startswith("fixed:") and "top" in note for note in report.notes)
     x = np.array([3, 9, 1, 7], np.float32)
     np.testing.assert_array_equal(runtime.run(report.model, {"x": x})["y"], [2, 6])
-
-
-# ---- whole, or not at all ----------------------------------------------------------------------
-
-
-def select(k, dim="n"):
-    """A top-k over an open axis."""
-    node = helper.make_node("TopK", ["x", "k"], ["values", "where"], "select")
-    count = numpy_helper.from_array(np.array([k], np.int64), "k")
-    outputs = [helper.make_tensor_value_info("values", 1, [2, k])]
-    inputs = [helper.make_tensor_value_info("x", 1, [2, dim])]
-    graph = helper.make_graph([node], "g", inputs, outputs, [count])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-@pytest.mark.parametrize("dims", [{"n": 7}, {"n": "4,16"}, {"n": "4~16"}])
-def test_dims_at_which_the_graph_stops_are_refused_before_anything_is_written(tmp_path, dims):
-    onnx.save(select(8), tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match=r"top-k takes 8 of the [47] entries"):
-        handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC, dims=dims)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
-    handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC, dims={"n": 8})
-    assert (tmp_path / "out" / "atc.sh").is_file()
-
-
-def test_a_failure_late_leaves_nothing(tmp_path):
-    onnx.save(select(8), tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match="no array for x"):
-        handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC, inputs={})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
-
-
-def test_a_failure_leaves_what_was_there_before(tmp_path):
-    onnx.save(select(8), tmp_path / "m.onnx")
-    out = tmp_path / "out"
-    handover.write(tmp_path / "m.onnx", out, soc_version=SOC, dims={"n": 16})
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(UsageError):
-        handover.write(tmp_path / "m.onnx", out, soc_version=SOC, inputs={}, force=True)
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "out"]
-
-
-def test_a_model_without_a_fused_operator_is_told_first(tmp_path):
-    onnx.save(select(8), tmp_path / "m.onnx")
-    report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC)
-    assert report.lines()[0].startswith("this model holds no fused operator")
