@@ -49,7 +49,7 @@ STEPS = {
     "clip-huge": ({"temper": lambda s, x: (x * SCALE).clamp(max=1e30)}, "clip|min|max"),
     "relu": ({"temper": lambda s, x: torch.relu(x * SCALE)}, "relu"),
     "round": ({"temper": lambda s, x: torch.round(x * SCALE * 64) / 64}, "round"),
-    "bias": ({"temper": lambda s, x: x * SCALE + s.bias}, ""),
+    "bias": ({"temper": lambda s, x: x * SCALE + s.bias * _ramp(x)}, ""),
     "bias-tiny": ({"temper": lambda s, x: x * SCALE + 1e-7 * _ramp(x)}, ""),
     "bias-input": (
         {"temper": lambda s, x: x * SCALE + s.extra[:, None, None, : x.shape[-1], 0]},
