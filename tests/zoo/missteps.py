@@ -86,7 +86,7 @@ STEPS = {
     ),
     "scores-output": ({"result": lambda s, o, p, x: (o, x)}, "output|outside|used by"),
     "lse-output": (
-        {"result": lambda s, o, p, x: (o, torch.logsumexp(x, -1))},
+        {"result": lambda s, o, p, x: (o, torch.logsumexp(x / 2, -1))},  # not the softmax's own
         "output|outside|used by|log-sum-exp",
     ),
     "entropy-read": (
