@@ -2,7 +2,7 @@
 
 `kernels/ort/ort_abi.h` names a few entries by index. Entries that can be called without a session
 are called here; the others are proven by every test that runs an operator.
-`scripts/test-ort-versions.sh` repeats this and the operator tests on other releases.
+`scripts/test-matrix.sh` repeats this and the operator tests on other releases.
 """
 
 from __future__ import annotations

@@ -6,6 +6,21 @@
 
 #include "internal.h"
 
+// The versions that manylinux2014 has: glibc 2.34 moved these functions and gave them new ones.
+// Older systems find them in libpthread, which every Python has loaded. Static tests keep the plain
+// names.
+#if defined(SFA_ONNX_OLD_GLIBC)
+#if defined(__x86_64__)
+#define SFA_OLD(name) __asm__(".symver " #name "," #name "@GLIBC_2.2.5")
+#else
+#define SFA_OLD(name) __asm__(".symver " #name "," #name "@GLIBC_2.17")
+#endif
+SFA_OLD(pthread_create);
+SFA_OLD(pthread_detach);
+SFA_OLD(pthread_mutex_trylock);
+SFA_OLD(pthread_sigmask);
+#endif
+
 namespace sfa {
 namespace {
 

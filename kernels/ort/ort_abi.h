@@ -4,7 +4,7 @@
 // the few entries we use by their index is all that is needed, and nothing third-party is vendored.
 // With the official header at hand (SFA_ONNX_OFFICIAL_ORT_HEADER) that one is used instead. Either
 // way the assertions at the end pin every index; tests/test_ort_versions.py and
-// scripts/test-ort-versions.sh prove them against real runtimes.
+// scripts/test-matrix.sh prove them against real runtimes.
 #ifndef SFA_ONNX_KERNELS_ORT_ORT_ABI_H_
 #define SFA_ONNX_KERNELS_ORT_ORT_ABI_H_
 
