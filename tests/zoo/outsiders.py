@@ -109,14 +109,28 @@ def _shifted(x, axis, **bounds):
     return e / total
 
 
+def _or_one(total):
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _near(x, safe):
+    """Rows whose exponentials all vanish become 0."""
+    e, total = _exponentials(x, x.amax(-1, keepdim=True).clamp(min=0.0))
+    return e / safe(total)
+
+
 SOFTS: dict[str, Callable] = {
     "flash": _flash,
     "bounded": lambda x: _shifted(x, -1, min=-1e30),
+    # exponentials of scores that lie far below 0 are all 0, and the original NaN: softmax elsewhere
+    "bounded-near": lambda x: _shifted(x, -1, min=0.0),
 }
 SOFT_MISSES: dict[str, Callable] = {
     "flash-floor": lambda x: _flash(x, 1.2),
     "bounded-heads": lambda x: _shifted(x, 2, min=-1e30),
-    "bounded-near": lambda x: _shifted(x, -1, min=0.0),  # exp gives 0 for all keys: not softmax
+    "bounded-near-floor": lambda x: _near(x, lambda total: total.clamp(min=1e-6)),
+    "bounded-near-guard": lambda x: _near(x, _or_one),
+    "plain-guard": lambda x: torch.exp(x) / _or_one(torch.exp(x).sum(-1, keepdim=True)),
 }
 
 
@@ -249,13 +263,11 @@ def cases() -> Iterator[Case]:
     for name, soft in SOFT_MISSES.items():
         module = lambda soft=soft: Soft(soft)  # noqa: E731
         yield _case(f"miss-soft-{name}", module, masked_feeds, expect="refuse")
-    for kind in ("slots", "pages", "guard"):
+    for kind in ("slots", "pages", "guard", "shown-total"):
         feeds = lambda seed, kind=kind: row_feeds(kind, seed)  # noqa: E731
         yield _case(f"rows-{kind}", lambda kind=kind: Rows(kind), feeds, op=FLOAT_KV)
-    for kind, reason in (("ones", "log-sum-exp"), ("shown-total", "log-sum-exp")):
-        feeds = lambda seed, kind=kind: row_feeds(kind, seed)  # noqa: E731
-        module = lambda kind=kind: Rows(kind)  # noqa: E731
-        yield _case(f"miss-rows-{kind}", module, feeds, expect="refuse", reason=reason)
+    ones, feeds = lambda: Rows("ones"), lambda seed: row_feeds("ones", seed)
+    yield _case("miss-rows-ones", ones, feeds, expect="refuse", reason="log-sum-exp")
     for split in (False, True):
         module = lambda split=split: Packed8(split)  # noqa: E731
         yield _case(f"packed-{'split' if split else 'tiles'}", module, packed_feeds, op=ANTIQUANT)

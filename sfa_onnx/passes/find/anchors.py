@@ -135,8 +135,16 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
         return None
     _, exponent, base = exponential
     scores = _unshifted(index, exponent)
+    if scores == exponent and _chosen(index, quotient[1]):
+        added = quotient[1]  # sums of exponentials that vanish are replaced, not those of no key
     weights = node.output[0]
     return Anchor(i, scores, axis, weights, base, "exp / sum", mask=mask, padded=added)
+
+
+def _chosen(index: GraphIndex, value: str) -> bool:
+    """Whether a divisor is guarded."""
+    node = _behind(index, index.node_of(value), _SPREADS)
+    return node is not None and node.op_type == "Where"
 
 
 def _divisor(index: GraphIndex, value: str) -> tuple[onnx.NodeProto | None, str]:

@@ -14,6 +14,7 @@ from sfa_onnx.passes.values.terms import ZERO, Term, number
 __all__ = ["ROWS", "is_positive", "reaches_one", "weighed"]
 
 _NEAR: Final = 1e-6
+_Weighed = tuple[Label | None, Term]
 _FINITE: Final = 700.0  # exponents whose exponentials float64 can tell from 0 and infinity
 
 
@@ -130,12 +131,28 @@ def reaches_one(total: Term) -> bool:
     by, most = coefficient(shift.args[0])
     if abs(by + 1) > _NEAR:
         return False
-    seen = set().union(*(weighed(m) for m in most.args)) if most.op == "max" else weighed(most)
-    summed = {(a.label, a.args[0]) for a in addends(rest[0]) if a.op == "sum"}
-    return bool(summed) and len(summed) == len(addends(rest[0])) and summed <= seen
+    summed = {_addend(a) for a in addends(rest[0])}
+    return None not in summed and _largest(most) == summed  # one more under the max may be larger
 
 
-def weighed(most: Term) -> set[tuple[Label, Term]]:
+def _addend(term: Term) -> _Weighed | None:
+    """(label, exp(s)) of what a sum of exponentials adds; a sink has no label."""
+    if term.op == "sum":
+        return term.label, term.args[0]
+    return (None, term) if term.op == "exp" else None
+
+
+def _largest(most: Term) -> set[_Weighed | None]:
+    """What the largest exponents are of; None among them: also of a number."""
+    parts = most.args if most.op == "max" else (most,)
+    found: set[_Weighed | None] = set()
+    for part in parts:
+        alone = None if part.is_number() else (None, Term("exp", (part,)))
+        found |= weighed(part) or {alone}
+    return found
+
+
+def weighed(most: Term) -> set[_Weighed]:
     """(label, exp(s)) of the maximum over the label of s."""
     if most.op == "max":
         return set().union(*(weighed(m) for m in most.args))

@@ -166,7 +166,7 @@ def _seen_compared(term: Term) -> bool | None:
                 return None
             if math.isinf(limit) or own.op in ("maximum", "max", "log") or _top(own):
                 return term.op != "eq" and (limit > 0) != bool(low)
-        if (limit == 0 and is_positive(own)) or (0 < limit < 1 and reaches_one(own)):
+        if 0 <= limit < 1 and reaches_one(own):  # exponentials of others may vanish in a row
             return term.op != "eq" and bool(low)
     return None
 
@@ -286,7 +286,7 @@ ROWS: Final = (
     _row("NaN scrubbed", "where", "where(isnan(a), b, a)", "a", _scrubbed),
     # max == -inf, sum == 0, log-sum-exp == -inf: rows that see no key
     _row(
-        *("empty row", "where", "where(sum(t, exp(s)) == 0, a, b)", "b", _guard),
+        *("empty row", "where", "where(sum(t, exp(s - maximum(t, s))) == 0, a, b)", "b", _guard),
         *("where(sum(t, v) == 0, a, b)", "a"),
     ),
     _row("low", "where", "where(c, dot, -1e30) <= -1e20", "not c", _low),
