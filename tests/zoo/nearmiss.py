@@ -20,7 +20,7 @@ OR_RIGHT = {
     "per-head-scale", "row-temperature", "halved-probs", "value-doubled", "value-half",
     "value-flipped", "rope-other-rows", "scale-other-rows", "rope-rotated-after", "other-batch",
     "first-batch", "interleaved-batch", "reversed-scales", "rope-first-value", "value-scaled",
-    "mask-inverted", "or-window", "bias",
+    "mask-inverted", "or-window",
 }  # fmt: skip
 
 

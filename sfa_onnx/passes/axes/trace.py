@@ -316,12 +316,14 @@ class Tracer:
     def _wrapped(self, node: onnx.NodeProto, size: int) -> str:
         """The x of where(x < 0, x + size, x), as some libraries wrap indices before a gather."""
         test, shifted = (self.index.origin(n) for n in node.input[:2])
-        if not size or test is None or shifted is None or test.op_type != "Less":
+        if not size or test is None or shifted is None:
+            return ""
+        if (test.op_type, shifted.op_type) != ("Less", "Add"):
             return ""
         own = self.index.source(node.input[2])
         same = {self.index.source(n.input[0]) for n in (test, shifted)} == {own}
         zero, by = self.sizes.scalar(test.input[1]), self.sizes.scalar(shifted.input[1])
-        return own if same and shifted.op_type == "Add" and zero == 0 and by == size else ""
+        return own if same and zero == 0 and by == size else ""
 
     def _index_arithmetic(self, node: onnx.NodeProto, ref: Ref, size: int) -> Expr | None:
         op = node.op_type
