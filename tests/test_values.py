@@ -218,6 +218,12 @@ def test_what_only_looks_like_softmax_is_not(text: str) -> None:
     assert n.again(read(text)) != n.again(read(SOFTMAX))
 
 
+def test_a_floor_under_a_sum_with_a_sink_never_acts() -> None:
+    total = "(sum(t, exp(s - maximum(u, su))) + exp(a - maximum(u, su)))"
+    n = normal()
+    assert n.again(read(f"max(1e-9, {total})")) == n.again(read(total))
+
+
 def test_a_running_maximum_folds() -> None:
     """Three chunks: m, l and acc start at -inf, 0 and 0."""
     n = normal()

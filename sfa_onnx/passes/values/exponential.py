@@ -132,7 +132,7 @@ def reaches_one(total: Term) -> bool:
     if abs(by + 1) > _NEAR:
         return False
     summed = {_addend(a) for a in addends(rest[0])}
-    return None not in summed and _largest(most) == summed  # one more under the max may be larger
+    return None not in summed and _largest(most) <= summed  # another's maximum may be larger
 
 
 def _addend(term: Term) -> _Weighed | None:
