@@ -117,6 +117,13 @@ def pack(nope=(1, 4, 512), rope_type: int = BF16, nope_type: int = F) -> ModelPr
     return model([node], ins, [("p", I8, None)], more=[("sfa_onnx", 1)])
 
 
+def cache_write() -> ModelProto:
+    """As no `sfa-onnx atc` wrote it: slots go straight to the node."""
+    ins = [("p", I8, (4, 16, 1, 656)), ("r", I8, (2, 1, 656)), ("s", I32, (2,))]
+    node = N("KvCacheWrite", ["p", "r", "s"], ["w"], name="kw")
+    return model([node], ins, [("w", I8, (4, 16, 1, 656))])
+
+
 def weights(count: int) -> ModelProto:
     m = external(location="w.bin")
     m.graph.initializer[0].dims[:] = [count, 1 << 20]
@@ -316,6 +323,8 @@ CASES: list[Case] = [
     ("scatter-dtype", lambda: one("ScatterElements", "x", "i", "x", ins=(
         ("x", BOOL, (4,)), ("i", I64, (4,))
     )), "warning", "", "over bool"),
+    ("cache-write-padding", cache_write, "warning", "", "not documented to skip"),
+    ("cache-write-order", cache_write, "info", "", "no order"),
     ("scatternd-copies-cache", lambda: one("ScatterND", "x", "i", "u", ins=(
         ("x", F, (1000, 1000)), ("i", I64, (1, 1)), ("u", F, (1, 1000))
     )), "warning", "", "4.0 MB a call"),

@@ -8,10 +8,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from sfa_onnx.ascend.checks import check
-from sfa_onnx.ascend.checks.plugin import PACK_EXPANSION
+from sfa_onnx.ascend.checks.plugin import EXPANSIONS
 from sfa_onnx.ascend.flavour import model as flavour
 from sfa_onnx.operator import kv_cache, op
-from tests.plugin_double import key, needs_compiler, parser_text, plugin
+from tests.ge_graph import evaluate, expand
+from tests.plugin_double import needs_compiler, plugin
 from tests.test_flavour import fused
 
 __all__ = ["plugin"]  # the fixture
@@ -25,11 +26,6 @@ def pack_node(rope="bfloat16", inputs=("nope", "rope"), tile=128):
     return node
 
 
-def expand(plugin, node):
-    done = plugin.parse(key("KvCachePack"), parser_text(node), node.input, name="pack")
-    return done and {n["name"].removeprefix("pack_"): n for n in done["graph"]}, done
-
-
 @pytest.mark.parametrize("rope", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "inputs", [("nope", "rope"), ("nope", "rope", "", "clip"), ("n", "r", "s")]
@@ -39,11 +35,11 @@ def test_kv_cache_pack_expands_to_rows(plugin, rope, inputs):
     assert done["node"]["attrs"]["original_type"] == "string:ai.onnx::18::KvCachePack"
     assert done["node"]["dynamic"] == f"in:args:{len(inputs)} out:output:1 "
     parts = dict(graph["packed"]["in"])
-    first = "pack_input0" if len(inputs) == 3 else "pack_nope_rows"
-    assert list(parts.values()) == [first, "pack_rope_rows", "pack_scale_rows"]
+    first = "input0" if len(inputs) == 3 else "nope_rows"
+    assert list(parts.values()) == [first, "rope_rows", "scale_rows"]
     assert graph["packed"]["attrs"]["concat_dim"] == "int:-1"
     bits = dict(graph["rope_bits" if rope == "bfloat16" else "rope_rows_bits"]["in"])["x"]
-    assert bits == ("pack_rope_float" if rope == "bfloat16" else "pack_input1")
+    assert bits == ("rope_float" if rope == "bfloat16" else "input1")
     data = sorted(n["attrs"]["index"] for n in graph.values() if n["type"] == "Data")
     assert data == [f"int:{i}" for i, name in enumerate(inputs) if name]
     assert done["inputs"] == len(data)
@@ -57,54 +53,7 @@ def test_check_knows_what_a_pack_expands_to(plugin):
         for inputs in (("n", "r"), ("n", "r", "", "c"), ("n", "r", "s")):
             graph, _ = expand(plugin, pack_node(rope, inputs))
             made |= {n["type"] for n in graph.values()}
-    assert made - {"Data", "Const"} == set(PACK_EXPANSION)
-
-
-def evaluate(graph, feeds):
-    """Run an expansion with NumPy: what the built-in GE operators mean."""
-    kinds = {"0": np.float32, "1": np.float16, "2": np.int8, "9": np.int64}
-    done: dict[str, np.ndarray] = {}
-
-    def value(name):
-        name = name.removeprefix("pack_")
-        if name not in done:
-            done[name] = one(graph[name])
-        return done[name]
-
-    def const(text):
-        _, kind, dims, items = text.split(":")
-        parse = float.fromhex if kind == "0" else int
-        flat = np.array([parse(i) for i in items.split(",") if i], kinds[kind])
-        return flat.reshape([int(d) for d in dims.strip("[]").split(",") if d])
-
-    def one(node):
-        kind, attrs = node["type"], {k: v.partition(":")[2] for k, v in node["attrs"].items()}
-        if kind == "Data":
-            return feeds[int(attrs["index"])]
-        if kind == "Const":
-            return const(node["attrs"]["value"])
-        args = [value(name) for _, name in node["in"]]
-        f32 = np.float32
-        table = {
-            "Shape": lambda x: np.array(x.shape, np.int64),
-            "StridedSliceV2": lambda x, b, e, ax, st: x[..., b[0] : e[0]],
-            "ConcatD": lambda *p: np.concatenate(p, int(attrs["concat_dim"])),
-            "Reshape": lambda x, s: x.reshape(s),
-            "Cast": lambda x: x.astype(kinds[attrs["dst_type"]]),
-            "Abs": np.abs,
-            "Neg": np.negative,
-            "Round": np.rint,
-            "ReduceMax": lambda x, ax: x.max(tuple(ax), keepdims=attrs["keep_dims"] == "1"),
-            "Mul": lambda a, b: (a * b).astype(f32),
-            "Maximum": np.maximum,
-            "Minimum": np.minimum,
-            "DivNoNan": lambda a, b: np.divide(a, b, out=np.zeros_like(b), where=b != 0),
-            "Bitcast": lambda x: x.view(kinds[attrs["type"]]).reshape(*x.shape, x.itemsize),
-        }
-        assert ml_dtypes.bfloat16 not in [getattr(a, "dtype", None) for a in args] or kind == "Cast"
-        return table[kind](*args)
-
-    return value("packed")
+    assert made - {"Data", "Const"} == set(EXPANSIONS["KvCachePack"])
 
 
 @pytest.mark.parametrize("rope", ["bfloat16", "float16"])
@@ -118,11 +67,11 @@ def test_the_expansion_means_what_the_reference_does(plugin, rope, clip):
     names = ("nope", "rope", "", "clip") if clip else ("nope", "rope")
     graph, _ = expand(plugin, pack_node(rope, names))
     feeds = {0: nope, 1: lanes} | ({3: np.float32(clip)} if clip else {})
-    rows = evaluate(graph, feeds)
+    rows = evaluate(graph, feeds, "packed")
     np.testing.assert_array_equal(rows, kv_cache.pack(nope, lanes, clip=clip))
     q, scale = kv_cache.quantise(nope)
     graph, _ = expand(plugin, pack_node(rope, ("nope", "rope", "scale")))
-    rows = evaluate(graph, {0: q, 1: lanes, 2: scale})
+    rows = evaluate(graph, {0: q, 1: lanes, 2: scale}, "packed")
     np.testing.assert_array_equal(rows, kv_cache.pack(q, lanes, scale))
 
 

@@ -32,7 +32,7 @@ from sfa_onnx.ascend.copies import CopyEstimate, copies, dim_size, dims_product
 from sfa_onnx.ascend.layer import LayerLine, layer_costs
 from sfa_onnx.errors import UsageError
 from sfa_onnx.guard.doors import door
-from sfa_onnx.operator.op import KV_CACHE_PACK, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
+from sfa_onnx.operator.op import EXPANDED, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 
 __all__ = ["LABEL", "CopyEstimate", "Estimate", "SiteEstimate", "estimate"]
 
@@ -145,7 +145,7 @@ def estimate(
 
 def _site(ctx: Context, node: Node, chip: Chip, bound: Mapping[str, int]) -> SiteEstimate | None:
     op = contract_of(node.proto)
-    if op is None or op is KV_CACHE_PACK:
+    if op is None or op in EXPANDED:
         return None
     site = Site(ctx, node, op)
     query = site.dims("query")

@@ -31,6 +31,7 @@ __all__ = [
     "BINDINGS",
     "DOMAIN_NPU",
     "DOMAIN_OWN",
+    "EXPANDED",
     "INT64_MAX",
     "KV_CACHE_PACK",
     "KV_CACHE_WRITE",
@@ -289,6 +290,8 @@ ALL_OPS: Final = (
     KV_CACHE_WRITE,
 )
 
+# No GE operator of their own: the parser plug-in expands them to built-in ones.
+EXPANDED: Final = (KV_CACHE_PACK, KV_CACHE_WRITE)
 
 BINDINGS: Final = (
     Binding(

@@ -173,6 +173,14 @@ constexpr const char* kKvCachePackCompanions[] = {"rope_dtype"};
 constexpr OpTable kKvCachePack = {"KvCachePack", "sfa_onnx", "PartitionedCall",
     kKvCachePackInputs, 4, kKvCachePackAttributes, 1, kKvCachePackCompanions, 1, 1};
 
+constexpr InputSpec kKvCacheWriteInputs[] = {
+    {"pages", true},
+    {"rows", true},
+    {"slot_mapping", true},
+};
+constexpr OpTable kKvCacheWrite = {"KvCacheWrite", "sfa_onnx", "PartitionedCall",
+    kKvCacheWriteInputs, 3, nullptr, 0, nullptr, 0, 1};
+
 }  // namespace sfa_onnx
 
 #endif  // SFA_ONNX_ASCEND_ATTRIBUTE_TABLE_H_

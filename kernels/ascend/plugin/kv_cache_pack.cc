@@ -1,10 +1,6 @@
 #include "kv_cache_pack.h"
 
-#include <cstring>
-#include <utility>
-
-#include "graph/operator_factory.h"
-#include "graph/tensor.h"
+#include "expansion.h"
 #include "log.h"
 
 namespace sfa_onnx {
@@ -16,123 +12,9 @@ constexpr size_t kScale = 2;
 constexpr size_t kClip = 3;
 constexpr float kInverse127 = 1.0F / 127.0F;
 // Attributes that carry the node's facts from parsing to expansion.
-const char* const kOriginalType = "original_type";  // the parser finds the expansion by it
 const char* const kInputMask = "sfa_input_mask";
 const char* const kTileSize = "tile_size";
 const char* const kRopeType = "rope_dtype";
-
-// Makes the nodes of one expansion; the first failure is remembered and ends the work.
-class Builder {
- public:
-  Builder(std::string prefix, const char* node) : prefix_(std::move(prefix)), node_(node) {}
-
-  ge::Operator Make(const char* type, const char* suffix) {
-    const std::string name = prefix_ + "_" + suffix;
-    ge::Operator op = ge::OperatorFactory::CreateOperator(name.c_str(), type);
-    ge::AscendString made;
-    if (op.GetName(made) != ge::GRAPH_SUCCESS || made.GetString() == nullptr ||
-        name != made.GetString()) {
-      if (ok_)
-        SFA_LOG_ERROR(node_, "KvCachePack needs GE operator %s, which has no prototype", type);
-      ok_ = false;
-    }
-    return op;
-  }
-
-  ge::Operator Data(size_t index) {
-    const std::string suffix = "input" + std::to_string(index);
-    ge::Operator data = Make("Data", suffix.c_str());
-    data.SetAttr("index", static_cast<int64_t>(index));
-    inputs_.push_back(data);
-    return data;
-  }
-
-  template <typename T>
-  ge::Operator Const(const char* suffix, ge::DataType type, const std::vector<T>& values,
-                     bool scalar = false) {
-    std::vector<int64_t> dims;
-    if (!scalar) dims.push_back(static_cast<int64_t>(values.size()));
-    const ge::TensorDesc desc(ge::Shape(dims), ge::FORMAT_ND, type);
-    const ge::Tensor tensor(desc, reinterpret_cast<const uint8_t*>(values.data()),
-                            values.size() * sizeof(T));
-    ge::Operator constant = Make("Const", suffix);
-    constant.SetAttr("value", tensor);
-    return constant;
-  }
-
-  ge::Operator Unary(const char* type, const char* suffix, const ge::Operator& x) {
-    ge::Operator op = Make(type, suffix);
-    op.SetInput("x", x);
-    return op;
-  }
-
-  ge::Operator Binary(const char* type, const char* suffix, const ge::Operator& x1,
-                      const ge::Operator& x2) {
-    ge::Operator op = Make(type, suffix);
-    op.SetInput("x1", x1);
-    op.SetInput("x2", x2);
-    return op;
-  }
-
-  ge::Operator Cast(const char* suffix, const ge::Operator& x, ge::DataType type) {
-    ge::Operator op = Unary("Cast", suffix, x);
-    op.SetAttr("dst_type", static_cast<int64_t>(type));
-    return op;
-  }
-
-  ge::Operator Reshape(const char* suffix, const ge::Operator& x, const ge::Operator& shape) {
-    ge::Operator op = Unary("Reshape", suffix, x);
-    op.SetInput("shape", shape);
-    return op;
-  }
-
-  ge::Operator Concat(const char* suffix, const std::vector<ge::Operator>& parts, int64_t axis) {
-    ge::Operator op = Make("ConcatD", suffix);
-    op.DynamicInputRegister("x", static_cast<uint32_t>(parts.size()));
-    for (size_t i = 0; i < parts.size(); ++i) {
-      const std::string port = "x" + std::to_string(i);
-      op.SetInput(port.c_str(), parts[i]);
-    }
-    op.SetAttr("concat_dim", axis);
-    op.SetAttr("N", static_cast<int64_t>(parts.size()));
-    return op;
-  }
-
-  ge::Operator Slice(const char* suffix, const ge::Operator& x, int64_t begin, int64_t end,
-                     int64_t axis) {
-    const std::string base(suffix);
-    ge::Operator op = Unary("StridedSliceV2", suffix, x);
-    op.SetInput("begin", Const<int64_t>((base + "_begin").c_str(), ge::DT_INT64, {begin}));
-    op.SetInput("end", Const<int64_t>((base + "_end").c_str(), ge::DT_INT64, {end}));
-    op.SetInput("axes", Const<int64_t>((base + "_axes").c_str(), ge::DT_INT64, {axis}));
-    op.SetInput("strides", Const<int64_t>((base + "_step").c_str(), ge::DT_INT64, {1}));
-    return op;
-  }
-
-  // [lead ..., tail ...] where `lead` are the dims of x but the last.
-  ge::Operator ShapeWith(const char* suffix, const ge::Operator& lead, std::vector<int64_t> tail) {
-    const std::string base(suffix);
-    const ge::Operator end = Const<int64_t>((base + "_tail").c_str(), ge::DT_INT64, tail);
-    return Concat(suffix, {lead, end}, 0);
-  }
-
-  // The bytes of x, [..., n * itemsize] int8.
-  ge::Operator Bytes(const char* suffix, const ge::Operator& x, const ge::Operator& rows) {
-    const std::string base(suffix);
-    ge::Operator bits = Unary("Bitcast", (base + "_bits").c_str(), x);
-    bits.SetAttr("type", ge::DT_INT8);
-    return Reshape(suffix, bits, rows);
-  }
-
-  const std::vector<ge::Operator>& inputs() const { return inputs_; }
-  bool ok() const { return ok_; }
-
- private:
-  std::string prefix_;
-  const char* node_;
-  std::vector<ge::Operator> inputs_;
-  bool ok_ = true;
-};
 
 struct Quantised {
   ge::Operator rows;    // [..., C] int8
@@ -244,10 +126,9 @@ domi::Status ExpandKvCachePack(const ge::Operator& node, ge::Graph& graph) {
   }
   (void)node.GetAttr(kRopeType, rope_type);
   const char* rope = rope_type.GetString() == nullptr ? "" : rope_type.GetString();
-  Builder b(name.GetString(), name.GetString());
+  Builder b("KvCachePack", name.GetString());
   const ge::Operator nope = b.Data(kNope);
-  ge::Operator whole = b.Unary("Shape", "shape", nope);
-  whole.SetAttr("dtype", static_cast<int64_t>(ge::DT_INT64));
+  const ge::Operator whole = b.Shape("shape", nope);
   const ge::Operator lead = b.Slice("lead", whole, 0, -1, 0);
   const ge::Operator rows = b.ShapeWith("row_shape", lead, {-1});
   const ge::Operator rope_rows = RopeBytes(b, rope, rows);
@@ -259,11 +140,7 @@ domi::Status ExpandKvCachePack(const ge::Operator& node, ge::Graph& graph) {
     parts = {q.rows, rope_rows, b.Bytes("scale_rows", q.scales, rows)};
   }
   const ge::Operator packed = b.Concat("packed", parts, -1);
-  if (!b.ok()) return domi::FAILED;
-  std::vector<std::pair<ge::Operator, std::vector<size_t>>> outputs;
-  outputs.emplace_back(packed, std::vector<size_t>{0});
-  graph.SetInputs(b.inputs()).SetOutputs(outputs);
-  return domi::SUCCESS;
+  return b.Finish(packed, graph) ? domi::SUCCESS : domi::FAILED;
 }
 
 }  // namespace sfa_onnx

@@ -5,6 +5,7 @@
 #include "register/register.h"
 
 #include "kv_cache_pack.h"
+#include "kv_cache_write.h"
 #include "log.h"
 #include "parse.h"
 
@@ -91,6 +92,13 @@ REGISTER_CUSTOM_OP(sfa_onnx::kKvCachePack.ge_type)
     .OriginOpType(sfa_onnx::OriginTypes(sfa_onnx::kKvCachePack))
     .ParseParamsByOperatorFn(sfa_onnx::ParseKvCachePack)
     .ParseOpToGraphFn(sfa_onnx::ExpandKvCachePack)
+    .ImplyType(ImplyType::TVM);
+
+REGISTER_CUSTOM_OP(sfa_onnx::kKvCacheWrite.ge_type)
+    .FrameworkType(ONNX)
+    .OriginOpType(sfa_onnx::OriginTypes(sfa_onnx::kKvCacheWrite))
+    .ParseParamsByOperatorFn(sfa_onnx::ParseKvCacheWrite)
+    .ParseOpToGraphFn(sfa_onnx::ExpandKvCacheWrite)
     .ImplyType(ImplyType::TVM);
 
 }  // namespace domi

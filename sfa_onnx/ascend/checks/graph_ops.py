@@ -161,7 +161,8 @@ def _scatter(ctx: Context, node: Node) -> Iterator[Finding]:
             " bfloat16 unless TensorScatterUpdateFusionPass (documented from 9.0 for A2 and 950,"
             " not for bool and int32) makes it TensorMove and ScatterNdUpdate",
             [node],
-            "keep the cache update outside the .om, or hand over only the new rows",
+            "write pages by sfa_onnx::KvCacheWrite, which becomes ScatterNdUpdate in place"
+            " (`kv-cache --to paged-int8` does), or hand over only the new rows",
         )
 
 

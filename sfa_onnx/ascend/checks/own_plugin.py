@@ -12,9 +12,10 @@ from onnx import AttributeProto, NodeProto
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.finding import Finding, misread, refused
 from sfa_onnx.ascend.checks.plugin import Plugin
+from sfa_onnx.ascend.flavour.cache_writes import writes_padding
 from sfa_onnx.files.onnx_attrs import find_attribute
 from sfa_onnx.operator.contract import OpContract
-from sfa_onnx.operator.op import KV_CACHE_PACK
+from sfa_onnx.operator.op import KV_CACHE_PACK, KV_CACHE_WRITE
 
 __all__ = ["refusals"]
 
@@ -53,6 +54,33 @@ def refusals(ctx: Context, node: Node) -> Iterator[Finding]:
         )
     if plugin.contract is not None and ctx.takes_as_is(node):
         yield from _rounded(plugin.contract, node)
+        if plugin.contract is KV_CACHE_WRITE and not problems:
+            yield from _written(ctx, node)
+
+
+def _written(ctx: Context, node: Node) -> Iterator[Finding]:
+    """Where ScatterNdUpdate is not known to do what the contract says."""
+    if writes_padding(ctx.rewrite_scope(node.scope), node.proto):
+        yield misread(
+            "cache-write-padding",
+            "warning",
+            "negative slots mean padding, but become indices of ScatterNdUpdate, which is not"
+            " documented to skip them",
+            node.name,
+            hint="run `sfa-onnx atc`, which replaces padding in front of the node",
+            evidence="documented",
+        )
+    dims = ctx.view.shape(node.scope, node.proto.input[2])
+    if dims is None or list(dims) != [1]:
+        yield misread(
+            "cache-write-order",
+            "info",
+            "of two rows for one slot the last is to stay; CANN documents no order of"
+            " ScatterNdUpdate's updates",
+            node.name,
+            hint="give each new token a slot of its own, as serving engines do",
+            evidence="documented",
+        )
 
 
 def _rounded(contract: OpContract, node: Node) -> Iterator[Finding]:

@@ -8,19 +8,19 @@ from typing import Final
 
 from sfa_onnx.errors import UsageError
 from sfa_onnx.operator.contract import OpContract
-from sfa_onnx.operator.op import BINDINGS, KV_CACHE_PACK, Binding
+from sfa_onnx.operator.op import BINDINGS, EXPANDED, KV_CACHE_PACK, KV_CACHE_WRITE, Binding
 
-__all__ = ["OWN_PLUGINS", "PACK_EXPANSION", "Plugin", "parse_plugin"]
+__all__ = ["EXPANSIONS", "OWN_PLUGINS", "Plugin", "parse_plugin"]
 
 _DEFAULT_OPSETS: Final = range(11, 19)
-# What the plug-in makes of a KvCachePack, all modes together.
-PACK_EXPANSION: Final = (
-    "Abs", "Bitcast", "Cast", "ConcatD", "DivNoNan", "Maximum", "Minimum", "Mul", "Neg",
-    "ReduceMax", "Reshape", "Round", "Shape", "StridedSliceV2",
-)  # fmt: skip
-_PACK: Final = Binding(
-    "pack", KV_CACHE_PACK, KV_CACHE_PACK.name, "PartitionedCall", ("output",), "CANN 8.5.0"
-)
+# What the plug-in makes of the operators it expands, all modes of each together.
+EXPANSIONS: Final = {
+    KV_CACHE_PACK.name: (
+        "Abs", "Bitcast", "Cast", "ConcatD", "DivNoNan", "Maximum", "Minimum", "Mul", "Neg",
+        "ReduceMax", "Reshape", "Round", "Shape", "StridedSliceV2",
+    ),
+    KV_CACHE_WRITE.name: ("ConcatD", "Reshape", "ScatterNdUpdate", "Shape", "StridedSliceV2"),
+}  # fmt: skip
 _KEY = re.compile(r"([\w.]+)::(\d+)(?:\.\.(\d+))?::(\w+)(?:\((\d+)(?:,(\d+))?\))?")
 
 
@@ -43,7 +43,12 @@ class Plugin:
     outputs: int | None = None  # of the GE prototype
 
 
-def _own(binding: Binding, expands_to: tuple[str, ...] = ()) -> Plugin:
+def _expanded(contract: OpContract) -> Binding:
+    outputs = tuple(t.name for t in contract.outputs)
+    return Binding(contract.name, contract, contract.name, "PartitionedCall", outputs, "CANN 8.5.0")
+
+
+def _own(binding: Binding) -> Plugin:
     contract = binding.contract
     keys = {(contract.domain, 1), *(("ai.onnx", v) for v in _DEFAULT_OPSETS)}
     required = sum(not t.optional for t in contract.inputs)
@@ -55,16 +60,13 @@ def _own(binding: Binding, expands_to: tuple[str, ...] = ()) -> Plugin:
         attributes,  # all of them: the plug-in does not let a GE default win in silence
         contract,
         binding.ge_type,
-        frozenset(("rope_dtype", "scale_value_exact")),
-        expands_to,
+        frozenset(("rope_dtype", "scale_value_exact") if contract.attributes else ()),
+        EXPANSIONS.get(contract.name, ()),
         len(binding.ge_outputs),
     )
 
 
-OWN_PLUGINS: Final = (
-    *(_own(b) for b in BINDINGS),
-    _own(_PACK, PACK_EXPANSION),
-)
+OWN_PLUGINS: Final = tuple(_own(b) for b in (*BINDINGS, *map(_expanded, EXPANDED)))
 
 
 def parse_plugin(text: str) -> Plugin:

@@ -49,6 +49,8 @@ _PARSE: Final = {
 # Meaning: accepted, but another graph comes out.
 _MEANING: Final = {
     "attribute-ignored": "an attribute the plug-in never reads",
+    "cache-write-order": "KvCacheWrite: which of two rows for one slot stays is not documented",
+    "cache-write-padding": "KvCacheWrite that may meet negative slots",
     "cast-dtype": "Cast to a dtype the plug-in maps to undefined",
     "constant-form": "Constant given otherwise than as a tensor: empty",
     "constant-of-shape-value": "ConstantOfShape whose value lies in a typed field: lost",

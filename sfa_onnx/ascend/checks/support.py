@@ -21,9 +21,10 @@ from sfa_onnx.ascend.checks.facts import (
     registered_versions,
 )
 from sfa_onnx.ascend.checks.finding import Finding, Severity, SupportRow
-from sfa_onnx.ascend.checks.plugin import PACK_EXPANSION
+from sfa_onnx.ascend.checks.plugin import EXPANSIONS
 from sfa_onnx.ascend.checks.routes import Route, route
 from sfa_onnx.ascend.chips import family_of
+from sfa_onnx.operator.op import KV_CACHE_PACK, KV_CACHE_WRITE
 
 __all__ = ["FAMILIES", "cell", "families", "layer_summary", "support_findings", "support_rows"]
 
@@ -131,7 +132,10 @@ def _cells(ctx: Context, kind: _Kind, way: Route, family: str) -> list[Cell]:
     line = ctx.cann.version
     # Of the inner nodes of an expansion only the first one's types are those of the node.
     several = len(way.types) > 1
-    pack = kind.ge_types == PACK_EXPANSION
+    if kind.ge_types == EXPANSIONS[KV_CACHE_WRITE.name]:  # the rest are views and their shapes
+        pages, _, slots = (*kind.dtypes, "", "", "")[:3]
+        return [cell("ScatterNdUpdate", (pages, slots, pages), family, line)]
+    pack = kind.ge_types == EXPANSIONS[KV_CACHE_PACK.name]
     made = []
     names = _pack_types(way.types, family) if pack else way.types
     for place, name in enumerate(names):

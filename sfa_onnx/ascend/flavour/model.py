@@ -18,6 +18,7 @@ from onnx import GraphProto, ModelProto, TensorProto
 from sfa_onnx.ascend.cann import cann as line_of
 from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
 from sfa_onnx.ascend.flavour import form
+from sfa_onnx.ascend.flavour.cache_writes import PaddedWrites
 from sfa_onnx.ascend.flavour.downlevel import MAX_OPSET, MIN_OPSET, to_opset
 from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour.norms import fuse_norms, readable_norms
@@ -159,6 +160,8 @@ def _rewrite(
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
     result.notes += narrow_rows(work, ours.wide, facts)
+    padded = apply(work, (PaddedWrites(),), facts, names, target)
+    _note(result, padded, "cache writes whose padding repeats a token that has a slot")
     _move_vendor_nodes(work.graph)
     tied = form.feed_constant_outputs(work, names, facts, target)
     result.notes += [f"output {name}: constants only, tied to an input" for name in tied]

@@ -18,6 +18,7 @@ from sfa_onnx.operator.op import (
     ALL_OPS,
     BINDINGS,
     DOMAIN_NPU,
+    EXPANDED,
     KV_CACHE_PACK,
     KV_QUANT_SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
@@ -162,7 +163,7 @@ class ToAtc:
         self._check_inputs(made, contract)
         if op is KV_CACHE_PACK:
             return self._pack(scope, made)
-        if self.npu_dtype is None:
+        if self.npu_dtype is None or op in EXPANDED:
             return [made]
         return self._cast(scope, made, contract)
 

@@ -13,13 +13,15 @@ from sfa_onnx.ascend.flavour.scope import Facts
 from sfa_onnx.errors import ContractError
 from sfa_onnx.files.onnx_attrs import find_attribute
 from sfa_onnx.operator.contract import PackedRow
-from sfa_onnx.operator.op import BINDINGS, KV_CACHE_PACK
+from sfa_onnx.operator.op import BINDINGS, KV_CACHE_PACK, KV_CACHE_WRITE
 
 __all__ = ["narrow_rows", "wide_row"]
 
 _FLOAT32 = 4  # bytes
 # What may lie between a cache input and our operator without looking into the rows.
-_CARRIERS = frozenset({"Concat", "ScatterND", "ScatterElements", "Identity", "Gather"})
+_CARRIERS = frozenset(
+    {"Concat", "ScatterND", "ScatterElements", "Identity", "Gather", KV_CACHE_WRITE.name}
+)
 _OURS = frozenset({b.atc_type for b in BINDINGS} | {KV_CACHE_PACK.name})
 
 

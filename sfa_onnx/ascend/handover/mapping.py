@@ -15,12 +15,13 @@ from onnx import GraphProto, ModelProto, NodeProto
 
 from sfa_onnx.ascend.flavour.nodes import is_ours
 from sfa_onnx.files.model import load_model
-from sfa_onnx.operator.op import BINDINGS, KV_CACHE_PACK
+from sfa_onnx.operator.op import BINDINGS, EXPANDED
 
 __all__ = ["find_original", "mapping"]
 
 MAPPING_VERSION = 1
-_GE_TYPES = {b.atc_type: b.ge_type for b in BINDINGS} | {KV_CACHE_PACK.name: "(expanded)"}
+_GE_TYPES = {b.atc_type: b.ge_type for b in BINDINGS}
+_GE_TYPES |= dict.fromkeys((op.name for op in EXPANDED), "(expanded)")
 
 
 def find_original(path: Path) -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sfa_onnx.ascend.flavour.nodes import EXACT_SUFFIX, ROPE_DTYPE
 from sfa_onnx.operator.contract import Attribute, OpContract
-from sfa_onnx.operator.op import BINDINGS, DOMAIN_OWN, KV_CACHE_PACK
+from sfa_onnx.operator.op import BINDINGS, EXPANDED, KV_CACHE_PACK
 
 __all__ = ["CPP_TABLE", "PYTHON_TABLE", "cpp_table", "python_table"]
 
@@ -27,12 +27,13 @@ def _ops() -> Iterator[tuple[str, OpContract, str, int]]:
     """(ONNX node type, contract, GE type, its outputs) of everything the plug-in registers."""
     for binding in BINDINGS:
         yield binding.atc_type, binding.contract, binding.ge_type, len(binding.ge_outputs)
-    yield KV_CACHE_PACK.name, KV_CACHE_PACK, "PartitionedCall", len(KV_CACHE_PACK.outputs)
+    for contract in EXPANDED:
+        yield contract.name, contract, "PartitionedCall", len(contract.outputs)
 
 
 def _companions(contract: OpContract) -> list[str]:
     names = [a.name + EXACT_SUFFIX for a in contract.attributes if a.kind == "float"]
-    return names + ([ROPE_DTYPE] if contract.domain == DOMAIN_OWN else [])
+    return names + ([ROPE_DTYPE] if contract is KV_CACHE_PACK else [])
 
 
 def _tuple(names: list[str]) -> str:
@@ -50,9 +51,11 @@ def _cpp_op(onnx_type: str, contract: OpContract, ge_type: str, outputs: int) ->
     lines += [
         f'    {{"{t.name}", {"false" if t.optional else "true"}}},' for t in contract.ge_inputs
     ]
-    lines += ["};", f"constexpr AttributeSpec {base}Attributes[] = {{"]
-    lines += [_attribute(a) for a in contract.attributes]
     lines.append("};")
+    if contract.attributes:
+        lines.append(f"constexpr AttributeSpec {base}Attributes[] = {{")
+        lines += [*(_attribute(a) for a in contract.attributes), "};"]
+    attributes = f"{base}Attributes" if contract.attributes else "nullptr"
     companions = _companions(contract)
     if companions:
         names = ", ".join(f'"{c}"' for c in companions)
@@ -60,7 +63,7 @@ def _cpp_op(onnx_type: str, contract: OpContract, ge_type: str, outputs: int) ->
     extra = f"{base}Companions, {len(companions)}" if companions else "nullptr, 0"
     lines += [
         f'constexpr OpTable {base} = {{"{onnx_type}", "{contract.domain}", "{ge_type}",',
-        f"    {base}Inputs, {len(contract.ge_inputs)}, {base}Attributes,"
+        f"    {base}Inputs, {len(contract.ge_inputs)}, {attributes},"
         f" {len(contract.attributes)}, {extra}, {outputs}}};",
         "",
     ]
@@ -116,7 +119,7 @@ def python_table() -> str:
     """The text of `_tables.py`, the same facts for GE's Python plug-in interface."""
     lines = [f'"""{_NOTE}"""', "", "OPS = ("]
     for onnx_type, contract, ge_type, outputs in _ops():
-        if contract is KV_CACHE_PACK:
+        if contract in EXPANDED:
             continue  # that interface cannot expand a node to a graph
         lines += [
             "    {",

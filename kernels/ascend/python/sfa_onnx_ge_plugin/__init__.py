@@ -2,7 +2,7 @@
 
 The twin of the C++ plug-in, for machines without a compiler: put the folder that holds this package
 on ASCEND_CUSTOM_OPP_PATH *instead of* the vendor folder of the C++ plug-in (both register the same
-keys). The interface maps one node to one operator, so `KvCachePack` needs the C++ plug-in.
+keys). The interface maps one node to one operator: `KvCachePack`, `KvCacheWrite` need the C++ one.
 """
 
 import math
