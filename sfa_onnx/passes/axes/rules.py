@@ -99,7 +99,7 @@ def _split(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
 
 def _sequence_at(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A part of SplitToSequence with given sizes: what Split has as an output."""
-    maker = tracer.index.origin(node.input[0])
+    maker = tracer.index.real_maker(node.input[0])
     if maker is None or maker.op_type != "SplitToSequence" or len(maker.input) < 2:
         return None
     parts, which = tracer.sizes.value(maker.input[1]), tracer.scalar(node.input[1])
@@ -213,7 +213,7 @@ def _mul(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
         ):
             return Scaled(Ref(value, ref.coords), factor)
     for value, other in ((a, b), (b, a)):
-        over = tracer.index.origin(other)
+        over = tracer.index.real_maker(other)
         if over is not None and over.op_type == "Reciprocal":
             divisor = tracer.operand(over.input[0], ref.coords)
             return Product(tracer.operand(value, ref.coords), divisor, inverse=True)
@@ -224,7 +224,7 @@ def _div(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     divisor = tracer.scalar(node.input[1])
     same = tracer.shape(node.input[0]) == tracer.shape(ref.value)
     if divisor is None and is_float(tracer.sizes.elem_type(ref.value)):
-        over = tracer.index.origin(node.input[1])
+        over = tracer.index.real_maker(node.input[1])
         if over is not None and over.op_type == "Reciprocal":  # a / (1 / b)
             names, inverse = (node.input[0], over.input[0]), False
         else:
@@ -254,13 +254,13 @@ def _scrubbed(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
 def _tests_nan(tracer: Tracing, condition: str, value: str, holds: bool) -> bool:
     """Whether a condition says `holds` exactly where `value` is NaN: IsNaN(x), x != x."""
     index = tracer.index
-    test = index.origin(condition)
+    test = index.real_maker(condition)
     while test is not None and test.op_type in ("Cast", "Not"):  # bool to bool, or turned
         holds = holds != (test.op_type == "Not")
-        test = index.origin(test.input[0])
+        test = index.real_maker(test.input[0])
     if test is None or test.op_type not in ("IsNaN", "Equal"):
         return False
-    same = {index.source(n) for n in test.input} == {index.source(value)}
+    same = {index.unaliased(n) for n in test.input} == {index.unaliased(value)}
     return same and holds == (test.op_type == "IsNaN")
 
 

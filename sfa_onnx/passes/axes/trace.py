@@ -315,13 +315,13 @@ class Tracer:
 
     def _wrapped(self, node: onnx.NodeProto, size: int) -> str:
         """The x of where(x < 0, x + size, x), as some libraries wrap indices before a gather."""
-        test, shifted = (self.index.origin(n) for n in node.input[:2])
+        test, shifted = (self.index.real_maker(n) for n in node.input[:2])
         if not size or test is None or shifted is None:
             return ""
         if (test.op_type, shifted.op_type) != ("Less", "Add"):
             return ""
-        own = self.index.source(node.input[2])
-        same = {self.index.source(n.input[0]) for n in (test, shifted)} == {own}
+        own = self.index.unaliased(node.input[2])
+        same = {self.index.unaliased(n.input[0]) for n in (test, shifted)} == {own}
         zero, by = self.sizes.scalar(test.input[1]), self.sizes.scalar(shifted.input[1])
         return own if same and zero == 0 and by == size else ""
 

@@ -91,7 +91,7 @@ def all_written(tracer: Tracing, node: onnx.NodeProto) -> list[str]:
         parts.setdefault(low, here.input[2])
         if len(parts) * size == tracer.shape(node.input[0])[axis]:
             return [parts[at] for at in sorted(parts)]
-        here = tracer.index.origin(here.input[0])
+        here = tracer.index.real_maker(here.input[0])
     return []
 
 
@@ -109,10 +109,10 @@ def assigned_where(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> tuple[Ref
     index = tracer.index
     if node.op_type != "ScatterND" or attributes(node).get("reduction", "none") != "none":
         return None
-    chain = index.origin(node.input[1])
+    chain = index.real_maker(node.input[1])
     if chain is None or chain.op_type != "Transpose":
         return None
-    nonzero = index.origin(chain.input[0])
+    nonzero = index.real_maker(chain.input[0])
     if nonzero is None or nonzero.op_type != "NonZero":
         return None
     mask = nonzero.input[0]
@@ -128,9 +128,9 @@ def assigned_where(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> tuple[Ref
 
 def _picked(tracer: Tracing, update: str, points: str, ref: Ref) -> Ref | None:
     """The element of which `y[mask]` (GatherND at the same points) is made."""
-    gather = tracer.index.origin(update)
+    gather = tracer.index.real_maker(update)
     if gather is None or gather.op_type != "GatherND" or attributes(gather).get("batch_dims", 0):
         return None
-    same = tracer.index.source(gather.input[1]) == tracer.index.source(points)
+    same = tracer.index.unaliased(gather.input[1]) == tracer.index.unaliased(points)
     whole = tracer.shape(gather.input[0])
     return Ref(gather.input[0], ref.coords) if same and len(whole) == len(ref.coords) else None

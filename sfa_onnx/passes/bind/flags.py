@@ -14,7 +14,7 @@ _VIEWS = ("Cast", "Identity", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Trans
 
 def flags(tracer: Tracer, value: str) -> bool:
     """Whether `value` is a cast of a bool tensor: nothing but 0 and 1."""
-    node = tracer.index.origin(value)
+    node = tracer.index.real_maker(value)
     return (
         node is not None
         and node.op_type == "Cast"

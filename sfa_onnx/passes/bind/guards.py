@@ -137,8 +137,10 @@ def zeroing(tracer: Tracer, node: onnx.NodeProto) -> tuple[str, str, bool] | Non
         zero = next((t for t, n in branches.items() if tracer.fill(n) == 0), None)
         found = None if zero is None else (branches[not zero], node.input[0], zero)
     elif node.op_type == "ScatterND" and tracer.fill(node.input[2]) == 0:
-        chain = tracer.index.origin(node.input[1])
-        nonzero = tracer.index.origin(chain.input[0]) if chain is not None and chain.input else None
+        chain = tracer.index.real_maker(node.input[1])
+        nonzero = (
+            tracer.index.real_maker(chain.input[0]) if chain is not None and chain.input else None
+        )
         if nonzero is not None and nonzero.op_type == "NonZero":
             found = (node.input[0], nonzero.input[0], True)
     if found is None or tracer.shape(found[0]) != tracer.shape(node.output[0]):

@@ -253,7 +253,7 @@ def _at_view(
 
 def _leaf(tracer: Tracer, ref: Ref, positive: bool) -> Visible:
     if not _is_bool(tracer, ref.value) and not is_table(tracer, ref.value):
-        maker = tracer.index.origin(ref.value)
+        maker = tracer.index.real_maker(ref.value)
         if maker is not None and maker.op_type.startswith("Reduce"):
             raise Stop(
                 f"the mask {ref.value} joins several flags by {maker.op_type}, and no selection is"
@@ -387,10 +387,10 @@ def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Liter
 def scatters_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None:
     """The bool mask of `x[mask] = -inf`, exported as NonZero, Transpose, ScatterND."""
     index = tracer.index
-    chain = index.origin(node.input[1])
+    chain = index.real_maker(node.input[1])
     if chain is None or chain.op_type != "Transpose":
         return None
-    nonzero = index.origin(chain.input[0])
+    nonzero = index.real_maker(chain.input[0])
     if nonzero is None or nonzero.op_type != "NonZero" or not is_hidden(tracer, node.input[2]):
         return None
     mask = nonzero.input[0]

@@ -41,11 +41,11 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
         Stop: it is not the operator's mathematics, or not recognisably so.
         NotASite: nothing selects keys.
     """
-    if anchor.padded:
+    if anchor.extra_divisor:
         raise Stop(
-            f"the exponentials are divided by {anchor.padded}, which is not their plain sum (an"
-            " epsilon, a floor or a sink)",
-            anchor.padded,
+            f"the exponentials are divided by {anchor.extra_divisor}, which is not their plain sum"
+            " (an epsilon, a floor or a sink)",
+            anchor.extra_divisor,
             "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
         )
     if anchor.form.startswith("com.microsoft"):

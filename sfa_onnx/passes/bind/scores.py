@@ -192,13 +192,13 @@ def _added(
 def _less_maximum(tracer: Tracer, node: onnx.NodeProto) -> bool:
     """S - max(s) over the last axis, which a softmax over that axis does not see."""
     index = tracer.index
-    top = index.origin(node.input[1])
+    top = index.real_maker(node.input[1])
     if top is None or top.op_type != "ReduceMax" or not attributes(top).get("keepdims", 1):
         return False
     given = index.constant(top.input[1]) if len(top.input) > 1 and top.input[1] else None
     axes = attributes(top).get("axes") if given is None else np.asarray(given).reshape(-1).tolist()
     last = len(tracer.shape(node.input[0])) - 1
-    same = index.source(top.input[0]) == index.source(node.input[0])
+    same = index.unaliased(top.input[0]) == index.unaliased(node.input[0])
     return same and axes is not None and [int(a) % (last + 1) for a in axes] == [last]
 
 
@@ -228,7 +228,7 @@ def _where(
 
 def sums_products(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether this is (a * b).sum(axis), a contraction written out."""
-    made = index.origin(node.input[0]) if node.op_type == "ReduceSum" else None
+    made = index.real_maker(node.input[0]) if node.op_type == "ReduceSum" else None
     return made is not None and made.op_type == "Mul"
 
 

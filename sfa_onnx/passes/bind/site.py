@@ -49,7 +49,7 @@ class Anchor:
     """A normalisation: weights = softmax(factor * scores) along `axis`.
 
     `mask`: what the exponentials are multiplied by before they are summed, 0 or 1 per key.
-    `padded`: the divisor where it is more than the sum of the exponentials.
+    `extra_divisor`: the divisor where it is more than the sum of the exponentials.
     `keeps`: whether that mask is true (1) where a key stays.
     `inner`: the softmax that is normalised once more; -1: there is none.
     `divided`: the node that divides the weighted sum by the sum of the weights, where the graph
@@ -64,7 +64,7 @@ class Anchor:
     form: str = "Softmax"
     divided: int | None = None
     mask: str = ""
-    padded: str = ""
+    extra_divisor: str = ""
     keeps: bool = True
     inner: int = -1
     region: AttentionRegion | None = None

@@ -158,7 +158,7 @@ def prefix_sums(index: GraphIndex, value: str) -> bool:
     if node is None or node.op_type not in ("Concat", "Pad") or _summed(index, value):
         return False
     for name in node.input:
-        cut = index.origin(name)
+        cut = index.real_maker(name)
         if cut is not None and cut.op_type == "Slice" and follows_itself(index, cut.input[0]):
             return True
     return False

@@ -178,12 +178,12 @@ def _to_weights(
 def _behind_infinity(tracer: Tracer, anchor: Anchor, ref: Ref) -> Move | None:
     """Behind Where(weights are infinite, number, x), as nan_to_num leaves it: they never are."""
     index = tracer.index
-    node = index.origin(ref.value)
+    node = index.real_maker(ref.value)
     if node is None or node.op_type != "Where" or tracer.fill(node.input[1]) is None:
         return None
     tests = [node.input[0]]
     for name in tests:
-        test = index.origin(name)
+        test = index.real_maker(name)
         if test is not None and test.op_type in ("And", "Cast") and len(tests) < _TESTS:
             tests += test.input
         elif test is not None and test.op_type == "IsInf":

@@ -95,7 +95,7 @@ def _quotient(index: GraphIndex, node: onnx.NodeProto) -> tuple[str, str] | None
     if node.op_type == "Div":
         return node.input[0], node.input[1]
     for own, other in ((0, 1), (1, 0)):
-        inverse = index.origin(node.input[other])
+        inverse = index.real_maker(node.input[other])
         inverse = _behind(index, inverse, _SPREADS)
         if inverse is None:
             continue
@@ -119,7 +119,7 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     quotient = _quotient(index, node)
     if quotient is None:
         return None
-    above, mask = index.source(quotient[0]), ""
+    above, mask = index.unaliased(quotient[0]), ""
     exponential = _exponential(index, above)
     if exponential is None and (masked := _masked(index, above)) is not None:
         exponential, mask = masked
@@ -127,7 +127,7 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     if exponential is None or total is None:
         return None
     summed = _exponential(index, total.input[0])
-    same = index.source(total.input[0]) == above
+    same = index.unaliased(total.input[0]) == above
     if not same and (mask or summed is None or summed[0] != exponential[0]):
         return None
     axis = _axis(index, total)
@@ -138,7 +138,7 @@ def _divided(index: GraphIndex, i: int) -> Anchor | None:
     if scores == exponent and _chosen(index, quotient[1]):
         added = quotient[1]  # sums of exponentials that vanish are replaced, not those of no key
     weights = node.output[0]
-    return Anchor(i, scores, axis, weights, base, "exp / sum", mask=mask, padded=added)
+    return Anchor(i, scores, axis, weights, base, "exp / sum", mask=mask, extra_divisor=added)
 
 
 def _chosen(index: GraphIndex, value: str) -> bool:
@@ -157,20 +157,20 @@ def _divisor(index: GraphIndex, value: str) -> tuple[onnx.NodeProto | None, str]
     added = ""
     if total is not None and total.op_type in ("Add", "Clip", "Max"):  # sum + eps: to be refused
         added = total.output[0]
-        sums = (index.origin(n) for n in total.input if n)
+        sums = (index.real_maker(n) for n in total.input if n)
         total = next((n for n in sums if n is not None and n.op_type in _SUMS), None)
     return (total if total is not None and total.op_type in _SUMS else None), added
 
 
 def _unguarded(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
     """The sum of Where(sum == 0, number, sum): 0 / number is 0 as well."""
-    test = _behind(index, index.origin(node.input[0]), _COPIES)
+    test = _behind(index, index.real_maker(node.input[0]), _COPIES)
     if test is None or test.op_type not in ("Equal", "Greater", "LessOrEqual"):
         return None
     kept, other = node.input[:0:-1] if test.op_type != "Greater" else node.input[1:]
     if not _filled(index, other) or not _is_number(index, test.input[1], 0):
         return None
-    total, tested = (_behind(index, index.origin(n), _COPIES) for n in (kept, test.input[0]))
+    total, tested = (_behind(index, index.real_maker(n), _COPIES) for n in (kept, test.input[0]))
     if total is None or tested is None or total.op_type not in _SUMS:
         return None
     same = tested.op_type == total.op_type and tested.input[0] == total.input[0]
@@ -192,14 +192,14 @@ def _filled(index: GraphIndex, value: str) -> float | None:
 def _renormalised(index: GraphIndex, i: int) -> Anchor | None:
     """P * mask / sum(p * mask) of p = softmax(s): the softmax of what the mask leaves."""
     quotient = _quotient(index, index.nodes[i])
-    above = "" if quotient is None else index.source(quotient[0])
+    above = "" if quotient is None else index.unaliased(quotient[0])
     kept = _kept(index, above)
     if quotient is None or kept is None:
         return None
     total, added = _divisor(index, quotient[1])
     softmax, mask, keeps = kept
     axis = None if total is None else _axis(index, total)
-    if total is None or axis is None or index.source(total.input[0]) != above:
+    if total is None or axis is None or index.unaliased(total.input[0]) != above:
         return None
     node = index.nodes[softmax]
     own = int(attributes(node).get("axis", -1 if index.opsets.get("", 18) >= 13 else 1))
@@ -213,7 +213,7 @@ def _renormalised(index: GraphIndex, i: int) -> Anchor | None:
         index.nodes[i].output[0],
         form="softmax, divided by its sum",
         mask=mask,
-        padded=added,
+        extra_divisor=added,
         keeps=keeps,
         inner=softmax,
     )
@@ -221,12 +221,12 @@ def _renormalised(index: GraphIndex, i: int) -> Anchor | None:
 
 def _kept(index: GraphIndex, value: str) -> tuple[int, str, bool] | None:
     """(softmax, mask, which of its values keeps) of softmax(s) * mask or Where(mask, p, 0)."""
-    node = index.origin(value)
+    node = index.real_maker(value)
     if node is None or node.op_type not in ("Mul", "Where"):
         return None
     orders = ((0, 1), (1, 0)) if node.op_type == "Mul" else ((1, 2), (2, 1))
     for own, other in orders:
-        made = _behind(index, index.origin(node.input[own]), ("Cast",))
+        made = _behind(index, index.real_maker(node.input[own]), ("Cast",))
         if made is None or made.op_type != "Softmax":
             continue
         softmax = index.producer[made.output[0]]
@@ -251,9 +251,9 @@ def _lp_normalised(index: GraphIndex, i: int) -> Anchor | None:
 
 def _unshifted(index: GraphIndex, exponent: str) -> str:
     """The scores of an exponent from which their maximum is subtracted."""
-    shifted = index.origin(exponent)
+    shifted = index.real_maker(exponent)
     if shifted is not None and shifted.op_type == "Sub":
-        source = index.source(shifted.input[0])
+        source = index.unaliased(shifted.input[0])
         most = _unbounded(index, shifted.input[1])
         if most and _reaches(index, most, ("ReduceMax",), source):
             return str(shifted.input[0])
@@ -262,7 +262,7 @@ def _unshifted(index: GraphIndex, exponent: str) -> str:
 
 def _unbounded(index: GraphIndex, value: str) -> str:
     """The maximum behind its bounds; "" where scores reach one: all exponentials may be 0 then."""
-    node = _behind(index, index.origin(value), _SPREADS)
+    node = _behind(index, index.real_maker(value), _SPREADS)
     while node is not None and node.op_type in _BOUNDS:
         limits = {n: index.fill_value(n) for n in node.input if n}
         if any(x is not None and abs(x) < -HIDDEN for x in limits.values()):
@@ -271,13 +271,13 @@ def _unbounded(index: GraphIndex, value: str) -> str:
         if len(inner) != 1:
             return ""
         value = inner[0]
-        node = _behind(index, index.origin(value), _SPREADS)
+        node = _behind(index, index.real_maker(value), _SPREADS)
     return value
 
 
 def _masked(index: GraphIndex, value: str) -> tuple[tuple[int, str, float], str] | None:
     """The exponential and the mask of exp(x) * mask."""
-    node = index.origin(value)
+    node = index.real_maker(value)
     if node is None or node.op_type != "Mul":
         return None
     for own, other in ((0, 1), (1, 0)):
@@ -291,7 +291,7 @@ def _divided_afterwards(index: GraphIndex, i: int) -> Anchor | None:
     quotient = _quotient(index, index.nodes[i])
     if quotient is None or quotient[0] != index.nodes[i].input[0]:
         return None
-    product, total = index.origin(quotient[0]), index.origin(quotient[1])
+    product, total = index.real_maker(quotient[0]), index.real_maker(quotient[1])
     product = _behind(index, product, ("Cast", "Reshape", "Transpose", "Squeeze"))
     total = _behind(index, total, ("Cast", "Identity", "Unsqueeze", "Reshape", "Transpose"))
     if product is None or total is None or total.op_type not in _SUMS:
@@ -312,12 +312,12 @@ def _behind(
     index: GraphIndex, node: onnx.NodeProto | None, ops: tuple[str, ...]
 ) -> onnx.NodeProto | None:
     while node is not None and node.op_type in ops:
-        node = index.origin(node.input[0])
+        node = index.real_maker(node.input[0])
     return node
 
 
 def _same_exponential(index: GraphIndex, value: str, node: int) -> bool:
-    maker = _behind(index, index.origin(value), ("Expand",))
+    maker = _behind(index, index.real_maker(value), ("Expand",))
     found = None if maker is None else _exponential(index, maker.output[0])
     return found is not None and found[0] == node
 
@@ -329,7 +329,7 @@ def _less_logsumexp(index: GraphIndex, i: int) -> Anchor | None:
     if exponential is None:
         return None
     _, exponent, base = exponential
-    shifted = index.origin(exponent)
+    shifted = index.real_maker(exponent)
     if shifted is not None and shifted.op_type == "LogSoftmax" and base == 1:
         last = attributes(shifted).get("axis", -1 if index.opsets.get("", 18) >= 13 else 1)
         return Anchor(i, shifted.input[0], int(last), node.output[0], 1.0, "exp(log_softmax)")
@@ -361,7 +361,7 @@ def _reaches(
             continue
         seen.add(name)
         if node.op_type in ops:
-            return node if not source or index.source(node.input[0]) == source else None
+            return node if not source or index.unaliased(node.input[0]) == source else None
         if node.op_type in through:
             stack += node.input
     return None

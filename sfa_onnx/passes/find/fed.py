@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 
 import onnx
@@ -17,6 +18,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 __all__ = [
     "GATHERS",
     "PRODUCTS",
+    "Seen",
     "fed_by_selection",
     "is_weight",
     "picks_rows",
@@ -45,13 +47,20 @@ _SEEN, _DATA, _BEHIND = 20_000, 64, 24
 Root = tuple[str, int]  # a value, and how many products lie between it and the weights
 
 
-def fed_by_selection(tracer: Tracer, anchor: Anchor) -> str:
-    """Whether selected indices reach the attention through a gather or a scattered mask.
+class Seen(enum.Enum):
+    """What was seen of a selection upstream of an attention."""
 
-    Returns "surely", "perhaps" (only a comparison of indices was seen, as masks of packed
-    sequences have it too), "maybe" (rows are gathered by one row of indices from outside, as caches
-    are reordered for a beam search) or "".
-    """
+    NOTHING = "no selected indices"
+    GATHER = "rows gathered by one row of indices from outside, as a beam search reorders caches"
+    COMPARISON = "only a comparison of indices, as masks of packed sequences have it too"
+    SELECTION = "selected indices, in a gather or a scattered mask"
+
+    def __bool__(self) -> bool:
+        return self is not Seen.NOTHING
+
+
+def fed_by_selection(tracer: Tracer, anchor: Anchor) -> Seen:
+    """Whether selected indices reach the attention through a gather or a scattered mask."""
     index = tracer.index
     if not anchor.form.startswith(("Attention", "com.microsoft")):
         roots = [(anchor.scores, 0), (anchor.mask, 0), *_after(index, anchor.weights)]
@@ -79,12 +88,12 @@ def _after(index: GraphIndex, weights: str) -> list[Root]:
     return found
 
 
-def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
+def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> Seen:
     """As `fed_by_selection`, upstream of `roots`."""
     index = tracer.index
     stack = list(roots)
     seen: set[Root] = set()
-    perhaps, met = "", set[bool]()  # whether the products that make the scores have a weight
+    weakly, met = Seen.NOTHING, set[bool]()  # whether products that make the scores have a weight
     surely = bounded = False
     while stack:
         value, depth = stack.pop()
@@ -95,21 +104,21 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> str:
         if node is None:
             continue
         if depth and node.op_type == "Gather" and _selection(index, node.input[1]) == "row":
-            perhaps = perhaps or ("" if _is_table(index, node.input[0]) else "maybe")
+            weakly = weakly or (Seen.NOTHING if _is_table(index, node.input[0]) else Seen.GATHER)
         if not depth and node.op_type in PRODUCTS:
             met.add(any(is_weight(index, n) for n in node.input[:2]))
         if not depth and node.op_type in _ORDERS:
             bounded = bounded or bool(kth_best(index, node)) or _orders_indices(tracer, node)
         if depth and gathered_in_body(node, value, lambda a, b: _chooses(index, a, b)):
-            surely, perhaps = True, "perhaps"
+            surely = True
         if _selects(index, node, depth):
             surely = surely or node.op_type != "Equal"
-            perhaps = "perhaps"
+            weakly = Seen.COMPARISON
         if not surely or not depth:
             stack += _follow(index, node, depth)
     if met == {True}:
-        return ""  # a projection and a mask of its best, as in a router
-    return "surely" if surely or (bounded and False in met) else perhaps
+        return Seen.NOTHING  # a projection and a mask of its best, as in a router
+    return Seen.SELECTION if surely or (bounded and False in met) else weakly
 
 
 def _orders_indices(tracer: Tracer, node: onnx.NodeProto) -> bool:

@@ -14,6 +14,7 @@ from sfa_onnx.passes.candidate import Refusal, RefusedSite
 from sfa_onnx.passes.find.fed import (
     GATHERS,
     PRODUCTS,
+    Seen,
     is_weight,
     picks_rows,
     reaches_selection,
@@ -105,7 +106,7 @@ def operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
     """The two factors of a product, also of one that is written as Mul and ReduceSum."""
     if node.op_type in PRODUCTS:
         return list(node.input[:2])
-    made = index.origin(node.input[0]) if sums_products(index, node) else None
+    made = index.real_maker(node.input[0]) if sums_products(index, node) else None
     return list(made.input) if made is not None else []
 
 
@@ -163,7 +164,7 @@ def _between(index: GraphIndex, scores: int, weighted: int, other: str, nodes: s
 def _is_fed(tracer: Tracer, pair: _Pair) -> bool:
     names = operands(tracer.index, tracer.index.nodes[pair.scores])
     roots = [(n, 1) for n in (*names, pair.other) if n]
-    return reaches_selection(tracer, [*roots, *((n, 0) for n in pair.sides)]) == "surely"
+    return reaches_selection(tracer, [*roots, *((n, 0) for n in pair.sides)]) is Seen.SELECTION
 
 
 def _refused(index: GraphIndex, pair: _Pair) -> RefusedSite:

@@ -22,7 +22,7 @@ from sfa_onnx.passes.emit.open import check_open_sizes
 from sfa_onnx.passes.emit.plan import Built
 from sfa_onnx.passes.emit.site import build_site
 from sfa_onnx.passes.find.anchors import anchors
-from sfa_onnx.passes.find.fed import fed_by_selection
+from sfa_onnx.passes.find.fed import Seen, fed_by_selection
 from sfa_onnx.passes.find.others import other_attention
 from sfa_onnx.passes.find.regions import attention_regions
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -127,10 +127,10 @@ class _Search:
         fed = fed_by_selection(tracer, anchor)
         if not fed:
             return None
-        site = _one(tracer, anchor, self.options, surely=fed == "surely")
+        site = _one(tracer, anchor, self.options, surely=fed is Seen.SELECTION)
         if site is not None and tracer.terms:
             site = replace(site, terms=tuple(tracer.terms))
-        return site if fed != "maybe" or isinstance(site, Candidate) else None
+        return site if fed is not Seen.GATHER or isinstance(site, Candidate) else None
 
 
 def _one(

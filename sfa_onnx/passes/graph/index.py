@@ -169,15 +169,15 @@ class GraphIndex:
         i = self.producer.get(value)
         return None if i is None else self.nodes[i]
 
-    def source(self, value: str) -> str:
+    def unaliased(self, value: str) -> str:
         """`value`, or what it is an Identity of."""
         while (node := self.node_of(value)) is not None and node.op_type == "Identity":
             value = node.input[0]
         return value
 
-    def origin(self, value: str) -> onnx.NodeProto | None:
+    def real_maker(self, value: str) -> onnx.NodeProto | None:
         """The node that makes `value`, Identity nodes skipped."""
-        return self.node_of(self.source(value))
+        return self.node_of(self.unaliased(value))
 
     def uses(self, value: str) -> list[tuple[int, int]]:
         """(node, input position) of every reader; position -1 where a sub-graph captures it.

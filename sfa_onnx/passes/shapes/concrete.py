@@ -269,7 +269,7 @@ class Concrete:
 
     def maker(self, value: str) -> onnx.NodeProto | None:
         """The node that makes `value`, for rules."""
-        return self.index.origin(value)
+        return self.index.real_maker(value)
 
     # -- values -----------------------------------------------------------------------------------
 
