@@ -171,6 +171,8 @@ def _row(part: Term, at: str) -> tuple[Weight, Ref]:
         weight = Weight.of(Term("sum", (_product(rest),), part.data))
         if weight is not None and len(elements) == 1:
             return weight, elements[0].ref
+    if any(f.op == "pow" and f.exponent > 1 for f in part.walk()):
+        raise Stop(f"rows are weighted by a power of the scores: {_short(part)}", at, _HINT)
     raise Stop(f"{_short(part)} is no sum of rows that are weighted by exponentials", at, _HINT)
 
 
