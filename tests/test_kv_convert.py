@@ -7,6 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sfa_onnx.ascend.flavour.model import to_atc
+from sfa_onnx.ascend.handover.in_place import cache_pairs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
@@ -214,8 +216,38 @@ def test_a_step_of_padding_alone_leaves_the_pages() -> None:
 
 @pytest.mark.parametrize("slots", [[40], [40, 41, 42], [40, 41, 42, 43, 44]])
 def test_one_slot_per_new_token_is_required(slots: list[int]) -> None:
-    with pytest.raises(Exception, match="Reshape"):
+    with pytest.raises(Exception, match="as many as rows"):
         _paged_run(slots)
+
+
+def test_pages_are_written_by_one_operator_that_makes_the_output_itself() -> None:
+    paged = convert(growing(layers=2), to="paged-int8", block_size=16, tile_size=TILE).model
+    kinds = [n.op_type for n in paged.graph.node]
+    assert kinds.count("KvCacheWrite") == 2
+    assert not {"ScatterND", "Where"} & set(kinds)
+    outputs = {o.name for o in paged.graph.output}
+    for write in (n for n in paged.graph.node if n.op_type == "KvCacheWrite"):
+        assert write.input[0].endswith("past_c_packed")
+        assert write.output[0] in outputs
+    pairs = [(p.input, p.output) for p in cache_pairs(paged)]
+    assert pairs == [("l0.past_c_packed", "l0.c_packed"), ("l1.past_c_packed", "l1.c_packed")]
+
+
+@pytest.mark.parametrize("slots", [[40, 41, 88, 3], [-1, 41, 88, -1], [-1, -1, -1, -1]])
+def test_the_atc_flavour_of_pages_computes_the_same(slots: list[int]) -> None:
+    report = convert(growing(layers=2), to="paged-int8", block_size=16, tile_size=TILE)
+    interface = read_interface(report.model)
+    assert interface is not None
+    feeds = feeds_for(growing(layers=2))
+    mine = adapt_feeds(interface, feeds, new_tokens=2) | {
+        "slot_mapping": np.asarray(slots, np.int32)
+    }
+    atc = to_atc(report.model)
+    assert len(cache_pairs(atc)) == 2
+    assert sum(n.op_type == "Less" for n in atc.graph.node) == 1, "shared by both caches"
+    expected, got = run(report.model, dict(mine)), run(atc, dict(mine))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value)
 
 
 def static_cache(layout: str) -> onnx.ModelProto:

@@ -14,6 +14,7 @@ from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING,
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import CacheInput, Translated, Translator
 from sfa_onnx.kv_convert.writes import position_input
+from sfa_onnx.operator.op import KV_CACHE_WRITE
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Boundary"]
@@ -45,6 +46,7 @@ class Boundary:
         outputs = self._outputs()
         self._shapes()
         self._inputs(translators)
+        self._written_to_outputs()
         return self._entries(outputs)
 
     # -- outputs ----------------------------------------------------------------------------------
@@ -77,6 +79,22 @@ class Boundary:
         del self.graph.output[:]
         self.graph.output.extend(kept)
         return found
+
+    def _written_to_outputs(self) -> None:
+        """Let each cache write make its graph output itself: a copy behind it costs the place."""
+        made = {n.output[0]: n for n in self.emit.nodes if n.op_type == KV_CACHE_WRITE.name}
+        given = {output.name for output in self.graph.output}
+        for node in list(self.emit.nodes):
+            write = made.pop(node.input[0], None) if node.op_type == "Identity" else None
+            if write is None or node.output[0] not in given:
+                continue
+            self.emit.nodes.remove(node)
+            old, new = write.output[0], node.output[0]
+            write.output[0] = new
+            for reader in (*self.graph.node, *self.emit.nodes):
+                for place, name in enumerate(reader.input):
+                    if name == old:
+                        reader.input[place] = new
 
     def _info(self, name: str, prefix: str, row_bytes: int) -> onnx.ValueInfoProto:
         if self.form == "paged-int8":

@@ -15,7 +15,6 @@ from sfa_onnx.kv_convert.arrange import Arrangement, declare_domain
 from sfa_onnx.kv_convert.boundary import Boundary
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, CacheEntry
-from sfa_onnx.kv_convert.pages import PageWriter
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translator
 from sfa_onnx.operator.contract import PackedRow
@@ -62,7 +61,6 @@ class Conversion:
         taken = set(self.index.producer) | {v.name for v in self.graph.input}
         taken |= set(self.index.initializers)
         self.emit = Emitter(taken, opset)
-        self.pages = PageWriter(self.emit, block_size)
         self.sites = float_sites(self.graph)
         self.entries: list[CacheEntry] = []
         self.translators: dict[PackedRow, Translator] = {}
@@ -143,9 +141,7 @@ class Conversion:
         tile = self.tile if nope % self.tile == 0 else nope
         row = PackedRow(nope, rope, tile, _ITEM[elem_type])
         if row not in self.translators:
-            self.translators[row] = Translator(
-                self.index, self.emit, row, self.form, elem_type, self.pages
-            )
+            self.translators[row] = Translator(self.index, self.emit, row, self.form, elem_type)
         return self.translators[row]
 
     def _width(self, value: str, label: str) -> int:

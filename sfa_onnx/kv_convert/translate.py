@@ -13,7 +13,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.kv_convert.emit import Emitter
-from sfa_onnx.kv_convert.pages import PageWriter
+from sfa_onnx.kv_convert.pages import write_pages
 from sfa_onnx.kv_convert.trace import Stream, peel
 from sfa_onnx.kv_convert.writes import Write, Writes
 from sfa_onnx.operator.contract import PackedRow
@@ -54,11 +54,9 @@ class Translator:
         row: PackedRow,
         form: str,
         query_type: int,
-        pages: PageWriter,
     ) -> None:
         self.index = index
         self.emit = emitter
-        self.pages = pages
         self.row = row
         self.form = form
         self.query_type = query_type  # of query and rope rows: onnx.TensorProto.DataType
@@ -219,7 +217,7 @@ class Translator:
         return Translated(lat, rot, self.emit.op("Slice", [whole.packed, *bounds]), whole.cache)
 
     def _write(self, pages: str, rows: str) -> str:
-        return self.pages.write(pages, rows, self.row.bytes)
+        return write_pages(self.emit, pages, rows, self.row.bytes)
 
     @staticmethod
     def _pair(

@@ -16,7 +16,7 @@ from typing import Final
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
-from sfa_onnx.operator.op import ALL_OPS, find_op
+from sfa_onnx.operator.op import ALL_OPS, EXPANDED, find_op
 from sfa_onnx.passes.graph.order import reads
 from sfa_onnx.passes.graph.sub_graphs import bodies
 
@@ -71,7 +71,7 @@ def find_sites(before: ModelProto, after: ModelProto) -> list[Site]:
     sites = []
     for position, node in enumerate(second.nodes):
         op = find_op(node.domain, node.op_type) if node.domain else None
-        if op is None or node.op_type == "KvCachePack" or same.node(position):
+        if op is None or op in EXPANDED or same.node(position):
             continue
         outputs = _meeting_values(first, second, position)
         region_a, border_a = _walk(second, outputs, same.value)
