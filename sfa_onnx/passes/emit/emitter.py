@@ -77,15 +77,9 @@ class Emitter:
         self, op: str, inputs: Sequence[str], hint: str, types: tuple[int, int], **attrs: Any
     ) -> tuple[str, str]:
         """Append a node with two outputs (TopK)."""
-        names = tuple(f"{self.stem}/{hint}{k}_{len(self.nodes)}" for k in "ab")
-        node = helper.make_node(
-            op, list(inputs), list(names), name=f"{self.stem}/{op}_{len(self.nodes)}"
-        )
-        node.attribute.extend(helper.make_attribute(k, v) for k, v in attrs.items())
-        self.nodes.append(node)
-        self.used.update((i, None) for i in inputs if i and i not in self._made)
-        self._made.update(zip(names, types, strict=True))
-        return names[0], names[1]
+        outputs = {f"{hint}a": types[0], f"{hint}b": types[1]}
+        first, second = self.several(op, inputs, outputs, **attrs)
+        return first, second
 
     def several(
         self, op: str, inputs: Sequence[str], outputs: Mapping[str, int], **attrs: Any
@@ -387,10 +381,14 @@ class Emitter:
         if all(self.static(x) for x in labels):
             line = counted(math.prod(x.size for x in labels))
             return self.constant(line.reshape([-1] + [1] * (rank - 1)))
+        shape = self.ints([-1] + [1] * (rank - 1))
+        return self.emit("Reshape", [self._counted(labels), shape], "iota", _T.INT64)
+
+    def _counted(self, labels: Group) -> str:
+        """0, 1, 2 ... over merged labels whose sizes are open, as one axis."""
         zero, one = (self.constant(np.asarray(v, np.int64)) for v in (0, 1))
         stop = self.emit("Squeeze", [self.size(labels)], "stop", _T.INT64)
-        line_ = self.emit("Range", [zero, stop, one], "iota", _T.INT64)
-        return self.emit("Reshape", [line_, self.ints([-1] + [1] * (rank - 1))], "iota", _T.INT64)
+        return self.emit("Range", [zero, stop, one], "iota", _T.INT64)
 
     def iota(self, label: Label, groups: Sequence[Group]) -> str:
         """0, 1, 2 ... along the axis of `label`, size 1 elsewhere."""
@@ -398,7 +396,4 @@ class Emitter:
         if self.static(label):
             dims = [label.size if s else 1 for s in shape]
             return self.constant(counted(label.size).reshape(dims))
-        zero, one = (self.constant(np.asarray(v, np.int64)) for v in (0, 1))
-        stop = self.emit("Squeeze", [self.size([label])], "stop", _T.INT64)
-        line = self.emit("Range", [zero, stop, one], "iota", _T.INT64)
-        return self.reshape(line, shape, "iota")
+        return self.reshape(self._counted([label]), shape, "iota")
