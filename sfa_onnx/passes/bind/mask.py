@@ -12,6 +12,7 @@ from dataclasses import replace
 import onnx
 
 from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Stop, Tracer, is_float
+from sfa_onnx.passes.axes.writes import assigned_where
 from sfa_onnx.passes.bind.flags import counts, flags, is_table, less_one, line, summands
 from sfa_onnx.passes.bind.hits import reduced
 from sfa_onnx.passes.bind.literals import HIDDEN, Kept, Literal, Selected, Visible, alike
@@ -108,9 +109,9 @@ def _additive_node(
     if op == "Log" and not negated and counts(tracer, node.input[0]):  # ln 1, ln 0
         return boolean(tracer, Ref(node.input[0], ref.coords), positive=True)
     if op == "ScatterElements" and not negated:
-        return scattered(tracer, node, ref, is_bool=False)
+        return scattered(_read, tracer, node, ref, is_bool=False)
     if op == "ScatterND" and not negated:
-        return _scatter_where(tracer, node, ref) or put(tracer, node, ref, is_bool=False)
+        return _scatter_where(tracer, node, ref) or put(_read, tracer, node, ref, is_bool=False)
     if op == "Trilu" and not negated and is_hidden(tracer, node.input[0]):
         return [Visible(ref, is_bool=False)]  # the other triangle is 0
     return None
@@ -197,6 +198,12 @@ def _two_valued_table(tracer: Tracer, value: str) -> bool:
     return table is not None and bool(((table == 0) | (table < HIDDEN)).all())
 
 
+def _read(tracer: Tracer, mask: Visible) -> list[Literal]:
+    """A mask of either kind."""
+    own = mask.positive
+    return boolean(tracer, mask.ref, positive=own) if mask.is_bool else additive(tracer, mask.ref)
+
+
 def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
     """Literals whose conjunction is `ref` == positive (numbers count as true when not 0)."""
     tracer.spend(ref.value)
@@ -213,7 +220,7 @@ def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
         inner = boolean(tracer, step.ref, positive=positive)
         return _at_view(node, ref, inner, positive, is_bool=True)
     if isinstance(step, Pieces):
-        found = patched(tracer, Visible(ref, positive), step)
+        found = patched(_read, tracer, Visible(ref, positive), step)
         if found is not None:
             return found
     if node.op_type == "Cast":
@@ -277,7 +284,7 @@ def _boolean_node(
         operands = [tracer.operand(n, ref.coords) for n in node.input]
         return [lit for o in operands for lit in boolean(tracer, o, positive=positive)]
     if op in (_EITHER if positive else _BOTH) and _joins_flags(tracer, node):
-        return union(tracer, node, Visible(ref, positive))
+        return union(_read, tracer, node, Visible(ref, positive))
     if op == "Where":
         return _boolean_where(tracer, node, ref, positive)
     if op == "IsInf" and not positive:
@@ -287,9 +294,9 @@ def _boolean_node(
     if op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
         return _compared(tracer, node, ref, positive)
     if op == "ScatterElements":
-        return scattered(tracer, node, ref, is_bool=True, positive=positive)
+        return scattered(_read, tracer, node, ref, is_bool=True, positive=positive)
     if op == "ScatterND":
-        return put(tracer, node, ref, is_bool=True, positive=positive)
+        return put(_read, tracer, node, ref, is_bool=True, positive=positive)
     if op in ("ReduceMax", "ReduceSum") and positive:
         return reduced(tracer, node, ref)
     return None
@@ -385,13 +392,6 @@ def _scatter_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Liter
 
 
 def scatters_where(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None:
-    """The bool mask of `x[mask] = -inf`, exported as NonZero, Transpose, ScatterND."""
-    index = tracer.index
-    chain = index.real_maker(node.input[1])
-    if chain is None or chain.op_type != "Transpose":
-        return None
-    nonzero = index.real_maker(chain.input[0])
-    if nonzero is None or nonzero.op_type != "NonZero" or not is_hidden(tracer, node.input[2]):
-        return None
-    mask = nonzero.input[0]
-    return Ref(mask, ref.coords) if tracer.shape(mask) == tracer.shape(ref.value) else None
+    """The bool mask of `x[mask] = -inf`."""
+    found = assigned_where(tracer, node, ref)
+    return found[0] if found is not None and is_hidden(tracer, found[1].value) else None

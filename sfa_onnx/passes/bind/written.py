@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import onnx
@@ -13,11 +14,19 @@ from sfa_onnx.passes.bind.hits import pointed
 from sfa_onnx.passes.bind.literals import HIDDEN, Kept, Literal, Selected, Visible
 from sfa_onnx.passes.bind.union import bounded, either, place, put_on
 
-__all__ = ["patched", "put", "scattered", "union"]
+__all__ = ["Read", "patched", "put", "scattered", "union"]
+
+Read = Callable[[Tracer, Visible], list[Literal]]  # how a mask below the written one is read
 
 
 def scattered(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, *, is_bool: bool, positive: bool = True
+    read: Read,
+    tracer: Tracer,
+    node: onnx.NodeProto,
+    ref: Ref,
+    *,
+    is_bool: bool,
+    positive: bool = True,
 ) -> list[Literal] | None:
     """Constants written at indices along the key axis: the selection itself."""
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
@@ -26,7 +35,7 @@ def scattered(
     rows = tracer.shape(node.input[1])
     if 0 in rows:  # nothing is written
         data = Ref(node.input[0], ref.coords)
-        return _read(tracer, Visible(data, positive, is_bool))
+        return read(tracer, Visible(data, positive, is_bool))
     for i, (own, size) in enumerate(zip(rows, tracer.shape(node.input[0]), strict=True)):
         if i != axis and own != size:
             tracer.unify(own, size)
@@ -49,7 +58,7 @@ def scattered(
         if base is not None or update is None:
             return None
         over = None if is_bool else _scatter_over(tracer, node, chosen, update)
-        return over or _written_over(tracer, node, here, chosen, update)
+        return over or _written_over(read, tracer, node, here, chosen, update)
     if is_bool:
         keeps = (update != 0) == positive and (base != 0) != positive
     else:
@@ -69,14 +78,14 @@ def scattered(
 
 
 def _written_over(
-    tracer: Tracer, node: onnx.NodeProto, here: Visible, chosen: Selected, update: float
+    read: Read, tracer: Tracer, node: onnx.NodeProto, here: Visible, chosen: Selected, update: float
 ) -> list[Literal] | None:
     """Constants written into a mask that hides some keys already."""
     if not here.is_bool and not (update == 0 or update < HIDDEN):
         return None
     below = Ref(node.input[0], here.ref.coords)
     shows = (update != 0) == here.positive if here.is_bool else update == 0
-    known = _literals(tracer, replace(here, ref=below))
+    known = _literals(read, tracer, replace(here, ref=below))
     if known is None:
         return None
     if not shows:
@@ -97,14 +106,20 @@ def _scatter_over(
 
 
 def put(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, *, is_bool: bool, positive: bool = True
+    read: Read,
+    tracer: Tracer,
+    node: onnx.NodeProto,
+    ref: Ref,
+    *,
+    is_bool: bool,
+    positive: bool = True,
 ) -> list[Literal] | None:
     """mask[batch, row, indices] = constant: the selection, as advanced indexing writes it."""
     base, update = tracer.fill(node.input[0]), tracer.fill(node.input[2])
     if update is None or attributes(node).get("reduction", "none") != "none":
         return None
     if base is None:
-        return _rows_over(tracer, node, Visible(ref, positive, is_bool), update)
+        return _rows_over(read, tracer, node, Visible(ref, positive, is_bool), update)
     keeps = (update != 0) == positive and (base != 0) != positive
     if not is_bool:
         keeps = update == 0 and base < HIDDEN
@@ -113,14 +128,14 @@ def put(
 
 
 def _rows_over(
-    tracer: Tracer, node: onnx.NodeProto, here: Visible, update: float
+    read: Read, tracer: Tracer, node: onnx.NodeProto, here: Visible, update: float
 ) -> list[Literal] | None:
     """Constants written over a few positions of a mask's first axis: mask[..., :2] = True."""
     points, first = node.input[1], here.ref.coords[0]
     count, *width = tracer.shape(points)
     if width != [1] or not tracer.static(points, 0) or label_of(first) is None:
         return None
-    known = _literals(tracer, replace(here, ref=Ref(node.input[0], here.ref.coords)))
+    known = _literals(read, tracer, replace(here, ref=Ref(node.input[0], here.ref.coords)))
     if known is None or not (here.is_bool or update == 0 or update < HIDDEN):
         return None
     shows = (update != 0) == here.positive if here.is_bool else update == 0
@@ -131,28 +146,20 @@ def _rows_over(
     return None if whole is None or not whole.among else [whole]
 
 
-def _literals(tracer: Tracer, mask: Visible) -> list[Literal] | None:
+def _literals(read: Read, tracer: Tracer, mask: Visible) -> list[Literal] | None:
     """What a part of a mask is; None where that cannot be told."""
     try:
-        return _read(tracer, mask)
+        return read(tracer, mask)
     except Stop:
         return None
 
 
-def _read(tracer: Tracer, mask: Visible) -> list[Literal]:
-    from sfa_onnx.passes.bind.mask import additive, boolean
-
-    if mask.is_bool:
-        return boolean(tracer, mask.ref, positive=mask.positive)
-    return additive(tracer, mask.ref)
-
-
-def union(tracer: Tracer, node: onnx.NodeProto, here: Visible) -> list[Literal] | None:
+def union(read: Read, tracer: Tracer, node: onnx.NodeProto, here: Visible) -> list[Literal] | None:
     """One mask or the other, where both keep few keys."""
     parts, joins = [], []
     for name in node.input:
         part = replace(here, ref=tracer.operand(name, here.ref.coords))
-        known = _literals(tracer, part)
+        known = _literals(read, tracer, part)
         if known is None:
             return None
         parts.append(bounded(tracer, part, known))
@@ -163,12 +170,12 @@ def union(tracer: Tracer, node: onnx.NodeProto, here: Visible) -> list[Literal] 
     return [replace(here, joins=tuple(joins))] if any(p and p.among for p in parts) else None
 
 
-def patched(tracer: Tracer, here: Visible, step: Pieces) -> list[Literal] | None:
+def patched(read: Read, tracer: Tracer, here: Visible, step: Pieces) -> list[Literal] | None:
     """A mask of which a range was overwritten."""
     parts = []
     for _, _, ref in step.parts:
         part = replace(here, ref=ref)
-        known = None if tracer.fill(ref.value) is not None else _literals(tracer, part)
+        known = None if tracer.fill(ref.value) is not None else _literals(read, tracer, part)
         parts.append(None if known is None else bounded(tracer, part, known))
     whole = put_on(tracer, here, step, parts)
     return None if whole is None or not whole.among else [whole]
