@@ -194,4 +194,4 @@ def test_the_plain_exporter_with_the_table():
     kinds = {n.op_type for n in program.model_proto.graph.node}
     assert kinds == {"NPUSparseFlashAttentionAntiquant"}
     overloads = {str(o) for o in sfa_torch.translation_table()}
-    assert len(overloads) == 8 + len(ALL_OPS)
+    assert len(overloads) == 8 + len(ALL_OPS) - 1  # a cache write is no call of torch's

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from sfa_onnx import fuse
+from sfa_onnx.errors import FaultError
 from sfa_onnx.passes import bind, find
 from tests.zoo.catalogue import cases
 
@@ -146,7 +147,10 @@ def test_the_checks_are_switched_off():
 
 
 def _reasons(case):
-    return [site.reason for site in fuse(case.build()).refused]
+    try:
+        return [site.reason for site in fuse(case.build()).refused]
+    except FaultError:  # a check that is off may have kept the code from what is not there
+        return ["stopped"]
 
 
 def _main(words):

@@ -44,7 +44,7 @@ OrtStatus* MakeOutput(const OrtApi* api, OrtKernelContext* context, size_t index
   return api->GetTensorMutableData(out, data);
 }
 
-// The node must have the second output exactly when return_values says so.
+// The second output has shape [0], as CANN has it, where return_values does not ask for it.
 OrtStatus* MakeOutputs(const IndexerKernel& kernel, OrtKernelContext* context, const Tensor& query,
                        sfa_core_indexer_params* params) {
   const int64_t count = kernel.attributes.sparse_count;
@@ -54,14 +54,15 @@ OrtStatus* MakeOutputs(const IndexerKernel& kernel, OrtKernelContext* context, c
   SFA_ORT_TRY(MakeOutput(kernel.api, context, 0, query, count, &indices));
   params->sparse_indices = static_cast<int32_t*>(indices);
   if (outputs < 2) return nullptr;
+  if (kernel.attributes.return_values != 1) {
+    const int64_t none = 0;
+    OrtValue* out = nullptr;
+    return kernel.api->KernelContext_GetOutput(context, 1, &none, 1, &out);
+  }
   void* values = nullptr;
   SFA_ORT_TRY(MakeOutput(kernel.api, context, 1, query, count, &values));
   params->sparse_values = values;
-  if (values == nullptr || kernel.attributes.return_values == 1) return nullptr;
-  Message m;
-  m.Add("%s: output sparse_values: expected only with return_values 1, got return_values 0",
-        NameOf(kernel.attributes.op));
-  return Refuse(kernel.api, m);
+  return nullptr;
 }
 
 void RunTask(void* call, size_t task) {

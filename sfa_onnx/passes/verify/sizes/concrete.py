@@ -256,7 +256,11 @@ class Sizer:
             return None
         key = tuple(sorted(symbols.items()))
         if key not in self._known:
-            self._known[key] = Effort.of(self._index, self._candidate, self._all(symbols))
+            try:
+                effort = Effort.of(self._index, self._candidate, self._all(symbols))
+            except SizesMeetError:  # a table of the file is shorter than this
+                return None
+            self._known[key] = effort
         self._efforts.append(self._known[key])
         if not self._unlimited and self._efforts[-1].bytes > MEMORY_LIMIT:
             return None
