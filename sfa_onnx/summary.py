@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import onnx
 from onnx import TensorProto
 
 from sfa_onnx.files.model import load_model
+from sfa_onnx.files.onnx_attrs import graphs
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import find_op
-from sfa_onnx.passes.graph.sub_graphs import bodies
 
 __all__ = ["Summary", "summarise", "value_text"]
 
@@ -46,9 +45,9 @@ def summarise(path: Path) -> Summary:
     """
     model = load_model(path)
     graph = model.graph
-    graphs = list(_graphs(graph))
-    nodes = [node for inner in graphs for node in inner.node]
-    tensors = [tensor for inner in graphs for tensor in inner.initializer]
+    every = list(graphs(graph))
+    nodes = [node for inner in every for node in inner.node]
+    tensors = [tensor for inner in every for tensor in inner.initializer]
     counts = Counter(_op_name(node) for node in nodes)
     own = Counter(n.op_type for n in nodes if find_op(n.domain, n.op_type))
     return Summary(
@@ -84,14 +83,6 @@ def _dim_text(dim: onnx.TensorShapeProto.Dimension) -> str:
 
 def _op_name(node: onnx.NodeProto) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and every graph below it."""
-    yield graph
-    for node in graph.node:
-        for inner in bodies(node).values():
-            yield from _graphs(inner)
 
 
 def _declared_bytes(tensor: TensorProto) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from onnx import AttributeProto, GraphProto, NodeProto, helper
 
-__all__ = ["attribute", "attributes", "find_attribute", "subgraphs", "value_of"]
+__all__ = ["attribute", "attributes", "find_attribute", "graphs", "subgraphs", "value_of"]
 
 
 def value_of(proto: AttributeProto) -> Any:
@@ -39,3 +39,11 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield proto.g
         elif proto.type == AttributeProto.GRAPHS:
             yield from proto.graphs
+
+
+def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph and every graph below it, each before its own."""
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from graphs(inner)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import onnx
 
+from sfa_onnx.files.onnx_attrs import graphs
 from sfa_onnx.pages.picture import MOST, Box
 from sfa_onnx.report import SiteReport
 
@@ -19,7 +20,7 @@ class Graphs:
     """The nodes of a model by the names that reports use."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.nodes = list(_every_node(model.graph))
+        self.nodes = [node for graph in graphs(model.graph) for node in graph.node]
         self.makers = {o: n for n in self.nodes for o in n.output if o}
         self.constants = {t.name for t in model.graph.initializer}
         self.constants |= {n.output[0] for n in self.nodes if n.op_type == "Constant"}
@@ -71,14 +72,6 @@ class Graphs:
         kind = roles.get(value, "around")
         title = maker.op_type if maker is not None else "input"
         return Box(f"v{value}", title if kind == "around" else kind, value, kind)
-
-
-def _every_node(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from _every_node(body)
 
 
 def distinct(sites: list[SiteReport]) -> list[tuple[SiteReport, int]]:

@@ -7,7 +7,6 @@ kernel when it is. `unfuse` puts the standard nodes in the operator's place for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, helper
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.files.onnx_attrs import attributes, subgraphs
+from sfa_onnx.files.onnx_attrs import attributes, graphs, subgraphs
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import OpContract, Rounding
 from sfa_onnx.operator.op import (
@@ -117,7 +116,7 @@ def make_portable(model: ModelProto, *, rounding: Rounding = "exact") -> ModelPr
     """
     out, opset, types = _prepared(model)
     known: dict[Signature, str] = {}
-    for node in (n for graph in _graphs(out.graph) for n in graph.node if has_body(n)):
+    for node in (n for graph in graphs(out.graph) for n in graph.node if has_body(n)):
         signature = _signature(node, types)
         if signature not in known:
             count = sum(s.key == signature.key for s in known)
@@ -146,7 +145,7 @@ def unfuse(model: ModelProto, *, rounding: Rounding = "exact") -> ModelProto:
     """
     out, opset, types = _prepared(model)
     _inline(out.graph, types, Style(opset, rounding), _names(out.graph))
-    left = {node.domain for graph in _graphs(out.graph) for node in graph.node}
+    left = {node.domain for graph in graphs(out.graph) for node in graph.node}
     for entry in [o for o in out.opset_import if o.domain in {op.domain for op in OPS.values()}]:
         if entry.domain not in left:
             out.opset_import.remove(entry)
@@ -172,13 +171,6 @@ def _opset(model: ModelProto) -> int:
             " convert it with onnx.version_converter first"
         )
     return version
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for sub in subgraphs(node):
-            yield from _graphs(sub)
 
 
 def _signature(node: NodeProto, types: ElemTypes) -> Signature:
@@ -267,7 +259,7 @@ def _function(signature: Signature, overload: str, opset: int, rounding: Roundin
 def _names(graph: onnx.GraphProto) -> set[str]:
     """Every value and node name of the model."""
     names: set[str] = set()
-    for part in _graphs(graph):
+    for part in graphs(graph):
         names.update(v.name for v in (*part.input, *part.initializer))
         for node in part.node:
             names.update((*node.input, *node.output, node.name))

@@ -7,7 +7,6 @@ compared node by node, from its results upwards, before the operator takes its p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -24,7 +23,7 @@ from onnx import (
 )
 
 from sfa_onnx.errors import ContractError, UsageError
-from sfa_onnx.files.onnx_attrs import subgraphs
+from sfa_onnx.files.onnx_attrs import graphs
 from sfa_onnx.passes.graph.functions import inline_functions
 from sfa_onnx.passes.graph.order import reads
 from sfa_onnx.report import SiteReport, VerifyRecord
@@ -43,20 +42,20 @@ def restored(model: ModelProto) -> tuple[ModelProto, list[str]]:
         model: not changed; returned as it is when it holds no body.
     """
     inner = {(f.domain, f.name) for f in model.functions if _speaks(f.node)} - set(OPS)
-    if not inner and not any(_speaks(graph.node) for graph in _graphs(model.graph)):
+    if not inner and not any(_speaks(graph.node) for graph in graphs(model.graph)):
         return model, []
     out = inline_functions(model, inner).model if inner else model
     if out is model:
         out = ModelProto()
         out.CopyFrom(model)
     found: list[str] = []
-    for graph in list(_graphs(out.graph)):
+    for graph in list(graphs(out.graph)):
         found += _Restorer(out, graph).run()
     if not found:
         return model, []
     present = {entry.domain for entry in out.opset_import}
     for op in OPS.values():
-        used = any(n.domain == op.domain for g in _graphs(out.graph) for n in g.node)
+        used = any(n.domain == op.domain for g in graphs(out.graph) for n in g.node)
         if used and op.domain not in present:
             out.opset_import.add(domain=op.domain, version=op.version)
             present.add(op.domain)
@@ -70,7 +69,7 @@ def restored_sites(model: ModelProto, found: list[str]) -> list[SiteReport]:
         model: as `restored` made it.
         found: the first outputs of the operators.
     """
-    nodes = {n.output[0]: n for graph in _graphs(model.graph) for n in graph.node if n.output}
+    nodes = {n.output[0]: n for graph in graphs(model.graph) for n in graph.node if n.output}
     record = VerifyRecord(
         (), {}, (), ("put back: its body of standard operators is ours, node for node",), ()
     )
@@ -106,13 +105,6 @@ def _speaks(nodes: Any) -> bool:
     return any(read_hint(n) is not None or has_body(n) for n in nodes)
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for sub in subgraphs(node):
-            yield from _graphs(sub)
-
-
 @dataclass
 class _Match:
     """How a body's values are called in a graph."""
@@ -131,7 +123,7 @@ class _Restorer:
     def __init__(self, model: ModelProto, graph: GraphProto) -> None:
         self.graph, self.nodes = graph, list(graph.node)
         self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
-        self.constants = {t.name: t for g in _graphs(model.graph) for t in g.initializer}
+        self.constants = {t.name: t for g in graphs(model.graph) for t in g.initializer}
         self.given = {v.name for v in graph.input}
 
     def run(self) -> list[str]:
