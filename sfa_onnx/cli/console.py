@@ -50,6 +50,11 @@ class Console:
             text = template.format(*(escape(printable(str(value))) for value in values))
             self.out.print(Text.from_markup(text, style=style))
 
+    def plain(self, text: str) -> None:
+        """One line exactly as it is, for `$(...)` in a shell; silent in JSON mode."""
+        if not self.is_json:
+            sys.stdout.write(text + "\n")
+
     def title(self, text: str) -> None:
         """A section heading."""
         if not self.is_json:

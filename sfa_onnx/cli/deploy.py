@@ -42,6 +42,9 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     _add_atc(verbs, common)
     doctor = verbs.add_parser("doctor", parents=[common], help="versions, libraries, CANN, weights")
     doctor.add_argument("model", type=Path, nargs="?", help="also look at this model's weights")
+    doctor.add_argument(
+        "--library", action="store_true", help="print the path of the operator library, no more"
+    )
     doctor.set_defaults(action=_doctor)
 
 
@@ -146,6 +149,13 @@ def _atc(args: argparse.Namespace, console: Console) -> int:
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> int:
+    if args.library:
+        from sfa_onnx import runtime
+
+        path = runtime.library_path().resolve()
+        console.plain(str(path))
+        console.result("library", {"path": path})
+        return 0
     from sfa_onnx.doctor import examine
 
     report = examine(args.model)
