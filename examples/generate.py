@@ -93,6 +93,7 @@ class Decoder:
         self.interface = read_interface(onnx.load(path, load_external_data=False))
         self.capacity = capacity
         self.state: dict[str, np.ndarray] = {}
+        self.bound: runtime.BoundSession | None = None
         self.length = 0
 
     def start(self, caches: dict[str, np.ndarray], length: int) -> None:
@@ -105,6 +106,8 @@ class Decoder:
             room = self.capacity - length
             self.state = adapt_feeds(self.interface, caches, new_tokens=room)
             self.state.pop(SLOT_MAPPING)
+            pages = {c.packed_in: self.state.pop(c.packed_in) for c in self.interface.caches}
+            self.bound = runtime.bind_caches(self.session, pages)  # written in place from now on
 
     def step(self, token: int) -> np.ndarray:
         """Logits [vocabulary] after one more token."""
@@ -114,7 +117,7 @@ class Decoder:
             slot = int(feeds[BLOCK_TABLE][0, block]) * BLOCK + offset
             feeds[SLOT_MAPPING] = np.asarray([slot], np.int32)
             feeds[LENGTHS_KV] = np.asarray([self.length + 1], np.int32)
-        outputs = runtime.run(self.session, feeds)
+        outputs = self.bound.run(feeds) if self.bound else runtime.run(self.session, feeds)
         self.length += 1
         for name, value in outputs.items():
             if ".layers." in name:

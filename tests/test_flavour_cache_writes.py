@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from sfa_onnx import runtime
 from sfa_onnx.ascend.checks import check
 from sfa_onnx.ascend.flavour import model as flavour
-from sfa_onnx.ascend.handover.in_place import cache_pairs
 from sfa_onnx.errors import ContractError
 from sfa_onnx.operator import kv_cache
+from sfa_onnx.passes.graph.cache_pairs import cache_pairs
 from tests.op_models import needs_library
 
 WIDTH = 5

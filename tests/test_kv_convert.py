@@ -8,12 +8,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.ascend.flavour.model import to_atc
-from sfa_onnx.ascend.handover.in_place import cache_pairs
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
 from sfa_onnx.operator import kv_cache
 from sfa_onnx.operator.op import DOMAIN_NPU, SPARSE_FLASH_ATTENTION
+from sfa_onnx.passes.graph.cache_pairs import cache_pairs
 
 B, N1, C, R, K, TILE = 2, 4, 64, 16, 8, 32
 SCALE = 0.125

@@ -19,6 +19,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Boundary"]
 
+_WRITES = frozenset((KV_CACHE_WRITE.name, "ScatterND", "ScatterElements"))
 _VIEWS = frozenset(("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Cast"))
 
 
@@ -82,7 +83,7 @@ class Boundary:
 
     def _written_to_outputs(self) -> None:
         """Let each cache write make its graph output itself: a copy behind it costs the place."""
-        made = {n.output[0]: n for n in self.emit.nodes if n.op_type == KV_CACHE_WRITE.name}
+        made = {n.output[0]: n for n in self.emit.nodes if n.op_type in _WRITES}
         given = {output.name for output in self.graph.output}
         for node in list(self.emit.nodes):
             write = made.pop(node.input[0], None) if node.op_type == "Identity" else None

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from sfa_onnx.runtime.bound import BoundSession, bind_caches
 from sfa_onnx.runtime.ort import kernel_isa, library_path, register, run, session
 
-__all__ = ["kernel_isa", "library_path", "register", "run", "session"]
+__all__ = [
+    "BoundSession",
+    "bind_caches",
+    "kernel_isa",
+    "library_path",
+    "register",
+    "run",
+    "session",
+]

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import ml_dtypes
@@ -20,13 +21,23 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
-from sfa_onnx.errors import ContractError, MissingError, ModelError, UsageError
+from sfa_onnx.errors import ContractError, MissingError, ModelError, SfaError, UsageError
 from sfa_onnx.files.external import iter_tensors
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import ALL_OPS
 
-__all__ = ["NUMPY_TYPES", "Model", "kernel_isa", "library_path", "register", "run", "session"]
+__all__ = [
+    "NUMPY_TYPES",
+    "Model",
+    "checked_arrays",
+    "kernel_isa",
+    "library_path",
+    "register",
+    "run",
+    "run_bound",
+    "session",
+]
 
 Model = str | os.PathLike[str] | onnx.ModelProto
 _LIBRARY: Final = "libsfa_onnx_ops.so"
@@ -243,21 +254,32 @@ def run(
     wanted = list(declared) if outputs is None else list(outputs)
     if unknown := [name for name in wanted if name not in declared]:
         raise UsageError(f"the model has no output {unknown}; it has {list(declared)}")
-    arrays = _arrays(sess, feeds)
+    arrays = checked_arrays(sess, feeds)
     special = any(a.dtype.type.__module__ == "ml_dtypes" for a in arrays.values())
     special = special or any(declared[name] in _ONNX_ONLY for name in wanted)
+    if special:
+        return run_bound(sess, arrays, wanted)
     try:
-        if not special:
-            return dict(zip(wanted, sess.run(wanted, arrays), strict=True))
-        return _run_bound(sess, arrays, wanted, declared)
+        return dict(zip(wanted, sess.run(wanted, arrays), strict=True))
     except Exception as error:
-        text = str(error)
-        kind = ContractError if any(op.name in text for op in ALL_OPS) else ModelError
-        raise kind(f"onnxruntime stopped: {text}") from error
+        raise _stopped(error) from error
 
 
-def _arrays(sess: ort.InferenceSession, feeds: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
-    """The feeds as arrays, checked against what the model declares."""
+def _stopped(error: Exception) -> SfaError:
+    """What onnxruntime complains about, as an error of ours."""
+    text = str(error)
+    kind = ContractError if any(op.name in text for op in ALL_OPS) else ModelError
+    return kind(f"onnxruntime stopped: {text}")
+
+
+def checked_arrays(
+    sess: ort.InferenceSession, feeds: Mapping[str, ArrayLike]
+) -> dict[str, NDArray[Any]]:
+    """The feeds as arrays, checked against what the model declares.
+
+    Raises:
+        UsageError: an input is missing, unknown or of another dtype.
+    """
     declared = {i.name: i.type for i in sess.get_inputs()}
     optional = {i.name: i.type for i in sess.get_overridable_initializers()}
     if missing := [name for name in declared if name not in feeds]:
@@ -275,29 +297,49 @@ def _arrays(sess: ort.InferenceSession, feeds: Mapping[str, ArrayLike]) -> dict[
     return arrays
 
 
-def _run_bound(
+def run_bound(
     sess: ort.InferenceSession,
     arrays: Mapping[str, NDArray[Any]],
     wanted: Sequence[str],
-    declared: Mapping[str, str],
+    shared: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, NDArray[Any]]:
+    """Run with inputs bound by address.
+
+    Args:
+        sess: an open session.
+        arrays: as `checked_arrays` made them.
+        wanted: outputs to fetch.
+        shared: further outputs, each with the input whose memory it takes.
+
+    Raises:
+        ContractError: one of our operators refuses its inputs.
+        ModelError: onnxruntime fails.
+    """
     binding = sess.io_binding()
-    types = {i.name: i.type for i in (*sess.get_inputs(), *sess.get_overridable_initializers())}
+    inputs = (*sess.get_inputs(), *sess.get_overridable_initializers())
+    types = {v.name: v.type for v in (*inputs, *sess.get_outputs())}
     held = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}
-    for name, array in held.items():
-        if types[name] in _ONNX_ONLY:
-            enum = _ONNX_ONLY[types[name]]
-            binding.bind_input(name, "cpu", 0, enum, list(array.shape), array.ctypes.data)
-        else:
-            binding.bind_cpu_input(name, array)
-    for name in wanted:
-        binding.bind_output(name, "cpu")
-    sess.run_with_iobinding(binding)
-    values = dict(zip(wanted, binding.get_outputs(), strict=True))
-    return {
-        n: _view(v, declared[n]) if declared[n] in _ONNX_ONLY else v.numpy()
-        for n, v in values.items()
-    }
+    try:
+        for name, array in held.items():
+            if types[name] in _ONNX_ONLY or name in shared.values():
+                binding.bind_input(name, *_place(types[name], array))
+            else:
+                binding.bind_cpu_input(name, array)
+        for name in wanted:
+            binding.bind_output(name, "cpu")
+        for name, source in shared.items():
+            binding.bind_output(name, *_place(types[name], held[source]))
+        sess.run_with_iobinding(binding)
+    except Exception as error:
+        raise _stopped(error) from error
+    values = zip(wanted, binding.get_outputs(), strict=False)  # the shared ones come behind
+    return {n: _view(v, types[n]) if types[n] in _ONNX_ONLY else v.numpy() for n, v in values}
+
+
+def _place(kind: str, array: NDArray[Any]) -> tuple[str, int, Any, list[int], int]:
+    """An array's memory as onnxruntime's bindings want it told."""
+    dtype = _ONNX_ONLY.get(kind, array.dtype)
+    return "cpu", 0, dtype, list(array.shape), array.ctypes.data
 
 
 def _view(value: Any, kind: str) -> NDArray[Any]:

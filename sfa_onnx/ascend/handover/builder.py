@@ -10,8 +10,9 @@ from typing import Any, Final
 import onnx
 
 from sfa_onnx.ascend.handover.command import AtcCommand
-from sfa_onnx.ascend.handover.in_place import cache_pairs, reuse_option
+from sfa_onnx.ascend.handover.in_place import reuse_option
 from sfa_onnx.ascend.handover.package import VENDOR, plugin_root
+from sfa_onnx.passes.graph.cache_pairs import cache_pairs
 
 __all__ = ["REUSE_OPTION", "builder_files"]
 
