@@ -83,6 +83,31 @@ def test_agrees_with_the_recorded_reduction(name: str, line: str, cell: dict[str
     assert all(f.rule == "reduce-axes" and f.fixable for f in found)
 
 
+def test_the_one_node_of_which_two_records_differ() -> None:
+    """A ReduceSum that does nothing: beta.2's plug-in took it, every older one refuses it."""
+    cases = json.loads((DATA / "cases.json").read_text())["cases"]
+    apart = [c for c in cases if "recorded" in c]
+    assert [(c["id"], c["recorded"], c["verdict"]) for c in apart] == [
+        ("198-reducesum-noop", "accepted", "EZ9999")
+    ]
+    assert {c["verdict"] for c in _REDUCE["ReduceSum-18-noop"].values()} == {"rejected"}
+    for path in (DATA / "cases/198-reducesum-noop.onnx", DATA / "reduce/ReduceSum-18-noop.onnx"):
+        for line in ("8.5", "9.0", "9.1", "9.2"):
+            report = check(path, cann=line)
+            (found,) = report.of("error")
+            assert (report.code, found.rule, found.fixable) == ("EZ9999", "reduce-no-axes", True)
+            assert ("9.2.0-beta.1" in found.message) == (line == "9.2")
+
+
+@pytest.mark.parametrize("op_type", ["ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp"])
+def test_axes_that_only_the_newest_release_reads(op_type: str) -> None:
+    """As attribute at opset 17: an error on 9.2, too, which says where it is right."""
+    path = DATA / "reduce" / f"{op_type}-17-axes-attr.onnx"
+    for line in ("9.1", "9.2"):
+        found = next(f for f in check(path, cann=line).of("error") if f.rule == "reduce-axes")
+        assert ("beta.2" in found.message) == (line == "9.2")
+
+
 def test_cells_that_were_read_in_the_sources() -> None:
     """9.0 reads as 8.5; minima and products from 9.1 on as maxima."""
     for name in _REDUCE:

@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx import runtime
-from sfa_onnx.ascend.checks import check
+from sfa_onnx.ascend.checks import apply_fixes, check
 from sfa_onnx.ascend.flavour import convert, from_atc
 from sfa_onnx.ascend.handover import folder as handover
 from tests.op_models import needs_library
@@ -306,6 +306,68 @@ def test_a_foreign_norm_with_an_epsilon_the_plug_in_never_reads() -> None:
         given = {k: v * 1e-2 for k, v in feeds(model).items()}
         wanted, got = (runtime.run(m, given)["y"] for m in (model, atc))
         np.testing.assert_allclose(wanted, got, rtol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [T.FLOAT, T.FLOAT16])
+def test_check_fix_reaches_an_epsilon_the_plug_in_never_reads(dtype: int) -> None:
+    """`--fix` keeps every output the file reads, 1 / root included, where batch is open."""
+    for kind, inputs in (("NPURmsNorm", ["x", "g"]), ("NPUAddRmsNorm", ["x", "r", "g"])):
+        outputs = ["y", "rstd", "sum"][: len(inputs)]
+        node = N(kind, inputs, outputs, "n", domain="npu", epsilon=1e-3)
+        values = [(n, dtype, ["b", 16]) for n in inputs[:-1]]
+        gamma = RNG.standard_normal(16).astype(helper.tensor_dtype_to_np_dtype(dtype))
+        outs = [(n, T.FLOAT if n == "rstd" else dtype, ["b", 1 if n == "rstd" else 16])
+                for n in outputs]  # fmt: skip
+        model = build([node], values, outs, inits=[("g", gamma)], domains=("npu",))
+        report = check(model, cann="9.2")
+        assert [f.rule for f in report.of("error")] == ["norm-epsilon"]
+        result = apply_fixes(model, report)
+        assert len(result.applied) == 1 and "within 1e-06 in float64" in result.applied[0]
+        assert not check(result.model, cann="9.2").of("error")
+        given = {k: v * np.asarray(1e-2, v.dtype) for k, v in feeds(model).items()}
+        wanted, got = (runtime.run(m, given) for m in (model, result.model))
+        for name in outputs:
+            slack = 1e-5 if dtype == T.FLOAT else 2e-3
+            np.testing.assert_allclose(wanted[name], got[name], rtol=slack, err_msg=name)
+
+
+def test_an_epsilon_that_no_scaling_reaches_is_no_fix() -> None:
+    node = N("NPURmsNorm", ["x", "g"], ["y"], "n", epsilon=0.0)
+    model = build([node], [("x", T.FLOAT, [2, 16])], [("y", T.FLOAT, [2, 16])],
+                  inits=[("g", np.ones(16, np.float32))])  # fmt: skip
+    (found,) = check(model).of("error")
+    assert (found.rule, found.fixable) == ("norm-epsilon", False)
+
+
+@needs_library
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_norm_in_a_branch(residual: bool) -> None:
+    """Values of the main graph in, the branch's own out; the other branch does without."""
+    inner = norm(dims=(2, 16), residual=residual)
+    out = [helper.make_tensor_value_info("y", T.FLOAT, [2, 16])]
+    then = helper.make_graph(inner.graph.node, "then", [], out, inner.graph.initializer)
+    other = helper.make_graph([N("Neg", ["x"], ["z"], "neg")], "else", [],
+                              [helper.make_tensor_value_info("z", T.FLOAT, [2, 16])])  # fmt: skip
+    nodes = [N("If", ["c"], ["out"], "if", then_branch=then, else_branch=other)]
+    values = [("x", T.FLOAT, [2, 16]), ("c", T.BOOL, [])]
+    values += [("r", T.FLOAT, [2, 16])] if residual else []
+    model = build(nodes, values, [("out", T.FLOAT, [2, 16])])
+    kind = "NPUAddRmsNorm" if residual else "NPURmsNorm"
+    atc = convert(model, cann="9.1").model
+    branch = next(a.g for n in atc.graph.node for a in n.attribute if a.name == "then_branch")
+    assert [n.op_type for n in branch.node] == [kind]
+    report = check(atc, cann="9.1")
+    assert report.parser == "accepted"
+    assert not [f for f in report.findings if f.stage in ("parse", "meaning")]
+    portable = from_atc(atc)
+    assert [f.name for f in portable.functions] == [kind]
+    for taken in (True, False):
+        given = {n: RNG.standard_normal((2, 16)).astype(np.float32) for n in "xr"[: 1 + residual]}
+        given["c"] = np.array(taken)
+        wanted = run_plain(model, given)[0]
+        for got in (runtime.run(atc, given)["out"], run_plain(portable, given)[0]):
+            np.testing.assert_allclose(wanted, got, rtol=1e-5, atol=1e-6)
 
 
 def test_a_hand_over_has_them_unless_told_not_to(tmp_path: Path) -> None:

@@ -244,6 +244,38 @@ def test_mapping_names_the_replaced_nodes(tmp_path):
     assert entry["replaces"] == ["inner1", "inner2", "inner3"]
 
 
+def test_mapping_lists_fused_norms_each_with_its_own_nodes(tmp_path):
+    """Two layers: x -> +r -> norm -> Neg -> + -> norm; the second does not reach into the first."""
+    nodes, residual = [], "x"
+    for i in "12":
+        nodes += [
+            helper.make_node("Add", [residual, "r" if i == "1" else "n1"], [f"s{i}"], f"add{i}"),
+            helper.make_node("Mul", [f"s{i}", f"s{i}"], [f"q{i}"], f"square{i}"),
+            helper.make_node("ReduceMean", [f"q{i}", "axes"], [f"m{i}"], f"mean{i}"),
+            helper.make_node("Add", [f"m{i}", "eps"], [f"e{i}"], f"plus{i}"),
+            helper.make_node("Sqrt", [f"e{i}"], [f"d{i}"], f"root{i}"),
+            helper.make_node("Div", [f"s{i}", f"d{i}"], [f"u{i}"], f"unit{i}"),
+            helper.make_node("Mul", [f"u{i}", "g"], [f"y{i}"], f"gamma{i}"),
+            helper.make_node("Neg", [f"y{i}"], [f"n{i}"], f"neg{i}"),
+        ]
+        residual = f"s{i}"
+    flat = [("x", TensorProto.FLOAT, [2, 8]), ("r", TensorProto.FLOAT, [2, 8])]
+    inits = [
+        onnx.numpy_helper.from_array(np.asarray(v), n)
+        for n, v in (("g", np.ones(8, np.float32)), ("eps", np.float32(1e-6)), ("axes", [-1]))
+    ]
+    model = build(nodes, flat, [("n2", TensorProto.FLOAT, [2, 8])])
+    model.graph.initializer.extend(inits)
+    onnx.save(model, tmp_path / "m.onnx")
+    onnx.save(model, tmp_path / "m.sfa.onnx")
+    handover.write(tmp_path / "m.sfa.onnx", tmp_path / "out", soc_version=SOC)
+    told = json.loads((tmp_path / "out" / "mapping.json").read_text())["nodes"]
+    assert [(e["onnx_type"], e["ge_type"]) for e in told] == [("NPUAddRmsNorm", "AddRmsNorm")] * 2
+    for entry, i in zip(told, "12", strict=True):
+        parts = ("add", "square", "mean", "plus", "root", "unit", "gamma")
+        assert entry["replaces"] == [part + i for part in parts]
+
+
 # ---- inputs, the device, outputs ----------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.finding import Finding
 from sfa_onnx.ascend.flavour.reductions import form_of
+from sfa_onnx.ascend.reductions import reads_later
 from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["expansion", "parameters"]
@@ -136,11 +137,13 @@ def _reduce(ctx: Context, node: Node) -> Iterator[Finding]:
     listed = len(node.proto.input) > 1 and bool(node.proto.input[1])
     if node.op_type != "ReduceSum" or listed or form not in ("none", "noop"):
         return
+    later = reads_later(node.op_type, form, ctx.cann.version)
+    newer = " (up to 9.2.0-beta.1; beta.2's takes it, by its sources)" if later else ""
     if form == "noop":
         yield _refuse(
             node,
             "reduce-no-axes",
-            "noop_with_empty_axes = 1 and no axes: the plug-in refuses",
+            f"noop_with_empty_axes = 1 and no axes: the plug-in refuses{newer}",
             "remove the node: it does nothing",
             evidence="recorded",
             fixable=True,
@@ -149,7 +152,8 @@ def _reduce(ctx: Context, node: Node) -> Iterator[Finding]:
         yield _refuse(
             node,
             "reduce-no-axes",
-            "no axes on a computed tensor: the plug-in asks for a rank that does not exist yet",
+            "no axes on a computed tensor: the plug-in asks for a rank that does not exist yet"
+            + newer,
             "list the axes",
             evidence="recorded",
             fixable=True,

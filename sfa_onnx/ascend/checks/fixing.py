@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto
 from sfa_onnx.ascend.checks.facts import INTERNAL_OPS
 from sfa_onnx.ascend.checks.finding import CheckReport, Finding
 from sfa_onnx.ascend.checks.fold import provable
+from sfa_onnx.ascend.checks.norm_trial import TOLERANCE, compare_norms
 from sfa_onnx.ascend.checks.rewrites import NODE_RULES, constant_k
 from sfa_onnx.ascend.checks.trial import compare
 from sfa_onnx.ascend.checks.view import ModelView
@@ -162,18 +163,29 @@ class _Tried:
         if new is None:
             self._to.skipped.append(f"{self._id}: {label}: not mechanical here")
             return None
-        forced = self._forced(scope, node, first)
-        loose = self._id == "topk-unsorted"  # any order of the old node is as good
-        reason = self._same_constant(node, new) or compare(scope, node, new, forced, loose=loose)
-        if reason and reason != "same":
+        reason, proof = self._judge(scope, node, new)
+        if reason:
             del scope.graph.initializer[kept:]
             self._to.skipped.append(f"{self._id}: {label}: {reason}")
             return None
         self._to.applied.append(
-            f"{self._id}: {node.op_type} {label} -> {', '.join(n.op_type for n in new)}"
-            f" (equal bit for bit in a trial run{', up to the order it leaves open' * loose})"
+            f"{self._id}: {node.op_type} {label} -> {', '.join(n.op_type for n in new)} ({proof})"
         )
         return new
+
+    def _judge(self, scope: Scope, node: NodeProto, new: Sequence[NodeProto]) -> tuple[str, str]:
+        """Why the replacement is not taken, "" if it is; and what shows that it may be."""
+        if self._id == "norm-epsilon":
+            return compare_norms(scope, node, new), f"within {TOLERANCE:g} in float64"
+        first = next((o for o in node.output if o), "")
+        loose = self._id == "topk-unsorted"  # any order of the old node is as good
+        reason = self._same_constant(node, new)
+        if reason != "same":
+            reason = reason or compare(
+                scope, node, new, self._forced(scope, node, first), loose=loose
+            )
+        open_order = ", up to the order it leaves open" * loose
+        return "" if reason == "same" else reason, f"equal bit for bit in a trial run{open_order}"
 
     def _forced(self, scope: Scope, node: NodeProto, first: str) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs of the trial that are not free: a proven k; one value, at slots that may meet."""

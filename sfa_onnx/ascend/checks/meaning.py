@@ -20,7 +20,7 @@ from sfa_onnx.ascend.flavour.norm_match import PLUGIN_EPSILON, same_epsilon
 from sfa_onnx.ascend.flavour.norms import ADD_RMS_NORM, RMS_NORM
 from sfa_onnx.ascend.flavour.reductions import form_of
 from sfa_onnx.ascend.flavour.scatters import reads_scatter_reduction
-from sfa_onnx.ascend.reductions import REDUCTIONS, Reading, reading
+from sfa_onnx.ascend.reductions import REDUCTIONS, Reading, reading, reads_later
 from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["meaning"]
@@ -240,11 +240,13 @@ def _reduction(ctx: Context, node: Node) -> Iterator[Finding]:
     where = {"attribute": "as an attribute", "input": "as an input", "none": "nowhere (all)"}[form]
     line = ctx.cann.version
     some = "by some releases" if read is Reading.VARIES else "silently"
+    if reads_later(node.op_type, form, line):
+        some = "silently up to 9.2.0-beta.1, the last release recorded (beta.2's sources read them)"
     yield misread(
         "reduce-axes",
         "warning" if read is Reading.VARIES else "error",
-        f"{node.op_type} with its axes {where}, opset {node.version}: lost {some} on CANN {line};"
-        " the GE node gets no axes and reduces nothing of what the file means",
+        f"{node.op_type} with its axes {where}, opset {node.version}: lost on CANN {line},"
+        f" {some}; the GE node gets no axes and reduces nothing of what the file means",
         node.name,
         f"write means as sums, other axes where this release reads them; {_ATC}",
         fixable=True,
@@ -262,6 +264,7 @@ def _norm(_: Context, node: Node) -> Iterator[Finding]:
             " on every CANN line",
             node.name,
             f"scale x by sqrt(1e-6 / epsilon), in float32; {_ATC}",
+            fixable=epsilon > 0,
             evidence="source",
         )
 

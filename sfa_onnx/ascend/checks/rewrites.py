@@ -16,6 +16,7 @@ from onnx import NodeProto, TensorProto
 
 from sfa_onnx.ascend.checks.einsum import MatMulForm, as_matmul
 from sfa_onnx.ascend.checks.move_rewrites import narrow_int64, sorted_top_k, uniform_scatter
+from sfa_onnx.ascend.flavour.norms import readable_norms
 from sfa_onnx.ascend.flavour.reductions import readable_reductions
 from sfa_onnx.ascend.flavour.repairs import (
     cast_like,
@@ -245,6 +246,7 @@ NODE_RULES: Final[dict[str, Callable[[Scope, NodeProto], Sequence[NodeProto] | N
     "gemm-alpha": gemm_alpha,
     "int64-fits": narrow_int64,
     "mod-sign": mod_sign,
+    "norm-epsilon": readable_norms,
     "prototype-not-open": lambda s, n: cast_like(s, n) or dropped_dropout(s, n),
     "scatter-dtype": bool_scatter,
     "scatter-mask": uniform_scatter,

@@ -206,9 +206,9 @@ def readable_norms(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     if same_epsilon(epsilon) or epsilon <= 0:
         return None
     label, x, nodes = node.name, node.input[0], []
-    dtype, outputs = scope.dtype(x), list(node.output)
+    dtype, outputs = scope.dtype(x), [*node.output, "", ""]
     if node.op_type == ADD_RMS_NORM:
-        total = outputs[2] if len(outputs) > 2 and outputs[2] else ""
+        total = outputs[2]
         nodes.append(
             scope.node("Add", node.input[:2], f"{label}/sum", dtype=dtype, dims=scope.dims(x),
                        outputs=[total] if total else ())
@@ -216,4 +216,17 @@ def readable_norms(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
         x = nodes[0].output[0]
     norm = Norm(x, node.input[-1], epsilon, dtype, [])
     anchor = NodeProto(name=label, output=outputs[:1])
-    return [*nodes, *_Fusion(scope, anchor, norm).nodes()]
+    nodes += _Fusion(scope, anchor, norm).nodes()
+    return [*nodes, *_unscaled(scope, nodes, outputs[1], label, epsilon)]
+
+
+def _unscaled(
+    scope: Scope, nodes: Sequence[NodeProto], rstd: str, label: str, epsilon: float
+) -> list[NodeProto]:
+    """1 / sqrt(mean(x^2) + epsilon) out of that of the scaled x, where the file names it."""
+    if not rstd:
+        return []
+    inner = next(n for n in nodes if n.op_type == RMS_NORM)
+    factor = scope.constant(math.sqrt(PLUGIN_EPSILON / epsilon), f"{label}/scale", np.float32)
+    return [scope.node("Mul", [inner.output[1], factor], f"{label}/unscaled", dtype=_T.FLOAT,
+                       outputs=[rstd])]  # fmt: skip

@@ -7,6 +7,7 @@ new -> old names where CANN's parser forced a change.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
 from sfa_onnx.ascend.flavour.nodes import is_ours
+from sfa_onnx.ascend.flavour.norms import ADD_RMS_NORM, RMS_NORM
 from sfa_onnx.files.model import load_model
 from sfa_onnx.operator.op import BINDINGS, EXPANDED
 
 __all__ = ["find_original", "mapping"]
 
 MAPPING_VERSION = 1
-_GE_TYPES = {b.atc_type: b.ge_type for b in BINDINGS}
+_NORMS = {RMS_NORM: "RmsNorm", ADD_RMS_NORM: "AddRmsNorm"}
+_GE_TYPES = {b.atc_type: b.ge_type for b in BINDINGS} | _NORMS
 _GE_TYPES |= dict.fromkeys((op.name for op in EXPANDED), "(expanded)")
 
 
@@ -46,8 +49,12 @@ def mapping(
         model_name: file name of the ATC flavour.
     """
     before = load_model(original).graph if original else None
-    fused = [n for n in atc.graph.node if is_ours(n)]
-    entries = [_entry(node, before, atc.graph) for node in fused]
+    entries = [
+        _entry(node, place, then, now)
+        for place, now, then in _graphs(atc.graph, before)
+        for node in now.node
+        if is_ours(node) or node.op_type in _NORMS
+    ]
     pairs = (text.split(" -> ") for text in renamed)
     return {
         "schema": "sfa-onnx/mapping",
@@ -59,9 +66,26 @@ def mapping(
     }
 
 
-def _entry(node: NodeProto, before: GraphProto | None, after: GraphProto) -> dict[str, Any]:
+def _graphs(
+    now: GraphProto, then: GraphProto | None, place: str = ""
+) -> Iterator[tuple[str, GraphProto, GraphProto | None]]:
+    """Every graph of the ATC flavour with the same one of the original; nodes are met by outputs."""
+    yield place, now, then
+    old = {} if then is None else {tuple(n.output): n for n in then.node}
+    for node in now.node:
+        twin = old.get(tuple(node.output), NodeProto())
+        bodies = {a.name: a.g for a in twin.attribute if a.type == onnx.AttributeProto.GRAPH}
+        for attr in node.attribute:
+            if attr.type == onnx.AttributeProto.GRAPH:
+                inner = f"{place}{node.name}/{attr.name}/"
+                yield from _graphs(attr.g, bodies.get(attr.name), inner)
+
+
+def _entry(
+    node: NodeProto, place: str, before: GraphProto | None, after: GraphProto
+) -> dict[str, Any]:
     return {
-        "node": node.name,
+        "node": place + node.name,
         "onnx_type": node.op_type,
         "ge_type": _GE_TYPES.get(node.op_type, node.op_type),
         "outputs": list(node.output),
@@ -70,8 +94,12 @@ def _entry(node: NodeProto, before: GraphProto | None, after: GraphProto) -> dic
 
 
 def _replaced(node: NodeProto, before: GraphProto, after: GraphProto) -> list[str]:
-    """Nodes of the original above the fused output that the fused graph no longer has."""
+    """Nodes of the original above the fused output that the fused graph no longer has.
+
+    What another node of the fused graph still makes, whatever it is made of, ends the walk.
+    """
     kept = {_key(n) for n in after.node}
+    made = {out for n in after.node if n is not node for out in n.output if out}
     producers = {out: n for n in before.node for out in n.output}
     queue, found, seen = list(_landing(node, before, after)), [], set()
     while queue:
@@ -80,7 +108,7 @@ def _replaced(node: NodeProto, before: GraphProto, after: GraphProto) -> list[st
             continue
         seen.add(id(producer))
         found.append(producer)
-        queue += producer.input
+        queue += [name for name in producer.input if name not in made]
     order = {id(n): i for i, n in enumerate(before.node)}
     found.sort(key=lambda n: order.get(id(n), 0))
     return [n.name or n.output[0] for n in found]

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
+from sfa_onnx.files.onnx_attrs import graphs
+
 __all__ = ["NORM_KEYS", "add_norm_bodies"]
 
 _DOMAIN: Final = "npu"
@@ -19,9 +21,10 @@ NORM_KEYS: Final = frozenset((_DOMAIN, name) for name in _INPUTS)
 
 
 def add_norm_bodies(model: ModelProto) -> None:
-    """Add, in place, the body of every vendor norm that the main graph holds in domain `npu`."""
+    """Add, in place, the body of every vendor norm in domain `npu`, of inner graphs, too."""
     present = {(f.domain, f.name) for f in model.functions}
-    used = {n.op_type for n in model.graph.node if (n.domain, n.op_type) in NORM_KEYS}
+    nodes = (n for graph in graphs(model.graph) for n in graph.node)
+    used = {n.op_type for n in nodes if (n.domain, n.op_type) in NORM_KEYS}
     for name in sorted(used):
         if (_DOMAIN, name) not in present:
             model.functions.append(_body(name))
