@@ -69,7 +69,7 @@ def mapping(
 def _graphs(
     now: GraphProto, then: GraphProto | None, place: str = ""
 ) -> Iterator[tuple[str, GraphProto, GraphProto | None]]:
-    """Every graph of the ATC flavour with the same one of the original; nodes are met by outputs."""
+    """Every graph of the ATC flavour with its twin of the original; nodes are met by outputs."""
     yield place, now, then
     old = {} if then is None else {tuple(n.output): n for n in then.node}
     for node in now.node:
