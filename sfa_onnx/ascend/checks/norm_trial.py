@@ -21,6 +21,7 @@ __all__ = ["TOLERANCE", "compare_norms"]
 
 TOLERANCE: Final = 1e-6  # relative; a factor rounded to float32 is off by 6e-8
 _OPEN_DIM: Final = 3
+_PLAIN: Final[dict[str, Any]] = {"Add": np.add, "Mul": np.multiply, "Cast": np.asarray}
 _SIZES: Final = (1e-4, 1e-2, 1.0)  # of x: around the root of epsilon, and far above it
 
 Array = np.ndarray[Any, Any]
@@ -71,5 +72,4 @@ def _step(scope: Scope, node: NodeProto, known: dict[str, Array]) -> dict[str, A
     given = [known[n] if n in known else np.asarray(scope.array(n), float) for n in node.input]
     if node.op_type in (RMS_NORM, ADD_RMS_NORM):
         return _norm(node, given, PLUGIN_EPSILON)
-    made = {"Add": np.add, "Mul": np.multiply, "Cast": np.asarray}[node.op_type](*given)
-    return {node.output[0]: made}
+    return {node.output[0]: _PLAIN[node.op_type](*given)}
