@@ -346,6 +346,10 @@ CASES: list[Case] = [
         N("ScatterElements", ["x", "i", "u"], ["y"], name="n0", axis=1)
     ], [X, ("i", I64, (4, 2))], init=[const("u", [[0.0, 0.0]] * 4, np.float32)]), "warning", "",
      "one value"),
+    ("gather-bool", lambda: model([
+        N("GatherElements", ["m", "i"], ["y"], name="n0", axis=1)
+    ], [("m", BOOL, (4, 6)), ("i", I64, (4, 2))], outs=[("y", BOOL, None)]), "warning", "",
+     "takes int8"),
     ("int64-fits", lambda: model([
         N("TopK", ["x", "k"], ["v", "i"]), N("Mod", ["i", "two"], ["y"], name="n0")
     ], outs=[("y", I64, None)], init=[K3, const("two", [2])]), "warning", "", "fit int32"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx.ascend.checks import check, fix
 from sfa_onnx.ascend.checks.ranges import value_range
 from sfa_onnx.ascend.flavour.scope import Facts, Names, Scope
+from sfa_onnx.cli import main
 from tests.test_flavour import build, ops, run
 
 SOC = "Ascend910_9391"
@@ -142,3 +145,46 @@ def test_ranges(nodes: Any, expected: Any) -> None:
     model.graph.input.append(helper.make_tensor_value_info("b", TensorProto.BOOL, [3]))
     scope = Scope(model.graph, Names(model), Facts.of(model), 18)
     assert value_range(scope, "y") == expected
+
+
+def test_a_mask_is_gathered_as_int8() -> None:
+    """Whether the selected keys are visible: a bool mask at the indices of TopK."""
+    node = helper.make_node("GatherElements", ["m", "i"], ["y"], "seen", axis=-1)
+    inputs = [("m", TensorProto.BOOL, ["b", 64]), ("i", TensorProto.INT64, ["b", 8])]
+    model = build([node], inputs, [("y", TensorProto.BOOL, ["b", 8])])
+    fixed = moved(model, "gather-bool")
+    assert on_ai_cpu(model) == {"GatherElements"}
+    assert not on_ai_cpu(fixed)
+    feeds = {"m": RNG.integers(0, 2, (3, 64)).astype(bool), "i": RNG.integers(-64, 64, (3, 8))}
+    np.testing.assert_array_equal(run(model, feeds)[0], run(fixed, feeds)[0])
+
+
+def top_k_of_a_size(axis: int) -> ModelProto:
+    """The first min(8, size) of the last axis of [b, past, "64"]."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], "shape"),
+        helper.make_node("Slice", ["s", "from", "to"], ["n"], "size"),
+        helper.make_node("Min", ["n", "most"], ["k"], "min"),
+        helper.make_node("TopK", ["x", "k"], ["v", "i"], "top"),
+    ]
+    bounds = {"from": [axis], "to": [axis + 1], "most": [8]}
+    inits = [(n, np.array(v)) for n, v in bounds.items()]
+    return build(nodes, [("x", 1, ["b", "past", "64"])], [("i", 7, None)], inits=inits)
+
+
+def test_a_dim_spelled_as_text_is_a_number_and_a_bound_one_proves_k(tmp_path: Path) -> None:
+    """transformers' exporter writes "64" for 64; `check --dim` binds the others."""
+    for axis, known in ((1, False), (2, True)):
+        found = {f.rule: f.fixable for f in check(top_k_of_a_size(axis)).findings}
+        assert found["topk-computed-k"] == known
+    path, out = tmp_path / "m.onnx", tmp_path / "f.onnx"
+    onnx.save(top_k_of_a_size(1), path)
+    command = [str(path), "--soc-version", SOC, "--fix", "-o", str(out)]
+    assert main(["check", *command, "--dim", "past=5"]) == 0
+    fixed = onnx.load(out)
+    k = next(n.input[1] for n in fixed.graph.node if n.op_type == "TopK")
+    value = next(t for t in fixed.graph.initializer if t.name == k)
+    assert onnx.numpy_helper.to_array(value).tolist() == [5]
+    assert fixed.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 5
+    for wrong in ("none=5", "past=2~8", "past=0"):
+        assert main(["check", *command, "--force", "--dim", wrong]) == 2

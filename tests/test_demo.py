@@ -32,6 +32,9 @@ def test_the_demo_fuses_converts_compares_and_hands_over(
     script = (tmp_path / "atc" / "atc.sh").read_text()
     assert "past_latent_packed:1,8191,1,656" in script
     assert "--precision_mode=must_keep_origin_dtype" in script
+    page = (Path(__file__).parents[1] / "docs" / "ascend.md").read_text(encoding="utf-8")
+    (line,) = done["atc"]["engines"].values()
+    assert line in " ".join(page.split()), "docs/ascend.md quotes what the demo prints"
 
 
 def test_the_demo_model_is_the_same_everywhere(tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from sfa_onnx.ascend.cann import CANN_VERSIONS, DEFAULT_CANN
 from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console
 from sfa_onnx.cli.execute import load_inputs
 from sfa_onnx.errors import UsageError
+from sfa_onnx.files.model import load_model
 
 __all__ = ["add_verbs"]
 
@@ -31,6 +34,13 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY",
         help="a parser plug-in of yours: npu::1::MyOp, or npu::1::MyOp(1,3) with its input counts",
+    )
+    check.add_argument(
+        "--dim",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="check (and fix) the file for this size of an open dim",
     )
     check.add_argument("--strict", action="store_true", help="fail on warnings and unknowns too")
     check.add_argument("--fix", action="store_true", help="apply mechanical fixes, verified")
@@ -78,25 +88,46 @@ def _check(args: argparse.Namespace, console: Console) -> int:
         return _check_certificate(args, console)
     from sfa_onnx.ascend import checks
 
+    bound = _bound(args.model, _dims(args.dim)) if args.dim else None
     options: dict[str, Any] = {
         "cann": args.cann,
         "soc_version": args.soc_version,
+        "base_dir": args.model.parent,
         "user_plugins": (*checks.OWN_PLUGINS, *args.plugin),
         "strict": args.strict,
     }
-    report = checks.check(args.model, **options)
+    report = checks.check(args.model if bound is None else bound, **options)
     if args.fix:
         output = args.output or args.model.with_name(args.model.stem + ".fixed.onnx")
-        fixed = checks.fix_file(args.model, report, output, force=args.force)
+        fixed = checks.fix_file(args.model, report, output, force=args.force, model=bound)
         for line in fixed.applied:
             console.say("fixed: {}", line)
         for line in fixed.skipped:
             console.say("not fixed: {}", line, style="dim")
         console.say("written: [bold]{}[/bold]", output)
-        report = checks.check(output, **options)
+        report = checks.check(output, **options | {"base_dir": output.parent})
     show_ascend.check_report(console, report)
     console.result("check", report)
     return 0 if report.passed else NOT_MET
+
+
+def _bound(path: Path, dims: dict[str, str]) -> onnx.ModelProto:
+    """The model with these dims as numbers.
+
+    Raises:
+        UsageError: a dim the model does not have, or a value that is no number.
+    """
+    from sfa_onnx.ascend.handover.command import bind_dims, free_dims
+
+    model = load_model(path)
+    known = free_dims(model)
+    for name, value in dims.items():
+        if name not in known:
+            has = ", ".join(sorted(known)) or "none"
+            raise UsageError(f"--dim {name}={value}: the model has no such dim; it has {has}")
+        if not value.isdigit() or not int(value):
+            raise UsageError(f"--dim {name}={value}: a check is for one size, a number from 1 on")
+    return bind_dims(model, dims)
 
 
 def _check_certificate(args: argparse.Namespace, console: Console) -> int:

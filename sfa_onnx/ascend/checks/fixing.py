@@ -61,15 +61,27 @@ def fix(model: ModelProto, report: CheckReport) -> tuple[ModelProto, list[str]]:
 
 @door
 def fix_file(
-    path: str | Path, report: CheckReport, output: str | Path, *, force: bool = False
+    path: str | Path,
+    report: CheckReport,
+    output: str | Path,
+    *,
+    force: bool = False,
+    model: ModelProto | None = None,
 ) -> FixResult:
     """`fix` from file to file; external weights stay where they are.
+
+    Args:
+        path: the file.
+        report: what `check` said of it.
+        output: where the result goes.
+        force: overwrite `output`.
+        model: the file's model where `report` is of a changed one (its dims bound).
 
     Raises:
         UsageError: no such file, or `output` exists and `force` is not set.
         WeightsError: the weights would not be found beside the output.
     """
-    result = apply_fixes(load_model(path), report)
+    result = apply_fixes(load_model(path) if model is None else model, report)
     source = Path(path).parent
     result.path = save_model(result.model, output, source_dir=source, force=force)
     return result

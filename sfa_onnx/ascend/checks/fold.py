@@ -40,6 +40,8 @@ def provable(view: ModelView, scope: Scope, name: str, depth: int = _DEPTH) -> A
         return _shape(view, at, node)
     if node.domain not in ("", "ai.onnx") or node.op_type not in _FOLDABLE:
         return None
+    if node.op_type in ("Gather", "Slice") and (part := _part(view, at, node, depth)) is not None:
+        return part
     feeds: dict[str, Array] = {}
     for source in node.input:
         value = provable(view, at, source, depth - 1) if source else None
@@ -48,6 +50,27 @@ def provable(view: ModelView, scope: Scope, name: str, depth: int = _DEPTH) -> A
         if value is not None:
             feeds[source] = value
     return _run(node, feeds, view.opset)
+
+
+def _part(view: ModelView, scope: Scope, node: onnx.NodeProto, depth: int) -> Array | None:
+    """Sizes taken out of a shape whose other sizes are open."""
+    source = view.resolve_scope(scope, node.input[0])
+    shape = source.producer(node.input[0]) if source is not None else None
+    dims = view.shape(source, shape.input[0]) if source and shape and shape.input else None
+    if shape is None or shape.op_type != "Shape" or shape.attribute or dims is None:
+        return None
+    feeds: dict[str, Array] = {node.input[0]: np.arange(len(dims))}  # places, instead of sizes
+    for name in node.input[1:]:
+        value = provable(view, scope, name, depth - 1) if name else None
+        if value is None:
+            return None
+        feeds[name] = value
+    places = _run(node, feeds, view.opset)
+    sizes = [] if places is None else [dims[i] for i in places.reshape(-1)]
+    numbers = [d for d in sizes if isinstance(d, int)]
+    if places is None or len(numbers) != len(sizes):
+        return None
+    return np.asarray(numbers, np.int64).reshape(places.shape)
 
 
 def _shape(view: ModelView, scope: Scope, node: onnx.NodeProto) -> Array | None:

@@ -1,12 +1,15 @@
 """Nodes that sit on AI CPU for a reason a rewrite can take away, and the rewrites.
 
-TopK that need not be unsorted; masks written by scattering one value; integer division, modulo and
-running sums in int64 whose numbers fit narrower types.
+TopK that need not be unsorted; masks written by scattering one value, or gathered as bool; integer
+division, modulo and running sums in int64 whose numbers fit narrower types.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
+
+from onnx import TensorProto
 
 from sfa_onnx.ascend.checks.context import Context, Node
 from sfa_onnx.ascend.checks.finding import Finding
@@ -15,6 +18,8 @@ from sfa_onnx.ascend.checks.support import families
 from sfa_onnx.files.onnx_attrs import attribute
 
 __all__ = ["moves"]
+
+_T: Final = TensorProto
 
 
 def moves(ctx: Context) -> Iterator[Finding]:
@@ -38,6 +43,13 @@ def moves(ctx: Context) -> Iterator[Finding]:
                 node,
                 "ScatterElements of one value over static shapes runs on AI CPU (A2, A3)",
                 "compare positions (Equal) and choose (Where)",
+            )
+        elif node.op_type == "GatherElements" and scope.dtype(node.proto.input[0]) == _T.BOOL:
+            yield _found(
+                "gather-bool",
+                node,
+                "GatherElements over bool runs on AI CPU (A2, A3); AI Core takes int8",
+                "gather int8, with a Cast before and behind",
             )
         elif fits_int32(scope, node.proto):
             yield _found(

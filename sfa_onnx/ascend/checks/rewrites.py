@@ -100,6 +100,19 @@ def bool_scatter(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     return [data, updates, scatter, scope.replace(node, "Cast", [scatter.output[0]], to=_T.BOOL)]
 
 
+def bool_gather(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
+    """GatherElements over bool: in int8, which AI Core's kernel takes."""
+    if node.op_type != "GatherElements" or scope.dtype(node.input[0]) != _T.BOOL:
+        return None
+    wide = scope.node("Cast", [node.input[0]], f"{node.name}/data", dtype=_T.INT8, to=_T.INT8)
+    inputs = [wide.output[0], node.input[1]]
+    taken = scope.node(
+        "GatherElements", inputs, f"{node.name}/int8", dtype=_T.INT8,
+        dims=scope.dims(node.output[0]), **attributes(node),
+    )  # fmt: skip
+    return [wide, taken, scope.replace(node, "Cast", [taken.output[0]], to=_T.BOOL)]
+
+
 def einsum(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None:
     """Einsum of two operands -> Transpose, Unsqueeze, MatMul, Squeeze, Transpose."""
     if node.op_type != "Einsum" or len(node.input) != 2:
@@ -241,6 +254,7 @@ NODE_RULES: Final[dict[str, Callable[[Scope, NodeProto], Sequence[NodeProto] | N
     "constant-form": constant_values,
     "constant-of-shape-value": shape_fill,
     "einsum": einsum,
+    "gather-bool": bool_gather,
     "gathernd-batch-dims": gather_nd,
     "gathernd-negative": gather_nd,
     "gemm-alpha": gemm_alpha,

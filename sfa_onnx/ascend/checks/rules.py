@@ -108,6 +108,7 @@ _GRAPH: Final = {
     "einsum": "Einsum: no engine known",
     "expert-gather": "expert weights gathered at run time",
     "input-dtype-documented": "graph inputs beyond the dtypes the manual lists",
+    "gather-bool": "GatherElements over bool: AI CPU on A2 and A3",
     "input-shape": "open dims: --input_shape is needed",
     "int64-fits": "int64 division, modulo or running sum whose numbers fit int32",
     "negative-size": "a declared size below zero: read as an open one",

@@ -20,6 +20,7 @@ import onnx
 from sfa_onnx.ascend.flavour.scope import Facts
 from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.operator.op import OpContract, find_op
+from sfa_onnx.passes.shapes.dims import size_of, write_numbers
 
 __all__ = ["Dims", "ModelView", "Scope", "contract_of", "is_external"]
 
@@ -253,7 +254,8 @@ def _value(value: onnx.ValueInfoProto) -> tuple[int, Dims | None] | None:
     dims: list[int | str | None] = []
     for dim in tensor.shape.dim:
         known = dim.HasField("dim_value") and dim.dim_value >= 0
-        dims.append(dim.dim_value if known else dim.dim_param or None)
+        size = dim.dim_value if known else size_of(dim.dim_param, {})
+        dims.append(dim.dim_param or None if size is None else size)
     return tensor.elem_type, tuple(dims)
 
 
@@ -288,6 +290,7 @@ def _infer(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, str]:
     graph.input.extend(source.input)
     graph.output.extend(source.output)
     graph.value_info.extend(source.value_info)
+    write_numbers(graph)
     listed = {v.name for v in source.input}
     for tensor in source.initializer:
         if not is_external(tensor) and tensor.ByteSize() <= _INFERENCE_LIMIT:

@@ -33,6 +33,7 @@ from sfa_onnx.files.model import paused_gc
 from sfa_onnx.guard.doors import door
 from sfa_onnx.guard.guarded import inline
 from sfa_onnx.operator.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
+from sfa_onnx.passes.shapes.dims import write_numbers
 from sfa_onnx.runtime.portable.norms import NORM_KEYS
 
 __all__ = ["FLAVOUR_KEY", "AtcModel", "convert", "from_atc", "is_atc", "to_atc"]
@@ -140,6 +141,7 @@ def _rewrite(
     work, names = result.model, Names(result.model)
     result.renamed = form.name_nodes(work.graph, names)
     _note(result, form.name_outputs(work.graph, names), "empty output names removed")
+    _note(result, write_numbers(work.graph), "dims that are numbers written as such")
     facts = Facts.of(work)
     result.notes += to_opset(work, source, names, facts)
     _note(result, form.lift_initializers(work, names), "initializers moved or made dense")

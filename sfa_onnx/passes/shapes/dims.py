@@ -6,9 +6,12 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 
+import onnx
+
+from sfa_onnx.files.onnx_attrs import graphs
 from sfa_onnx.passes.shapes.size import greatest, least
 
-__all__ = ["size_of", "text_of"]
+__all__ = ["size_of", "text_of", "write_numbers"]
 
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -61,3 +64,19 @@ def _evaluate(tree: ast.expr, symbols: Mapping[str, int]) -> int:
 def text_of(tree: ast.expr) -> str:
     """The source of an expression, for messages."""
     return ast.unparse(tree)
+
+
+def write_numbers(graph: onnx.GraphProto) -> int:
+    """Write dims that are a number spelled as text ("32", as transformers' exporter does) as one.
+
+    In place, in the graph and all below it; returns how many.
+    """
+    count = 0
+    for part in graphs(graph):
+        for value in (*part.input, *part.output, *part.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                size = size_of(dim.dim_param, {}) if dim.dim_param else None
+                if size is not None and size >= 0:
+                    dim.dim_value = size
+                    count += 1
+    return count
