@@ -8,8 +8,8 @@
 //
 // Never TensorMove, never TensorScatterUpdate: those copy the whole cache. ScatterNdUpdate takes
 // indices from 0 on only, so `sfa-onnx atc` replaces padding in front of the node; which of two
-// rows for one slot stays is not documented. ScatterPaKvCache would write a key and a value cache; for
-// one cache alone its GE prototype has no form.
+// rows for one slot stays is not documented. ScatterPaKvCache would write a key and a value cache;
+// for one cache alone its GE prototype has no form.
 #ifndef SFA_ONNX_ASCEND_KV_CACHE_WRITE_H_
 #define SFA_ONNX_ASCEND_KV_CACHE_WRITE_H_
 
