@@ -44,7 +44,7 @@ run_row() { # name interpreter packages tests
   read -ra packages <<<"$3"
   if [ ! -f "$env/ready" ]; then
     "$2" -m venv "$env" && "$env/bin/pip" install -q "${packages[@]}" numpy ml_dtypes onnx onnxruntime \
-      onnx-graphsurgeon rich pytest hypothesis pyyaml && touch "$env/ready" || return 1
+      onnx-graphsurgeon rich argcomplete pytest hypothesis pyyaml && touch "$env/ready" || return 1
   fi
   for test in $4; do files+=("tests/$test.py"); done
   echo "== $1: $("$env/bin/python" -c 'import sys, onnx, onnxruntime as o

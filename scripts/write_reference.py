@@ -60,9 +60,12 @@ def command() -> str:
     verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     told = {a.dest: a.help for a in verbs._choices_actions}
     lines = ["# The command", "", _NOTE, "", parser.description or "", ""]
-    lines += ["Exit codes: 0 done, 1 error, 2 usage, 3 an expectation or a validation was not met."]
+    lines += ["Exit codes: 0 done, 1 error, 2 usage, 3 an expectation or a validation was not met,"]
+    lines += ["130 interrupted."]
     for name, verb in verbs.choices.items():
-        lines += ["", f"## sfa-onnx {name}", "", f"{told.get(name) or ''}", ""]
+        example, _, codes = (verb.epilog or "").removeprefix("example:\n").partition("\n\n")
+        lines += ["", f"## sfa-onnx {name}", "", f"{verb.description or told[name]}", ""]
+        lines += ["```text", example.strip(), "```", "", f"{codes.capitalize()}.", ""]
         lines += ["| argument | what it is | default |", "| --- | --- | --- |"]
         lines += [_argument(a) for a in verb._actions if a.dest != "help"]
     return "\n".join([*lines, ""])
@@ -75,7 +78,7 @@ def _argument(action: argparse.Action) -> str:
     text = action.help or ""
     if action.choices:
         text += f" ({', '.join(map(str, action.choices))})"
-    plain = action.default in (None, False, argparse.SUPPRESS)
+    plain = action.default in (None, False, argparse.SUPPRESS) or action.default == []
     return f"| `{_cell(name)}` | {_cell(text)} | {'' if plain else f'`{action.default}`'} |"
 
 

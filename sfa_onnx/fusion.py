@@ -19,7 +19,13 @@ from sfa_onnx.files.external import StorageReader
 from sfa_onnx.files.model import load_model, paused_gc, save_model
 from sfa_onnx.files.weights_file import WeightsFile
 from sfa_onnx.files.writing import check_outputs
-from sfa_onnx.fusion_options import check_options, expect, spare_weights
+from sfa_onnx.fusion_options import (
+    check_options,
+    convert_cache,
+    expect,
+    spare_weights,
+    worth_writing,
+)
 from sfa_onnx.guard import worker
 from sfa_onnx.guard.doors import door
 from sfa_onnx.passes import certificate as certificates
@@ -61,7 +67,7 @@ def fuse(
     target: Target = "any",
     kv_cache: CacheForm = "keep",
     verify: bool = True,
-    expect_sites: int | None = None,
+    expect_sites: int | Literal["some"] | None = None,
     portable: bool = False,
     plan: str | os.PathLike[str] | None = None,
     certificate: str | os.PathLike[str] | None = None,
@@ -81,11 +87,12 @@ def fuse(
 
     Args:
         model: a path, or a `ModelProto` (which is not changed).
-        output: where to write the fused model; None: only return it.
+        output: where to write the fused model; None: only return it. Nothing is written when
+            nothing was fused and no other form was asked for.
         target: "ascend" refuses sites that the NPU kernel rejects; "any" and "cpu" report that.
         kv_cache: "keep", or the int8 form that `sfa_onnx.kv_convert` rewrites float caches to.
         verify: False skips execution in float64; the records say so.
-        expect_sites: raise unless exactly this many sites are fused.
+        expect_sites: raise unless exactly this many sites are fused, or "some": at least one.
         portable: ship the fused operators' bodies of standard operators with the model.
         plan: a plan file written by `inspect --plan`; exactly its sites are fused.
         certificate: write the proof of what changed and what did not (JSON).
@@ -127,6 +134,8 @@ def fuse(
         expect(report, expect_sites, plan)
         _change_form(run, report, kv_cache, portable)
         write_proof: Callable[[], object] = _no_proof
+        if not worth_writing(report, output, kv_cache, portable):
+            return report
         if certificate is not None:
             refuse_proof(run.restored)
             spare_weights(report.model, run.source_dir, certificate)
@@ -164,24 +173,12 @@ def _change_form(run: _Run, report: FuseReport, kv_cache: str, portable: bool) -
     """Int8 caches, or bodies of standard operators, where they are asked for."""
     if kv_cache != "keep":
         with run.stage("kv-cache"):
-            _convert_cache(report, kv_cache)
+            convert_cache(report, kv_cache)
     if portable:
         from sfa_onnx.runtime.portable.model import make_portable
 
         with run.stage("portable"):
             report.model = make_portable(report.model)
-
-
-def _convert_cache(report: FuseReport, form: str) -> None:
-    """Rewrite float caches to int8 with the converter of `sfa_onnx.kv_convert`."""
-    from sfa_onnx.kv_convert import convert
-
-    converted = convert(report.model, to=form)
-    report.model = converted.model
-    report.nodes_after = count_nodes(converted.model.graph)
-    report.notes += converted.notes
-    report.changed_inputs += [*converted.removed_inputs, *converted.added_inputs]
-    report.changed_outputs += [*converted.removed_outputs, *converted.added_outputs]
 
 
 @dataclass

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sfa_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "onnxruntime", "transformers", "onnxscript", "rich")
+HEAVY = ("torch", "onnxruntime", "transformers", "onnxscript", "rich", "onnx", "numpy")
 OPTIONAL = ("sfa_onnx.torch",)
 
 
@@ -21,10 +23,38 @@ def modules() -> list[str]:
     return sorted(m.name for m in found if not m.name.startswith(OPTIONAL))
 
 
-def test_import_is_light() -> None:
-    code = f"import sys, sfa_onnx; print([m for m in {HEAVY} if m in sys.modules])"
+def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout
+
+
+def loaded_after(code: str) -> set[str]:
+    printed = python(f"{code}\nimport sys\nprint(*sys.modules, sep='\\n')")
+    return set(printed.splitlines())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sfa_onnx",
+        "import sfa_onnx.cli; sfa_onnx.cli.build_parser().format_help()",
+        "import sfa_onnx.errors, sfa_onnx.version, sfa_onnx.operator.op",
+    ],
+)
+def test_imports_stay_light(code: str) -> None:
+    """What keeps `import sfa_onnx` below half a second, and `--help` below 0.3 s."""
+    loaded = loaded_after(code)
+    assert loaded.isdisjoint(HEAVY)
+    assert len(loaded) < 250, "some 130 modules of the standard library, and few of ours"
+
+
+def test_the_operators_are_known_to_onnx_whoever_comes_first() -> None:
+    known = "print(onnx.defs.has('NPUSparseFlashAttention', domain='npu'), onnx.__spec__.loader)"
+    for order in ("sfa_onnx, onnx", "onnx, sfa_onnx"):
+        printed = python(f"import {order}\n{known}")
+        assert printed.startswith("True <_frozen_importlib_external.SourceFileLoader"), order
+    left = "print([f for f in sys.meta_path if 'sfa_onnx' in type(f).__module__])"
+    assert python(f"import sys, sfa_onnx, onnx\n{left}").strip() == "[]"
 
 
 def test_every_module_imports_without_torch_and_exports_what_it_says() -> None:

@@ -6,18 +6,20 @@ import json as json_lib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import rich.console
 import rich.table
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from sfa_onnx.cli.progress import Bar, Lines, Watch
 from sfa_onnx.guard.text import printable
 from sfa_onnx.report import JSON_VERSION, to_json
 
 __all__ = ["Console", "human_bytes"]
+
+_NO_WIDTH: Final = 1_000_000
 
 
 def human_bytes(count: float) -> str:
@@ -35,8 +37,9 @@ class Console:
     def __init__(self, *, json: bool = False, verbose: bool = False) -> None:
         self.is_json = json
         self.verbose = verbose
-        # A pipe has no width; 110 columns read well in a log.
-        width = None if sys.stdout.isatty() else 110
+        self.piped = not sys.stdout.isatty()
+        # A pipe has no width: nothing is wrapped there. A terminal has one, or COLUMNS tells it.
+        width = _NO_WIDTH if self.piped else None
         self.out = rich.console.Console(file=sys.stdout, highlight=False, width=width)
         self.err = rich.console.Console(file=sys.stderr, highlight=False)
 
@@ -48,7 +51,7 @@ class Console:
         """
         if not self.is_json:
             text = template.format(*(escape(printable(str(value))) for value in values))
-            self.out.print(Text.from_markup(text, style=style))
+            self.out.print(Text.from_markup(text, style=style), soft_wrap=True)
 
     def plain(self, text: str) -> None:
         """One line exactly as it is, for `$(...)` in a shell; silent in JSON mode."""
@@ -57,8 +60,12 @@ class Console:
 
     def title(self, text: str) -> None:
         """A section heading."""
-        if not self.is_json:
-            self.out.rule(f"[bold]{text}[/bold]", align="left", style="dim")
+        if self.is_json:
+            return
+        if self.piped:
+            self.out.print(Text(text), soft_wrap=True)
+        else:
+            self.out.rule(f"[bold]{escape(text)}[/bold]", align="left", style="dim")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()
@@ -85,24 +92,16 @@ class Console:
             document = {"schema": "sfa-onnx/error", "version": JSON_VERSION}
             document |= {"error": type(error).__name__, "message": str(error)}
             sys.stdout.write(json_lib.dumps(document, indent=2) + "\n")
-        self.err.print(Text.assemble(("error: ", "bold red"), printable(str(error))))
+        text = Text.assemble(("error: ", "bold red"), printable(str(error)))
+        self.err.print(text, soft_wrap=True)
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[str, float], None]]:
-        """A bar on stderr that shows only when the work takes more than a second or so."""
-        bar = Progress(
-            TextColumn("[dim]{task.description}"),
-            BarColumn(bar_width=28),
-            TimeElapsedColumn(),
-            console=self.err,
-            transient=True,
-            disable=self.is_json or not self.err.is_terminal,
-        )
-        with bar:
-            task = bar.add_task(label, total=1.0)
+        """Tell on stderr what is being done, once it takes more than a second.
 
-            def update(stage: str, fraction: float) -> None:
-                text = escape(printable(f"{label}: {stage}"))
-                bar.update(task, description=text, completed=fraction)
-
-            yield update
+        A bar on a terminal; elsewhere a line for each stage, and every few seconds within one.
+        """
+        watch = Watch(label, Bar(self.err) if self.err.is_terminal else Lines())
+        quiet = self.is_json and not self.err.is_terminal
+        with watch.running(quiet=quiet):
+            yield watch.update

@@ -11,29 +11,25 @@ from sfa_onnx.cli import show, show_ascend, show_compare
 from sfa_onnx.cli.console import Console
 from sfa_onnx.errors import VerificationError
 
-__all__ = ["add_verbs"]
+__all__ = ["demo"]
 
 SOC = "Ascend910B2"
 REPEAT = 20
 LONG = 8191  # cached tokens when timing: the longer the context, the more sparsity saves
 
 
-def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
-    """Add this module's sub-parser."""
-    demo = verbs.add_parser("demo", parents=[common], help="the whole road on a small model")
-    demo.add_argument("-o", "--output", type=Path, help="keep the files in this (new) folder")
-    demo.set_defaults(action=_demo)
-
-
-def _demo(args: argparse.Namespace, console: Console) -> int:
+def demo(args: argparse.Namespace, console: Console) -> int:
+    """The road from the demo's model to the hand-over."""
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        return _tour(args.output, console)
+        return _tour(args.output, console, kept=True)
     with tempfile.TemporaryDirectory(prefix="sfa-onnx-demo-") as folder:
-        return _tour(Path(folder), console)
+        code = _tour(Path(folder), console, kept=False)
+    console.say("\nthe files are gone again; keep them: [bold]sfa-onnx demo -o tour[/bold]")
+    return code
 
 
-def _tour(folder: Path, console: Console) -> int:
+def _tour(folder: Path, console: Console, *, kept: bool) -> int:
     import sfa_onnx
     from sfa_onnx import demo
     from sfa_onnx.kv_convert import convert
@@ -46,7 +42,8 @@ def _tour(folder: Path, console: Console) -> int:
 
     console.title("2. fuse: find, bind, verify in float64, splice")
     fused = folder / "decode_layer.sfa.onnx"
-    report = sfa_onnx.fuse(model, fused, force=True)
+    with console.progress("fuse") as progress:
+        report = sfa_onnx.fuse(model, fused, force=True, progress=progress)
     show.fuse_report(console, model, report)
 
     console.title("3. convert the float cache to packed int8 rows")
@@ -56,16 +53,18 @@ def _tour(folder: Path, console: Console) -> int:
 
     console.title("4. compare with the original, in onnxruntime")
     inputs = demo.feeds()
-    compared = compare(model, fused, inputs=inputs)
+    with console.progress("compare") as progress:
+        compared = compare(model, fused, inputs=inputs, progress=progress)
     show_compare.compare_report(console, compared)
-    compared_int8 = compare(model, int8, inputs=inputs)
+    with console.progress("compare") as progress:
+        compared_int8 = compare(model, int8, inputs=inputs, progress=progress)
     show_compare.compare_report(console, compared_int8)
 
     console.title(f"5. time before and after (this machine, one decode token, {LONG + 1} cached)")
     times = _times(console, {"original": model, "fused": fused, "packed int8": int8})
 
     console.title(f"6. hand over to Ascend's compiler ({SOC})")
-    handed = _hand_over(folder, int8, console)
+    handed = _hand_over(folder, int8, console, kept)
     console.result(
         "demo",
         {"fuse": report, "kv_cache": converted, "compare": compared, "compare_int8": compared_int8}
@@ -94,7 +93,7 @@ def _times(console: Console, models: dict[str, Path]) -> dict[str, float]:
     return times
 
 
-def _hand_over(folder: Path, model: Path, console: Console) -> Any:
+def _hand_over(folder: Path, model: Path, console: Console, kept: bool) -> Any:
     from sfa_onnx.ascend.handover import folder as handover
 
     report = handover.write(
@@ -105,5 +104,5 @@ def _hand_over(folder: Path, model: Path, console: Console) -> Any:
         dims={"batch": "1", "past_len": str(LONG)},
         force=True,
     )
-    show_ascend.handover_report(console, report)
+    show_ascend.handover_report(console, report, kept=kept)
     return report

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import zlib
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,36 +17,9 @@ from sfa_onnx.files.writing import check_outputs
 from sfa_onnx.fusion_options import spare_weights
 from sfa_onnx.operator.contract import Rounding
 
-__all__ = ["add_verbs", "load_inputs"]
+__all__ = ["compare", "load_inputs", "run"]
 
 NOT_MET = 3
-ROUNDINGS: tuple[Rounding, ...] = ("exact", "npu")
-_ROUNDS = "npu: round dequantised values as CANN's kernels do"
-
-
-def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
-    """Add this module's sub-parsers."""
-    compare = verbs.add_parser("compare", parents=[common], help="is the fused model the same?")
-    compare.add_argument("before", type=Path, help="the original model")
-    compare.add_argument("after", type=Path, nargs="?", help="the fused model")
-    compare.add_argument("--against", type=Path, metavar="DIR", help="outputs of an .om run")
-    compare.add_argument("--inputs", type=Path, help="inputs.npz (default: realistic random ones)")
-    compare.add_argument("--atol", type=float, help="absolute tolerance")
-    compare.add_argument("--rtol", type=float, help="relative tolerance")
-    compare.add_argument("--seed", type=int, default=0, help="seed of random inputs")
-    compare.add_argument("--rounding", choices=ROUNDINGS, help=f"{_ROUNDS} (--against: npu)")
-    compare.add_argument("--report", type=Path, help="write a page about it (.html or .md)")
-    compare.add_argument("--force", action="store_true", help="overwrite the report")
-    compare.set_defaults(action=_compare)
-    run = verbs.add_parser("run", parents=[common], help="run a model with our operators")
-    run.add_argument("model", type=Path, help="the ONNX model")
-    run.add_argument("--inputs", type=Path, help="inputs.npz (default: realistic random ones)")
-    run.add_argument("-o", "--output", type=Path, help="write the outputs to this .npz")
-    run.add_argument("--repeat", type=int, default=0, metavar="N", help="time N further runs")
-    run.add_argument("--seed", type=int, default=0, help="seed of random inputs")
-    run.add_argument("--rounding", choices=ROUNDINGS, default="exact", help=_ROUNDS)
-    run.add_argument("--force", action="store_true", help="overwrite the output")
-    run.set_defaults(action=_run)
 
 
 def load_inputs(path: Path | None) -> dict[str, np.ndarray] | None:
@@ -63,7 +35,8 @@ def load_inputs(path: Path | None) -> dict[str, np.ndarray] | None:
         raise UsageError(f"{path}: not an .npz of plain arrays ({error or 'empty'})") from error
 
 
-def _compare(args: argparse.Namespace, console: Console) -> int:
+def compare(args: argparse.Namespace, console: Console) -> int:
+    """Two models, or a model and the outputs of a device."""
     if (args.after is None) == (args.against is None):
         raise UsageError("compare: give a second model, or --against DIR with outputs of a device")
     inputs = load_inputs(args.inputs)
@@ -71,14 +44,15 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
         from sfa_onnx.ascend.handover.folder import compare_against
 
         rounding: Rounding = args.rounding or "npu"
-        report = compare_against(
-            args.before, args.against, atol=args.atol, rtol=args.rtol, rounding=rounding
-        )
-    else:
-        from sfa_onnx.runtime.compare.run import compare
-
         with console.progress("compare"):
-            report = compare(
+            report = compare_against(
+                args.before, args.against, atol=args.atol, rtol=args.rtol, rounding=rounding
+            )
+    else:
+        from sfa_onnx.runtime.compare import run as comparing
+
+        with console.progress("compare") as progress:
+            report = comparing.compare(
                 args.before,
                 args.after,
                 inputs=inputs,
@@ -86,6 +60,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
                 rtol=args.rtol,
                 seed=args.seed,
                 rounding=args.rounding or "exact",
+                progress=progress,
             )
     show_compare.compare_report(console, report)
     if args.report:
@@ -97,7 +72,8 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     return 0 if report.passed else NOT_MET
 
 
-def _run(args: argparse.Namespace, console: Console) -> int:
+def run(args: argparse.Namespace, console: Console) -> int:
+    """One run, and its outputs."""
     from sfa_onnx.runtime.execute import run_file
     from sfa_onnx.runtime.feeds.draw import random_feeds
 
@@ -105,8 +81,15 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     check_outputs({"the outputs": args.output}, inputs, force=args.force)
     if args.output:
         spare_weights(load_model(args.model), args.model.parent, args.output)
-    feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))
-    outputs, timing, note = run_file(args.model, feeds, rounding=args.rounding, repeat=args.repeat)
+    with console.progress("run") as progress:
+        progress("inputs", 0.0)
+        feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))
+        progress("model", 0.2)
+        how = {"rounding": args.rounding, "repeat": args.repeat}
+        outputs, timing, note = run_file(args.model, feeds, **how)
+    if console.verbose:
+        fed = [(n, f"{v.dtype}{list(v.shape)}", show.spread(v)) for n, v in feeds.items()]
+        console.table(("input", "type", "values"), fed)
     rows = [(n, f"{v.dtype}{list(v.shape)}", show.spread(v)) for n, v in outputs.items()]
     console.table(("output", "type", "values"), rows)
     if timing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ __all__ = [
     "summary",
 ]
 
-SHOWN_OPS = 12
+SHOWN_OPS, SHOWN_FILES = 12, 3
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "missing": ("✗", "red")}
 
 
@@ -59,7 +60,9 @@ def save_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]], *, force: bool
 def summary(console: Console, path: Path, found: Summary) -> None:
     """Header of `inspect`."""
     opsets = ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())
-    where = f" in {', '.join(found.external_files[:3])}" if found.external_files else ""
+    files, top = list(found.external_files), list(found.op_counts.items())
+    most = (len(files), len(top)) if console.verbose else (SHOWN_FILES, SHOWN_OPS)
+    where = f" in {_first(files, most[0], ', ')}" if files else ""
     console.say(
         "[bold]{}[/bold]  {}, opset {}, by {}",
         path.name,
@@ -79,10 +82,14 @@ def summary(console: Console, path: Path, found: Summary) -> None:
     if found.own_ops:
         own = "  ".join(f"{name} {count}" for name, count in found.own_ops.items())
         console.say("[green]fused already[/green]  {}", own)
-    top = list(found.op_counts.items())
-    text = "  ".join(f"{name} {count}" for name, count in top[:SHOWN_OPS])
-    more = f"  … {len(top) - SHOWN_OPS} more" if len(top) > SHOWN_OPS else ""
-    console.say("ops      {}{}", text, more, style="dim")
+    ops = _first([f"{name} {count}" for name, count in top], most[1], "  ")
+    console.say("ops      {}", ops, style="dim")
+
+
+def _first(items: Sequence[str], most: int, between: str) -> str:
+    """The first items, and how many there are besides."""
+    more = [f"… {len(items) - most} more"] if len(items) > most else []
+    return between.join([*items[:most], *more])
 
 
 def pick_sites(found: Sequence[SiteReport], wanted: str | None) -> list[SiteReport]:
@@ -146,6 +153,8 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
     for op_type, count in Counter(s.op_type for s in report.fused).items():
         console.say("  {} x {}", count, op_type)
     _verified(console, report)
+    if console.verbose:
+        sites(console, report.sites, explain=True)
     for entry in report.assumed:
         console.say("  [yellow]assumed[/yellow], as the caller asserts: {}", entry)
     for reason, count in Counter(s.reason for s in report.refused).most_common():
@@ -166,7 +175,7 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
     if report.path:
         console.say("written: [bold]{}[/bold]", report.path)
     if not report.fused:
-        console.say("see why: sfa-onnx inspect {} --explain", path, style="dim")
+        console.say("see why: sfa-onnx inspect {} --explain", shlex.quote(str(path)), style="dim")
 
 
 def _verified(console: Console, report: FuseReport) -> None:

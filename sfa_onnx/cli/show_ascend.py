@@ -69,9 +69,9 @@ def _finding(console: Console, finding: Finding) -> None:
         console.say("    -> {}", finding.hint, style="dim")
 
 
-def handover_report(console: Console, report: Any) -> None:
-    """What was written for ATC, and what a person does next."""
-    for line in report.lines():
+def handover_report(console: Console, report: Any, *, kept: bool = True) -> None:
+    """What was written for ATC, and what a person does next; `kept`: the files stay."""
+    for line in report.lines() if kept else report.facts():
         console.say("{}", line)
 
 

@@ -26,10 +26,23 @@ def compare_report(console: Console, report: CompareReport) -> None:
             )
     for output in report.outputs:
         _trouble(console, output)
+    if console.verbose:
+        _in_full(console, report)
     for note in report.notes:
         console.say("note: {}", note)
     colour = "green" if report.passed else "red"
     console.say(f"[bold {colour}]" + "{}[/]", report.verdict)
+
+
+def _in_full(console: Console, report: CompareReport) -> None:
+    """The inputs, and the bounds that each row was held against."""
+    console.table(("input", "values"), list(report.inputs.items()))
+    measured = [(r.name, r.difference) for r in report.sites]
+    measured += [(r.name, r.difference) for r in report.outputs]
+    bounds = [
+        (name, f"{d.atol:.1e}", f"{d.rtol:.1e}", d.outside) for name, d in measured if d is not None
+    ]
+    console.table(("tensor", "atol", "rtol", "outside"), bounds, right=(1, 2, 3))
 
 
 def _site(row: SiteRow) -> tuple[object, ...]:

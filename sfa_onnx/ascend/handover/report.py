@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,12 @@ class HandoverReport:
         return not self.errors and (self.ran is None or self.ran.passed)
 
     def lines(self) -> list[str]:
-        """The report for a person."""
+        """The report for a person, and the next step."""
+        run = f"  bash {shlex.quote(str(self.folder / 'atc.sh'))}"
+        return [*self.facts(), "next, on a machine with CANN:", run]
+
+    def facts(self) -> list[str]:
+        """What was written and what stands in the way."""
         bare = (
             "this model holds no fused operator: it is handed over as it is. Fuse it first:"
             " sfa-onnx fuse"
@@ -55,7 +61,7 @@ class HandoverReport:
             verdict = "succeeded" if self.ran.passed else f"failed ({self.ran.exit_code})"
             head.append(f"atc {verdict}, log: {self.ran.log}")
             head += [f"  {f.code}: {f.meaning} -> {f.advice}" for f in self.ran.findings]
-        return [*head, "next, on a machine with CANN:", f"  bash {self.folder / 'atc.sh'}"]
+        return head
 
 
 def _grouped(notes: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,6 +67,7 @@ def compare(
     rtol: float | None = None,
     seed: int = 0,
     rounding: Rounding = "exact",
+    progress: Callable[[str, float], None] | None = None,
 ) -> CompareReport:
     """Compare a model with what was fused from it, in onnxruntime.
 
@@ -80,6 +81,7 @@ def compare(
         rtol: relative bound.
         seed: of the random inputs.
         rounding: of our operators in both models: "exact", or "npu" as CANN's kernels round.
+        progress: called with (what is being done, fraction done).
 
     Raises:
         UsageError: a file is missing, or `inputs` does not fit.
@@ -88,7 +90,7 @@ def compare(
     """
     started = time.perf_counter()
     bounds = {"atol": atol, "rtol": rtol}
-    task = _Comparison(before, after, bounds, dict(inputs or {}), seed, rounding)
+    task = _Comparison(before, after, bounds, dict(inputs or {}), seed, rounding, progress)
     report = task.run()
     report.seconds = time.perf_counter() - started
     return report
@@ -103,7 +105,9 @@ class _Comparison:
         inputs: dict[str, Array],
         seed: int,
         rounding: Rounding,
+        progress: Callable[[str, float], None] | None,
     ) -> None:
+        self.progress = progress or (lambda _what, _fraction: None)
         self.bounds, self.inputs, self.seed, self.rounding = bounds, inputs, seed, rounding
         self.folders = [_folder(m) for m in (before, after)]
         self.original, self.fused = (
@@ -162,6 +166,7 @@ class _Comparison:
 
     def _draw(self, *, wide: bool) -> dict[str, Array]:
         """Inputs of the first model, and their description in the report."""
+        self.progress("inputs", 0.05)
         feeds = random_feeds(self.original, self.seed, self.inputs, fused=self.fused, wide=wide)
         self.report.inputs = {
             n: f"{describe(a)}, {'given' if n in self.inputs else 'random'}"
@@ -187,17 +192,22 @@ class _Comparison:
             group = sites[start : start + _TOGETHER]
             border = [v for s in group for v in s.border if v in made]
             names = list(dict.fromkeys([*border, *([] if want else outputs)]))
+            self.progress("the first model", 0.1 + 0.6 * start / max(len(sites), 1))
             values = self._execute(with_outputs(self.first, names), self.folders[0], feeds, names)
             want = want or {n: values[n] for n in outputs}
             entering = self._adapted(feeds, want) | feeds | want | values
-            self.report.sites += [self._site(site, entering) for site in group]
+            for number, site in enumerate(group, start + 1):
+                self.progress(f"site {number} of {len(sites)}", 0.1 + 0.6 * number / len(sites))
+                self.report.sites.append(self._site(site, entering))
         return want
 
     # ------------------------------------------------------------------ whole graph
 
     def _whole(self, want: dict[str, Array], feeds: dict[str, Array]) -> None:
         adapted = self._adapted(feeds, want)
+        self.progress("the second model", 0.7)
         got = self._execute(self.second, self.folders[1], adapted)
+        self.progress("the noise floor", 0.85)
         if self.interface is not None:
             room = capacity(self.interface, feeds)
             got = float_outputs(self.interface, got, adapted, length=room)
