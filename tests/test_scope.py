@@ -72,6 +72,41 @@ def test_one_layer_in_the_middle():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("bounds", "kind"),
+    [({"start": 0, "end": 1}, "Shape"), ({"start": 1, "end": 2}, "Constant"),
+     ({"start": -1}, "Shape"), ({"start": 0, "end": 2}, None)],
+)  # fmt: skip
+def test_a_size_is_asked_of_what_the_stage_has(bounds, kind):
+    """Layer 0's other cache, asked for its batch or capacity alone, is no input of layer 1."""
+    nodes = [
+        helper.make_node("Shape", ["index0"], ["size"], "/size", **bounds),
+        helper.make_node("Expand", ["one", "size"], ["ones"], "/ones"),
+        helper.make_node("ReduceSum", ["ones"], ["count"], "/count", keepdims=0),
+        helper.make_node("MatMul", ["x", "w"], ["m0"], "/layers.0/mm"),
+        helper.make_node("Add", ["m0", "index0"], ["i0"], "/layers.0/index"),
+        helper.make_node("ReduceSum", ["i0", "axis"], ["h0"], "/layers.0/out", keepdims=0),
+        helper.make_node("MatMul", ["past1", "w"], ["m1"], "/layers.1/mm"),
+        helper.make_node("Mul", ["m1", "count"], ["s1"], "/layers.1/scale"),
+        helper.make_node("Add", ["s1", "h0"], ["y"], "/layers.1/out"),
+    ]
+    inits = [("w", np.eye(4, dtype=np.float32)), ("one", np.ones(1, np.float32)),
+             ("axis", np.array([1]))]  # fmt: skip
+    given = [("x", 1, ["b", 1, 4]), ("index0", 1, ["b", 8, "n"]), ("past1", 1, ["n", "b", 4])]
+    model = build(nodes, given, [("y", 1, None)], inits=inits)
+    feeds = {"x": np.ones((3, 1, 4), np.float32), "index0": np.ones((3, 8, 4), np.float32),
+             "past1": np.ones((4, 3, 4), np.float32)}  # fmt: skip
+    whole = runtime.run(model, feeds)["y"]
+    part = cut(model, parse_scope("layer:1"))
+    assert ("index0" in names(part.graph.input)) == (kind is None)
+    if kind is not None:
+        assert next(n.op_type for n in part.graph.node if n.name == "/size") == kind
+    feeds |= runtime.run(cut(model, parse_scope("layer:0")),
+                         {k: feeds[k] for k in ("x", "index0")})  # fmt: skip
+    got = runtime.run(part, {k: feeds[k] for k in names(part.graph.input)})
+    np.testing.assert_array_equal(got["y"], whole)
+
+
 def test_scope_goes_into_the_hand_over(tmp_path):
     onnx.save(stack(), tmp_path / "m.onnx")
     handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC, scope="stage:1-2")

@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto
 
 from sfa_onnx.ascend.flavour.scope import Facts
 from sfa_onnx.ascend.handover.owners import BEFORE, SIZES, Owners, owners_of
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import reads
 
@@ -150,7 +152,7 @@ def _with_own_shapes(
     """Copies of a stage's nodes, what they read and what they make.
 
     Sizes are asked of the stage's own values: another layer's cache that was asked for its length
-    alone stays out where a value of the same declared shape is there anyway.
+    alone stays out where the length is a number, or a value that has it is there anyway.
     """
     nodes, graph = list(model.graph.node), model.graph
     producer = {out: i for i, n in enumerate(nodes) for out in n.output if out}
@@ -162,28 +164,58 @@ def _with_own_shapes(
         read = {n for i in chosen - set(sized) for n in reads(nodes[i])}
         there = [v.name for v in graph.input if v.name in read]
         there += sorted(read - made - constants)
-        asked = {i: nodes[i].input[0] for i in sized if nodes[i].input[0] not in made}
-        sources = {i: _like(name, there, known, facts) for i, name in asked.items()}
-        more = {producer[n] for n in sources.values() if n not in made and n in producer}
+        asked = [i for i in sized if nodes[i].input[0] not in made]
+        answers = {i: _answer(nodes[i], there, known, facts) for i in asked}
+        sources = [n for answer in answers.values() for n in answer.input]
+        more = {producer[n] for n in sources if n not in made and n in producer}
         more = {i for i in more if owners.owner[i] is None}
         if not more:
             break
         chosen |= more
-    copies = []
-    for i in sorted(chosen):
-        copies.append(NodeProto())
-        copies[-1].CopyFrom(nodes[i])
-        if i in sources:
-            copies[-1].input[0] = sources[i]
+    copies = [answers.get(i) or _copy(nodes[i]) for i in sorted(chosen)]
     return copies, {n for node in copies for n in reads(node)}, made
 
 
-def _like(name: str, there: list[str], known: dict[str, onnx.ValueInfoProto], facts: Facts) -> str:
-    """A value that is there and has the declared shape of `name`; `name` itself without one."""
-    dims = _dims(name, known, facts)
-    if name in there or dims is None:
-        return name
-    return next((n for n in there if _dims(n, known, facts) == dims), name)
+def _copy(node: NodeProto) -> NodeProto:
+    new = NodeProto()
+    new.CopyFrom(node)
+    return new
+
+
+def _answer(
+    node: NodeProto, there: list[str], known: dict[str, onnx.ValueInfoProto], facts: Facts
+) -> NodeProto:
+    """A `Shape` or `Size`, asked of a value that is there, or answered where dims are numbers."""
+    new, dims = _copy(node), _dims(node.input[0], known, facts)
+    if node.input[0] in there or dims is None:
+        return new
+    bounds = [attribute(node, "start", 0), attribute(node, "end")]
+    wanted = dims[slice(*bounds)] if node.op_type == "Shape" else dims
+    if all(isinstance(d, int) for d in wanted):
+        sizes = np.asarray(wanted, np.int64)
+        value = onnx.numpy_helper.from_array(sizes if node.op_type == "Shape" else sizes.prod())
+        new = onnx.helper.make_node("Constant", [], [*node.output], name=node.name, value=value)
+        new.metadata_props.extend(node.metadata_props)
+        return new
+    for name in there:
+        given = _dims(name, known, facts)
+        if given == dims:
+            new.input[0] = name
+            return new
+        place = _window(given or (), wanted) if bounds != [0, None] else None
+        if place is not None:  # the same sizes at other places
+            del new.attribute[:]
+            new.input[0] = name
+            ends = {"start": place, "end": place + len(wanted)}
+            new.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in ends.items())
+            return new
+    return new
+
+
+def _window(dims: tuple[int | str, ...], wanted: tuple[int | str, ...]) -> int | None:
+    """Where `wanted` begins among `dims`."""
+    starts = range(len(dims) - len(wanted) + 1)
+    return next((i for i in starts if dims[i : i + len(wanted)] == wanted), None)
 
 
 def _dims(
