@@ -142,7 +142,7 @@ def test_k_assembled_through_views_is_still_the_key():
         ({"score": "scaled = Mul(raw, bias)"}, "not a constant"),
         ({"score": "n = Neg(scale)\nscaled = Mul(raw, n)"}, "not positive"),
         ({"value": "other"}, "read from other, the key from kv"),
-        ({"weights": "p = Mul(soft, half)"}, "also used by Mul"),
+        ({"weights": "p = Mul(soft, half)"}, "weighted sum is multiplied by 0.5"),
         ({"outputs": ", float[B,2,4,S] soft"}, "graph output"),
         ({"outputs": ", float[B,2,4,S] raw"}, "raw is a graph output"),
         ({"mask": "m = Add(scaled, picked)\nmasked = Where(flag, m, raw)"}, "two scores"),

@@ -132,9 +132,9 @@ def test_fused_and_equal(name):
 NEAR = {
     "weights cut at a threshold": (
         "up = Greater(p0, sc)\n p = Where(up, zero, p0)",
-        "weights are set to zero by up",
+        "weights are set to zero unless not((0.15 < ",
     ),
-    "weights squared": ("p = Mul(p0, p0)", "also used by Mul"),
+    "weights squared": ("p = Mul(p0, p0)", "the weights are a power (2) of the softmax"),
 }
 
 

@@ -1,6 +1,6 @@
 """What the passes hand to each other: a candidate site, its operands and its replacement.
 
-find -> anchors; bind -> `Candidate` or `Refusal`; verify -> `VerifyRecord` or `Refusal`; splice.
+find -> regions; bind -> `Candidate` or `Refusal`; verify -> `VerifyRecord` or `Refusal`; splice.
 The replacement is a complete little graph from the same entering values to the same outputs, so the
 verifier compares region and replacement as black boxes, with roles only to choose telling inputs.
 """

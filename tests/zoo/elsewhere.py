@@ -286,7 +286,7 @@ def cases() -> Iterator[Case]:
         ("another score", "weights are set to zero|not bool", Spec(guard="all")),
         (
             "one hidden key",
-            "weights are set to zero|not bool|joins several flags",
+            "set to zero unless|not bool|joins several flags",
             Spec(guard="all"),
         ),
         ("complement", "hides the selected|not a selection|mask", Spec(mask="max")),

@@ -267,7 +267,7 @@ def cases() -> Iterator[Case]:
         feeds = lambda seed, kind=kind: row_feeds(kind, seed)  # noqa: E731
         yield _case(f"rows-{kind}", lambda kind=kind: Rows(kind), feeds, op=FLOAT_KV)
     ones, feeds = lambda: Rows("ones"), lambda seed: row_feeds("ones", seed)
-    yield _case("miss-rows-ones", ones, feeds, expect="refuse", reason="log-sum-exp")
+    yield _case("miss-rows-ones", ones, feeds, expect="refuse", reason="rows are replaced by 1")
     for split in (False, True):
         module = lambda split=split: Packed8(split)  # noqa: E731
         yield _case(f"packed-{'split' if split else 'tiles'}", module, packed_feeds, op=ANTIQUANT)

@@ -189,10 +189,10 @@ NEAR: dict[str, tuple[Steps, str]] = {
     "mask-after": (Steps(hide=same, weigh=_after(False)), "zero"),
     "mask-after-sum": (Steps(hide=same, weigh=_after(True)), "FUSES"),
     "mask-after-sum-dense": (Steps(hide=same, weigh=_kept(""), dense=True), "FUSES"),
-    "mask-after-padded": (Steps(hide=same, weigh=_kept("eps"), dense=True), "not their plain sum"),
+    "mask-after-padded": (Steps(hide=same, weigh=_kept("eps"), dense=True), "plain sum"),
     "mask-after-graded": (Steps(hide=same, weigh=_kept("graded"), dense=True), "not bool"),
-    "axis-heads": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=2)), "axis 2"),
-    "axis-tokens": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=1)), "axis 1"),
+    "axis-heads": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=2)), "axis"),
+    "axis-tokens": (Steps(hide=_finite, soft=lambda g, s, x: g.op("Softmax", x, axis=1)), "axis"),
     "head-by-head": (Steps(scores=_per_head), "joins the scores of 4 products"),
     "keys-only": (
         Steps(value=_other_cache, more={"values": ("f32", (B, S2, C))}), "value"

@@ -6,23 +6,66 @@ leaves to those that know stored rows and masks.
 
 from __future__ import annotations
 
-from sfa_onnx.passes.axes.expr import Expr, fresh
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from sfa_onnx.passes.axes.expr import Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
-from sfa_onnx.passes.bind.attention import Parts
 from sfa_onnx.passes.bind.joined import join_chunks
 from sfa_onnx.passes.bind.literals import Literal
 from sfa_onnx.passes.bind.mask import additive, boolean
-from sfa_onnx.passes.bind.scores import Scores
-from sfa_onnx.passes.bind.scores import Term as Product
-from sfa_onnx.passes.bind.site import AttentionRegion
+from sfa_onnx.passes.bind.site import AttentionRegion, Statistic
 from sfa_onnx.passes.bind.statistics import statistics
+from sfa_onnx.passes.bind.unfit import unfit
 from sfa_onnx.passes.values.arithmetic import addends, coefficient
-from sfa_onnx.passes.values.attention import Weight, as_attention
+from sfa_onnx.passes.values.attention import UnclearError, Weight, as_attention
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
 from sfa_onnx.passes.values.terms import Term
 
-__all__ = ["read_formula"]
+__all__ = ["Parts", "Product", "Scores", "read_formula"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """`factor` * sum over `label` of q * k, one part of the scores."""
+
+    q: Ref
+    k: Ref
+    label: Label
+    factor: float
+    product: str = ""  # the value that holds this part of the scores, before any mask
+
+
+@dataclass
+class Scores:
+    """The scores in normal form: products are added, masks hide."""
+
+    terms: list[Product] = field(default_factory=list)
+    masks: list[Literal] = field(default_factory=list)
+    axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)  # every score tensor
+    products: list[str] = field(default_factory=list)  # every value that holds part of a score
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An attention before its scores are taken apart.
+
+    Attributes:
+        value: element of the value operand.
+        key: label that runs over the keys.
+        others: labels of the weights besides `key`.
+        scores: takes the scores apart.
+        sinks: one more score per head, without a row.
+        statistics: what leaves the attention besides its result.
+    """
+
+    value: Ref
+    key: Label
+    others: set[Label]
+    scores: Callable[[], Scores]
+    sinks: Ref | None = None
+    statistics: Sequence[Statistic] = ()
 
 
 def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
@@ -36,7 +79,10 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     term = reader.term(out)
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.result} = {term}", *map(str, reader.n.fired)]
-    found = as_attention(term, region.result)
+    try:
+        found = as_attention(term, region.result)
+    except Stop as stop:
+        raise unfit(reader, region, stop) from None
     weight, value = found.parts[0]
     if len(found.parts) > 1:
         weight, value = join_chunks(tracer, found.parts, region.result)
@@ -55,7 +101,11 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     others = set().union(weight.exponent.labels, *(f.labels for f in weight.flags)) - {key}
     sinks = _sinks(found.sinks, region.result)
     told = statistics(tracer, region, reader, found.total)
-    return Parts(value, key, others, lambda: _scores(reader, weight, found.conditions), sinks, told)
+
+    def scores() -> Scores:
+        return _scores(reader, region, weight, found.conditions)
+
+    return Parts(value, key, others, scores, sinks, told)
 
 
 def _sinks(exponents: tuple[Term, ...], at: str) -> Ref | None:
@@ -76,15 +126,19 @@ def _sinks(exponents: tuple[Term, ...], at: str) -> Ref | None:
     )
 
 
-def _scores(reader: Reader, weight: Weight, conditions: tuple[Term, ...]) -> Scores:
+def _scores(
+    reader: Reader, region: AttentionRegion, weight: Weight, conditions: tuple[Term, ...]
+) -> Scores:
     products = [name for names in reader.products.values() for name in names]
     found = Scores(axes=reader.axes, products=products)
     for addend in addends(weight.exponent):
-        _take(reader, found, addend)
+        if (stop := _take(reader, found, addend)) is not None:
+            raise unfit(reader, region, stop)
     if not found.terms:
         raise Stop(
-            f"no product of queries and keys leads to the scores {weight.exponent}",
-            next(iter(reader.axes), ""),
+            f"no product of queries and keys leads to the scores {region.scores}",
+            region.scores,
+            "export the products of queries and keys together with the softmax",
         )
     for flag in weight.flags:
         found.masks.extend(_literals(reader, flag, found.masks))
@@ -93,19 +147,24 @@ def _scores(reader: Reader, weight: Weight, conditions: tuple[Term, ...]) -> Sco
     return found
 
 
-def _take(reader: Reader, found: Scores, addend: Term) -> None:
-    """One addend of a score: a product, or a mask."""
+def _take(reader: Reader, found: Scores, addend: Term) -> Stop | None:
+    """One addend of a score: a product, or a mask; what it is instead."""
     by, rest = coefficient(addend)
     if rest.op == "dot":
         query, key, inner = rest.factors
         swap = {inner: Expr.of(own := fresh("d", inner.size))}
-        name = found.products[min(len(found.terms), len(found.products) - 1)]
+        position = min(len(found.terms), len(found.products) - 1)
+        name = found.products[position] if found.products else ""
         found.terms.append(Product(query.substitute(swap), key.substitute(swap), own, by, name))
-        return
-    if rest.op == "element" and abs(by) > 0:
+        return None
+    if rest.op == "element" and rest.ref.value not in reader.opaque:
         found.masks.extend(additive(reader.tracer, rest.ref, negated=by < 0))
-        return
-    raise Stop(f"{addend} on the score path is not part of softmax(scale * q.k + mask)")
+        return None
+    return UnclearError(
+        f"{addend} on the score path is not part of softmax(scale * q.k + mask)",
+        found.products[0] if found.products else "",
+        "only products, constant factors, masks of 0 and -inf, casts and views may make the scores",
+    )
 
 
 def _literals(reader: Reader, flag: Term, masks: list[Literal]) -> list[Literal]:
@@ -122,7 +181,7 @@ def _literals(reader: Reader, flag: Term, masks: list[Literal]) -> list[Literal]
 
 def _check_condition(reader: Reader, condition: Term, weight: Weight, masks: list[Literal]) -> None:
     """A row is zeroed where no key is seen, and nowhere else."""
-    own = condition
+    own = _looked_into(reader, condition)
     if own.op == "any":
         inner = own.args[0].rename({own.label: Expr.of(weight.label)})
         parts = inner.args if inner.op == "and" else (inner,)
@@ -134,6 +193,15 @@ def _check_condition(reader: Reader, condition: Term, weight: Weight, masks: lis
         next(iter(reader.axes), ""),
         "mask the scores instead of the result",
     )
+
+
+def _looked_into(reader: Reader, condition: Term) -> Term:
+    """A condition, as it is made of those of single keys."""
+    own = condition.args[0] if condition.op == "not" else condition
+    if own.op != "element":
+        return condition
+    found = Reader(reader.tracer, reader.n, (), deep=True).term(own.ref)
+    return found if own is condition else reader.n.negate(found)
 
 
 def _known(reader: Reader, part: Term, masks: list[Literal]) -> bool:

@@ -7,10 +7,10 @@ import math
 import onnx
 
 from sfa_onnx.passes.axes.trace import Stop, Tracer, is_float
-from sfa_onnx.passes.bind.guards import zeroing
 from sfa_onnx.passes.bind.literals import HIDDEN
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.values.attention_op import is_attention
 
 __all__ = ["check_nan"]
 
@@ -33,9 +33,9 @@ def check_nan(site: Site) -> None:
         Stop: a test for NaN that does anything else.
     """
     narrowed = site.visible or site.kept is not None or any(s.valid for s in site.selected)
-    if not narrowed or site.anchor.form == "Attention":
-        return
     tracer = site.tracer
+    if not narrowed or is_attention(tracer.index.nodes[site.attention.anchor]):
+        return
     reached, tests = _reached(tracer, site.out.value)
     if not tests or _scrubbed(tracer, site) or not _infinite(tracer, site):
         return
@@ -115,8 +115,8 @@ def _writes_zero(tracer: Tracer, node: onnx.NodeProto, reached: dict[str, bool])
             if user.op_type in ("Transpose", "Shape", "Size", "Identity"):
                 todo += user.output if user.op_type in ("Transpose", "Identity") else []
                 continue
-            guard = zeroing(tracer, user)
-            if guard is None or not reached.get(guard[0], False):
+            zero = user.op_type == "ScatterND" and tracer.fill(user.input[2]) == 0
+            if not zero or not reached.get(user.input[0], False):
                 return False
     return True
 
@@ -124,7 +124,7 @@ def _writes_zero(tracer: Tracer, node: onnx.NodeProto, reached: dict[str, bool])
 def _scrubbed(tracer: Tracer, site: Site) -> bool:
     """Whether a guard between the weights and the result zeroes such rows already."""
     index = tracer.index
-    todo, seen = [site.anchor.weights], set[str]()
+    todo, seen = [site.attention.weights], set[str]()
     while todo and len(seen) < _LIMIT:
         value = todo.pop()
         seen.add(value)
@@ -140,7 +140,7 @@ def _scrubbed(tracer: Tracer, site: Site) -> bool:
 def _infinite(tracer: Tracer, site: Site) -> bool:
     """Whether scores may be hidden by -inf: nothing says that all masks are finite."""
     index: GraphIndex = tracer.index
-    todo, seen = [site.anchor.scores], set[str]()
+    todo, seen = [site.attention.scores], set[str]()
     low = False
     while todo and len(seen) < _LIMIT:
         value = todo.pop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final
 
 import onnx
@@ -11,11 +10,11 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Move, Scaled, Stop, Tracer, is_float
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Query, Site
+from sfa_onnx.passes.shapes.types import MANTISSA
 
-__all__ = ["check_precision", "narrower"]
+__all__ = ["check_precision"]
 
 _T = onnx.TensorProto
-_MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 _NODES: Final = 400  # of one attention; the rest of the graph is not looked at
 
 
@@ -35,7 +34,7 @@ def check_precision(site: Site) -> None:
         if node.op_type != "Cast":
             continue
         target = int(attributes(node)["to"])
-        if is_float(target) and _MANTISSA[target] < own:
+        if is_float(target) and MANTISSA[target] < own:
             name = index.label(i)
             raise Stop(
                 f"{name} rounds the scores or weights to {_T.DataType.Name(target)}, which is"
@@ -45,18 +44,13 @@ def check_precision(site: Site) -> None:
             )
 
 
-def narrower(elem_type: int, than: Iterable[int]) -> bool:
-    """Whether a float type keeps fewer bits of a number than each of the others."""
-    return all(_MANTISSA.get(elem_type, 0) < _MANTISSA.get(t, 0) for t in than)
-
-
 def _least(site: Site) -> int:
     """Bits of the narrowest type that query or keys go through."""
     sizes = site.tracer.sizes
     types = [sizes.elem_type(v) for c in (site.nope, site.rope, site.value) for v in _values(c)]
     for query in (site.nope_query, site.rope_query):
         types += [sizes.elem_type(v) for v in _query_values(site.tracer, query)]
-    return min((_MANTISSA[t] for t in types if t in _MANTISSA), default=0)
+    return min((MANTISSA[t] for t in types if t in MANTISSA), default=0)
 
 
 def _values(columns: Columns | None) -> list[str]:

@@ -1,16 +1,13 @@
-"""Bind one anchor: which values of the graph are query, key rows, value, masks and scale."""
+"""Bind one attention: which values of the graph are query, key rows, value, masks and scale."""
 
 from __future__ import annotations
 
 from sfa_onnx.passes.axes.expr import Expr, Label
-from sfa_onnx.passes.axes.trace import Dot, Ref, Stop, Tracer
-from sfa_onnx.passes.bind.attention import Parts, read_attention, split_heads
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.axes import check_rows, rows_changed, splits, take_masks, tell_rows
-from sfa_onnx.passes.bind.formula import read_formula
+from sfa_onnx.passes.bind.formula import Product, Scores, read_formula
 from sfa_onnx.passes.bind.heads import check_heads
-from sfa_onnx.passes.bind.mask import boolean
 from sfa_onnx.passes.bind.nans import check_nan
-from sfa_onnx.passes.bind.output import at_product, leaves_at
 from sfa_onnx.passes.bind.precision import check_precision
 from sfa_onnx.passes.bind.rows import (
     Columns,
@@ -21,49 +18,33 @@ from sfa_onnx.passes.bind.rows import (
     same_rows,
     trace_columns,
 )
-from sfa_onnx.passes.bind.scores import Scores, Term, read_scores
-from sfa_onnx.passes.bind.site import Anchor, Query, Site
-from sfa_onnx.passes.bind.weights import sides, summed, weighted_sum
-from sfa_onnx.passes.find.fed import is_weight
+from sfa_onnx.passes.bind.site import AttentionRegion, Query, Site
+from sfa_onnx.passes.values.attention_op import is_attention, split_heads
 
 __all__ = ["bind"]
 
 
-def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
-    """Take the attention at `anchor` apart.
+def bind(tracer: Tracer, region: AttentionRegion, bound: list[str]) -> Site:
+    """Take the attention of `region` apart.
 
     Args:
         tracer: with a budget for this site.
-        anchor: from `find`.
+        region: from `find`.
         bound: filled with what was understood, for the report of a refusal.
 
     Raises:
         Stop: it is not the operator's mathematics, or not recognisably so.
         NotASite: nothing selects keys.
     """
-    if anchor.extra_divisor:
-        raise Stop(
-            f"the exponentials are divided by {anchor.extra_divisor}, which is not their plain sum"
-            " (an epsilon, a floor or a sink)",
-            anchor.extra_divisor,
-            "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
-        )
-    if anchor.form.startswith("com.microsoft"):
-        raise Stop(
-            f"{anchor.form} {tracer.index.label(anchor.node)} is an operator of"
-            " onnxruntime with a softmax inside, which is not taken apart",
-            anchor.weights,
-            "fuse first, then optimise with onnxruntime (or optimise without attention fusion)",
-        )
-    fused = anchor.form == "Attention"
-    out_node, product, out = _result(tracer, anchor, fused=fused)
-    bound.append(f"weighted sum {tracer.index.label(out_node)}")
+    out = region.result
+    bound.append(f"weighted sum {tracer.index.label(tracer.index.producer[out])}")
     labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
     coords = tuple(Expr.of(x) for x in labels)
-    if fused:
-        coords = split_heads(tracer, tracer.index.nodes[out_node], coords)
+    made = tracer.index.node_of(out)
+    if made is not None and is_attention(made):
+        coords = split_heads(tracer, made, coords)
     for _ in range(8):
-        site = _bind_at(tracer, anchor, out_node, product, Ref(out, coords), bound)
+        site = _bind_at(tracer, region, Ref(out, coords), bound)
         swap = splits(site)
         if not swap:
             check_rows(site)
@@ -79,35 +60,16 @@ def bind(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Site:
     )
 
 
-def _result(tracer: Tracer, anchor: Anchor, *, fused: bool) -> tuple[int, str, str]:
-    """(node of the weighted sum, its value, the value that leaves the attention)."""
-    if anchor.region is not None:
-        out = anchor.region.result
-        return tracer.index.producer[out], out, out
-    out_node, out = (anchor.node, anchor.weights) if fused else weighted_sum(tracer, anchor)
-    if anchor.divided is not None:
-        out_node, out = anchor.divided, tracer.index.nodes[anchor.divided].output[0]
-    return out_node, out, out if fused else leaves_at(tracer, anchor, out)
-
-
-def _bind_at(
-    tracer: Tracer, anchor: Anchor, out_node: int, product: str, out: Ref, bound: list[str]
-) -> Site:
-    if anchor.region is not None:
-        parts = read_formula(tracer, anchor.region, out)
-    elif anchor.form == "Attention":
-        parts = read_attention(tracer, tracer.index.nodes[anchor.node], out)
-    else:
-        parts = _read_softmax(tracer, anchor, at_product(tracer, out, product), out_node)
+def _bind_at(tracer: Tracer, region: AttentionRegion, out: Ref, bound: list[str]) -> Site:
+    parts = read_formula(tracer, region, out)
     column = _value_column(parts.value, parts.others | {parts.key})
     value = require_one(trace_columns(tracer, parts.value, column), "the value", parts.value.value)
     bound.append("value " + value.deep.ref.value)
     scores = parts.scores()
     bound.append("scores " + ", ".join(dict.fromkeys(t.k.value for t in scores.terms)))
-    site = _keys(tracer, scores, parts.key, value, anchor)
-    site.out, site.out_node, site.column = out, out_node, column
-    site.score_axes = scores.axes
-    site.products = scores.products or [t.product for t in scores.terms if t.product]
+    site = _keys(tracer, scores, parts.key, value, region)
+    site.out, site.column = out, column
+    site.score_axes, site.products = scores.axes, scores.products
     site.bound = bound
     take_masks(site, scores.masks)
     same_addresses(tracer, site.nope, site.rope)
@@ -122,57 +84,6 @@ def _bind_at(
     return site
 
 
-def _read_softmax(tracer: Tracer, anchor: Anchor, out: Ref, out_node: int) -> Parts:
-    """The operands of a softmax and the product that uses it."""
-    step = tracer.step(summed(tracer, anchor, out))
-    if not isinstance(step, Dot) or step.factor != 1:
-        where = tracer.index.label(out_node)
-        raise Stop(
-            f"the weighted sum {where} of values is not a plain product",
-            out.value,
-            "expected MatMul or Einsum of weights and values, without a factor",
-        )
-    zeroed: list[tuple[Ref, bool]] = []
-    weights, value_ref = sides(tracer, anchor, step, zeroed)
-    axis = anchor.axis % len(weights.coords)
-    if weights.coords[axis] != Expr.of(step.label):
-        where = tracer.index.label(out_node)
-        if is_weight(tracer.index, value_ref.value):
-            raise Stop(
-                f"{where} mixes the attention weights by {value_ref.value} before the weighted sum",
-                out.value,
-                "only the weighted sum of values may use the weights",
-            )
-        raise Stop(
-            f"the softmax {tracer.index.label(anchor.node)} runs along axis {anchor.axis}, the"
-            " weighted sum along another one",
-            anchor.weights,
-            "expected the softmax over the keys that are summed",
-        )
-    others = {x for i, c in enumerate(weights.coords) if i != axis for x in c.labels}
-    ref = Ref(anchor.scores, weights.coords)
-    return Parts(value_ref, step.label, others, lambda: _masked_scores(tracer, anchor, ref, zeroed))
-
-
-def _masked_scores(
-    tracer: Tracer, anchor: Anchor, ref: Ref, zeroed: list[tuple[Ref, bool]]
-) -> Scores:
-    """The scores; weights may be set to zero only where the scores are hidden already."""
-    scores = read_scores(tracer, ref, anchor.factor)
-    if anchor.mask:
-        mask = tracer.operand(anchor.mask, ref.coords)
-        scores.masks.extend(boolean(tracer, mask, positive=anchor.keeps))
-    for condition, positive in zeroed:
-        if not all(m in scores.masks for m in boolean(tracer, condition, positive=positive)):
-            raise Stop(
-                f"weights are set to zero by {condition.value} behind the softmax, and the scores"
-                " are not hidden by the same mask in front of it",
-                condition.value,
-                "mask the scores instead of the weights: what remains then adds up to 1",
-            )
-    return scores
-
-
 def _value_column(value: Ref, known: set[Label]) -> Label:
     own = sorted(value.labels - known, key=str)
     if len(own) > 1:
@@ -184,13 +95,15 @@ def _value_column(value: Ref, known: set[Label]) -> Label:
     return own[0] if own else Label("column", 1)
 
 
-def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: Anchor) -> Site:
+def _keys(
+    tracer: Tracer, scores: Scores, key: Label, value: Columns, region: AttentionRegion
+) -> Site:
     """Which key columns are the value, which are rope."""
     wanted = frozenset(s.ref.value for s in value.path)
-    pairs: list[tuple[Term, Columns]] = []
+    pairs: list[tuple[Product, Columns]] = []
     for term in scores.terms:
         q, k = _query_and_key(term, key)
-        term = Term(q, k, term.label, term.factor, term.product)
+        term = Product(q, k, term.label, term.factor, term.product)
         parts = trace_columns(tracer, k, term.label, wanted)
         pairs += [(term, own) for part in parts for own in apart(part, value)]
     nope, reason = None, ""
@@ -208,10 +121,10 @@ def _keys(tracer: Tracer, scores: Scores, key: Label, value: Columns, anchor: An
             value.deep.ref.value,
             "the operator reads keys and values from the same rows",
         )
-    return _paired(tracer, nope, [p for p in pairs if p is not nope], key, value, anchor)
+    return _paired(tracer, nope, [p for p in pairs if p is not nope], key, value, region)
 
 
-def _query_and_key(term: Term, key: Label) -> tuple[Ref, Ref]:
+def _query_and_key(term: Product, key: Label) -> tuple[Ref, Ref]:
     in_q, in_k = key in term.q.labels, key in term.k.labels
     if key.size == 1:
         raise Stop(
@@ -231,11 +144,11 @@ def _query_and_key(term: Term, key: Label) -> tuple[Ref, Ref]:
 
 def _paired(
     tracer: Tracer,
-    nope: tuple[Term, Columns],
-    rest: list[tuple[Term, Columns]],
+    nope: tuple[Product, Columns],
+    rest: list[tuple[Product, Columns]],
     key: Label,
     value: Columns,
-    anchor: Anchor,
+    region: AttentionRegion,
 ) -> Site:
     term, columns = nope
     width = value.label.size
@@ -253,9 +166,8 @@ def _paired(
     rope = rest[0] if rest else None
     return Site(
         tracer=tracer,
-        anchor=anchor,
+        attention=region,
         out=Ref("", ()),
-        out_node=-1,
         key=key,
         column=value.label,
         nope=columns,
@@ -275,6 +187,6 @@ def _check_changed(tracer: Tracer, parts: list[Columns]) -> None:
             raise changed
 
 
-def _query(term: Term, columns: Columns) -> Query:
+def _query(term: Product, columns: Columns) -> Query:
     swap = {term.label: Expr.of(columns.label) + columns.low}
     return Query(term.q.substitute(swap) if term.label != columns.label else term.q, columns.label)

@@ -10,11 +10,11 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.mask import Kept, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 
-__all__ = ["Anchor", "AttentionRegion", "NotASite", "Query", "Site", "Statistic"]
+__all__ = ["AttentionRegion", "NotASite", "Query", "Site", "Statistic"]
 
 
 class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
-    """The anchor attends to all keys, as far as binding sees; `refusal` if a selection feeds it."""
+    """An attention to all keys, as far as binding sees; `refusal` if a selection feeds it."""
 
     def __init__(self, refusal: Stop | None = None) -> None:
         super().__init__()
@@ -45,32 +45,6 @@ class AttentionRegion:
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """A normalisation: weights = softmax(factor * scores) along `axis`.
-
-    `mask`: what the exponentials are multiplied by before they are summed, 0 or 1 per key.
-    `extra_divisor`: the divisor where it is more than the sum of the exponentials.
-    `keeps`: whether that mask is true (1) where a key stays.
-    `inner`: the softmax that is normalised once more; -1: there is none.
-    `divided`: the node that divides the weighted sum by the sum of the weights, where the graph
-    normalises afterwards; `weights` are exponentials then.
-    """
-
-    node: int
-    scores: str
-    axis: int
-    weights: str
-    factor: float = 1.0
-    form: str = "Softmax"
-    divided: int | None = None
-    mask: str = ""
-    extra_divisor: str = ""
-    keeps: bool = True
-    inner: int = -1
-    region: AttentionRegion | None = None
-
-
-@dataclass(frozen=True)
 class Statistic:
     """What the graph returns of its softmax besides: "maximum" or "log-sum-exp", times `factor`.
 
@@ -96,6 +70,7 @@ class Site:
     """An attention in normal form.
 
     Attributes:
+        attention: where it lies.
         out: the value the weighted sum makes, by labels.
         key: label that runs over the keys (tokens, or slots of a gathered row).
         column: label of the value columns.
@@ -115,9 +90,8 @@ class Site:
     """
 
     tracer: Tracer
-    anchor: Anchor
+    attention: AttentionRegion
     out: Ref
-    out_node: int
     key: Label
     column: Label
     nope: Columns

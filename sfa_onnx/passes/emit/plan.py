@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import onnx
@@ -17,6 +16,7 @@ from sfa_onnx.passes.bind.site import Query, Site
 from sfa_onnx.passes.emit.absorb import Absorbed
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.emit.places import axis_labels
+from sfa_onnx.passes.shapes.types import MANTISSA
 
 __all__ = [
     "Built",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 _T = onnx.TensorProto
-_MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 
 
 @dataclass
@@ -174,13 +173,13 @@ def unrounded(site: Site, path: Sequence[State], elem_type: int) -> list[State]:
 
     The check in float64 cannot see this. Rows for an int8 operator are rounded by the operator.
     """
-    if elem_type not in _MANTISSA:
+    if elem_type not in MANTISSA:
         return list(path)
     kept: list[State] = []
-    fewest = max(_MANTISSA.values())
+    fewest = max(MANTISSA.values())
     for state in path:
-        bits = _MANTISSA.get(site.tracer.sizes.elem_type(state.ref.value), 0)
-        if fewest < min(bits, _MANTISSA[elem_type]):
+        bits = MANTISSA.get(site.tracer.sizes.elem_type(state.ref.value), 0)
+        if fewest < min(bits, MANTISSA[elem_type]):
             break
         fewest = min(fewest, bits)
         kept.append(state)
@@ -193,13 +192,13 @@ def rounded_alike(site: Site, elem_type: int) -> None:
     Raises:
         Stop: one of the two is rounded more than the operator rounds, and more than the other.
     """
-    own = _MANTISSA.get(elem_type, 0)
+    own = MANTISSA.get(elem_type, 0)
     coarsest = []
     for columns in (site.nope, site.value):
         types = [site.tracer.sizes.elem_type(s.ref.value) for s in columns.path]
-        coarsest.append(min((t for t in types if t in _MANTISSA), key=_MANTISSA.__getitem__))
+        coarsest.append(min((t for t in types if t in MANTISSA), key=MANTISSA.__getitem__))
     key, value = coarsest
-    if min(_MANTISSA[key], own) != min(_MANTISSA[value], own):
+    if min(MANTISSA[key], own) != min(MANTISSA[value], own):
         name = _T.DataType.Name
         raise Stop(
             f"keys are rounded to {name(key)}, values to {name(value)}",

@@ -9,20 +9,22 @@ import onnx
 
 from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.axes.trace import Tracer
-from sfa_onnx.passes.bind.scores import sums_products
-from sfa_onnx.passes.bind.site import Anchor
+from sfa_onnx.passes.bind.site import AttentionRegion
 from sfa_onnx.passes.bind.usage import kth_best
 from sfa_onnx.passes.find.bodies import gathered_in_body
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.values.attention_op import is_attention
 
 __all__ = [
     "GATHERS",
     "PRODUCTS",
     "Seen",
+    "attention_roots",
     "fed_by_selection",
     "is_weight",
     "picks_rows",
     "reaches_selection",
+    "sums_products",
 ]
 
 PRODUCTS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "QLinearMatMul"))
@@ -59,15 +61,18 @@ class Seen(enum.Enum):
         return self is not Seen.NOTHING
 
 
-def fed_by_selection(tracer: Tracer, anchor: Anchor) -> Seen:
+def fed_by_selection(tracer: Tracer, region: AttentionRegion) -> Seen:
     """Whether selected indices reach the attention through a gather or a scattered mask."""
-    index = tracer.index
-    if not anchor.form.startswith(("Attention", "com.microsoft")):
-        roots = [(anchor.scores, 0), (anchor.mask, 0), *_after(index, anchor.weights)]
-    else:
-        names = list(index.nodes[anchor.node].input)
-        roots = [(n, 1) for n in names[:3]] + [(n, 0) for n in names[3:]]
-    return reaches_selection(tracer, roots)
+    node = tracer.index.nodes[region.anchor]
+    if is_attention(node):
+        return reaches_selection(tracer, attention_roots(node))
+    roots = [(region.scores, 0), (region.weights, 0)]
+    return reaches_selection(tracer, [*roots, *_after(tracer.index, region.weights)])
+
+
+def attention_roots(node: onnx.NodeProto) -> list[Root]:
+    """Where to look upstream of an operator that takes query, key, value and masks."""
+    return [(n, 1) for n in node.input[:3]] + [(n, 0) for n in node.input[3:]]
 
 
 def _after(index: GraphIndex, weights: str) -> list[Root]:
@@ -119,6 +124,12 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> Seen:
     if met == {True}:
         return Seen.NOTHING  # a projection and a mask of its best, as in a router
     return Seen.SELECTION if surely or (bounded and False in met) else weakly
+
+
+def sums_products(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether this is (a * b).sum(axis), a contraction written out."""
+    made = index.real_maker(node.input[0]) if node.op_type == "ReduceSum" else None
+    return made is not None and made.op_type == "Mul"
 
 
 def _orders_indices(tracer: Tracer, node: onnx.NodeProto) -> bool:

@@ -1,4 +1,4 @@
-"""Attention to selected keys that has no softmax: listed with a reason, never bound."""
+"""Attention to selected keys that no term is read of: listed with a reason, never bound."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Tracer
-from sfa_onnx.passes.bind.scores import sums_products
 from sfa_onnx.passes.candidate import Refusal, RefusedSite
 from sfa_onnx.passes.find.fed import (
     GATHERS,
     PRODUCTS,
     Seen,
+    attention_roots,
     is_weight,
     picks_rows,
     reaches_selection,
+    sums_products,
 )
 from sfa_onnx.passes.graph.index import GraphIndex
 
@@ -33,6 +34,13 @@ _QUIET = frozenset(
 )
 _QUIET |= {"Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
 _VIEWS = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+# Operators of onnxruntime that hold a softmax.
+_CONTRIB = frozenset(
+    ("Attention", "BiasSoftmax", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention")
+) | frozenset(
+    ("GroupQueryAttention", "LongformerAttention", "MultiHeadAttention", "PackedAttention")
+)
+_CONTRIB |= {"PackedMultiHeadAttention", "PagedAttention", "QAttention", "SparseAttention"}
 _READERS = GATHERS | frozenset(("ScatterElements", "ScatterND", "OneHot", "Equal"))
 
 
@@ -47,15 +55,21 @@ class _Pair:
     sides: tuple[str, ...]  # values that meet the scores on their way
 
 
-def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
+def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Iterator[RefusedSite]:
     """Weighted sums over selected keys without a softmax, and selections that nobody reads.
 
     Args:
         tracer: of the graph; nothing is charged to its budget.
-        taken: nodes that are anchors already.
+        taken: nodes of attention that is listed already.
+        anchors: nodes that name a region, listed or not.
     """
     index = tracer.index
     kinds = {i: index.nodes[i].op_type for i in index.own}
+    contrib = [i for i, k in kinds.items() if k in _CONTRIB and _is_contrib(index.nodes[i])]
+    for i in contrib:
+        if reaches_selection(tracer, attention_roots(index.nodes[i])) is Seen.SELECTION:
+            yield _opaque(index, i)
+    taken = taken | set(contrib)
     products = [
         i
         for i, kind in kinds.items()
@@ -65,7 +79,7 @@ def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
         pair = _pair(index, i, taken)
         if pair is not None and _is_fed(tracer, pair) and not _makes_scores(index, i, taken):
             yield _refused(index, pair)
-        elif (best := _best_weights(index, i, taken)) is not None:
+        elif (best := _best_weights(index, i, anchors)) is not None:
             yield _of_weights(index, i, *best)
     if not products:
         return
@@ -84,6 +98,21 @@ def other_attention(tracer: Tracer, taken: set[int]) -> Iterator[RefusedSite]:
                 ),
                 (f"selection {label}",),
             )
+
+
+def _is_contrib(node: onnx.NodeProto) -> bool:
+    return node.domain == "com.microsoft"
+
+
+def _opaque(index: GraphIndex, i: int) -> RefusedSite:
+    form, label = f"com.microsoft {index.nodes[i].op_type}", index.label(i)
+    refusal = Refusal(
+        f"{form} {label} is an operator of onnxruntime with a softmax inside, which is not taken"
+        " apart",
+        index.nodes[i].output[0],
+        "fuse first, then optimise with onnxruntime (or optimise without attention fusion)",
+    )
+    return RefusedSite(i, index.layer(i), refusal, (f"{form} {label}",))
 
 
 def is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:

@@ -18,6 +18,8 @@ from sfa_onnx.passes.bind.site import AttentionRegion
 from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
 from sfa_onnx.passes.find.others import is_product, operands
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.values.attention_op import is_attention
 
 __all__ = ["attention_regions"]
 
@@ -29,7 +31,9 @@ _EXPONENTIALS: Final = frozenset(
 _CONDITIONS: Final = frozenset(
     ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
 ) | {"Or", "Xor"}
+_SOFTMAX: Final = frozenset(("LogSoftmax", "Softmax"))
 _SIZES: Final = frozenset(("Shape", "Size"))
+_CLOSED: Final = frozenset(("If", "Loop", "Scan"))
 _VIEWS: Final = frozenset(
     ("Cast", "Concat", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND")
 ) | frozenset(("Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose"))
@@ -47,15 +51,29 @@ _FOLLOWED: Final = (
 )
 
 
-def attention_regions(index: GraphIndex) -> list[AttentionRegion]:
-    """Every region of the graph, in graph order; products that reach one result share it."""
+def attention_regions(index: GraphIndex, sizes: Concrete) -> list[AttentionRegion]:
+    """Every region of the graph, in graph order; products that reach one result share it.
+
+    A softmax that no product leads to, and an Attention operator, begin a region of their own.
+    """
     sweeps: dict[str, list[_Sweep]] = {}
+    inner: set[str] = set()
+
+    def start(i: int, *, softmax: bool = False) -> None:
+        sweep = _Sweep(index, sizes, i, softmax=softmax)
+        if sweep.result:
+            sweeps.setdefault(sweep.result, []).append(sweep)
+            inner.update(sweep.inner)
+
     for i in index.own:
         node = index.nodes[i]
-        if (node.op_type in PRODUCTS or node.op_type == "ReduceSum") and is_product(index, node):
-            sweep = _Sweep(index, i)
-            if sweep.result:
-                sweeps.setdefault(sweep.result, []).append(sweep)
+        contracts = node.op_type in PRODUCTS or node.op_type == "ReduceSum"
+        if is_attention(node) or (contracts and is_product(index, node)):
+            start(i)
+    for i in index.own:
+        node = index.nodes[i]
+        if node.op_type in _SOFTMAX and node.output[0] not in inner:
+            start(i, softmax=True)
     found = [_joined(index, result, group) for result, group in sweeps.items()]
     return sorted((r for r in found if r is not None), key=lambda r: r.anchor)
 
@@ -63,7 +81,8 @@ def attention_regions(index: GraphIndex) -> list[AttentionRegion]:
 def _joined(index: GraphIndex, result: str, group: list[_Sweep]) -> AttentionRegion | None:
     inner = frozenset().union(*(s.inner for s in group))
     made = sorted({index.producer[v] for v in inner})
-    first = next((i for i in made if index.nodes[i].op_type in _EXPONENTIALS), None)
+    exponentials = _EXPONENTIALS | {"Attention"}
+    first = next((i for i in made if index.nodes[i].op_type in exponentials), None)
     if first is None:
         return None
     own = index.nodes[first]
@@ -75,10 +94,12 @@ def _joined(index: GraphIndex, result: str, group: list[_Sweep]) -> AttentionReg
 
 
 class _Sweep:
-    """Downstream of one product, in graph order."""
+    """Downstream of one product (or Attention operator, or softmax), in graph order."""
 
-    def __init__(self, index: GraphIndex, start: int) -> None:
-        self.index = index
+    def __init__(
+        self, index: GraphIndex, sizes: Concrete, start: int, *, softmax: bool = False
+    ) -> None:
+        self.index, self.sizes = index, sizes
         self.inner: set[str] = set()
         self.rows: set[str] = set()  # what depends on weighted rows
         self.pending: Counter[str] = Counter()  # readers that are still to come
@@ -87,8 +108,14 @@ class _Sweep:
         self.weights = ""
         self._heap: list[int] = []
         self._queued: set[int] = set()
-        self._exponential = False
-        self._enter(index.nodes[start].output[0], rows=False)
+        node = index.nodes[start]
+        self._exponential = softmax or is_attention(node)
+        self.first = ""  # the first weighted sum
+        for name in filter(None, node.output):
+            self._enter(name, rows=is_attention(node))
+        if is_attention(node):
+            self.first = self.weights = node.output[0]
+            self.singles.append(self.first)
         self.result = self._run()
         self.sides = tuple(sorted(v for v in self.outside if v not in self.rows))
 
@@ -111,7 +138,7 @@ class _Sweep:
         while self._heap:
             if len(self._queued) > _MOST or not self._node(heapq.heappop(self._heap)):
                 return ""
-        return self.singles[0] if self.singles else ""
+        return self.singles[0] if self.singles else self.first
 
     def _node(self, i: int) -> bool:
         """Look at a reader of inner values; False: these scores select, they do not weigh."""
@@ -119,14 +146,17 @@ class _Sweep:
         read = [n for n in node.input if n in self.inner]
         for name in read:
             self.pending[name] -= 1
-        if node.op_type in ("TopK", "ArgMax", "Hardmax"):
-            return bool(self.rows & set(read))
-        follows = self._follows(i, read)
+        selects = node.op_type in ("TopK", "ArgMax", "Hardmax")
+        if selects and not self._exponential and not self.rows & set(read):
+            return False
+        follows = "" if selects else self._follows(i, read)
         if not follows:
             self.outside.update(read)
             return True
         self._exponential = self._exponential or node.op_type in _EXPONENTIALS
         rows = follows == "rows" or any(n in self.rows for n in read)
+        if rows and not self.first:
+            self.first = node.output[0]
         if rows and any(n not in self.rows for n in read):
             self.singles.clear()  # something joins the weighted rows
         for name in node.output:
@@ -144,38 +174,35 @@ class _Sweep:
             node.op_type == "ReduceSum" and len(operands(self.index, node)) == 2
         ):
             return self._weighs(i, read)
-        if node.domain not in ("", "ai.onnx") or node.op_type not in _FOLLOWED:
+        known = node.op_type in _FOLLOWED
+        if node.domain not in ("", "ai.onnx") or node.op_type in _CLOSED:
             return ""
-        return "yes"
+        # what has no meaning in front of the rows is named by the refusal
+        return "yes" if known or not self.rows & set(read) else ""
 
     def _weighs(self, i: int, read: list[str]) -> str:
         node = self.index.nodes[i]
         if node.op_type == "ReduceSum":
             sides = operands(self.index, node)
             others = [s for s in sides if s not in self.inner]
-            if not is_product(self.index, node) or not others or _is_mask(self.index, others[0]):
+            if not is_product(self.index, node) or not others or self._masks(node, sides):
                 return "yes"
             own = [s for s in sides if s in self.inner]
         else:
             own = read
-            if any(is_weight(self.index, n) for n in node.input[:2] if n not in self.inner):
-                return ""
+            others = [n for n in node.input[:2] if n not in self.inner]
+            early = not self._exponential or self.rows & set(read)
+            if early and any(is_weight(self.index, n) for n in others):
+                return ""  # a projection
         if not self._exponential:
             return ""
         if not any(n in self.rows for n in own):
             self.weights = self.weights or own[0]
         return "rows"
 
-
-def _is_mask(index: GraphIndex, value: str) -> bool:
-    """Whether a tensor is a condition that was cast to numbers."""
-    node = index.node_of(value)
-    while node is not None and node.op_type in _VIEWS | {"Unsqueeze"}:
-        made = index.node_of(node.input[0])
-        if node.op_type == "Cast" and (
-            index.elem_type(node.input[0]) == onnx.TensorProto.BOOL
-            or (made is not None and made.op_type in _CONDITIONS)
-        ):
-            return True
-        node = made
-    return False
+    def _masks(self, node: onnx.NodeProto, sides: list[str]) -> bool:
+        """Whether what is summed has no more axes than the weights: they are masked, or scaled."""
+        whole = self.sizes.shape(node.input[0])
+        return whole is not None and any(
+            self.sizes.shape(side) == whole for side in sides if side in self.inner
+        )

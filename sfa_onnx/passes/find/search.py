@@ -15,13 +15,12 @@ from sfa_onnx.passes.bind.heads import check_heads
 from sfa_onnx.passes.bind.packed import bind_packed
 from sfa_onnx.passes.bind.region import Region, cover
 from sfa_onnx.passes.bind.roles import bind
-from sfa_onnx.passes.bind.site import Anchor, NotASite, Site
+from sfa_onnx.passes.bind.site import AttentionRegion, NotASite, Site
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.emit.detach import detach
 from sfa_onnx.passes.emit.open import check_open_sizes
 from sfa_onnx.passes.emit.plan import Built
 from sfa_onnx.passes.emit.site import build_site
-from sfa_onnx.passes.find.anchors import anchors
 from sfa_onnx.passes.find.fed import Seen, fed_by_selection
 from sfa_onnx.passes.find.others import other_attention
 from sfa_onnx.passes.find.regions import attention_regions
@@ -71,75 +70,63 @@ def find_candidates(
     sizes = Concrete(index)
     other = Concrete(index, second=True) if sizes.dynamic else sizes
     search = _Search(index, sizes, other, options)
-    search.regions()
-    search.spellings()
-    found = search.found
+    found = search.sites()
     tracer = Tracer(index, sizes, other, options.max_steps)
-    found += other_attention(tracer, search.taken)
-    return sorted(found, key=lambda site: site.anchor)
+    for site in other_attention(tracer, search.taken, {r.anchor for r in search.everyone}):
+        if not isinstance(found.get(site.anchor), Candidate):
+            found[site.anchor] = site
+    return [found[anchor] for anchor in sorted(found)]
 
 
 class _Search:
-    """Looks at every region and every softmax of a graph."""
+    """Looks at every region of a graph."""
 
     def __init__(
         self, index: GraphIndex, sizes: Concrete, other: Concrete, options: FindOptions
     ) -> None:
         self.index, self.sizes, self.other, self.options = index, sizes, other, options
-        self.found: list[Candidate | RefusedSite] = []
-        self.everyone = anchors(index)
-        self.named = Counter(index.label(a.node) for a in self.everyone)
-        self.taken = {a.node for a in self.everyone}
-        self._done: set[int] = set()
+        self.everyone = attention_regions(index, sizes)
+        self.named = Counter(index.label(r.anchor) for r in self.everyone)
+        self.taken = {r.anchor for r in self.everyone}
 
-    def regions(self) -> None:
-        """Attention whose term is the operator's, however it is spelt."""
-        for region in attention_regions(self.index):
-            own = [a for a in self.everyone if region.inner & {*self.index.nodes[a.node].output}]
-            node = own[0].node if own else region.anchor
-            form = own[0].form if own else self.index.nodes[node].op_type
-            anchor = Anchor(node, region.scores, -1, region.weights, form=form, region=region)
-            site = self._look(anchor)
+    def sites(self) -> dict[int, Candidate | RefusedSite]:
+        """What each region is, by the node that names it."""
+        found: dict[int, Candidate | RefusedSite] = {}
+        for region in self.everyone:
+            site = self._look(region)
             for result in region.results[1:]:
                 if site is None or isinstance(site, Candidate):
                     break
-                again = replace(anchor, region=replace(region, result=result))
-                later = self._look(again)
+                later = self._look(replace(region, result=result))
                 site = later if isinstance(later, Candidate) else site
-            listed = own or self.index.nodes[node].op_type == "Sigmoid"  # with other words
-            if isinstance(site, Candidate) or (site is not None and not listed):
-                self.found.append(site)
-                self._done |= {a.node for a in own}
+            if site is not None and not isinstance(found.get(site.anchor), Candidate):
+                found[site.anchor] = site
                 self.taken |= {self.index.producer[v] for v in region.inner}
+        return found
 
-    def spellings(self) -> None:
-        """Every other softmax, by its spelling."""
-        for anchor in self.everyone:
-            if anchor.node not in self._done and (site := self._look(anchor)) is not None:
-                self.found.append(site)
-
-    def _look(self, anchor: Anchor) -> Candidate | RefusedSite | None:
+    def _look(self, region: AttentionRegion) -> Candidate | RefusedSite | None:
         tracer = Tracer(self.index, self.sizes, self.other, self.options.max_steps)
         tracer.masks = self.options.masks
         tracer.terms = [] if self.options.trace else None
-        label = self.index.label(anchor.node)
-        tracer.stem = label if self.named[label] <= 1 else anchor.weights
-        fed = fed_by_selection(tracer, anchor)
+        label = self.index.label(region.anchor)
+        tracer.stem = label if self.named[label] <= 1 else region.weights or region.result
+        fed = fed_by_selection(tracer, region)
         if not fed:
             return None
-        site = _one(tracer, anchor, self.options, surely=fed is Seen.SELECTION)
+        site = _one(tracer, region, self.options, surely=fed is Seen.SELECTION)
         if site is not None and tracer.terms:
             site = replace(site, terms=tuple(tracer.terms))
         return site if fed is not Seen.GATHER or isinstance(site, Candidate) else None
 
 
 def _one(
-    tracer: Tracer, anchor: Anchor, options: FindOptions, *, surely: bool
+    tracer: Tracer, region: AttentionRegion, options: FindOptions, *, surely: bool
 ) -> Candidate | RefusedSite | None:
-    index, bound = tracer.index, [f"{anchor.form} {tracer.index.label(anchor.node)}"]
-    layer = index.layer(anchor.node)
+    index = tracer.index
+    bound = [f"{index.nodes[region.anchor].op_type} {index.label(region.anchor)}"]
+    layer = index.layer(region.anchor)
     try:
-        return _bound(tracer, anchor, options, bound)
+        return _bound(tracer, region, options, bound)
     except NotASite as none:
         if none.refusal is None or not surely:
             return None
@@ -147,17 +134,17 @@ def _one(
     except Stop as stop:
         refusal = Refusal(_plain(stop.reason), stop.at, stop.hint)
     except SizesMeetError as meet:
-        refusal = Refusal(str(meet), anchor.scores, "export with these sizes fixed, or as one name")
+        refusal = Refusal(str(meet), region.scores, "export with these sizes fixed, or as one name")
     except BudgetError as over:
-        refusal = Refusal(str(over), anchor.scores)
+        refusal = Refusal(str(over), region.scores)
     except RecursionError:
-        refusal = Refusal("the graph is nested too deeply to be traced", anchor.scores)
+        refusal = Refusal("the graph is nested too deeply to be traced", region.scores)
     except _INVALID as e:
         # An invalid graph (ranks or shapes that contradict each other) must not stop the others.
         _log.warning("recognition of %s failed", bound[0], exc_info=True)
         text = f"recognition itself failed ({type(e).__name__}: {e})"
-        refusal = Refusal(text, anchor.scores, "check the model with onnx.checker, then report it")
-    return RefusedSite(anchor.node, layer, refusal, tuple(bound))
+        refusal = Refusal(text, region.scores, "check the model with onnx.checker, then report it")
+    return RefusedSite(region.anchor, layer, refusal, tuple(bound))
 
 
 def _plain(reason: str) -> str:
@@ -174,20 +161,22 @@ def _plain(reason: str) -> str:
     return _LABEL.sub(short, reason)
 
 
-def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]) -> Candidate:
+def _bound(
+    tracer: Tracer, region: AttentionRegion, options: FindOptions, bound: list[str]
+) -> Candidate:
     """Bind and build, by what indices mean or, where that is not understood, as they are."""
     budget = tracer.budget
 
     def otherwise() -> Candidate | None:
         tracer.budget = budget
         try:
-            return _unified(tracer, anchor, lambda: _finished(tracer, anchor, bound[:1]))
+            return _unified(tracer, region, lambda: _finished(tracer, region, bound[:1]))
         except (Stop, NotASite, SizesMeetError, BudgetError, RecursionError, *_INVALID):
             return None
 
     try:
         candidate = _unified(
-            tracer, anchor, lambda: _candidate(*_bind_and_build(tracer, anchor, options, bound))
+            tracer, region, lambda: _candidate(*_bind_and_build(tracer, region, options, bound))
         )
         candidate.otherwise = otherwise
         return candidate
@@ -203,7 +192,7 @@ def _bound(tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str
         return again
 
 
-def _unified(tracer: Tracer, anchor: Anchor, make: Callable[[], Candidate]) -> Candidate:
+def _unified(tracer: Tracer, region: AttentionRegion, make: Callable[[], Candidate]) -> Candidate:
     """What `make` makes; symbols that turn out to be one size are made so, and it starts again."""
     for _ in range(len(tracer.sizes.symbols) + 1):
         try:
@@ -212,10 +201,10 @@ def _unified(tracer: Tracer, anchor: Anchor, make: Callable[[], Candidate]) -> C
             tracer.sizes.unify(*same.pair)
             for pair in tracer.sizes.equal:
                 tracer.other.unify(*pair)
-    raise Stop("the dynamic sizes of the attention contradict each other", anchor.scores)
+    raise Stop("the dynamic sizes of the attention contradict each other", region.scores)
 
 
-def _finished(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Candidate:
+def _finished(tracer: Tracer, region: AttentionRegion, bound: list[str]) -> Candidate:
     """The candidate whose rows are read by a finished index tensor.
 
     Raises:
@@ -223,9 +212,9 @@ def _finished(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Candidate:
     """
     tracer.opaque = tracer.tables = True
     try:
-        site = by_finished_indices(bind_packed(bind(tracer, anchor, bound)))
+        site = by_finished_indices(bind_packed(bind(tracer, region, bound)))
         if site is None:
-            raise Stop("the rows are not read by finished index tensors", anchor.scores)
+            raise Stop("the rows are not read by finished index tensors", region.scores)
         tracer.opaque = False  # nothing is followed any more: what the reads are is known
         check_heads(site)
         tracer.opaque = True
@@ -238,14 +227,14 @@ def _finished(tracer: Tracer, anchor: Anchor, bound: list[str]) -> Candidate:
 
 
 def _bind_and_build(
-    tracer: Tracer, anchor: Anchor, options: FindOptions, bound: list[str]
+    tracer: Tracer, region: AttentionRegion, options: FindOptions, bound: list[str]
 ) -> tuple[Site, Site, Built]:
     """(the site with indices followed to their source, the site as built, its replacement)."""
     stem = f"{tracer.stem}/sfa"
     named: Site | None = None
     for tracer.opaque in (False, True):
         del bound[1:]
-        site = bind_packed(bind(tracer, anchor, bound))
+        site = bind_packed(bind(tracer, region, bound))
         named = named or site
         if site.nope.kind == "expanded" and not options.absorb:
             raise Stop(
@@ -275,7 +264,7 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
         built.notes.append(f"removed as well: {names}, which no output needs")
     return Candidate(
         graph=index.graph,
-        anchor=site.anchor.node,
+        anchor=site.attention.anchor,
         op=built.op,
         family=built.family,
         nodes=region.nodes,
@@ -285,7 +274,7 @@ def _candidate(named: Site, site: Site, built: Built) -> Candidate:
         replacement=e.nodes,
         replacement_initializers=e.initializers,
         sizes=region.sizes,
-        layer=index.layer(site.anchor.node),
+        layer=index.layer(site.attention.anchor),
         site_id="",
         notes=built.notes,
         equal=site.tracer.sizes.equal,
@@ -315,7 +304,7 @@ def _check_closed(site: Site, region: Region, outputs: tuple[str, ...]) -> None:
     index = site.tracer.index
     inner = {*region.nodes, *region.support}
     removed = set(region.nodes)
-    todo, seen = [*site.products, site.anchor.weights], set[str]()
+    todo, seen = [*site.products, *filter(None, [site.attention.weights])], set[str]()
     kept: list[str] = []
     while todo:
         value = todo.pop()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["type_step"]
+__all__ = ["MANTISSA", "type_step"]
 
+_T = onnx.TensorProto
+# Bits of a number that each float type keeps.
+MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 _BOOL_OPS = frozenset(
     ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
 )

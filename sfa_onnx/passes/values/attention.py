@@ -5,17 +5,23 @@ What keeps a normal form from being one is said by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.values.arithmetic import addends, coefficient, factors
 from sfa_onnx.passes.values.terms import ONE, Term
 
-__all__ = ["Attention", "Weight", "as_attention"]
+__all__ = ["Attention", "UnclearError", "Weight", "as_attention"]
 
 _ALIKE: Final = 1e-6  # roundings of log2(e), ln(2) and factors that are split
+_FLAGS: Final = ("flag", "element")
+_SUM: Final = "expected exp(s) / sum(exp(s)): the operator's weights add up to 1"
+
+
+class UnclearError(Stop):
+    """The form does not tell what is wrong: a node that makes something else of scores may."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Weight:
     Attributes:
         label: runs over the keys.
         exponent: the score.
-        flags: conditions without which the key has no weight.
+        flags: conditions without which the key has no weight; also numbers, 0 or 1, that it is
+            multiplied by.
     """
 
     label: Label
@@ -39,7 +46,7 @@ class Weight:
             return None
         own = factors(total.args[0])
         exps = [f for f in own if f.op == "exp"]
-        flags = tuple(f.args[0] for f in own if f.op == "flag")
+        flags = tuple(f.args[0] if f.op == "flag" else f for f in own if f.op in _FLAGS)
         if len(exps) != 1 or len(flags) + 1 != len(own):
             return None
         return cls(total.label, exps[0].args[0], flags)
@@ -74,8 +81,9 @@ def as_attention(term: Term, at: str) -> Attention:
     """
     top, below, conditions = _fraction(term, at)
     rows: list[tuple[Weight, Ref]] = []
+    masks = [f for b in addends(below) if b.op == "sum" for f in factors(b.args[0])]
     for part in addends(top):
-        rows.append(_row(part, at))
+        rows.append(_row(part, masks, at))
     weights = [w for w, _ in rows]
     sinks = []
     for total in addends(below):
@@ -86,13 +94,9 @@ def as_attention(term: Term, at: str) -> Attention:
         elif total.op == "exp":
             sinks.append(total.args[0])
         else:
-            raise _too_much(total, at)
+            raise _too_much(total, weights, at)
     if weights:
-        raise Stop(
-            "the exponentials are not divided by their sum",
-            at,
-            "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
-        )
+        raise UnclearError("the exponentials are not divided by their sum", at, _SUM)
     return Attention(tuple(rows), below, tuple(sinks), tuple(conditions))
 
 
@@ -101,9 +105,17 @@ def _fraction(term: Term, at: str) -> tuple[Term, Term, list[Term]]:
     tops: list[Term] = []
     below: list[Term] = []
     conditions: list[Term] = []
+    if term.op == "where":
+        raise Stop(f"rows are replaced by {_short(term.args[2])} unless {_short(term.args[0])}", at)
     for f in factors(term):
         if f.op == "pow" and f.exponent == -1:
             below.append(f.args[0])
+        elif f.op == "pow" and f.exponent < -1:
+            raise Stop(
+                f"the weights are a power ({-f.exponent}) of the softmax",
+                at,
+                "the operator's weights add up to 1: leave out the power",
+            )
         elif f.op == "flag":
             conditions.append(f.args[0])
         else:
@@ -113,19 +125,46 @@ def _fraction(term: Term, at: str) -> tuple[Term, Term, list[Term]]:
     if len(below) == 1 and len(tops) == 1 and tops[0].op in ("sum", "add"):
         return tops[0], below[0], conditions
     if not below:
-        raise Stop(
-            "the exponentials are not divided by their sum",
-            at,
-            "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
-        )
+        raise _undivided(tops, at)
     extra = [f for f in tops if f.op not in ("sum", "add")]
     if extra:
+        for b in (b for d in below for b in addends(d) if b.op in ("number", "where")):
+            raise _too_much(b, [], at)
+        if extra[0].op == "exp" and extra[0].args[0].is_number():
+            raise Stop(f"every score is {extra[0].args[0]}: no product is left of them", at, _HINT)
         raise Stop(
             f"the weighted sum is multiplied by {_short(extra[0])}",
             at,
             "scale the result behind the attention",
         )
     raise Stop("the weights are divided by more than one sum", at, _HINT)
+
+
+def _undivided(tops: list[Term], at: str) -> Stop:
+    """What is in place of a divisor behind the weighted sum."""
+    if len(tops) == 1 and tops[0].op == "element":
+        return Stop(
+            "each query attends to a single key, whose weight is always 1",
+            at,
+            "select two keys or more",
+        )
+    for part in (p for top in tops for p in addends(top) if p.op == "sum"):
+        for f in factors(part.args[0]):
+            if f.op == "pow" and f.exponent < 0 and f.args[0].op == "sum":
+                return Stop(
+                    "the softmax runs along another axis than the weighted sum",
+                    at,
+                    "expected the softmax over the keys that are summed",
+                )
+            if f.op == "pow" and f.exponent < 0:
+                return _sigmoid(f, at)
+            if f.op == "where":
+                return UnclearError(
+                    f"{_short(f)} lies between softmax and weighted sum",
+                    at,
+                    "only casts, views and NaN guards that give 0 may",
+                )
+    return UnclearError("the exponentials are not divided by their sum", at, _SUM)
 
 
 _HINT: Final = "the operator computes softmax(scale * q.k + mask) v over the selected keys only"
@@ -138,42 +177,56 @@ def _check_bound(below: Term, at: str) -> None:
         what = "a floor" if below.op == "max" else "a ceiling"
         if bound is not None:
             raise Stop(
-                f"the sum of the exponentials has {what} ({bound.value:g}) that can act",
-                at,
-                "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
+                f"the sum of the exponentials has {what} ({bound.value:g}) that can act", at, _SUM
             )
 
 
-def _too_much(total: Term, at: str) -> Stop:
+def _too_much(total: Term, weights: list[Weight], at: str) -> Stop:
+    """What is wrong with a part of the divisor that none of `weights` is summed to."""
     if total.is_number():
         return Stop(
-            f"the exponentials are divided by their sum and {total.value:g} (an epsilon)",
+            f"the exponentials are divided by their sum and {total.value:g} (an epsilon or a sink)",
             at,
-            "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
+            _SUM,
         )
-    if Weight.of(total) is not None:
+    if (other := Weight.of(total)) is not None:
+        for w in weights:
+            hidden = [f for f in w.flags if f not in other.flags]
+            same = other.exponent.rename({other.label: Expr.of(w.label)})
+            if hidden and _alike(replace(w, flags=()), Weight(w.label, same, ())):
+                return Stop(
+                    f"weights are set to zero unless {_short(hidden[0])} behind the softmax, and"
+                    " the scores are not hidden by the same mask in front of it",
+                    at,
+                    "mask the scores instead of the weights: what remains then adds up to 1",
+                )
         return Stop(
-            "the exponentials are divided by a sum of others (another scale, mask or key)",
-            at,
-            "expected exp(s) / sum(exp(s)): the operator's weights add up to 1",
+            "the exponentials are divided by a sum of others (another scale, mask or key)", at, _SUM
         )
-    return Stop(
-        f"the exponentials are divided by {_short(total)}, which is not their sum", at, _HINT
-    )
+    why = f"the exponentials are divided by {_short(total)} as well, not by their plain sum"
+    return Stop(why, at, _SUM)
 
 
-def _row(part: Term, at: str) -> tuple[Weight, Ref]:
-    """(weight, element of the value) of a sum of weighted rows."""
+def _row(part: Term, masks: list[Term], at: str) -> tuple[Weight, Ref]:
+    """(weight, element of the value) of a sum of rows; `masks` weigh in the divisor too."""
     if part.op == "sum":
         own = factors(part.args[0])
-        elements = [f for f in own if f.op == "element"]
-        rest = [f for f in own if f.op != "element"]
+        elements = [f for f in own if f.op == "element" and f not in masks]
+        rest = [f for f in own if f not in elements]
         weight = Weight.of(Term("sum", (_product(rest),), part.data))
         if weight is not None and len(elements) == 1:
             return weight, elements[0].ref
+        for f in rest:
+            if f.op == "pow" and f.exponent < 0:
+                raise _sigmoid(f, at)
     if any(f.op == "pow" and f.exponent > 1 for f in part.walk()):
         raise Stop(f"rows are weighted by a power of the scores: {_short(part)}", at, _HINT)
-    raise Stop(f"{_short(part)} is no sum of rows that are weighted by exponentials", at, _HINT)
+    why = f"{_short(part)} is no sum of rows that are weighted by exponentials"
+    raise UnclearError(why, at, _HINT)
+
+
+def _sigmoid(weight: Term, at: str) -> Stop:
+    return Stop(f"rows are weighted by {_short(weight)} (a sigmoid?), not a softmax", at, _HINT)
 
 
 def _product(terms: list[Term]) -> Term:

@@ -193,12 +193,23 @@ def _chosen(n: Normal, term: Term) -> Term | None:
 
 def _guard(n: Normal, term: Term) -> Term | None:
     """A guard of rows without keys: what it gives in all the others."""
-    del n
     value = seen(term.args[0])
     if value is None:
         return None
     kept, other = term.args[1:] if value else term.args[:0:-1]
-    return kept if other.is_number(0.0) or not _is_share(kept) else None
+    if other.is_number(0.0) or not _is_share(kept):
+        return kept
+    return kept if _never(n.negate(term.args[0]) if value else term.args[0]) else None
+
+
+def _never(condition: Term) -> bool:
+    """Whether a condition fails in rows without keys too: no share is infinite, NaN equals none."""
+    if condition.op in ("and", "or"):
+        parts = map(_never, condition.args)
+        return any(parts) if condition.op == "and" else all(parts)
+    own, other = condition.args if condition.op == "eq" else (condition, condition)
+    infinite = other.is_number() and math.isinf(other.value)
+    return infinite and _is_share(own) and _is_weight(own)
 
 
 def _is_share(term: Term) -> bool:

@@ -13,6 +13,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Ref, Scaled, Tracer
 from sfa_onnx.passes.axes.writes import assigned_where
+from sfa_onnx.passes.values.attention_op import attention_term, is_attention
 from sfa_onnx.passes.values.identity import Normal
 from sfa_onnx.passes.values.terms import ONE, ZERO, Term, dot, element, number
 
@@ -29,6 +30,8 @@ _REDUCE: Final = {
     "ReduceLogSum": "sum",
     "ReduceL1": "sum",
 }
+_COUNTS: Final = frozenset(("ReduceMax", "ReduceMin", "ReduceSum"))
+_COMPARED: Final = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 
 
 class Reader:
@@ -40,9 +43,14 @@ class Reader:
         opaque: operators that were met and have no meaning here: value -> operator.
     """
 
-    def __init__(self, tracer: Tracer, normal: Normal, inner: Collection[str]) -> None:
-        """`inner` names the values that depend on scores; all others are leaves."""
-        self.tracer, self.n, self.inner = tracer, normal, inner
+    def __init__(
+        self, tracer: Tracer, normal: Normal, inner: Collection[str], *, deep: bool = False
+    ) -> None:
+        """`inner` names the values that depend on scores; all others are leaves.
+
+        `deep`: but for conditions, which are read through reductions and comparisons too.
+        """
+        self.tracer, self.n, self.inner, self.deep = tracer, normal, inner, deep
         self.axes: dict[str, tuple[Expr, ...]] = {}
         self.products: dict[Term, list[str]] = {}
         self.opaque: dict[str, str] = {}
@@ -82,17 +90,32 @@ class Reader:
             return self.term(step.ref)
         if node.op_type in ("Add", "Sub", "Mul", "Neg"):
             found = _POINTWISE[node.op_type](self, node, ref)
-            if not any(t.op in ("element", "dot") and not self._flags(t) for t in found.walk()):
+            if self._of_conditions(found):
                 return found
+        if (
+            self.deep
+            and node.op_type in _COUNTS
+            and self._of_conditions(found := self._reduced(node, ref))
+        ):
+            return found
         return element(ref)
 
-    def _flags(self, term: Term) -> bool:
-        """Whether a leaf is a condition, not a number."""
-        return term.op == "element" and self._is_bool(term.ref.value)
+    def _of_conditions(self, term: Term) -> bool:
+        """Whether all leaves are conditions, none a number that is not known."""
+        leaves = [t for t in term.walk() if t.op in ("element", "dot")]
+        return all(t.op == "element" and self._is_bool(t.ref.value) for t in leaves)
 
     def _condition(self, node: onnx.NodeProto, ref: Ref) -> Term:
-        if node.op_type in ("Not", "And"):
+        if node.op_type in ("Not", "And") or (self.deep and node.op_type == "Or"):
             return _POINTWISE[node.op_type](self, node, ref)
+        if self.deep and node.op_type in _COUNTS:
+            return self._reduced(node, ref)
+        if (
+            self.deep
+            and node.op_type in _COMPARED
+            and self._of_conditions(found := _POINTWISE[node.op_type](self, node, ref))
+        ):
+            return found
         views = node.op_type in _LAYOUT or node.op_type == "Cast"
         step = self.tracer.step(ref) if views else None
         if isinstance(step, Move):
@@ -138,6 +161,8 @@ class Reader:
             ranges = tuple((low, high) for low, high, _ in step.parts)
             parts = tuple(self.term(part) for _, _, part in step.parts)
             return self.n.make("pieces", parts, (step.label, ranges))
+        if is_attention(node):
+            return attention_term(self, node, ref)
         self.opaque[ref.value] = node.op_type
         return element(ref)
 
@@ -157,7 +182,8 @@ class Reader:
     def _factor(self, ref: Ref) -> Term:
         """Weights, flags that are counted, or stored rows."""
         found = self.term(ref)
-        return found if ref.value in self.inner or _of_flags(found) else element(ref)
+        kept = ref.value in self.inner or found.op == "element" or _of_flags(found)
+        return found if kept else element(ref)
 
     def _assigned(self, node: onnx.NodeProto, ref: Ref) -> Term | None:
         """X[mask] = y: y where the mask says so, else x."""

@@ -11,11 +11,11 @@ import onnx
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.types import MANTISSA
 
 __all__ = ["rounded_rows"]
 
 _T = onnx.TensorProto
-_MANTISSA: dict[int, int] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 _ENDS = frozenset(("Attention", "Einsum", "FusedMatMul", "Gemm", "MatMul"))  # rows end here
 
 
@@ -28,7 +28,7 @@ def rounded_rows(index: GraphIndex, sizes: Concrete, candidate: Candidate) -> Re
     query, codes = by_role.get(Role.QUERY), by_role.get(Role.LATENT_INT8)
     if query is None or codes is None:
         return None
-    wanted = _MANTISSA.get(query.elem_type, 0)
+    wanted = MANTISSA.get(query.elem_type, 0)
     coded, products = {codes.value}, set[str]()
     for i in sorted({*candidate.nodes, *candidate.support}):
         node = index.nodes[i]
@@ -40,7 +40,7 @@ def rounded_rows(index: GraphIndex, sizes: Concrete, candidate: Candidate) -> Re
             continue
         (products if made or inputs & products else coded).update(o for o in node.output if o)
         kind = sizes.elem_type(node.output[0])
-        if node.output[0] in products and _MANTISSA.get(kind, wanted) < wanted:
+        if node.output[0] in products and MANTISSA.get(kind, wanted) < wanted:
             narrow, wide = (_T.DataType.Name(k) for k in (kind, query.elem_type))
             return Refusal(
                 f"{index.label(i)} rounds the dequantised rows to {narrow}, which is narrower than"

@@ -1,55 +1,51 @@
-"""The `Attention` operator (opset 23 and newer) as products and masks."""
+"""The `Attention` operator (opset 23 and newer) as a term: products, masks and weighted rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Causal, Ref, Stop, Tracer
-from sfa_onnx.passes.bind.literals import Visible
-from sfa_onnx.passes.bind.mask import additive, boolean
-from sfa_onnx.passes.bind.precision import narrower
-from sfa_onnx.passes.bind.scores import Scores, Term
-from sfa_onnx.passes.bind.site import Statistic
+from sfa_onnx.passes.shapes.types import MANTISSA
+from sfa_onnx.passes.values.identity import Normal
+from sfa_onnx.passes.values.terms import Term, dot, element, number
 
-__all__ = ["Parts", "read_attention", "split_heads"]
+__all__ = ["attention_term", "is_attention", "split_heads"]
 
-
-@dataclass(frozen=True)
-class Parts:
-    """An attention before its scores are taken apart.
-
-    Attributes:
-        value: element of the value operand.
-        key: label that runs over the keys.
-        others: labels of the weights besides `key`.
-        scores: takes the scores apart.
-        sinks: one more score per head, without a row.
-        statistics: what leaves the attention besides its result.
-    """
-
-    value: Ref
-    key: Label
-    others: set[Label]
-    scores: Callable[[], Scores]
-    sinks: Ref | None = None
-    statistics: Sequence[Statistic] = ()
+_T = onnx.TensorProto
 
 
-def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:
-    """Operands of an Attention node with [B, N, S, D] or [B, S, N * D] inputs.
+def is_attention(node: onnx.NodeProto) -> bool:
+    """Whether it is the standard operator."""
+    return node.op_type == "Attention" and node.domain in ("", "ai.onnx")
 
-    `out` is an element of its output; of a 3-D one, as `split_heads` gives it.
+
+class Reading(Protocol):
+    """What is asked of a reader of terms."""
+
+    tracer: Tracer
+    n: Normal
+
+    def term(self, ref: Ref) -> Term:
+        """What the element `ref` is."""
+
+    def over(self, kind: str, label: Label, body: Term) -> Term:
+        """A reduction over an axis."""
+
+
+def attention_term(reader: Reading, node: onnx.NodeProto, out: Ref) -> Term:
+    """The element `out` of an Attention with [B, N, S, D] or [B, S, N * D] inputs.
 
     Raises:
         Stop: it does more than softmax(scale * q.k + mask) v.
     """
-    a = attributes(node)
-    _plain(tracer, node, a)
+    tracer, n = reader.tracer, reader.n
+    _plain(tracer, node)
     query, keys, values = (_Heads.of(tracer, node, i) for i in range(3))
     if len({x.flat for x in (query, keys, values)}) != 1:
         raise Stop(
@@ -62,33 +58,30 @@ def read_attention(tracer: Tracer, node: onnx.NodeProto, out: Ref) -> Parts:
         head, column = merged.floordiv(values.width), merged.mod(values.width)
     else:
         batch, head, row, column = out.coords
-    key, inner = fresh("t", keys.rows), fresh("d", query.width)
+    key, inner = fresh("t", keys.rows), fresh("inner", query.width)
     group = head.floordiv(query.heads // keys.heads) if keys.heads > 1 else ZERO
     own = Expr.of(key)
-    value = values.element(batch, group, own, column)
-    term = Term(
+    product = dot(
         query.element(batch, head, row, Expr.of(inner)),
         keys.element(batch, group, own, Expr.of(inner)),
         inner,
-        float(a.get("scale", query.width**-0.5)),
     )
-    others = {x for c in (batch, head, row) for x in c.labels}
-
-    def scores() -> Scores:
-        found = Scores([term])
-        if a.get("is_causal"):
-            rows = tuple(sorted(row.labels, key=str))
-            name = tracer.join(Causal(row, rows, key))
-            found.masks.append(Visible(Ref(name, (*map(Expr.of, rows), own))))
-        if len(node.input) > 3 and node.input[3]:
-            ref = tracer.operand(node.input[3], (batch, head, row, own))
-            if tracer.sizes.elem_type(ref.value) == onnx.TensorProto.BOOL:
-                found.masks.extend(boolean(tracer, ref, positive=True))
-            else:
-                found.masks.extend(additive(tracer, ref))
-        return found
-
-    return Parts(value, key, others, scores)
+    scale = float(attributes(node).get("scale", query.width**-0.5))
+    scores = n.mul(number(scale), product)
+    if attributes(node).get("is_causal"):
+        scores = n.where(_causal(tracer, row, key), scores, number(-math.inf))
+    if len(node.input) > 3 and node.input[3]:
+        mask = tracer.operand(node.input[3], (batch, head, row, own))
+        read = reader.term(mask)
+        if tracer.sizes.elem_type(mask.value) == _T.BOOL:
+            scores = n.where(read, scores, number(-math.inf))
+        else:
+            scores = n.add(scores, read)
+    weight = n.exp(scores)
+    rows = reader.over(
+        "sum", key, n.mul(weight, element(values.element(batch, group, own, column)))
+    )
+    return n.mul(rows, n.power(reader.over("sum", key, weight), -1))
 
 
 def split_heads(tracer: Tracer, node: onnx.NodeProto, out: tuple[Expr, ...]) -> tuple[Expr, ...]:
@@ -98,6 +91,12 @@ def split_heads(tracer: Tracer, node: onnx.NodeProto, out: tuple[Expr, ...]) -> 
     query, value = _Heads.of(tracer, node, 0), _Heads.of(tracer, node, 2)
     head, column = fresh("n", query.heads), fresh("v", value.width)
     return (*out[:2], Expr.of(head) * value.width + Expr.of(column))
+
+
+def _causal(tracer: Tracer, row: Expr, key: Label) -> Term:
+    rows = tuple(sorted(row.labels, key=str))
+    name = tracer.join(Causal(row, rows, key))
+    return element(Ref(name, (*map(Expr.of, rows), Expr.of(key))))
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,12 @@ def _of(coordinate: Expr, size: int) -> Expr:
     return ZERO if size == 1 else coordinate
 
 
-def _plain(tracer: Tracer, node: onnx.NodeProto, a: dict[str, object]) -> None:
+def _plain(tracer: Tracer, node: onnx.NodeProto) -> None:
     """Check that nothing but scale and mask is asked for."""
+    a = attributes(node)
     name = f"Attention {tracer.index.label(tracer.index.producer[node.output[0]])}"
-    for attribute, what, hint in _MORE:
-        if a.get(attribute):
-            raise Stop(f"{name} applies {what}", node.output[0], hint)
+    if a.get("softcap"):
+        raise Stop(f"{name} applies a soft-cap", node.output[0], "the operator has no soft-cap")
     if any(node.input[4:6]):
         raise Stop(
             f"{name} keeps a cache of its own (past_key, past_value)",
@@ -157,9 +156,10 @@ def _plain(tracer: Tracer, node: onnx.NodeProto, a: dict[str, object]) -> None:
         )
     precision = a.get("softmax_precision")
     types = [tracer.sizes.elem_type(n) for n in node.input[:2]]
-    if isinstance(precision, int) and narrower(precision, types):
+    bits = [MANTISSA.get(t, 0) for t in types]
+    if isinstance(precision, int) and MANTISSA.get(precision, 0) < min(bits):
         raise Stop(
-            f"{name} rounds its softmax to {onnx.TensorProto.DataType.Name(precision)}, which is"
+            f"{name} rounds its softmax to {_T.DataType.Name(precision)}, which is"
             " narrower than the query and the keys",
             node.output[0],
             "leave out softmax_precision: the operator keeps scores and weights in float32",
@@ -171,6 +171,3 @@ def _plain(tracer: Tracer, node: onnx.NodeProto, a: dict[str, object]) -> None:
                 extra,
                 "only the result may leave the attention: the operator returns nothing else",
             )
-
-
-_MORE = (("softcap", "a soft-cap", "the operator has no soft-cap"),)
