@@ -4,8 +4,9 @@
     sfa-onnx compare model.sfa.onnx --against .
 
 Needs numpy and either ais_bench (aclruntime) or pyACL, whichever is installed; pyACL for a file of
-build_om.py, whose caches are written in place. Inputs are taken from inputs/ in graph order;
-outputs are written to outputs/ with the names of the ONNX graph.
+build_om.py, whose caches are written in place. A file with gears runs in the gear of the inputs; one
+with ranges of shape needs ais_bench. Inputs are taken from inputs/ in graph order; outputs are
+written to outputs/ with the names of the ONNX graph. Never run on a device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 HUGE_PAGES_FIRST, TO_DEVICE, TO_HOST = 0, 1, 2
+GEAR_INPUT = "ascend_mbatch_shape_data"  # the input that tells the gear, added by the compiler
 
 
 def load_inputs() -> list[Any]:
@@ -32,11 +35,23 @@ def load_inputs() -> list[Any]:
     ]
 
 
-def run_ais_bench(model: Path, device: int, inputs: list[Any]) -> list[Any]:
+def shapes() -> str:
+    """What the .om was compiled for, in ais_bench's words: static, dymdims (gears), dymshape."""
+    call = (HERE / "atc.sh").read_text()
+    if "--dynamic_dims=" in call:
+        return "dymdims"
+    return "dymshape" if re.search(r"--input_shape=\S*~", call) else "static"
+
+
+def run_ais_bench(model: Path, device: int, inputs: list[Any], mode: str) -> list[Any]:
     """Through ais_bench, which sits on aclruntime."""
     interface = importlib.import_module("ais_bench.infer.interface")
     session = interface.InferSession(device, str(model))
-    return list(session.infer(inputs, mode="static"))
+    if mode != "dymshape":
+        return list(session.infer(inputs, mode=mode))
+    # Nobody knows the outputs' sizes: room for all inputs twice, and for logits, in each.
+    room = 2 * sum(array.nbytes for array in inputs) + (1 << 24)
+    return list(session.infer(inputs, mode=mode, custom_sizes=room))
 
 
 def _ok(what: str, code: int) -> None:
@@ -52,8 +67,10 @@ def in_place(model: Path) -> dict[int, int]:
     return {p["output_index"]: p["input_index"] for p in json.loads(told.read_text())}
 
 
-def run_acl(model: Path, device: int, inputs: list[Any], shared: dict[int, int]) -> list[Any]:
-    """Through pyACL alone; an output of `shared` gets the address of its input."""
+def run_acl(model: Path, device: int, inputs: list[Any], mode: str) -> list[Any]:
+    """Through pyACL alone; an output that is a cache written in place gets its input's address."""
+    if mode == "dymshape":
+        sys.exit("the model was compiled for ranges of shape: install ais_bench to run it")
     acl: Any = importlib.import_module("acl")
     _ok("acl.init", acl.init())
     _ok("acl.rt.set_device", acl.rt.set_device(device))
@@ -61,37 +78,66 @@ def run_acl(model: Path, device: int, inputs: list[Any], shared: dict[int, int])
     _ok("loading the model", code)
     desc = acl.mdl.create_desc()
     _ok("acl.mdl.get_desc", acl.mdl.get_desc(desc, number))
-    sources, targets = acl.mdl.create_dataset(), acl.mdl.create_dataset()
-    addresses = []
+    taken, given = acl.mdl.get_num_inputs(desc), len(inputs) + (mode == "dymdims")
+    if taken != given:
+        sys.exit(f"{model} takes {taken} inputs, inputs/ and its gears make {given}: build it anew")
+    sources, addresses = acl.mdl.create_dataset(), []
     for array in inputs:
         raw = np.ascontiguousarray(array).tobytes()
-        memory, code = acl.rt.malloc(len(raw), HUGE_PAGES_FIRST)
-        _ok("acl.rt.malloc", code)
+        memory = _room(acl, sources, len(raw))
         pointer = acl.util.bytes_to_ptr(raw)
         _ok("copy to device", acl.rt.memcpy(memory, len(raw), pointer, len(raw), TO_DEVICE))
-        acl.mdl.add_dataset_buffer(sources, acl.create_data_buffer(memory, len(raw)))
         addresses.append(memory)
-    sizes = [
-        acl.mdl.get_output_size_by_index(desc, i) for i in range(acl.mdl.get_num_outputs(desc))
-    ]
-    for i, size in enumerate(sizes):
-        if i in shared:
-            memory = addresses[shared[i]]
-        else:
-            memory, code = acl.rt.malloc(size, HUGE_PAGES_FIRST)
-            _ok("acl.rt.malloc", code)
-        acl.mdl.add_dataset_buffer(targets, acl.create_data_buffer(memory, size))
+    if mode == "dymdims":
+        _choose_gear(acl, number, desc, sources, inputs)
+    targets, shared = acl.mdl.create_dataset(), in_place(model)
+    for i in range(acl.mdl.get_num_outputs(desc)):
+        known = addresses[shared[i]] if i in shared else None
+        _room(acl, targets, acl.mdl.get_output_size_by_index(desc, i), known)
     _ok("running the model", acl.mdl.execute(number, sources, targets))
-    return [_fetch(acl, targets, i, size) for i, size in enumerate(sizes)]
+    outputs = [_fetch(acl, desc, targets, i) for i in range(acl.mdl.get_num_outputs(desc))]
+    _ok("acl.mdl.unload", acl.mdl.unload(number))
+    _ok("acl.rt.reset_device", acl.rt.reset_device(device))
+    _ok("acl.finalize", acl.finalize())
+    return outputs
 
 
-def _fetch(acl: Any, dataset: Any, index: int, size: int) -> Any:
+def _room(acl: Any, dataset: Any, size: int, memory: Any = None) -> Any:
+    """Device memory as the next buffer of a dataset, new unless an address is given."""
+    if memory is None:
+        memory, code = acl.rt.malloc(size, HUGE_PAGES_FIRST)
+        _ok(f"acl.rt.malloc of {size} bytes", code)
+    _, code = acl.mdl.add_dataset_buffer(dataset, acl.create_data_buffer(memory, size))
+    _ok("acl.mdl.add_dataset_buffer", code)
+    return memory
+
+
+def _choose_gear(acl: Any, number: Any, desc: Any, sources: Any, inputs: list[Any]) -> None:
+    """Tell the model the shapes of all inputs, which have to be one of its gears."""
+    index, code = acl.mdl.get_input_index_by_name(desc, GEAR_INPUT)
+    _ok(f"finding input {GEAR_INPUT}", code)
+    _room(acl, sources, acl.mdl.get_input_size_by_index(desc, index))
+    dims = [int(size) for array in inputs for size in array.shape]
+    gear = {"name": "", "dimCount": len(dims), "dims": dims}
+    _ok(
+        "choosing the gear of these inputs",
+        acl.mdl.set_input_dynamic_dims(number, sources, index, gear),
+    )
+
+
+def _fetch(acl: Any, desc: Any, dataset: Any, index: int) -> Any:
+    """An output's bytes; memory is that of the largest gear, the shape that of the one run."""
     buffer = acl.mdl.get_dataset_buffer(dataset, index)
+    size = acl.mdl.get_output_size_by_index(desc, index)
     raw = bytes(size)
     pointer = acl.util.bytes_to_ptr(raw)
     memory = acl.get_data_buffer_addr(buffer)
     _ok("copy to host", acl.rt.memcpy(pointer, size, memory, size, TO_HOST))
-    return np.frombuffer(raw, dtype=np.uint8)
+    told, code = acl.mdl.get_cur_output_dims(desc, index)
+    _ok("acl.mdl.get_cur_output_dims", code)
+    item = np.dtype(json.loads((HERE / "outputs.json").read_text())[index]["numpy"]).itemsize
+    count = int(np.prod(told["dims"], dtype=np.int64)) * item
+    return np.frombuffer(raw, dtype=np.uint8)[: min(count, size)]
 
 
 def save_outputs(outputs: list[Any]) -> None:
@@ -116,13 +162,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the .om file")
     parser.add_argument("--device", type=int, default=0)
     args = parser.parse_args()
-    inputs, shared = load_inputs(), in_place(args.model)
+    inputs, mode = load_inputs(), shapes()
     try:
-        if shared:  # ais_bench gives every output memory of its own
+        if in_place(args.model):  # ais_bench gives every output memory of its own
             raise ImportError
-        outputs = run_ais_bench(args.model, args.device, inputs)
+        outputs = run_ais_bench(args.model, args.device, inputs, mode)
     except ImportError:
-        outputs = run_acl(args.model, args.device, inputs, shared)
+        outputs = run_acl(args.model, args.device, inputs, mode)
     save_outputs(outputs)
     print(f"{len(outputs)} outputs written to {HERE / 'outputs'}")
 
