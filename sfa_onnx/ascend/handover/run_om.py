@@ -4,8 +4,8 @@
     sfa-onnx compare model.sfa.onnx --against .
 
 Needs numpy and either ais_bench (aclruntime) or pyACL, whichever is installed; pyACL for a file of
-build_om.py, whose caches are written in place. A file with gears runs in the gear of the inputs; one
-with ranges of shape needs ais_bench. Inputs are taken from inputs/ in graph order; outputs are
+build_om.py, whose caches are written in place. A file with gears runs in the gear of the inputs;
+one with ranges of shape needs ais_bench. Inputs are taken from inputs/ in graph order; outputs are
 written to outputs/ with the names of the ONNX graph. Never run on a device.
 """
 
