@@ -101,7 +101,7 @@ def fuse(
         cost: "not-worse" refuses sites whose estimated CPU time grows.
         materialize_absorbed: write W_UK and W_UV of absorbed sites as initializers of their own
             (beside `output` when the weight lies outside the model), for compilers that do not
-            fold views of constants.
+            fold views of constants; an Einsum with one beside a site becomes a MatMul over heads.
         assume: what no file can carry, asserted by the caller: "two-valued:NAME" says that the
             float input NAME holds 0 and numbers of -1e4 or less (-inf) only, so it is a mask and
             no bias. A plan may hold such entries too. They stand in record, report, certificate.
@@ -228,8 +228,7 @@ class _Run:
             given, back = restored(self._load(source))
             self.restored = restored_sites(given, back)
         reader = StorageReader(self.source_dir)
-        assumed = (*self.assume, *(() if plan is None else plan.assume))
-        self.assume = tuple(dict.fromkeys(assumed))
+        self.assume = tuple(dict.fromkeys((*self.assume, *(plan.assume if plan else ()))))
         self.options = FindOptions(masks=two_valued(self.assume, given.graph), trace=self.trace)
         with self.stage("find"):
             inlined = inline_sites(given, lambda m: _findings(self._find(m, reader)))
@@ -295,7 +294,7 @@ class _Run:
         own_weights = Materializer(scopes[0].index.graph, StorageReader(folder), self.file)
         with self.stage("weights"):
             for scope in scopes:
-                own_weights.apply(scope.index, (item for item, _ in scope.ready))
+                own_weights.apply(scope.index, scope.ready)
         return own_weights
 
     def _load(self, source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:

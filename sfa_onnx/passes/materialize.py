@@ -8,7 +8,7 @@ place where weights are read, one of them at a time, each byte range once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -26,8 +26,9 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.region import free_name
 from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies, captured
+from sfa_onnx.passes.products import VALUE_PRODUCT, weight_products
 from sfa_onnx.passes.shapes.fold import FOLD
-from sfa_onnx.report import MaterializedWeight
+from sfa_onnx.report import MaterializedWeight, SiteReport
 
 __all__ = ["Materializer", "materialized_notes"]
 
@@ -44,6 +45,16 @@ class _Found:
     graph: onnx.GraphProto
     made: dict[str, TensorProto] = field(default_factory=dict)
     report: MaterializedWeight = field(default_factory=lambda: MaterializedWeight("", ()))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one replacement reads of a stored weight: value -> recipe."""
+
+    found: _Found
+    candidate: Candidate
+    views: _Views
+    wanted: dict[str, str]
 
 
 class Materializer:
@@ -67,17 +78,29 @@ class Materializer:
         self._left: list[MaterializedWeight] = []
         self._names: set[str] = set()
 
-    def apply(self, index: GraphIndex, candidates: Iterable[Candidate]) -> None:
+    def apply(self, index: GraphIndex, sites: list[tuple[Candidate, SiteReport]]) -> None:
         """Give the absorbed sites of one graph weights of their own; equal ones are written once.
+
+        Products with such weights beside a site join the sites, under its report.
 
         Raises:
             UsageError: a weight lies in an external file, and there is no output to write beside.
             WeightsError: the storage cannot be read.
         """
-        for candidate in candidates:
+        sites += weight_products(index, sites)
+        jobs: dict[int, list[_Job]] = {}
+        for candidate, _ in sites:
             for operand in candidate.operands:
                 if operand.role is Role.EXPANSION:
-                    self._apply(index, candidate, operand.value)
+                    job = self._job(index, candidate, operand.value)
+                    if job is not None:
+                        jobs.setdefault(id(job.found), []).append(job)
+        for together in jobs.values():
+            self._make(together)
+            for job in together:
+                made = job.found.made
+                names = {value: made[recipe].name for value, recipe in job.wanted.items()}
+                _rename_inputs(job.candidate, names)
 
     def finish(self) -> list[MaterializedWeight]:
         """Store the new initializers in the spliced graphs; what became of every weight."""
@@ -90,8 +113,8 @@ class Materializer:
             reports.append(report)
         return reports + self._left
 
-    def _apply(self, index: GraphIndex, candidate: Candidate, weight: str) -> None:
-        """Replace what `candidate` reads of `weight` by initializers."""
+    def _job(self, index: GraphIndex, candidate: Candidate, weight: str) -> _Job | None:
+        """What `candidate` reads of `weight`; None where it stays as it is."""
         views = _Views(index, candidate, weight)
         try:
             name, tensor = views.stored()
@@ -99,19 +122,21 @@ class Materializer:
         except Stop as stop:
             left = MaterializedWeight(weight, (candidate.site_id,), reason=stop.reason)
             self._left.append(left)
-            return
+            return None
         graph = _home(index, name)
         found = self._found.setdefault((id(graph), *_storage(tensor)), _Found(tensor, graph))
-        sites = (*found.report.sites, candidate.site_id)
+        sites = tuple(dict.fromkeys((*found.report.sites, candidate.site_id)))
         found.report = replace(found.report, weight=name, sites=sites)
-        missing = {r: v for v, r in wanted.items() if r not in found.made}
-        if missing:
-            self._make(found, views, missing)
-        names = {value: found.made[recipe].name for value, recipe in wanted.items()}
-        _rename_inputs(candidate, names)
+        return _Job(found, candidate, views, wanted)
 
-    def _make(self, found: _Found, views: _Views, missing: dict[str, str]) -> None:
-        """Read the weight once and write the tensors that are still missing."""
+    def _make(self, jobs: list[_Job]) -> None:
+        """Read a weight once and write the tensors of it that are still missing."""
+        found = jobs[0].found
+        missing = {
+            r: (j.views, v) for j in jobs for v, r in j.wanted.items() if r not in found.made
+        }
+        if not missing:
+            return
         external = found.tensor.data_location == TensorProto.EXTERNAL
         if external and self._file is None:
             raise UsageError(
@@ -120,7 +145,7 @@ class Materializer:
             )
         array = self._reader.weight(found.tensor)
         made, written = dict(found.report.made), found.report.bytes_written
-        for recipe, value in missing.items():
+        for recipe, (views, value) in missing.items():
             part = views.evaluate(value, array)
             name = self._name(f"{found.report.weight}.{views.suffix(value)}")
             tensor = (
@@ -249,6 +274,8 @@ class _Views:
 
     def suffix(self, value: str) -> str:
         """The name of the part: W_UK is read before the attention, W_UV after it."""
+        if self._candidate.family == VALUE_PRODUCT:
+            return "w_uv"
         for node in self._candidate.replacement:
             if node.op_type == self._candidate.op.name:
                 return "w_uv"

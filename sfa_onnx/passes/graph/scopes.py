@@ -55,6 +55,7 @@ def splice_scopes(
         lost = {value for owner in sorted(owners_here) for value in index.recapture(owner)}
         results = splice(model, index, [item for item, _ in ready], taken, lost)
         for (_, site), result in zip(ready, results, strict=True):
-            site.removed, site.added = result.removed, result.added
+            site.removed += result.removed  # a site may have products beside it
+            site.added += result.added
         if isinstance(index, ScopeIndex):
             edited.setdefault(id(index.parent), set()).add(index.owner)
