@@ -163,6 +163,11 @@ def _kv_cache(verbs: Any) -> None:
     _io(verb, ".int8.onnx")
     verb.add("--to", choices=CACHE_FORMS, required=True, help="the cache form to make")
     verb.add("--block-size", type=int, default=128, metavar="N", help="tokens per page")
+    verb.add(
+        "--index-cache",
+        choices=("float", "int8"),
+        help="what becomes of an indexer's keys in paged-int8 (default: pages of the model's type)",
+    )
     verb.finish(example="sfa-onnx kv-cache model.sfa.onnx --to paged-int8 -o model.int8.onnx")
 
 

@@ -110,6 +110,7 @@ def kv_cache(args: argparse.Namespace, console: Console) -> int:
     output = _output(args)
     model = _with_sites(args, console)
     how = {"to": args.to, "block_size": args.block_size, "force": args.force}
+    how["index_cache"] = args.index_cache
     with console.progress("kv-cache"):
         report = convert(model, output, **how)
     show.kv_report(console, report)

@@ -4,7 +4,8 @@ Three forms:
     int8          `KvCachePack` in front of the operator; the interface stays. For accuracy work.
     packed-int8   the cache inputs and outputs become int8 [B, S, 1, D]; new rows are packed once.
     paged-int8    pages [block_num, block_size, 1, D] with `block_table`, `actual_seq_lengths_kv`
-                  and `slot_mapping`: static cache shapes, the form ATC can take.
+                  and `slot_mapping`: static cache shapes, the form ATC can take. The key caches of
+                  lightning indexers become pages of the same table, lengths and slots.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.model import load_model, save_model
 from sfa_onnx.guard.doors import door
+from sfa_onnx.kv_convert.index_keys import INDEX_CACHES, indexer_sites
 from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
@@ -25,7 +28,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import body_views
 from sfa_onnx.runtime.portable.restore import restored
 
-__all__ = ["FORMS", "KvReport", "convert", "float_sites"]
+__all__ = ["FORMS", "INDEX_CACHES", "KvReport", "convert", "float_sites"]
 
 FORMS = ("int8", "packed-int8", "paged-int8")
 
@@ -55,6 +58,7 @@ def convert(
     to: str,
     block_size: int = 128,
     tile_size: int = 128,
+    index_cache: str | None = None,
     force: bool = False,
 ) -> KvReport:
     """Convert every float-cache site of a fused model to the int8 operator.
@@ -66,22 +70,32 @@ def convert(
         block_size: tokens per page (paged-int8).
         tile_size: latent columns that share a scale; narrowed to the latent width when that is
             not a multiple of it.
+        index_cache: "float" or "int8": what becomes of the key caches of `NPULightningIndexer`
+            (paged-int8). Pages keep the model's type, or are int8 with float16 scales for
+            `NPUQuantLightningIndexer`. None: "float" where that is possible, else they stay as
+            they are, with a note that says why.
         force: overwrite `output`.
 
     Raises:
-        UsageError: unknown form or an existing output.
+        UsageError: unknown form or an existing output, or `index_cache` for another form.
         ModelError: no float-cache site, or a cache has a reader that cannot take packed rows.
     """
     if to not in FORMS:
         raise UsageError(f"kv-cache form {to!r}: expected one of {', '.join(FORMS)}")
     if block_size <= 0:
         raise UsageError(f"block size {block_size}: expected a positive number of tokens per page")
+    if index_cache is not None:
+        _check_index_cache(index_cache, to)
     source, _ = restored(load_model(model))
     _check(source)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(source)
-    conversion = Conversion(copy, to, block_size, tile_size)
-    report = conversion.run()
+    try:
+        keys = index_cache or ("float" if to == "paged-int8" else "")
+        copy, conversion, report = _converted(source, to, block_size, tile_size, keys)
+    except ModelError as error:
+        if index_cache is not None or not indexer_sites(source.graph):
+            raise
+        copy, conversion, report = _converted(source, to, block_size, tile_size, "")
+        report["notes"].append(f"index keys stay as they are: {error}")
     write_interface(copy, Interface(to, block_size, tuple(conversion.entries), conversion.tokens))
     if inner := _in_bodies(copy):
         report["notes"].append(
@@ -92,6 +106,24 @@ def convert(
         folder = None if isinstance(model, onnx.ModelProto) else Path(model).parent
         result.path = save_model(copy, output, source_dir=folder, force=force)
     return result
+
+
+def _converted(
+    source: onnx.ModelProto, to: str, block_size: int, tile_size: int, index_cache: str
+) -> tuple[onnx.ModelProto, Conversion, dict[str, Any]]:
+    """A converted copy, who converted it, and the report's fields."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(source)
+    conversion = Conversion(copy, to, block_size, tile_size, index_cache)
+    return copy, conversion, conversion.run()
+
+
+def _check_index_cache(index_cache: str, to: str) -> None:
+    if index_cache not in INDEX_CACHES:
+        wanted = ", ".join(INDEX_CACHES)
+        raise UsageError(f"index cache {index_cache!r}: expected one of {wanted}")
+    if to != "paged-int8":
+        raise UsageError(f"index_cache goes with paged-int8: {to} leaves index keys as they are")
 
 
 def _check(model: onnx.ModelProto) -> None:

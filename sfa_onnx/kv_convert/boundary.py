@@ -68,10 +68,13 @@ class Boundary:
             base = self._peeled(output.name)
             if base in self.latents:
                 translator, done = self.latents[base]
-                name = f"{output.name}_packed"
-                node = helper.make_node("Identity", [done.packed], [name], name=name)
-                self.emit.nodes.append(node)
-                kept.append(self._info(name, output.name, translator.row.bytes))
+                kept.append(self._output(f"{output.name}{translator.suffix}", done.packed))
+                self._describe(kept[-1], output.name, translator.page_type, translator.row.bytes)
+                if done.packed in translator.scales:
+                    kept.append(
+                        self._output(f"{output.name}_scales", translator.scales[done.packed])
+                    )
+                    self._describe(kept[-1], output.name, TensorProto.FLOAT16, 1)
                 found.setdefault(base, []).append((output.name, "latent"))
             elif base in self.ropes:
                 found.setdefault(base, []).append((output.name, "rope"))
@@ -80,6 +83,11 @@ class Boundary:
         del self.graph.output[:]
         self.graph.output.extend(kept)
         return found
+
+    def _output(self, name: str, value: str) -> onnx.ValueInfoProto:
+        """A graph output that is `value`."""
+        self.emit.nodes.append(helper.make_node("Identity", [value], [name], name=name))
+        return onnx.ValueInfoProto(name=name)
 
     def _written_to_outputs(self) -> None:
         """Let each cache write make its graph output itself: a copy behind it costs the place."""
@@ -97,12 +105,13 @@ class Boundary:
                     if name == old:
                         reader.input[place] = new
 
-    def _info(self, name: str, prefix: str, row_bytes: int) -> onnx.ValueInfoProto:
+    def _describe(self, info: onnx.ValueInfoProto, prefix: str, kind: int, width: int) -> None:
+        """Give a converted cache its type and shape; `prefix` starts its dims' names."""
         if self.form == "paged-int8":
-            dims: list[Any] = [f"{prefix}_block_num", self.block_size, 1, row_bytes]
+            dims: list[Any] = [f"{prefix}_block_num", self.block_size, 1, width]
         else:
-            dims = [f"{prefix}_batch", f"{prefix}_length", 1, row_bytes]
-        return helper.make_tensor_value_info(name, TensorProto.INT8, dims)
+            dims = [f"{prefix}_batch", f"{prefix}_length", 1, width]
+        info.CopyFrom(helper.make_tensor_value_info(info.name, kind, dims))
 
     # -- inputs -----------------------------------------------------------------------------------
 
@@ -114,7 +123,10 @@ class Boundary:
         for value in self.graph.input:
             if value.name in caches:
                 translator, cache = caches[value.name]
-                kept.append(self._packed_input(value, cache.latent, translator.row.bytes))
+                kept.append(self._packed_input(value, cache, translator))
+                if cache.packed in translator.scales:
+                    kept.append(onnx.ValueInfoProto(name=translator.scales[cache.packed]))
+                    self._describe(kept[-1], value.name, TensorProto.FLOAT16, 1)
             elif value.name not in ropes:
                 kept.append(value)
         if self.form == "paged-int8":
@@ -123,14 +135,16 @@ class Boundary:
         self.graph.input.extend(kept)
 
     def _packed_input(
-        self, value: onnx.ValueInfoProto, stream: Stream, row_bytes: int
+        self, value: onnx.ValueInfoProto, cache: CacheInput, translator: Translator
     ) -> onnx.ValueInfoProto:
-        name = f"{value.name}_packed"
-        shape = self.index.shape(value.name)
+        info = onnx.ValueInfoProto(name=cache.packed)
+        shape, width = self.index.shape(value.name), translator.row.bytes
         if self.form == "paged-int8" or shape is None:
-            return self._info(name, value.name, row_bytes)
-        dims = [shape[stream.axis(label)] if stream.axis(label) >= 0 else 1 for label in ("B", "S")]
-        return helper.make_tensor_value_info(name, TensorProto.INT8, [*dims, 1, row_bytes])
+            self._describe(info, value.name, translator.page_type, width)
+            return info
+        axes = [cache.latent.axis(label) for label in ("B", "S")]
+        dims = [shape[axis] if axis >= 0 else 1 for axis in axes]
+        return helper.make_tensor_value_info(cache.packed, TensorProto.INT8, [*dims, 1, width])
 
     def _page_inputs(
         self, present: list[onnx.ValueInfoProto], fresh: dict[str, int | str | None]
@@ -265,7 +279,7 @@ class Boundary:
             packed_in=cache.packed if cache else "",
             latent_out=latent_out,
             rope_out=rope_out,
-            packed_out=f"{latent_out}_packed" if latent_out else "",
+            packed_out=f"{latent_out}{translator.suffix}" if latent_out else "",
             latent_axes=latent.axes,
             rope_axes=rope.axes if rope else (),
             nope=row.nope,
@@ -275,6 +289,9 @@ class Boundary:
             in_place=bool(cache and cache.writes),
             position=places.pop() if len(places) == 1 else "",
             ragged=any(w.ragged for w in cache.writes) if cache else False,
+            kind=translator.kind,
+            scales_in=translator.scales.get(cache.packed, "") if cache else "",
+            scales_out=f"{latent_out}_scales" if latent_out and translator.scales else "",
         )
 
 

@@ -32,8 +32,8 @@ class Emitter:
         self._taken.add(name)
         return name
 
-    def constant(self, values: Sequence[int] | int, dtype: Any = np.int64) -> str:
-        """An initializer with these integers; equal ones are shared."""
+    def constant(self, values: Sequence[int] | float, dtype: Any = np.int64) -> str:
+        """An initializer with these numbers; equal ones are shared."""
         array = np.asarray(values, dtype)
         key = (array.dtype.str, array.tobytes(), array.shape)
         if key not in self._constants:
@@ -41,6 +41,16 @@ class Emitter:
             self.initializers.append(numpy_helper.from_array(array, name))
             self._constants[key] = name
         return self._constants[key]
+
+    def real(self, value: float) -> str:
+        """A float32 scalar."""
+        return self.constant(value, np.float32)
+
+    def largest(self, value: str) -> str:
+        """The largest of the last axis, kept."""
+        if self._opset >= 18:
+            return self.op("ReduceMax", [value, self.constant([-1])], keepdims=1)
+        return self.op("ReduceMax", [value], axes=[-1], keepdims=1)
 
     def op(
         self, op_type: str, inputs: Sequence[str], hint: str = "", domain: str = "", **attrs: Any

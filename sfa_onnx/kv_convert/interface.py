@@ -66,11 +66,26 @@ class CacheEntry:
     in_place: bool = False  # rows are written into a buffer of fixed length, not appended
     position: str = ""  # the input that says where they are written, when it is one
     ragged: bool = False  # it may say so for every sequence
+    kind: str = "packed"  # or "index": keys of an indexer as they are; "index-int8": with scales
+    scales_in: str = ""  # float16, one per row of `packed_in`, where they lie apart
+    scales_out: str = ""
 
     @property
     def row(self) -> PackedRow:
         """The packed row of this cache."""
         return PackedRow(self.nope, self.rope, self.tile, _ROPE_TYPES[self.elem_type].itemsize)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of one token in the float cache."""
+        return (self.nope + self.rope) * _ROPE_TYPES[self.elem_type].itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of one token in the converted cache."""
+        if self.kind == "packed":
+            return self.row.bytes
+        return self.nope + 2 if self.kind == "index-int8" else self.bytes_before
 
     @property
     def joint(self) -> bool:
@@ -145,19 +160,21 @@ def adapt_feeds(
     adapted = dict(feeds)
     where: Array | None = None  # [B, new rows]
     for cache in interface.caches:
-        rows = _packed_rows(cache, feeds)  # [B, S, 1, D]
+        parts = _converted_rows(cache, feeds)  # [B, S, 1, D] each
         adapted.pop(cache.latent_in, None)
         adapted.pop(cache.rope_in, None)
-        if rows is None or not cache.packed_in:
+        if not parts or not cache.packed_in:
             continue
         if interface.form != "paged-int8":
-            adapted[cache.packed_in] = rows
+            adapted |= parts
             continue
+        rows = parts[cache.packed_in]
         where = _places(cache, feeds, rows, new_tokens, start)
         used = _used(cache, rows, where, start)
         room = max(rows.shape[1], int(used.max(initial=0)))
-        pages, table = kv_cache.page(_roomy(rows, room), interface.block_size)
-        adapted |= {cache.packed_in: pages, BLOCK_TABLE: table, LENGTHS_KV: used}
+        for name, part in parts.items():
+            adapted[name], table = kv_cache.page(_roomy(part, room), interface.block_size)
+        adapted |= {BLOCK_TABLE: table, LENGTHS_KV: used}
     if where is not None:
         adapted[SLOT_MAPPING] = _slots(adapted[BLOCK_TABLE], where, interface.block_size)
     return adapted
@@ -216,15 +233,16 @@ def float_outputs(
     """
     result = dict(outputs)
     for cache in interface.caches:
-        packed = result.pop(cache.packed_out, None)
-        if packed is None:
+        names = [n for n in (cache.packed_out, cache.scales_out) if n in result]
+        parts = [result.pop(n) for n in names]
+        if cache.packed_out not in names:
             continue
         if interface.form == "paged-int8":
             if feeds is None:
                 continue
-            rows = length if cache.in_place else None
-            packed = kv_cache.unpage(packed, feeds[BLOCK_TABLE], feeds[LENGTHS_KV], rows)
-        latent, rope = _dequantised(cache, packed)
+            where = feeds[BLOCK_TABLE], feeds[LENGTHS_KV], length if cache.in_place else None
+            parts = [kv_cache.unpage(x, *where) for x in parts]
+        latent, rope = _dequantised(cache, *parts)
         if cache.joint:
             latent = np.concatenate([latent, rope], axis=-1)
         if cache.latent_out:
@@ -234,16 +252,28 @@ def float_outputs(
     return result
 
 
-def _dequantised(cache: CacheEntry, packed: Array) -> tuple[Array, Array]:
+def _dequantised(
+    cache: CacheEntry, packed: Array, scales: Array | None = None
+) -> tuple[Array, Array]:
     dtype = _ROPE_TYPES[cache.elem_type]
+    if cache.kind != "packed":
+        rows = packed.astype(np.float32)
+        rows = rows if scales is None else rows * scales.astype(np.float32)
+        return rows, rows[..., :0]
     nope, rope, scale = kv_cache.unpack(packed, cache.row, dtype)
     return kv_cache.dequantise(nope, scale), rope.astype(np.float32)
 
 
-def _packed_rows(cache: CacheEntry, feeds: dict[str, Array]) -> Array | None:
+def _converted_rows(cache: CacheEntry, feeds: dict[str, Array]) -> dict[str, Array]:
+    """What a fed float cache becomes: converted input -> rows; {} for one that is not fed."""
     if cache.latent_in not in feeds:
-        return None
+        return {}
     latent = _to_canonical(feeds[cache.latent_in], cache.latent_axes)
+    if cache.kind == "index-int8":
+        rows, scales = kv_cache.quantise_keys(latent)
+        return {cache.packed_in: rows, cache.scales_in: scales}
+    if cache.kind == "index":
+        return {cache.packed_in: latent.astype(_ROPE_TYPES[cache.elem_type])}
     rope: Array | None = None
     if cache.joint:
         latent, rope = latent[..., : cache.nope], latent[..., cache.nope :]
@@ -251,7 +281,7 @@ def _packed_rows(cache: CacheEntry, feeds: dict[str, Array]) -> Array | None:
         rope = _to_canonical(feeds[cache.rope_in], cache.rope_axes)
     dtype = _ROPE_TYPES[cache.elem_type]
     rope = None if rope is None else rope.astype(dtype)
-    return kv_cache.pack(latent, rope, tile_size=cache.tile)
+    return {cache.packed_in: kv_cache.pack(latent, rope, tile_size=cache.tile)}
 
 
 def _to_canonical(array: Array, axes: tuple[str, ...]) -> Array:

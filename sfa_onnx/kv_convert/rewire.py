@@ -14,7 +14,8 @@ from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.kv_convert.arrange import Arrangement, declare_domain
 from sfa_onnx.kv_convert.boundary import Boundary
 from sfa_onnx.kv_convert.emit import Emitter
-from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, CacheEntry
+from sfa_onnx.kv_convert.index_keys import IndexKeys, indexer_sites
+from sfa_onnx.kv_convert.interface import BLOCK_TABLE, CacheEntry
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translator
 from sfa_onnx.operator.contract import PackedRow
@@ -53,7 +54,9 @@ def _attribute(node: onnx.NodeProto, name: str) -> Any:
 class Conversion:
     """Rewrites `model` in place; `run` returns the report's fields."""
 
-    def __init__(self, model: onnx.ModelProto, form: str, block_size: int, tile: int) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, form: str, block_size: int, tile: int, index_cache: str = ""
+    ) -> None:
         self.model, self.graph = model, model.graph
         self.form, self.block_size, self.tile = form, block_size, tile
         self.index = _index_with_shapes(model)
@@ -64,6 +67,8 @@ class Conversion:
         self.sites = float_sites(self.graph)
         self.entries: list[CacheEntry] = []
         self.translators: dict[PackedRow, Translator] = {}
+        self.keys = IndexKeys(self.index, self.emit, int8=index_cache == "int8")
+        self.indexers = indexer_sites(self.graph) if index_cache else []
         self.notes: list[str] = []
 
     def run(self) -> dict[str, Any]:
@@ -72,9 +77,12 @@ class Conversion:
         arrange = Arrangement(self.graph)
         for position in self.sites:
             self._site(self.graph.node[position])
+        for position in self.indexers:
+            self.keys.convert(self.graph.node[position])
         if self.form != "int8":
             boundary = Boundary(self.graph, self.index, self.emit, self.form, self.block_size)
-            self.entries = boundary.convert(list(self.translators.values()))
+            translators = (*self.translators.values(), *self.keys.translators.values())
+            self.entries = boundary.convert(list(translators))
         arrange.settle(self.emit)
         if self.form != "int8":
             boundary.check_readers()
@@ -85,10 +93,8 @@ class Conversion:
             "added_inputs": [n for n in after[0] if n not in before[0]],
             "removed_outputs": [n for n in before[1] if n not in after[1]],
             "added_outputs": [n for n in after[1] if n not in before[1]],
-            "bytes_per_token_before": sum(
-                (e.nope + e.rope) * _ITEM[e.elem_type] for e in self.entries
-            ),
-            "bytes_per_token_after": sum(e.row.bytes for e in self.entries),
+            "bytes_per_token_before": sum(e.bytes_before for e in self.entries),
+            "bytes_per_token_after": sum(e.bytes_after for e in self.entries),
             "notes": self.notes,
         }
 
@@ -124,6 +130,7 @@ class Conversion:
                 )
             if not translator.caches and self.form == "packed-int8":
                 self.notes.append(f"{label}: keys do not come from a cache input")
+        assert isinstance(translator.row, PackedRow)
         self._replace(node, packed, translator.row)
 
     def _translator(self, node: onnx.NodeProto, label: str) -> Translator:
@@ -169,7 +176,8 @@ class Conversion:
                 raise ModelError(f"{node.name}: {op.name} has no input {tensor.name}")
             inputs[tensor.name] = _input(node, tensor.name)
         if paged:
-            inputs |= {"block_table": BLOCK_TABLE, "actual_seq_lengths_kv": LENGTHS_KV}
+            own = inputs.get("actual_seq_lengths_kv", "")
+            inputs |= {"block_table": BLOCK_TABLE, "actual_seq_lengths_kv": self.keys.lengths(own)}
         given = attributes(node)
         SPARSE_FLASH_ATTENTION.carried_to(op, given)
         shared = ("scale_value", "sparse_block_size", "layout_query", "sparse_mode")

@@ -8,6 +8,7 @@ and at anything that is not mere movement of rows (new rows: packed there by `Kv
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import onnx
 
@@ -16,7 +17,6 @@ from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.pages import write_pages
 from sfa_onnx.kv_convert.trace import Stream, peel
 from sfa_onnx.kv_convert.writes import Write, Writes
-from sfa_onnx.operator.contract import PackedRow
 from sfa_onnx.operator.op import DOMAIN_OWN, KV_CACHE_PACK
 from sfa_onnx.passes.graph.index import GraphIndex
 
@@ -44,6 +44,26 @@ class Translated:
     cache: CacheInput | None  # where the rows come in, when they do
 
 
+class RowLayout(Protocol):
+    """What a row of the converted cache is made of."""
+
+    @property
+    def nope(self) -> int:
+        """Columns of the latent."""
+
+    @property
+    def rope(self) -> int:
+        """Columns of the rope."""
+
+    @property
+    def tile(self) -> int:
+        """Columns that share a scale."""
+
+    @property
+    def bytes(self) -> int:
+        """Elements of a row of the converted cache."""
+
+
 class Translator:
     """Translates the key streams of any number of sites of one graph."""
 
@@ -51,7 +71,7 @@ class Translator:
         self,
         index: GraphIndex,
         emitter: Emitter,
-        row: PackedRow,
+        row: RowLayout,
         form: str,
         query_type: int,
     ) -> None:
@@ -65,6 +85,8 @@ class Translator:
         self.fresh: dict[str, int | str | None] = {"B": None, "S": None}
         self.caches: dict[str, CacheInput] = {}
         self.writes = Writes(index, emitter)
+        self.kind, self.page_type, self.suffix = "packed", int(onnx.TensorProto.INT8), "_packed"
+        self.scales: dict[str, str] = {}  # value of rows -> that of their scales, where apart
 
     def packed(self, latent: Stream, rope: Stream | None) -> Translated:
         """The packed counterpart of two streams (memoised: sites share caches)."""
@@ -123,7 +145,7 @@ class Translator:
         known = self.caches.get(lat.value)
         if known is None:
             elem_type = self.index.elem_type(lat.value)
-            known = CacheInput(lat, rot, f"{lat.value}_packed", elem_type)
+            known = CacheInput(lat, rot, f"{lat.value}{self.suffix}", elem_type)
             self.caches[lat.value] = known
         return Translated(lat, rot, known.packed, known)
 
@@ -171,10 +193,12 @@ class Translator:
             if parts[0].cache is None:
                 return None
             fresh = [part.packed for part in parts[1:]]
-            rows = fresh[0] if len(fresh) == 1 else self.emit.op("Concat", fresh, axis=1)
-            return Translated(lat, rot, self._write(parts[0].packed, rows), cache)
-        joined = self.emit.op("Concat", [part.packed for part in parts], axis=1)
-        return Translated(lat, rot, joined, cache)
+            return Translated(lat, rot, self._write(parts[0].packed, self._joined(fresh)), cache)
+        return Translated(lat, rot, self._joined([part.packed for part in parts]), cache)
+
+    def _joined(self, parts: list[str]) -> str:
+        """Rows one after the other along the sequence."""
+        return parts[0] if len(parts) == 1 else self.emit.op("Concat", parts, axis=1)
 
     def _scatter(
         self, node: onnx.NodeProto, other: onnx.NodeProto | None, lat: Stream, rot: Stream | None

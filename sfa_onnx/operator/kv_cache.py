@@ -31,7 +31,16 @@ from numpy.typing import NDArray
 from sfa_onnx.errors import ContractError
 from sfa_onnx.operator.op import PackedRow
 
-__all__ = ["dequantise", "pack", "page", "quantise", "unpack", "unpage", "write_slots"]
+__all__ = [
+    "dequantise",
+    "pack",
+    "page",
+    "quantise",
+    "quantise_keys",
+    "unpack",
+    "unpage",
+    "write_slots",
+]
 
 Array = NDArray[Any]
 Order = Literal["reciprocal", "division"]
@@ -91,6 +100,28 @@ def quantise(
     q = np.where(usable, y, 0).astype(np.int8).reshape(nope.shape)
     scale = np.where(usable, scale, np.where(finite, _F32(0), _F32(np.nan)))
     return q, scale[..., 0].astype(_F32)
+
+
+def quantise_keys(keys: Array) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Rows of index keys (or queries) for `NPUQuantLightningIndexer`: one scale each.
+
+    Every step is one float32 operation: scale = float16(max|x| / 127), q = round half even of
+    x / scale, clamped to +-127; where the scale is 0, of x itself, which is then 0. A row with NaN
+    has scale NaN, one past float16's range an infinite one.
+
+    Args:
+        keys: [..., D] of any float type.
+
+    Returns:
+        int8 [..., D] and float16 [..., 1].
+    """
+    x = keys.astype(_F32)
+    with np.errstate(all="ignore"):
+        scale = (np.abs(x).max(-1, keepdims=True) / _F32(127)).astype(np.float16)
+        wide = scale.astype(_F32)
+        q = np.rint(x / np.where(wide > 0, wide, _F32(1)))
+        q = np.nan_to_num(np.clip(q, -127, 127))
+    return q.astype(np.int8), scale
 
 
 def dequantise(q: Array, scale: Array, dtype: Any = _F32) -> Array:

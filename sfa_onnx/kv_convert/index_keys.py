@@ -1,0 +1,189 @@
+"""The lightning indexer's key cache, paged as its attention's: one table, one length, one slot.
+
+The keys keep the model's type (16-bit pages in a 16-bit model), or become int8 with one float16
+scale per token; then queries are quantised per token and head in front of the operator, which is
+`NPUQuantLightningIndexer`. Everything is written by `KvCacheWrite`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import onnx
+from onnx import TensorProto, helper
+
+from sfa_onnx.errors import ModelError
+from sfa_onnx.files.onnx_attrs import attribute
+from sfa_onnx.kv_convert.emit import Emitter
+from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV
+from sfa_onnx.kv_convert.pages import write_pages
+from sfa_onnx.kv_convert.trace import Stream
+from sfa_onnx.kv_convert.translate import Translated, Translator
+from sfa_onnx.operator.contract import OpContract
+from sfa_onnx.operator.op import LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
+from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["INDEX_CACHES", "IndexKeys", "indexer_sites"]
+
+INDEX_CACHES: Final = ("float", "int8")
+_BSND: Final = ("B", "S", "1", "C")
+_T = TensorProto
+_FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """A row of index keys: `bytes` counts elements, for float pages have a type of their own."""
+
+    nope: int
+    rope: int = 0
+    tile: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Elements of a row of pages."""
+        return self.nope
+
+
+class KeyTranslator(Translator):
+    """Index keys -> rows of pages; with scales, each value of rows has one of scales beside it."""
+
+    def __init__(
+        self, index: GraphIndex, emitter: Emitter, width: int, elem_type: int, *, int8: bool
+    ) -> None:
+        super().__init__(index, emitter, IndexRow(width), "paged-int8", elem_type)
+        self.int8 = int8
+        self.kind = "index-int8" if int8 else "index"
+        self.page_type = _T.INT8 if int8 else elem_type
+        self.suffix = "_pages"
+
+    def pack(self, lat: Stream, rot: Stream | None) -> str:
+        """New rows [B, S, 1, Di], and their scales [B, S, 1, 1]."""
+        assert rot is None, "index keys have no rope of their own"
+        rows = self._component(lat, self.row.nope)
+        if not self.int8:
+            return rows
+        rows, scales = quantised(self.emit, rows)
+        self.scales[rows] = scales
+        return rows
+
+    def _cache_input(self, lat: Stream, rot: Stream | None) -> Translated:
+        done = super()._cache_input(lat, rot)
+        if self.int8:
+            self.scales[done.packed] = f"{lat.value}_scales"
+        return done
+
+    def _joined(self, parts: list[str]) -> str:
+        whole = super()._joined(parts)
+        if self.int8 and len(parts) > 1:
+            scales = [self.scales[part] for part in parts]
+            self.scales[whole] = self.emit.op("Concat", scales, axis=1)
+        return whole
+
+    def _write(self, pages: str, rows: str) -> str:
+        written = write_pages(self.emit, pages, rows, self.row.nope)
+        if self.int8:
+            self.scales[written] = write_pages(self.emit, self.scales[pages], self.scales[rows], 1)
+        return written
+
+
+def quantised(emit: Emitter, value: str) -> tuple[str, str]:
+    """Rows [..., D] as int8 and one float16 scale each [..., 1], by the formula of `kv_cache`."""
+    x = emit.op("Cast", [value], to=_T.FLOAT)
+    limit = emit.largest(emit.op("Abs", [x]))
+    by = emit.real(127.0)
+    scale = emit.op("Cast", [emit.op("Div", [limit, by])], "scales", to=_T.FLOAT16)
+    wide = emit.op("Cast", [scale], to=_T.FLOAT)
+    usable = emit.op("Greater", [wide, emit.real(0.0)])
+    divisor = emit.op("Where", [usable, wide, emit.real(1.0)])
+    whole = emit.op("Round", [emit.op("Div", [x, divisor])])
+    whole = emit.op("Clip", [whole, emit.real(-127.0), by])
+    return emit.op("Cast", [whole], "int8", to=_T.INT8), scale
+
+
+def indexer_sites(graph: onnx.GraphProto) -> list[int]:
+    """Indices of the float indexers of a graph."""
+    return [i for i, n in enumerate(graph.node) if (n.domain, n.op_type) == LIGHTNING_INDEXER.key]
+
+
+class IndexKeys:
+    """Converts the indexers of one graph.
+
+    Attributes:
+        translators: by width and type of the keys.
+    """
+
+    def __init__(self, index: GraphIndex, emit: Emitter, *, int8: bool) -> None:
+        self.index, self.emit, self.int8 = index, emit, int8
+        self.translators: dict[tuple[int, int], KeyTranslator] = {}
+
+    def convert(self, node: onnx.NodeProto) -> None:
+        """Let an indexer read pages.
+
+        Raises:
+            ModelError: its keys are not a cache among the inputs, or its form is not handled.
+        """
+        label = node.name or node.output[0]
+        layouts = [attribute(node, f"layout_{side}", "BSND") for side in ("query", "key")]
+        if layouts != ["BSND", "BSND"]:
+            raise ModelError(f"{label}: layouts {' / '.join(map(str, layouts))}, expected BSND")
+        if self.int8 and len(node.output) > 1 and node.output[1]:
+            raise ModelError(f"{label}: the quantised indexer gives no scores (sparse_values)")
+        translator = self._translator(node, label)
+        done = translator.packed(Stream(node.input[1], _BSND), None)
+        if done.cache is None:
+            raise ModelError(f"{label}: its keys do not come from a cache among the inputs")
+        inputs = {t.name: n for t, n in zip(LIGHTNING_INDEXER.inputs, node.input, strict=False)}
+        inputs |= {"key": done.packed, "block_table": BLOCK_TABLE}
+        inputs["actual_seq_lengths_key"] = self.lengths(inputs.get("actual_seq_lengths_key", ""))
+        op = QUANT_LIGHTNING_INDEXER if self.int8 else LIGHTNING_INDEXER
+        if self.int8:
+            inputs |= self._quantised_side(inputs, translator.scales[done.packed])
+        _rewrite(node, op, inputs)
+
+    def lengths(self, own: str) -> str:
+        """How many keys are there and, of those, how many the model lets a sequence see."""
+        return self.emit.op("Min", [own, LENGTHS_KV], "lengths") if own else LENGTHS_KV
+
+    def _translator(self, node: onnx.NodeProto, label: str) -> KeyTranslator:
+        shape = self.index.shape(node.input[1])
+        width = shape[-1] if shape else None
+        kind = self.index.elem_type(node.input[1]) or self.index.elem_type(node.input[0])
+        if not isinstance(width, int) or kind not in _FLOATS:
+            raise ModelError(f"{label}: the width or type of its keys is not known to the file")
+        key = (width, kind)
+        if key not in self.translators:
+            self.translators[key] = KeyTranslator(
+                self.index, self.emit, width, kind, int8=self.int8
+            )
+        return self.translators[key]
+
+    def _quantised_side(self, inputs: dict[str, str], scales: str) -> dict[str, str]:
+        """Query, weights and scales as the quantised operator takes them."""
+        query, scale = quantised(self.emit, inputs["query"])
+        return {
+            "query": query,
+            "weights": self.emit.op("Cast", [inputs["weights"]], to=_T.FLOAT16),
+            "query_dequant_scale": self.emit.squeeze(scale, [3]),
+            "key_dequant_scale": self.emit.squeeze(scales, [3]),
+        }
+
+
+def _rewrite(node: onnx.NodeProto, op: OpContract, inputs: dict[str, str]) -> None:
+    """Make `node` the operator `op` over pages; its other attributes stay."""
+    given: dict[str, Any] = {
+        a.name: attribute(node, a.name, a.default) for a in LIGHTNING_INDEXER.attributes
+    }
+    given["layout_key"] = "PA_BSND"
+    known = {a.name for a in op.attributes}
+    values = op.complete({n: v for n, v in given.items() if n in known})
+    names = [inputs.get(tensor.name, "") for tensor in op.inputs]
+    while names and not names[-1]:
+        names.pop()
+    node.op_type = op.name
+    del node.input[:], node.attribute[:]
+    node.input.extend(names)
+    if op is QUANT_LIGHTNING_INDEXER:
+        del node.output[1:]
+    node.attribute.extend(helper.make_attribute(n, v) for n, v in values.items())
