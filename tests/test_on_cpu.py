@@ -64,7 +64,7 @@ class TestOperator(TestCase):
         try:
             torch_npu.npu_fused_infer_attention_score
         except AttributeError as error:
-            assert "CPU stand-in for torch_npu has no" in str(error)
+            assert "CPU stand-in for torch_npu has no attribute" in str(error)
         print("arguments:", sys.argv[1:])
 
 
@@ -73,11 +73,11 @@ if __name__ == "__main__":
 """
 
 
-def on_cpu(*arguments, cwd=None):
+def on_cpu(*arguments, cwd=None, path=""):
     return subprocess.run(
         [sys.executable, "-m", "sfa_onnx.torch.on_cpu", *arguments],
         capture_output=True, text=True, cwd=cwd,
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{Path(__file__).parents[1]}:{path}", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
 
 
@@ -113,3 +113,83 @@ def test_an_installed_torch_npu_that_needs_cann_is_not_in_the_way(tmp_path):
     )
     done = on_cpu(str(script))
     assert done.stdout.startswith("True npu"), done.stderr
+
+
+def test_what_a_stand_in_lacks_is_named(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import torch, torch_npu
+        for read in ("torch_npu.hifloat8", "torch.npu.NPUGraph", "torch_npu.npu_moe_gating_top_k"):
+            try:
+                eval(read)
+            except AttributeError as error:
+                print(error)
+        try:
+            import torch_npu.contrib.module
+        except ModuleNotFoundError as error:
+            print(error, error.name)
+        print(hasattr(torch_npu, "npu_moe"), getattr(torch.npu, "Stream", None))
+    """)
+    )
+    done = on_cpu(str(script))
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    start = "sfa_onnx's CPU stand-in for torch_npu"
+    assert lines[0].startswith(f"{start} has no 'hifloat8': float8 and hifloat8 caches are Ascend")
+    assert lines[1].startswith(f"{start}.npu has no attribute 'NPUGraph': it has the sparse")
+    assert lines[2].startswith(f"{start} has no attribute 'npu_moe_gating_top_k'")
+    assert lines[3].startswith(f"{start} has no module 'torch_npu.contrib'")
+    assert lines[3].endswith("torch_npu.contrib")
+    assert lines[4:] == ["False None"]
+
+
+def test_skips_for_the_sake_of_cann_do_not_hold_here(tmp_path):
+    script = tmp_path / "test_skipped.py"
+    script.write_text(
+        textwrap.dedent("""
+        import unittest
+        from torch_npu.testing.testcase import TestCase, run_tests
+
+        class Test(TestCase):
+            @unittest.skip("needs a newer CANN version")
+            def test_operator(self):
+                print("ran")
+
+            @unittest.skipIf(True, "CANN 8.5 only")
+            def test_other(self):
+                print("ran")
+
+            @unittest.skip("not ready")
+            def test_unready(self):
+                raise RuntimeError
+
+            @unittest.skip
+            def test_bare(self):
+                raise RuntimeError
+
+        run_tests()
+    """)
+    )
+    done = on_cpu(str(script))
+    assert done.stdout.split() == ["ran", "ran"]
+    assert "OK (skipped=2)" in done.stderr, done.stderr
+    assert "tests run that are marked 'needs a newer CANN version'" in done.stderr
+    assert "skipped=4" in on_cpu("--keep-skips", str(script)).stderr
+
+
+def test_torch_does_not_load_an_installed_torch_npu_by_itself(tmp_path):
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libascendcl.so')\n")
+    record = tmp_path / "torch_npu-2.9.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.9.0\n")
+    (record / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    script = tmp_path / "script.py"
+    script.write_text("import torch, torch_npu\nprint(torch_npu.__version__)\n")
+    done = on_cpu(str(script), path=tmp_path)
+    assert done.stdout.startswith("0.0.0+sfa_onnx"), done.stderr
+    plain = subprocess.run(
+        [sys.executable, "-c", "import torch"], capture_output=True, text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert "torch_npu" in plain.stderr  # without on_cpu that very package stops torch

@@ -11,9 +11,15 @@ Needs `pip install 'sfa-onnx[torch]'`; nothing else of the package imports torch
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from typing import Any
 
 from sfa_onnx.errors import MissingError
+
+if "sfa_onnx.torch.on_cpu" in sys.orig_argv:
+    # `import torch` loads an installed torch_npu by itself, and fails where it finds no CANN.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 if importlib.util.find_spec("torch") is None:
     raise MissingError("sfa_onnx.torch needs torch: pip install 'sfa-onnx[torch]'")

@@ -26,6 +26,7 @@ from sfa_onnx.torch.vendor import vendor_schemas
 __all__ = ["install"]
 
 _VERSION: Final = "0.0.0+sfa_onnx.cpu"
+_ABSENT_TYPES: Final = ("hifloat8", "float8_e8m0fnu", "float4_e2m1fn_x2", "float4_e1m2fn_x2")
 _chip = "Ascend910_9392"
 
 
@@ -49,7 +50,7 @@ def install(*, first: bool = False, chip: str = "Ascend910_9392") -> None:
 
 def _device_module() -> ModuleType:
     """`torch.npu` and `torch_npu.npu`: one device, nothing to wait for."""
-    module = ModuleType("torch_npu.npu", "A device module that means the CPU.")
+    module = _StandIn("torch_npu.npu", "A device module that means the CPU.")
     nothing = ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all",
                "set_option", "set_compile_mode", "init", "reset_peak_memory_stats")  # fmt: skip
     for name in nothing:
@@ -219,11 +220,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, _path: Any = None, _target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in _BUILDERS:
+        root = name.partition(".")[0]
+        if root not in _BUILDERS:
             return None
-        parent = sys.modules.get(name.partition(".")[0])
-        if "." in name and getattr(parent, "__version__", _VERSION) != _VERSION:
+        if "." in name and getattr(sys.modules.get(root), "__version__", _VERSION) != _VERSION:
             return None  # a module of the installed package, which just has none of that name
+        if name not in _BUILDERS:
+            raise ModuleNotFoundError(_lacks(root, "module", name), name=name)
         return importlib.machinery.ModuleSpec(name, self, origin=__file__, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
@@ -238,7 +241,16 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(
-            f"sfa_onnx's CPU stand-in for {self.__name__} has no {name!r}: it has the sparse"
-            " attention operators and what their scripts need"
-        )
+        if name in _ABSENT_TYPES:
+            raise AttributeError(
+                f"sfa_onnx's CPU stand-in for {self.__name__} has no {name!r}: float8 and hifloat8"
+                " caches are Ascend 950's alone; the CPU's operators read int8 ones"
+            )
+        raise AttributeError(_lacks(self.__name__, "attribute", name))
+
+
+def _lacks(module: str, kind: str, name: str) -> str:
+    return (
+        f"sfa_onnx's CPU stand-in for {module} has no {kind} {name!r}: it has the sparse attention"
+        " operators and what their scripts need; take what only the NPU has out of this run"
+    )
