@@ -122,6 +122,41 @@ def test_open_sizes_stay_open_and_other_sizes_run(tmp_path):
     np.testing.assert_array_equal(np.asarray(got), want)
 
 
+class WithSoftmax(torch.nn.Module):
+    """The float attention, asked for its softmax and not asked, by both overloads."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.attributes = dict(case.attributes)
+        del self.attributes["return_softmax_lse"]
+
+    def forward(self, query, key, sparse_indices, query_rope, key_rope):
+        call = torch.ops.sfa_onnx.npu_sparse_flash_attention
+        given = self.attributes | {"query_rope": query_rope, "key_rope": key_rope}
+        asked = call(query, key, key, sparse_indices, **given, return_softmax_lse=1)
+        _, empty, _ = call(query, key, key, sparse_indices, **given, return_softmax_lse=0)
+        return (*asked, empty, call(query, key, key, sparse_indices, **given))
+
+
+@pytest.mark.parametrize("dynamo", [True, pytest.param(False, marks=pytest.mark.skipif(
+    not SCRIPTED, reason="this torch has no TorchScript exporter"))])  # fmt: skip
+def test_the_softmax_is_exported_where_it_is_asked_for(dynamo, tmp_path):
+    case = make_case(SPARSE_FLASH_ATTENTION, ("BSND", "BSND"), dtype=np.float16, lengths=False)
+    names = ["query", "key", "sparse_indices", "query_rope", "key_rope"]
+    args = tuple(as_torch(case.inputs[n]) for n in names)
+    module, path = WithSoftmax(case).eval(), tmp_path / "m.onnx"
+    sfa_torch.export(module, args, path, input_names=names, dynamo=dynamo)
+    asked = [
+        a.i for n in onnx.load(path).graph.node for a in n.attribute
+        if a.name == "return_softmax_lse"
+    ]  # fmt: skip
+    assert set(asked) == {0, 1}
+    results = runtime.run(str(path), {n: case.inputs[n] for n in names})
+    for got, want in zip(results.values(), module(*args), strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(np.asarray(got, np.float64), want.double(), rtol=1e-5)
+
+
 class Indexers(torch.nn.Module):
     """Both vendors' indexers of one call each."""
 
@@ -194,4 +229,6 @@ def test_the_plain_exporter_with_the_table():
     kinds = {n.op_type for n in program.model_proto.graph.node}
     assert kinds == {"NPUSparseFlashAttentionAntiquant"}
     overloads = {str(o) for o in sfa_torch.translation_table()}
-    assert len(overloads) == 8 + len(ALL_OPS) - 1  # a cache write is no call of torch's
+    # A cache write is no call of torch's; the float attention has two overloads of ours.
+    assert len(overloads) == 8 + len(ALL_OPS)
+    assert "sfa_onnx.npu_sparse_flash_attention.lse" in overloads

@@ -225,12 +225,18 @@ def test_choices_of_release_and_rounding():
     try:
         sfa_torch.enable_ascend_names(rounding="exact")
         close(packet(QUANT[0])(**given), case.reference(), 2e-3)
+        sfa_torch.enable_ascend_names(rounding="golden")
+        for qualified in QUANT:
+            got = as_numpy(packet(qualified)(**arguments(qualified, case)))
+            np.testing.assert_array_equal(got, case.reference(mode="golden"))
         sfa_torch.enable_ascend_names(release="2.9.0")
         schema = torch.ops.npu.npu_kv_quant_sparse_flash_attention.default._schema
         assert "key_dtype" not in str(schema)
         with pytest.raises(UsageError, match=r"no schemas of torch_npu 9.9: expected one of 2\."):
             sfa_torch.enable_ascend_names(release="9.9")
-        with pytest.raises(UsageError, match="rounding: expected exact or npu"):
+        with pytest.raises(
+            UsageError, match="rounding: expected exact, npu, golden, got 'nearest'"
+        ):
             sfa_torch.enable_ascend_names(rounding="nearest")
     finally:
         sfa_torch.enable_ascend_names()

@@ -15,7 +15,7 @@ from sfa_onnx.errors import ContractError  # noqa: E402
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT  # noqa: E402
 from sfa_onnx.runtime.portable.model import make_portable  # noqa: E402
 from sfa_onnx.torch.tensors import as_numpy, as_torch  # noqa: E402
-from tests.attention_cases import BF16, LAYOUTS, make_case  # noqa: E402
+from tests.attention_cases import BF16, LAYOUTS, make_case, softmax_reference  # noqa: E402
 
 pytestmark = pytest.mark.torch
 OPS = torch.ops.sfa_onnx
@@ -35,7 +35,10 @@ int rope_head_dim=0"""
 def call(case):
     """The case through torch, as a user calls it."""
     tensors = {n: as_torch(a) for n, a in case.inputs.items()}
-    return getattr(OPS, NAMES[case.op.name])(**tensors, **case.attributes)
+    attributes = dict(case.attributes)
+    if not attributes.get("return_softmax_lse"):  # given, it asks for three results
+        attributes.pop("return_softmax_lse", None)
+    return getattr(OPS, NAMES[case.op.name])(**tensors, **attributes)
 
 
 def test_the_argument_list_is_canns():
@@ -75,6 +78,42 @@ def test_operators_pass_torchs_own_checks():
     op = OPS.npu_sparse_flash_attention_antiquant.default
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(op, tuple(positional), {**tensors, **attributes}, test_utils=checks)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_asking_for_the_softmax_gives_three_results(layouts, sinks):
+    case = make_case(SPARSE_FLASH_ATTENTION, layouts, dtype=BF16, lse=True, sinks=sinks)
+    out, *softmax = call(case)
+    assert (as_numpy(out) == case.reference()).all()
+    for got, want in zip(softmax, softmax_reference(case), strict=True):
+        np.testing.assert_allclose(as_numpy(got), want, rtol=1e-5, atol=1e-5)
+    tensors = {n: as_torch(a) for n, a in case.inputs.items()}
+    given = dict(case.attributes) | {"return_softmax_lse": 0}
+    again, *empty = OPS.npu_sparse_flash_attention(**tensors, **given)
+    assert torch.equal(again, out)
+    assert [t.shape for t in empty] == [(0,), (0,)]
+    assert [t.dtype for t in empty] == [torch.float32] * 2
+    del given["return_softmax_lse"]
+    assert torch.equal(OPS.npu_sparse_flash_attention(**tensors, **given), out)
+
+
+def test_the_overload_with_the_softmax_passes_torchs_own_checks():
+    for asked in (0, 1):
+        case = make_case(SPARSE_FLASH_ATTENTION, ("TND", "PA_BSND"), dtype=np.float32, sinks=True)
+        given = {n: as_torch(a) for n, a in case.inputs.items()}
+        given |= case.attributes | {"return_softmax_lse": asked}
+        positional = [given.pop(n) for n in ("query", "key", "value", "sparse_indices")]
+        positional.append(given.pop("scale_value"))
+        torch.library.opcheck(OPS.npu_sparse_flash_attention.lse, tuple(positional), given)
+        compiled = torch.compile(
+            lambda *a, **k: OPS.npu_sparse_flash_attention(*a, **k), backend="aot_eager",
+            fullgraph=True,
+        )  # fmt: skip
+        with torch.no_grad():
+            results = compiled(*positional, **given)
+            want = OPS.npu_sparse_flash_attention.lse(*positional, **given)
+        assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
 
 
 class Decode(torch.nn.Module):

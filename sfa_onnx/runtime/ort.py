@@ -130,7 +130,9 @@ def register(sess_options: ort.SessionOptions, rounding: Rounding = "exact") -> 
         MissingError: the library was not built, or onnxruntime cannot load it.
     """
     if rounding not in ("exact", "npu"):
-        raise UsageError(f"rounding {rounding!r}: expected exact or npu")
+        raise UsageError(
+            f"rounding {rounding!r}: expected exact or npu (golden: sfa_onnx.reference, sfa_onnx.torch)"
+        )
     path = str(library_path().resolve())
     if _entry(sess_options, _MARK):
         given = _entry(sess_options, _ROUNDING) or "exact"

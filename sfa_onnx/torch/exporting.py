@@ -19,7 +19,7 @@ import torch
 from sfa_onnx.errors import MissingError
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
-from sfa_onnx.torch.ops import NAMESPACE, OPERATORS
+from sfa_onnx.torch.ops import NAMESPACE, OPERATORS, OVERLOADS
 from sfa_onnx.torch.vendor import Adapter, schema_in_torch, vendor_operators
 
 __all__ = ["export", "register_symbolics", "translation_table"]
@@ -65,16 +65,12 @@ def export(
         torch.onnx.export(model, args, os.fspath(path), dynamo=dynamo, **given)
 
 
-def _adapters() -> dict[str, Adapter]:
-    """Every name that torch has now, ours and the vendors', by its qualified name."""
-    found = {}
-    names = [(f"{NAMESPACE}::{name}", op) for name, op in OPERATORS.items()]
-    names += [(vendor.qualified, vendor.op) for vendor in vendor_operators()]
-    for qualified, op in names:
-        schema = schema_in_torch(qualified)
-        if schema is not None:
-            found[qualified] = Adapter(op, schema)
-    return found
+def _adapters() -> list[Adapter]:
+    """Every name and overload that torch has now, ours and the vendors'."""
+    names = [(f"{NAMESPACE}::{name}", overload, OPERATORS[name]) for name, overload in OVERLOADS]
+    names += [(vendor.qualified, "", vendor.op) for vendor in vendor_operators()]
+    schemas = [(schema_in_torch(name, overload), op) for name, overload, op in names]
+    return [Adapter(op, schema) for schema, op in schemas if schema is not None]
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -91,9 +87,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     except ImportError as error:
         raise MissingError("exporting needs onnxscript: pip install 'sfa-onnx[torch]'") from error
     table = {}
-    for qualified, adapter in _adapters().items():
-        namespace, name = qualified.split("::")
-        overload = getattr(getattr(torch.ops, namespace), name).default
+    for adapter in _adapters():
+        namespace, name = adapter.schema.name.split("::")
+        packet = getattr(getattr(torch.ops, namespace), name)
+        overload = getattr(packet, adapter.schema.overload_name or "default")
         opset = onnxscript.values.Opset(adapter.op.domain, adapter.op.version)
         table[overload] = _translation(adapter, opset, onnxscript.opset18)
     return table
@@ -136,8 +133,7 @@ def _inputs(op: OpContract, given: Mapping[str, Any]) -> list[Any]:
 def _outputs(adapter: Adapter, attributes: Mapping[str, Any]) -> int:
     """How many outputs the node has: what a schema returns but nobody asked for is not among."""
     asked = attributes.get("return_values", attributes.get("return_softmax_lse", 0))
-    own = adapter.schema.name.startswith(f"{NAMESPACE}::")
-    return adapter.results if asked or own else 1
+    return adapter.results if asked else 1
 
 
 def _signature(schema: torch.FunctionSchema) -> inspect.Signature:
@@ -145,10 +141,11 @@ def _signature(schema: torch.FunctionSchema) -> inspect.Signature:
     for argument in schema.arguments:
         kind = str(argument.type)
         optional = argument.has_default_value()
+        named = inspect.Parameter.KEYWORD_ONLY
         parameters.append(
             inspect.Parameter(
                 argument.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                named if argument.kwarg_only else inspect.Parameter.POSITIONAL_OR_KEYWORD,
                 default=argument.default_value if optional else inspect.Parameter.empty,
                 annotation=_KINDS.get(kind, inspect.Parameter.empty),
             )
@@ -172,11 +169,24 @@ def register_symbolics() -> None:
         raise MissingError(
             f"torch {torch.__version__} has no TorchScript exporter: use the default dynamo=True"
         )
-    for qualified, adapter in _adapters().items():
-        register(qualified, _symbolic(adapter), 11)
+    by_name: dict[str, list[Adapter]] = {}
+    for adapter in _adapters():
+        by_name.setdefault(adapter.schema.name, []).append(adapter)
+    for name, overloads in by_name.items():
+        register(name, _symbolic(overloads), 11)
 
 
-def _symbolic(adapter: Adapter) -> Callable[..., Any]:
+def _symbolic(overloads: Sequence[Adapter]) -> Callable[..., Any]:
+    """For one name; the exporter does not say which overload is meant, but gives all arguments."""
+    by_count = {len(a.schema.arguments): _symbolic_of(a) for a in overloads}
+
+    def symbolic(graph: Any, *values: Any) -> Any:
+        return by_count[len(values)](graph, *values)
+
+    return symbolic
+
+
+def _symbolic_of(adapter: Adapter) -> Callable[..., Any]:
     from torch.onnx import symbolic_helper as helper
 
     letters = {"float": "f", "int": "i", "string": "s"}

@@ -42,7 +42,8 @@ def enable_ascend_names(
 
     Args:
         release: of torch_npu, whose schemas `torch.ops.npu.*` get; see `vendor_operators`.
-        rounding: "npu", or "exact" for the unrounded mathematics.
+        rounding: "npu"; "exact" for the unrounded mathematics; "golden" for the roundings of the
+            checks on CPU that the vendors publish (normalised weights rounded once; in NumPy).
         torch_npu: also put a stand-in for the modules `torch_npu`, `custom_ops` and `torchair`
             where they are not installed, with the operators as attributes.
 
@@ -54,7 +55,7 @@ def enable_ascend_names(
     """
     global _chosen, _rounding
     if rounding not in ROUNDINGS:
-        raise UsageError(f"rounding: expected {' or '.join(ROUNDINGS)}, got {rounding!r}")
+        raise UsageError(f"rounding: expected {', '.join(ROUNDINGS)}, got {rounding!r}")
     chosen, _rounding = vendor_operators(release), rounding
     if chosen != _chosen:
         _release()

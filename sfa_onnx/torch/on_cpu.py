@@ -71,7 +71,7 @@ def _run_skipped_for_cann() -> None:
                   " --keep-skips leaves them out", file=sys.stderr)  # fmt: skip
         return lambda test: test
 
-    unittest.skip = unittest.case.skip = skip  # type: ignore[assignment]
+    unittest.skip = unittest.case.skip = skip
 
 
 def _code(ended: SystemExit) -> int:

@@ -102,10 +102,10 @@ def _installed() -> str | None:
         return None
 
 
-def schema_in_torch(qualified: str) -> torch.FunctionSchema | None:
+def schema_in_torch(qualified: str, overload: str = "") -> torch.FunctionSchema | None:
     """The schema of a name as registered now, whoever registered it."""
     try:
-        return torch._C._get_schema(qualified, "")
+        return torch._C._get_schema(qualified, overload)
     except RuntimeError:
         return None
 
