@@ -131,7 +131,8 @@ def register(sess_options: ort.SessionOptions, rounding: Rounding = "exact") -> 
     """
     if rounding not in ("exact", "npu"):
         raise UsageError(
-            f"rounding {rounding!r}: expected exact or npu (golden: sfa_onnx.reference, sfa_onnx.torch)"
+            f"rounding {rounding!r}: expected exact or npu"
+            " (golden: sfa_onnx.reference, sfa_onnx.torch)"
         )
     path = str(library_path().resolve())
     if _entry(sess_options, _MARK):
