@@ -34,7 +34,7 @@ def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
 def test_the_readmes_call_runs(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     (block,) = re.findall(r"```python\n((?:(?!```).)*?ops\.custom.*?)```", readme, re.DOTALL)
-    assert len(block.strip().splitlines()) == 5
+    assert len([line for line in block.splitlines() if line]) == 5
     setup = """
 import torch
 query, indices = torch.randn(1, 1, 16, 576).bfloat16(), torch.arange(8).int().reshape(1, 1, 1, 8)
