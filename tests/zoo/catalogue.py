@@ -32,6 +32,7 @@ FAMILIES = (
     "guarded",
     "kernels",
     "foreign",
+    "sides",
 )
 
 

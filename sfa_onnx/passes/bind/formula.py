@@ -7,18 +7,18 @@ leaves to those that know stored rows and masks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sfa_onnx.passes.axes.expr import Expr, Label, fresh
+from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.joined import join_chunks
 from sfa_onnx.passes.bind.literals import Literal
 from sfa_onnx.passes.bind.mask import additive, boolean
-from sfa_onnx.passes.bind.site import AttentionRegion, Statistic
+from sfa_onnx.passes.bind.site import AttentionRegion, Sinks, Statistic
 from sfa_onnx.passes.bind.statistics import statistics
 from sfa_onnx.passes.bind.unfit import unfit
 from sfa_onnx.passes.values.arithmetic import addends, coefficient
-from sfa_onnx.passes.values.attention import UnclearError, Weight, as_attention
+from sfa_onnx.passes.values.attention import ALIKE, UnclearError, Weight, as_attention
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
 from sfa_onnx.passes.values.terms import Term
@@ -64,7 +64,7 @@ class Parts:
     key: Label
     others: set[Label]
     scores: Callable[[], Scores]
-    sinks: Ref | None = None
+    sinks: Sinks | None = None
     statistics: Sequence[Statistic] = ()
 
 
@@ -99,8 +99,12 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
 
     tracer.seen = seen
     others = set().union(weight.exponent.labels, *(f.labels for f in weight.flags)) - {key}
-    sinks = _sinks(found.sinks, region.result)
-    told = statistics(tracer, region, reader, found.total)
+    sinks = _sinks(tracer, found.sinks, region.result)
+    told, all_told = statistics(tracer, region, reader, found.total)
+    if sinks is not None and not all_told:
+        plain = [a for a in addends(found.total) if a.op == "sum"]
+        own, all_told = statistics(tracer, region, reader, reader.n.add(*plain))
+        told, sinks = (own, replace(sinks, behind=True)) if all_told else (told, sinks)
 
     def scores() -> Scores:
         return _scores(reader, region, weight, found.conditions)
@@ -108,22 +112,39 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     return Parts(value, key, others, scores, sinks, told)
 
 
-def _sinks(exponents: tuple[Term, ...], at: str) -> Ref | None:
-    """The tensor that holds one more score per head.
+def _sinks(tracer: Tracer, exponents: tuple[Term, ...], at: str) -> Sinks | None:
+    """One more score per head: tensors times numbers.
 
     Raises:
         Stop: there are several, or it is computed from something else.
     """
     if not exponents:
         return None
-    if len(exponents) == 1 and exponents[0].op == "element":
-        return exponents[0].ref
+    own = addends(exponents[0])
+    leaves = [coefficient(a) for a in own if not a.is_number()]
+    if len(exponents) == 1 and all(rest.op == "element" for _, rest in leaves):
+        parts = tuple((_whole(by), _flat(tracer, rest.ref)) for by, rest in leaves)
+        return Sinks(parts, sum(a.value for a in own if a.is_number()))
     told = " and ".join(f"exp({e})" for e in exponents)
     raise Stop(
         f"the exponentials are divided by their sum and {told[:160]}",
         at,
         "the operator takes one sink per head, a tensor, as it is",
     )
+
+
+def _whole(by: float) -> float:
+    """A factor without the rounding of log2(e) ln(2)."""
+    return round(by) if round(by) and abs(by - round(by)) <= ALIKE else by
+
+
+def _flat(tracer: Tracer, ref: Ref) -> Ref:
+    """An element of a constant, at 0 along every axis that it is the same along."""
+    table = tracer.index.mask_table(ref.value) if ref.value in tracer.index.initializers else None
+    if table is None or table.ndim != len(ref.coords):
+        return ref
+    same = [bool((table == table.take([0], i)).all()) for i in range(table.ndim)]
+    return Ref(ref.value, tuple(ZERO if s else c for c, s in zip(ref.coords, same, strict=True)))
 
 
 def _scores(

@@ -80,4 +80,8 @@ def _between(site: Site) -> list[int]:
             if i != last and i not in found and index.nodes[i].op_type not in ("Shape", "Size"):
                 found.add(i)
                 stack += [o for o in index.nodes[i].output if o]
-    return sorted(found)
+    reaching = {last}
+    for i in sorted(found, reverse=True):
+        if any(user in reaching for o in index.nodes[i].output if o for user, _ in index.uses(o)):
+            reaching.add(i)
+    return sorted(reaching - {last})

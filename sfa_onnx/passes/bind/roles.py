@@ -77,8 +77,8 @@ def _bind_at(tracer: Tracer, region: AttentionRegion, out: Ref, bound: list[str]
     site.sinks, site.statistics = parts.sinks, list(parts.statistics)
     if site.sinks is not None and not site.sinks.labels <= set(site.heads):
         raise Stop(
-            f"the sink {site.sinks.value} is not one number per head",
-            site.sinks.value,
+            f"the sink {site.sinks.parts[0][1].value} is not one number per head",
+            site.sinks.parts[0][1].value,
             "the operator takes sinks [N1], the same for every batch and token",
         )
     return site

@@ -10,7 +10,7 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.mask import Kept, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 
-__all__ = ["AttentionRegion", "NotASite", "Query", "Site", "Statistic"]
+__all__ = ["AttentionRegion", "NotASite", "Query", "Sinks", "Site", "Statistic"]
 
 
 class NotASite(Exception):  # noqa: N818 - an early return: ordinary attention
@@ -45,9 +45,28 @@ class AttentionRegion:
 
 
 @dataclass(frozen=True)
-class Statistic:
-    """What the graph returns of its softmax besides: "maximum" or "log-sum-exp", times `factor`.
+class Sinks:
+    """One more score per head, without a row: the sum of factors times elements, and a number.
 
+    `behind`: the operator runs without them, since its log-sum-exp without them leaves the
+    attention; the result is divided by 1 + exp(sink - log-sum-exp).
+    """
+
+    parts: tuple[tuple[float, Ref], ...] = ()
+    number: float = 0.0
+    behind: bool = False
+
+    @property
+    def labels(self) -> frozenset[Label]:
+        """What it differs along."""
+        return frozenset().union(*(ref.labels for _, ref in self.parts))
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What the graph returns of its softmax besides: `kind`, times `factor`.
+
+    `kind`: "maximum", "log-sum-exp", or "sum" of exp(score - maximum);
     `lonely`: what it holds in rows without keys.
     """
 
@@ -109,6 +128,6 @@ class Site:
     products: list[str] = field(default_factory=list)
     score_axes: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
     bound: list[str] = field(default_factory=list)
-    sinks: Ref | None = None
+    sinks: Sinks | None = None
     statistics: list[Statistic] = field(default_factory=list)
     finished: bool = False

@@ -31,7 +31,7 @@ from sfa_onnx.passes.emit.select import (
     selected_entries,
     token_entries,
 )
-from sfa_onnx.passes.emit.statistics import deliver_statistics
+from sfa_onnx.passes.emit.statistics import deliver_statistics, sunk
 
 __all__ = ["build_float", "dense_keys", "direct_keys", "gathered_keys"]
 
@@ -58,7 +58,9 @@ def build_float(plan: Plan) -> Built | None:
     entries = e.emit("Unsqueeze", [entries, e.ints([2])], "indices", _T.INT32)
     out, *softmax = sparse_attention(plan, q, q_rope, keys, entries)
     if softmax:
-        deliver_statistics(plan, softmax[0], softmax[1], [plan.batch, [], plan.tokens, site.heads])
+        groups: list[Group] = [plan.batch, [], plan.tokens, site.heads]
+        deliver_statistics(plan, softmax[0], softmax[1], groups)
+        out = sunk(plan, out, softmax[0], softmax[1], groups)
     deliver(plan, out, [*query, [site.column]])
     return Built(
         e,

@@ -12,7 +12,7 @@ from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.trace import Ref, Stop, is_float
 from sfa_onnx.passes.bind.rows import Columns, State, deepen
-from sfa_onnx.passes.bind.site import Query, Site
+from sfa_onnx.passes.bind.site import Query, Sinks, Site
 from sfa_onnx.passes.emit.absorb import Absorbed
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.emit.places import axis_labels
@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "deliver",
     "is_view",
+    "make_sinks",
     "queries",
     "query_rows",
     "rope_rows",
@@ -222,25 +223,44 @@ def query_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
 
 
 def rope_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:
-    """The query's rope; another factor than the nope part's is multiplied in here, in float32."""
+    """The query's rope; another factor than the nope part's is multiplied in here, in float32.
+
+    What float32 leaves of the factor is added: the ratio of two scales seldom is such a number.
+    """
     value = query_rows(plan, state, groups)
     if plan.rope_by == 1:
         return value
-    e = plan.e
-    by = e.constant(np.asarray(plan.rope_by, np.float32))
-    wide = e.emit("Mul", [e.cast(value, _T.FLOAT), by], "query_rope", _T.FLOAT)
-    return e.cast(wide, plan.elem_type)
+    e, coarse = plan.e, np.float32(plan.rope_by)
+    rope, total = e.cast(value, _T.FLOAT), ""
+    for by in (coarse, np.float32(plan.rope_by - float(coarse))):
+        if by:
+            part = e.emit("Mul", [rope, e.constant(np.asarray(by))], "query_rope", _T.FLOAT)
+            total = e.emit("Add", [total, part], "query_rope", _T.FLOAT) if total else part
+    return e.cast(total, plan.elem_type)
 
 
 def with_sinks(plan: Plan, op: OpContract, inputs: list[str]) -> list[str]:
     """`inputs` with the sinks, float32 [N1], at their place, where the site has some."""
-    ref, e = plan.site.sinks, plan.e
-    if ref is None:
+    if plan.site.sinks is None or plan.site.sinks.behind:
         return inputs
-    heads: list[Group] = [plan.site.heads]
-    value = e.broadcast(e.arrange(ref, heads, "sinks"), heads, ref.labels)
     place = [t.name for t in op.inputs].index("sinks")
-    return [*inputs, *[""] * (place - len(inputs)), e.cast(value, _T.FLOAT)]
+    return [*inputs, *[""] * (place - len(inputs)), make_sinks(plan, plan.site.sinks)]
+
+
+def make_sinks(plan: Plan, sinks: Sinks) -> str:
+    """Sinks as the operator takes them, float32 [N1]."""
+    e, total = plan.e, ""
+    heads: list[Group] = [plan.site.heads]
+    for by, ref in sinks.parts:
+        value = e.cast(e.broadcast(e.arrange(ref, heads, "sinks"), heads, ref.labels), _T.FLOAT)
+        if by != 1:
+            factor = e.constant(np.asarray(by, np.float32))
+            value = e.emit("Mul", [value, factor], "sinks", _T.FLOAT)
+        total = e.emit("Add", [total, value], "sinks", _T.FLOAT) if total else value
+    number = e.constant(np.asarray([sinks.number], np.float32))
+    if not total:
+        return e.broadcast(number, heads, ())
+    return e.emit("Add", [total, number], "sinks", _T.FLOAT) if sinks.number else total
 
 
 def split_rows(plan: Plan) -> None:

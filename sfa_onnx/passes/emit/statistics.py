@@ -11,9 +11,9 @@ from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.bind.site import Statistic
 from sfa_onnx.passes.emit.emitter import Group
 from sfa_onnx.passes.emit.places import axis_labels
-from sfa_onnx.passes.emit.plan import Plan
+from sfa_onnx.passes.emit.plan import Plan, make_sinks
 
-__all__ = ["deliver_statistics"]
+__all__ = ["deliver_statistics", "sunk"]
 
 _T = onnx.TensorProto
 
@@ -41,10 +41,36 @@ def deliver_statistics(plan: Plan, top: str, total: str, groups: Sequence[Group]
         plan.e.finish(plan.e.cast(value, kind), statistic.ref.value)
 
 
+def sunk(plan: Plan, out: str, top: str, total: str, groups: Sequence[Group]) -> str:
+    """The result with sinks that the operator has left out: over 1 + exp(sink - log-sum-exp).
+
+    Args:
+        plan: of the site.
+        out: [B, S1, N1, C].
+        top: as in `deliver_statistics`.
+        total: likewise.
+        groups: likewise.
+    """
+    sinks, e = plan.site.sinks, plan.e
+    if sinks is None or not sinks.behind:
+        return out
+    lse = e.emit("Add", [top, e.emit("Log", [total], "log", _T.FLOAT)], "lse", _T.FLOAT)
+    more = e.emit("Sub", [make_sinks(plan, sinks), lse], "more", _T.FLOAT)
+    one = e.constant(np.asarray(1, np.float32))
+    below = e.emit("Add", [e.emit("Exp", [more], "more", _T.FLOAT), one], "below", _T.FLOAT)
+    share = e.emit("Reciprocal", [below], "share", _T.FLOAT)
+    rows = [list(groups[0]), list(groups[2]), list(groups[3]), []]
+    share = e.permute(share, [list(g) for g in groups], rows, "share")
+    wide = e.emit("Mul", [e.cast(out, _T.FLOAT), share], "out", _T.FLOAT)
+    return e.cast(wide, plan.elem_type)
+
+
 def _value(plan: Plan, statistic: Statistic, top: str, total: str) -> str:
     """The statistic, and what the graph gives in rows without keys."""
     e = plan.e
     value = top
+    if statistic.kind == "sum":
+        value = total
     if statistic.kind == "log-sum-exp":
         value = e.emit("Add", [top, e.emit("Log", [total], "log", _T.FLOAT)], "lse", _T.FLOAT)
     if statistic.factor != 1:

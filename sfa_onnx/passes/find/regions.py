@@ -46,7 +46,7 @@ _POINTWISE: Final = (
 _FOLLOWED: Final = (
     _VIEWS
     | _POINTWISE
-    | frozenset(("ScatterElements", "ScatterND", "Unsqueeze", "ReduceL1", "ReduceLogSum"))
+    | frozenset(("Pad", "ScatterElements", "ScatterND", "Unsqueeze", "ReduceL1", "ReduceLogSum"))
     | frozenset(("ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceSum"))
 )
 

@@ -142,6 +142,22 @@ def _common(n: Normal, term: Term) -> Term | None:
     return n.mul(*outer, inner)
 
 
+def _expanded(n: Normal, term: Term) -> Term | None:
+    """(a + b) c - b c + d = a c + d: a product of a sum meets what takes a part of it away."""
+    parts: list[Term] = []
+    for a in term.args:
+        sums = [f for f in factors(a) if f.op == "add"]
+        rest = [f for f in factors(a) if f.op != "add"]
+        parts += [n.mul(*rest, b) for b in sums[0].args] if len(sums) == 1 else [a]
+    left: dict[Term, float] = {}
+    most: dict[Term, float] = {}
+    for by, own in map(coefficient, parts):
+        left[own] = left.get(own, 0.0) + by
+        most[own] = max(most.get(own, 0.0), abs(by))
+    gone = any(abs(by) <= _NEAR * most[own] for own, by in left.items())
+    return n.add(*parts) if gone and len(parts) > len(term.args) else None
+
+
 def _powers(term: Term) -> dict[Term, int]:
     """Base -> exponent, of every factor that is no exponential and no number."""
     found: dict[Term, int] = {}
@@ -270,6 +286,11 @@ ROWS: Final = (
     ),
     # quotients are brought to one divisor, and shifts in front of the sum
     _row("common factor", ("add",), "a * b + c0 * b", "b * (a + c0)", _common),
+    # weights of partial softmaxes that are interpolated
+    _row(
+        *("multiplied out", ("add",), "(a + b) * p + a * c0 - b * p", "a * (p + c0)", _expanded),
+        *("(a + b) * p + a * c0 - 2 * b * p", "a * (p + c0)"),
+    ),
     # a power once
     _row("powers", ("mul",), "a * a * b", "a ** 2 * b", _collected),
     # e^a e^b = e^(a + b): a shift meets the next one

@@ -5,17 +5,19 @@ What keeps a normal form from being one is said by name.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.values.arithmetic import addends, coefficient, factors
-from sfa_onnx.passes.values.terms import ONE, Term
+from sfa_onnx.passes.values.terms import ONE, Term, number
 
-__all__ = ["Attention", "UnclearError", "Weight", "as_attention"]
+__all__ = ["ALIKE", "Attention", "UnclearError", "Weight", "as_attention"]
 
-_ALIKE: Final = 1e-6  # roundings of log2(e), ln(2) and factors that are split
+ALIKE: Final = 1e-6  # roundings of log2(e), ln(2) and factors that are split
+_EPSILON: Final = 1e-4  # what is added to a sum below this is no sink, but keeps it from being 0
 _FLAGS: Final = ("flag", "element")
 _SUM: Final = "expected exp(s) / sum(exp(s)): the operator's weights add up to 1"
 
@@ -50,6 +52,18 @@ class Weight:
         if len(exps) != 1 or len(flags) + 1 != len(own):
             return None
         return cls(total.label, exps[0].args[0], flags)
+
+    def times(self, other: Weight) -> float | None:
+        """What this exponent is the other one times, up to rounding; None: they differ."""
+        if self.label != other.label or set(self.flags) != set(other.flags):
+            return None
+        mine, theirs = _linear(self.exponent), _linear(other.exponent)
+        if mine.keys() != theirs.keys():
+            return None
+        first = next(iter(mine))
+        by = mine[first] / theirs[first]
+        alike = all(abs(mine[k] - by * theirs[k]) <= ALIKE * abs(mine[k]) for k in mine)
+        return by if alike else None
 
 
 @dataclass(frozen=True)
@@ -91,13 +105,24 @@ def as_attention(term: Term, at: str) -> Attention:
         match = next((w for w in weights if weight is not None and _alike(w, weight)), None)
         if match is not None:
             weights.remove(match)
-        elif total.op == "exp":
-            sinks.append(total.args[0])
+        elif (sink := _sink(total)) is not None:
+            sinks.append(sink)
         else:
             raise _too_much(total, weights, at)
     if weights:
         raise UnclearError("the exponentials are not divided by their sum", at, _SUM)
     return Attention(tuple(rows), below, tuple(sinks), tuple(conditions))
+
+
+def _sink(total: Term) -> Term | None:
+    """The exponent of what is added to the sum of exponentials: softmax1 adds exp(0)."""
+    by, rest = (total.value, ONE) if total.is_number() else coefficient(total)
+    if by < _EPSILON or rest.op not in ("exp", "number"):
+        return None
+    own = [] if rest.is_number() else list(addends(rest.args[0]))
+    if by != 1 or not own:
+        own.insert(0, number(math.log(by)))
+    return own[0] if len(own) == 1 else Term("add", tuple(own))
 
 
 def _fraction(term: Term, at: str) -> tuple[Term, Term, list[Term]]:
@@ -235,12 +260,8 @@ def _product(terms: list[Term]) -> Term:
 
 def _alike(a: Weight, b: Weight) -> bool:
     """Whether two weights are equal but for roundings of their factors."""
-    if a.label != b.label or set(a.flags) != set(b.flags):
-        return False
-    mine, other = (_linear(x.exponent) for x in (a, b))
-    return mine.keys() == other.keys() and all(
-        abs(mine[k] - other[k]) <= _ALIKE * max(abs(mine[k]), abs(other[k])) for k in mine
-    )
+    by = a.times(b)
+    return by is not None and abs(by - 1) <= ALIKE
 
 
 def _linear(term: Term) -> dict[Term, float]:

@@ -136,19 +136,21 @@ def reaches_one(total: Term) -> bool:
 
 
 def _addend(term: Term) -> _Weighed | None:
-    """(label, exp(s)) of what a sum of exponentials adds; a sink has no label."""
+    """(label, exp(s)) of what a sum of exponentials adds; a sink has no label, 1 is exp(0)."""
     if term.op == "sum":
         return term.label, term.args[0]
+    if term.is_number() and term.value > 0:
+        return None, number(math.log(term.value))
     return (None, term) if term.op == "exp" else None
 
 
 def _largest(most: Term) -> set[_Weighed | None]:
-    """What the largest exponents are of; None among them: also of a number."""
+    """What the largest exponents are of; a number is that of a constant sink."""
     parts = most.args if most.op == "max" else (most,)
     found: set[_Weighed | None] = set()
     for part in parts:
-        alone = None if part.is_number() else (None, Term("exp", (part,)))
-        found |= weighed(part) or {alone}
+        alone = part if part.is_number() else Term("exp", (part,))
+        found |= weighed(part) or {(None, alone)}
     return found
 
 

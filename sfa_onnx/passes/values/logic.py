@@ -13,6 +13,7 @@ from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, ZERO, Term, number
 
 __all__ = ["ROWS", "seen"]
 
+_LINEAR: Final = 20.0  # above it log(1 + exp(x)) is x in float32
 _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
     "eq": lambda a, b: a == b,
     "lt": lambda a, b: a < b,
@@ -217,6 +218,19 @@ def _is_share(term: Term) -> bool:
     return any(t.op == "pow" and t.exponent < 0 for t in term.walk())
 
 
+def _softplus(n: Normal, term: Term) -> Term | None:
+    """Where(20 < x, x, log(1 + exp(x))) = log(1 + exp(x)), but for less than a rounding."""
+    condition, then, other = term.args
+    for own, smooth, holds in ((then, other, True), (other, then, False)):
+        ends = condition.args if condition.op in ("lt", "le") else ()
+        if not ends or n.log(n.add(ONE, n.exp(own))) != smooth:
+            continue
+        limit, tested = ends if holds else ends[::-1]
+        if tested == own and limit.is_number() and limit.value >= _LINEAR:
+            return smooth
+    return None
+
+
 def _scrubbed(n: Normal, term: Term) -> Term | None:
     """Where(isnan(x), y, x) = x: weights are numbers in a row that sees a key."""
     del n
@@ -295,6 +309,12 @@ ROWS: Final = (
     _row("choice", "where", "where(not c, a, b)", "where(c, b, a)", _chosen),
     # nan_to_num, x != x
     _row("NaN scrubbed", "where", "where(isnan(a), b, a)", "a", _scrubbed),
+    # softplus, as torch computes it
+    _row(
+        *("softplus", "where", "where(20 < 40 * p, 40 * p, log(1 + exp(40 * p)))"),
+        *("log(1 + exp(40 * p))", _softplus),
+        *("where(0.1 < p, p, log(1 + exp(p)))", "log(1 + exp(p))"),
+    ),
     # max == -inf, sum == 0, log-sum-exp == -inf: rows that see no key
     _row(
         *("empty row", "where", "where(sum(t, exp(s - maximum(t, s))) == 0, a, b)", "b", _guard),

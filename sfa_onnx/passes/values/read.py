@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import numpy as np
@@ -15,7 +14,8 @@ from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Ref, Scaled, Tracer
 from sfa_onnx.passes.axes.writes import assigned_where
 from sfa_onnx.passes.values.attention_op import attention_term, is_attention
 from sfa_onnx.passes.values.identity import Normal
-from sfa_onnx.passes.values.terms import ONE, ZERO, Term, dot, element, number
+from sfa_onnx.passes.values.pointwise import POINTWISE
+from sfa_onnx.passes.values.terms import Term, dot, element, number
 
 __all__ = ["INNER", "Reader"]
 
@@ -88,8 +88,10 @@ class Reader:
             return self.n.flag(self.term(Ref(node.input[0], ref.coords)))
         if node.op_type in _LAYOUT and isinstance(step := tracer.step(ref), Move):
             return self.term(step.ref)
+        if node.op_type == "Exp":  # of a sink
+            return self.n.exp(*self.operands(node, ref))
         if node.op_type in ("Add", "Sub", "Mul", "Neg"):
-            found = _POINTWISE[node.op_type](self, node, ref)
+            found = POINTWISE[node.op_type](self, node, ref)
             if self._of_conditions(found):
                 return found
         if (
@@ -107,13 +109,13 @@ class Reader:
 
     def _condition(self, node: onnx.NodeProto, ref: Ref) -> Term:
         if node.op_type in ("Not", "And") or (self.deep and node.op_type == "Or"):
-            return _POINTWISE[node.op_type](self, node, ref)
+            return POINTWISE[node.op_type](self, node, ref)
         if self.deep and node.op_type in _COUNTS:
             return self._reduced(node, ref)
         if (
             self.deep
             and node.op_type in _COMPARED
-            and self._of_conditions(found := _POINTWISE[node.op_type](self, node, ref))
+            and self._of_conditions(found := POINTWISE[node.op_type](self, node, ref))
         ):
             return found
         views = node.op_type in _LAYOUT or node.op_type == "Cast"
@@ -146,10 +148,12 @@ class Reader:
         if node.op_type in _REDUCE:
             step = self.tracer.step(ref) if node.op_type == "ReduceSum" else None
             return self._dot(step, ref) if isinstance(step, Dot) else self._reduced(node, ref)
-        if (rule := _POINTWISE.get(node.op_type)) is not None:
+        if (rule := POINTWISE.get(node.op_type)) is not None:
             return rule(self, node, ref)
         if (written := self._assigned(node, ref)) is not None:
             return written
+        if node.op_type == "Pad" and (padded := self._padded(node, ref)) is not None:
+            return padded
         step = self.tracer.step(ref)
         if isinstance(step, Move):
             return self.term(step.ref)
@@ -193,6 +197,42 @@ class Reader:
         mask, update = found
         data = self.term(Ref(node.input[0], ref.coords))
         return self.n.where(self.term(mask), self.term(update), data)
+
+    def _padded(self, node: onnx.NodeProto, ref: Ref) -> Term | None:
+        """A number in front of or behind the elements of one axis: a Concat."""
+        sizes, rank = self.tracer.sizes, len(ref.coords)
+        pads = sizes.value(node.input[1]) if len(node.input) > 1 else None
+        given = [n for n in node.input[2:3] if n]
+        fill = self.tracer.fill(given[0]) if given else 0.0
+        plain = attributes(node).get("mode", b"constant") in (b"constant", "constant")
+        if pads is None or fill is None or not plain or any(node.input[3:]) or pads.min() < 0:
+            return None
+        wide = [i for i in range(rank) if pads[i] or pads[i + rank]]
+        position = ref.coords[wide[0]] if len(wide) == 1 else Expr()
+        if position.bounds is None or len(wide) != 1:
+            return None
+        first, size = int(pads[wide[0]]), self.tracer.shape(node.input[0])[wide[0]]
+        own = list(ref.coords)
+        own[wide[0]] = position + -first
+        inner = self.term(Ref(node.input[0], tuple(own)))
+        parts = ((0, first, number(fill)), (first, first + size, inner))
+        end = self.tracer.shape(ref.value)[wide[0]]
+        return self._ranges(position, (*parts, (first + size, end, number(fill))))
+
+    def _ranges(self, position: Expr, parts: Sequence[tuple[int, int, Term]]) -> Term | None:
+        """The term of the range that a position lies in, or pieces along its label."""
+        low, high = position.bounds or (0, 0)
+        for start, stop, term in parts:
+            if start <= low and high < stop:
+                return term
+        label = position.terms[0][0]
+        if len(position.terms) != 1 or position.terms[0][1] != 1 or not isinstance(label, Label):
+            return None
+        shift, last = position.const, label.size
+        cut = [(max(a - shift, 0), min(b - shift, last), term) for a, b, term in parts]
+        kept = [(a, b, term) for a, b, term in cut if a < b]
+        ranges = tuple((a, b) for a, b, _ in kept)
+        return self.n.make("pieces", tuple(term for _, _, term in kept), (label, ranges))
 
     def reduced_at(self, node: onnx.NodeProto, ref: Ref) -> tuple[Ref, list[Label]] | None:
         """The element that a reduction runs over, and its labels; None: its axes are unknown."""
@@ -244,157 +284,3 @@ class Reader:
 def _of_flags(term: Term) -> bool:
     parts = term.args if term.op == "mul" else (term,)
     return all(p.op in ("flag", "number") for p in parts)
-
-
-# -- pointwise operators --------------------------------------------------------------------------
-
-_Rule = Callable[[Reader, onnx.NodeProto, Ref], Term]
-
-
-def _plain(op: str) -> _Rule:
-    def rule(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-        return r.n.make(op, tuple(r.operands(node, ref)))
-
-    return rule
-
-
-def _difference(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    a, b = r.operands(node, ref)
-    return r.n.add(a, r.n.mul(number(-1), b))
-
-
-def _quotient(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    a, b = r.operands(node, ref)
-    return r.n.mul(a, r.n.power(b, -1))
-
-
-def _negative(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    return r.n.mul(number(-1), *r.operands(node, ref))
-
-
-def _inverse(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    (x,) = r.operands(node, ref)
-    return r.n.power(x, -1)
-
-
-def _power(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    base, by = r.operands(node, ref)
-    if base.is_number() and base.value > 0:
-        # a rounded e counts as e
-        rate = 1.0 if abs(base.value - math.e) < 1e-6 else math.log(base.value)
-        return r.n.exp(r.n.mul(number(rate), by))
-    if by.is_number() and by.value == int(by.value):
-        return r.n.power(base, int(by.value))
-    r.opaque[ref.value] = node.op_type
-    return element(ref)
-
-
-def _greater(op: str) -> _Rule:
-    def rule(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-        a, b = r.operands(node, ref)
-        return r.n.make(op, (b, a))
-
-    return rule
-
-
-def _equal(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    a, b = r.operands(node, ref)
-    if a == b and not a.is_number():  # x == x, but for NaN
-        return r.n.negate(r.n.make("isnan", (a,)))
-    return r.n.make("eq", (a, b))
-
-
-def _infinite(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    (x,), a = r.operands(node, ref), attributes(node)
-    ends = [number(math.inf)] if a.get("detect_positive", 1) else []
-    ends += [number(-math.inf)] if a.get("detect_negative", 1) else []
-    return r.n.make("or", tuple(r.n.make("eq", (x, end)) for end in ends))
-
-
-def _cast(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    source = r.tracer.sizes.elem_type(node.input[0])
-    target = r.tracer.sizes.elem_type(ref.value)
-    inner = r.term(Ref(node.input[0], ref.coords))
-    if (source == _T.BOOL) == (target == _T.BOOL):
-        return inner
-    return r.n.flag(inner) if source == _T.BOOL else r.n.negate(r.n.make("eq", (inner, ZERO)))
-
-
-def _clip(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    a = attributes(node)
-    found = r.term(Ref(node.input[0], ref.coords))
-    for i, (op, name) in enumerate((("max", "min"), ("min", "max")), 1):
-        given = node.input[i] if len(node.input) > i else ""
-        end = number(a[name]) if name in a else r.term(Ref(given, ())) if given else None
-        found = found if end is None else r.n.make(op, (end, found))
-    return found
-
-
-def _softmax(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    axis = _last(r, node, ref)
-    if axis is None:
-        r.opaque[ref.value] = node.op_type
-        return element(ref)
-    scores = r.term(Ref(node.input[0], ref.coords))
-    label = fresh("r", r.tracer.shape(node.input[0])[axis])
-    coords = (*ref.coords[:axis], Expr.of(label), *ref.coords[axis + 1 :])
-    total = r.over("sum", label, r.n.exp(r.term(Ref(node.input[0], coords))))
-    if node.op_type == "LogSoftmax":
-        return r.n.add(scores, r.n.mul(number(-1), r.n.log(total)))
-    return r.n.mul(r.n.exp(scores), r.n.power(total, -1))
-
-
-def _last(r: Reader, node: onnx.NodeProto, ref: Ref) -> int | None:
-    """The axis of a Softmax; before opset 13 only the last one is an axis of its own."""
-    new, rank = r.tracer.index.opsets.get("", 18) >= 13, len(ref.coords)
-    axis = int(attributes(node).get("axis", -1 if new else 1)) % rank
-    return axis if new or axis == rank - 1 else None
-
-
-def _normalised(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    """Exponentials over their sum, as one node."""
-    a, axis = attributes(node), int(attributes(node).get("axis", -1)) % len(ref.coords)
-    if a.get("p", 2) != 1:
-        r.opaque[ref.value] = node.op_type
-        return element(ref)
-    label = fresh("r", r.tracer.shape(node.input[0])[axis])
-    coords = (*ref.coords[:axis], Expr.of(label), *ref.coords[axis + 1 :])
-    total = r.over("sum", label, r.term(Ref(node.input[0], coords)))
-    return r.n.mul(r.term(Ref(node.input[0], ref.coords)), r.n.power(total, -1))
-
-
-def _sigmoid(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    (x,) = r.operands(node, ref)
-    return r.n.power(r.n.add(ONE, r.n.exp(r.n.mul(number(-1), x))), -1)
-
-
-def _softplus(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    return r.n.log(r.n.add(ONE, r.n.exp(*r.operands(node, ref))))
-
-
-def _relu(r: Reader, node: onnx.NodeProto, ref: Ref) -> Term:
-    return r.n.make("max", (ZERO, *r.operands(node, ref)))
-
-
-_POINTWISE: Final[dict[str, _Rule]] = {
-    **{op: _plain(name) for op, name in (("Add", "add"), ("Sum", "add"), ("Mul", "mul"))},
-    **{op: _plain(op.lower()) for op in ("Exp", "Log", "Max", "Min", "Where", "And", "Or", "Not")},
-    **{op: _plain(name) for op, name in (("Less", "lt"), ("LessOrEqual", "le"))},
-    **{op: _greater(name) for op, name in (("Greater", "lt"), ("GreaterOrEqual", "le"))},
-    "IsNaN": _plain("isnan"),
-    "IsInf": _infinite,
-    "Equal": _equal,
-    "Sub": _difference,
-    "Div": _quotient,
-    "Neg": _negative,
-    "Reciprocal": _inverse,
-    "Pow": _power,
-    "Cast": _cast,
-    "Clip": _clip,
-    "Softmax": _softmax,
-    "LogSoftmax": _softmax,
-    "LpNormalization": _normalised,
-    "Sigmoid": _sigmoid,
-    "Softplus": _softplus,
-    "Relu": _relu,
-}

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["empty_rows", "mostly_empty", "relative_error", "without_keys"]
+__all__ = [
+    "UNDEFINED",
+    "empty_rows",
+    "mostly_empty",
+    "mostly_undefined",
+    "relative_error",
+    "without_keys",
+]
 
 Array = NDArray[Any]
+UNDEFINED = "rows that see keys, and are NaN all the same: the softmax of those keys after"
 _NOTHING = 1e-12  # of results around 1
 _LONELY_MAX = 0.5  # share of empty rows beyond which a draw shows nothing
 
@@ -22,6 +30,15 @@ def mostly_empty(want: Array, got: Array) -> bool:
 
 def _empty(want: Array, got: Array) -> Array:
     return np.asarray(np.isnan(want) & (got == 0.0))
+
+
+def mostly_undefined(want: Array, got: Array) -> bool:
+    """Whether more elements than not are NaN before and numbers after: nothing shows."""
+    return want.shape == got.shape and bool(_undefined(want, got).mean() > _LONELY_MAX)
+
+
+def _undefined(want: Array, got: Array) -> Array:
+    return np.asarray(np.isnan(want) & np.isfinite(got))
 
 
 def without_keys(before: str) -> str:
@@ -46,15 +63,19 @@ def relative_error(want: Array, got: Array, lonely: set[str] | None = None) -> f
     """Largest difference relative to the largest expected value; inf where infinities differ.
 
     NaN where the operator gives exact zeros is a row without any key: an edge of the domain on
-    which originals differ by design. It is noted in `lonely`, not judged.
+    which originals differ by design. It is noted in `lonely`, not judged. So is NaN where the
+    operator gives numbers: an exponential of -inf - -inf, say, in a chunk without keys.
     """
     if want.shape != got.shape:
         return math.inf
-    if lonely is not None and (empty := _empty(want, got)).any():
-        if mostly_empty(want, got):
+    if lonely is not None and (undefined := _undefined(want, got)).any():
+        if mostly_undefined(want, got):
             return math.inf
-        lonely.add(without_keys("NaN"))
-        want, got = want[~empty], got[~empty]
+        if _empty(want, got).any():
+            lonely.add(without_keys("NaN"))
+        if (got[undefined] != 0).any():
+            lonely.add(UNDEFINED)
+        want, got = want[~undefined], got[~undefined]
     finite = np.isfinite(want)
     if (finite != np.isfinite(got)).any() or not np.array_equal(
         want[~finite], got[~finite], equal_nan=True

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from sfa_onnx.errors import ContractError
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.verify.distance import mostly_empty, relative_error
+from sfa_onnx.passes.verify.distance import mostly_undefined, relative_error
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError
+from sfa_onnx.passes.verify.far import far_scores
 from sfa_onnx.passes.verify.inputs import inputs
 from sfa_onnx.passes.verify.judge import Judge
 from sfa_onnx.passes.verify.lonely import mostly_hidden, rows_without_keys
@@ -112,7 +113,9 @@ class Site:
                 return result
             if result.draws:
                 results.append(result)
-        self._edges |= rows_without_keys(problem, self._both)
+        self._edges |= rows_without_keys(problem, self._both) | far_scores(
+            problem, self._region_model, self._region
+        )
         if refusal := mostly_hidden(problem, self._both, self._edges):
             return refusal
         return VerifyRecord(
@@ -327,7 +330,7 @@ class Site:
         flat, fused = self._flat(want[:1]), self._flat(got[:1])
         if draw.poison is not None and math.isnan(draw.poison):
             return self._spread(flat, fused)
-        if mostly_empty(flat, fused):
+        if mostly_undefined(flat, fused):
             raise _NothingShownError
         errors = [  # of every output by its own largest value
             relative_error(self._flat([w]), self._flat([g]), self._edges)
