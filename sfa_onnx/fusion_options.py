@@ -48,7 +48,8 @@ def expect(report: FuseReport, count: int | str | None, plan: Any) -> None:
             f"{fused} sites were fused, {count} were expected."
             + (f" Refused: {refused}" if refused else " No other candidate was found.")
         )
-    planned = [s for s in report.refused if s.site_id in report.planned]
+    left = [*report.refused, *(s for s in report.selections if s.status == "refused")]
+    planned = [s for s in left if s.site_id in report.planned]
     if plan is not None and planned:
         reasons = "; ".join(f"{s.site_id}: {s.reason}" for s in planned[:5])
         raise VerificationError(f"{plan}: {len(planned)} sites of the plan do not fuse. {reasons}")
@@ -79,7 +80,7 @@ def worth_writing(report: FuseReport, output: Any, kv_cache: str, portable: bool
 
     Says so in the report's notes where an output was asked for.
     """
-    if report.fused or kv_cache != "keep" or portable:
+    if report.fused or report.indexers or kv_cache != "keep" or portable:
         return True
     if output is not None:
         report.notes.append("nothing was fused, so nothing was written")

@@ -108,6 +108,7 @@ class FuseReport:
     materialized: list[MaterializedWeight] = field(default_factory=list)
     inlined: tuple[tuple[str, str], ...] = ()  # (domain, name) of local functions inlined
     assumed: tuple[str, ...] = ()  # what the caller asserts: "two-valued:attention_mask"
+    selections: list[SiteReport] = field(default_factory=list)  # lightning indexers, not in sites
 
     @property
     def fused(self) -> list[SiteReport]:
@@ -118,6 +119,11 @@ class FuseReport:
     def refused(self) -> list[SiteReport]:
         """The candidates that were not, each with a reason."""
         return [s for s in self.sites if s.status == "refused"]
+
+    @property
+    def indexers(self) -> list[SiteReport]:
+        """The selections that the indexer stands for now."""
+        return [s for s in self.selections if s.status == "fused"]
 
 
 def to_json(report: Any) -> Any:

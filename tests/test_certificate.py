@@ -6,7 +6,7 @@ import onnx
 import pytest
 
 import sfa_onnx
-from sfa_onnx import fusion as run_fuse
+from sfa_onnx import fusion_run as run_fuse
 from sfa_onnx.errors import UsageError
 from sfa_onnx.passes.certificate import check_certificate
 from tests.hand_sites import several_sites

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 import sfa_onnx
-from sfa_onnx import fusion as run_fuse
+from sfa_onnx import fusion_run as run_fuse
 from sfa_onnx.errors import UsageError, VerificationError
 from sfa_onnx.files.model import hash_tensors_and_nodes
 from sfa_onnx.passes.candidate import Refusal, RefusedSite

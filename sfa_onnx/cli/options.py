@@ -6,7 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Help", "Verb", "assume", "forced", "inputs", "model", "reported", "rounding", "seed"]
+__all__ = [
+    "Help",
+    "Verb",
+    "assume",
+    "forced",
+    "indexer",
+    "inputs",
+    "model",
+    "reported",
+    "rounding",
+    "seed",
+]
 
 _CODES: Final = "exit codes: 0 done, 1 error, 2 usage, {met}130 interrupted"
 
@@ -102,4 +113,13 @@ def assume(verb: Verb) -> None:
         default=[],
         metavar="two-valued:NAME",
         help="assert that the float input NAME holds 0 and -1e4 or less only: a mask, no bias",
+    )
+
+
+def indexer(verb: Verb) -> None:
+    """What selects keys."""
+    verb.add(
+        "--no-indexer",
+        action="store_true",
+        help="leave selections alone: no NPULightningIndexer in their place",
     )

@@ -69,6 +69,7 @@ def _inspect(verbs: Any) -> None:
     verb.add("--site", metavar="ID", help="explain this site only (its name or its number)")
     verb.add("--plan", type=Path, metavar="FILE", help="write an editable plan of the sites (YAML)")
     options.assume(verb)
+    options.indexer(verb)
     verb.add("--no-verify", action="store_true", help="find and bind only, without execution")
     verb.add("--estimate", action="store_true", help="a roofline model of each fused site")
     verb.add("--soc-version", default=_CHIP, metavar="CHIP", help="chip of --estimate")
@@ -137,6 +138,7 @@ def _fuse(verbs: Any) -> None:
         help="write W_UK and W_UV of absorbed sites as weights of their own (reads the weights)",
     )
     options.assume(verb)
+    options.indexer(verb)
     verb.add("--no-verify", action="store_true", help="skip execution in float64")
     verb.add("--dry-run", action="store_true", help="report only, write nothing")
     verb.finish(

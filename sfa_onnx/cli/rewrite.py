@@ -29,15 +29,20 @@ def inspect(args: argparse.Namespace, console: Console) -> int:
     summary = summarise(args.model)
     show.summary(console, args.model, summary)
     how = {"verify": not args.no_verify, "assume": args.assume, "trace": args.trace}
+    how["indexer"] = not args.no_indexer
     report = _run_fuse(args, console, output=None, **how)
-    sites = show.pick_sites(report.sites, args.site)
+    every = [*report.sites, *report.selections]
+    sites = show.pick_sites(every if args.site is not None else report.sites, args.site)
     show.sites(console, sites, explain=args.explain or args.trace or args.site is not None)
+    chosen = report.selections if args.site is None else []
+    show.selections(console, chosen, explain=args.explain or args.trace)
     if args.plan:
         spare_weights(report.model, args.model.parent, args.plan)
         plans.write_plan(report, args.plan, force=args.force)
         console.say("plan written to {}: edit it, then [bold]fuse --plan[/bold]", args.plan)
     estimate = _estimate(args, console, report) if args.estimate else None
-    console.result("inspect", {"summary": summary, "sites": sites, "estimate": estimate})
+    found = {"summary": summary, "sites": sites, "selections": chosen, "estimate": estimate}
+    console.result("inspect", found)
     return 0
 
 
@@ -76,6 +81,7 @@ def fuse(args: argparse.Namespace, console: Console) -> int:
         force=args.force,
         cost=args.cost,
         assume=args.assume,
+        indexer=not args.no_indexer,
         materialize_absorbed=args.materialize_absorbed and not args.dry_run,
     )
     show.fuse_report(console, args.model, report)

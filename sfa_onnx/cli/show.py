@@ -23,6 +23,7 @@ __all__ = [
     "kv_report",
     "pick_sites",
     "save_npz",
+    "selections",
     "sites",
     "spread",
     "summary",
@@ -107,12 +108,22 @@ def sites(console: Console, found: Sequence[SiteReport], *, explain: bool = Fals
     if not found:
         console.say("no softmax over selected keys in this graph: no sparse-attention candidate")
         return
+    _rows(console, found, "site", explain=explain)
+
+
+def selections(console: Console, found: Sequence[SiteReport], *, explain: bool = False) -> None:
+    """As `sites`, of what selects keys; silent where nothing does."""
+    if found:
+        _rows(console, found, "selection", explain=explain)
+
+
+def _rows(console: Console, found: Sequence[SiteReport], kind: str, *, explain: bool) -> None:
     rows = []
     for number, site in enumerate(found, 1):
         state = Text("■ fuses", "green") if site.status == "fused" else Text("□ refused", "red")
         what = site.family or site.op_type if site.status == "fused" else site.reason
         rows.append((number, site.site_id, state, site.layer or site.anchor, what))
-    console.table(("#", "site", "", "where", "what"), rows, right=(0,))
+    console.table(("#", kind, "", "where", "what"), rows, right=(0,))
     for site in found:
         for limit in site.npu_limits:
             console.say("  NPU limit at {}: {}", site.site_id, limit, style="yellow")
@@ -153,8 +164,10 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
     for op_type, count in Counter(s.op_type for s in report.fused).items():
         console.say("  {} x {}", count, op_type)
     _verified(console, report)
+    _selected(console, report)
     if console.verbose:
         sites(console, report.sites, explain=True)
+        selections(console, report.selections, explain=True)
     for entry in report.assumed:
         console.say("  [yellow]assumed[/yellow], as the caller asserts: {}", entry)
     for reason, count in Counter(s.reason for s in report.refused).most_common():
@@ -174,8 +187,20 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
         console.say(stages, style="dim")
     if report.path:
         console.say("written: [bold]{}[/bold]", report.path)
-    if not report.fused:
+    if not report.fused and not report.indexers:
         console.say("see why: sfa-onnx inspect {} --explain", shlex.quote(str(path)), style="dim")
+
+
+def _selected(console: Console, report: FuseReport) -> None:
+    """The indexers of a fusion."""
+    if report.selections:
+        done, total = len(report.indexers), len(report.selections)
+        console.say("{}/{} selections are NPULightningIndexer now", done, total)
+    refused = (s.reason for s in report.selections if s.status == "refused")
+    for reason, count in Counter(refused).most_common():
+        console.say("  [red]refused[/red] {} x {}", count, reason)
+    for limit, count in Counter(x for s in report.indexers for x in s.npu_limits).items():
+        console.say("  [yellow]NPU limit[/yellow] {} x {}", count, limit)
 
 
 def _verified(console: Console, report: FuseReport) -> None:

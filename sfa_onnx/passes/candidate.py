@@ -30,6 +30,8 @@ class Role(enum.StrEnum):
     SCALE = "scale"  # float32 dequantisation scales per tile
     EXPANSION = "expansion"  # W of kv_b_proj (absorption)
     INDICES = "indices"
+    INDEX_KEY = "index_key"  # rows that the indexer scores
+    INDEX_WEIGHTS = "index_weights"  # one per query row and indexer head
     BLOCK_TABLE = "block_table"
     LENGTHS_KV = "lengths_kv"
     LENGTHS_QUERY = "lengths_query"

@@ -213,7 +213,7 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
         "materialized": to_json(report.materialized),
         "inlined": to_json(report.inlined),
         "assumed": to_json(report.assumed),
-        "sites": to_json(report.sites),
+        "sites": to_json([*report.sites, *report.selections]),
         "notes": to_json(report.notes),
     }
 

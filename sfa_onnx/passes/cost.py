@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attribute, attributes
-from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.operator.op import (
+    LIGHTNING_INDEXER,
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+)
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 
@@ -82,6 +86,8 @@ def compare_costs(before: Cost, after: Cost) -> dict[str, float]:
 def _node_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
     if (node.domain, node.op_type) in _FUSED:
         return _fused_cost(sizes, node)
+    if (node.domain, node.op_type) == LIGHTNING_INDEXER.key:
+        return _indexer_cost(sizes, node)
     inputs = [sizes.shape(name) for name in node.input if name]
     outputs = [sizes.shape(name) for name in node.output if name]
     if any(shape is None for shape in (*inputs, *outputs)):
@@ -153,3 +159,15 @@ def _rope_width(sizes: Concrete, node: onnx.NodeProto, packed: bool) -> int:
     position = SPARSE_FLASH_ATTENTION.input_index("query_rope")
     shape = sizes.shape(node.input[position]) if len(node.input) > position else None
     return shape[-1] if shape else 0
+
+
+def _indexer_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
+    """2 * tokens * Hi * keys * (Di + 1); keys are read once per sequence, scores never written."""
+    query, key = (sizes.shape(name) for name in node.input[:2])
+    if query is None or key is None:
+        return Cost(unknown=1)
+    pages = node.input[5] if len(node.input) > 5 else ""
+    keys = math.prod(key[:2]) if len(key) == 3 or pages else key[1]
+    tokens, heads, width = math.prod(query[:-2]), query[-2], query[-1]
+    moved = 4.0 * (math.prod(query) + math.prod(key))
+    return Cost(2.0 * tokens * heads * keys * (width + 1), moved)

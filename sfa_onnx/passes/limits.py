@@ -8,7 +8,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.operator.contract import INT8, OpContract
-from sfa_onnx.operator.op import KV_CACHE_PACK, NPU
+from sfa_onnx.operator.op import KV_CACHE_PACK, LIGHTNING_INDEXER, NPU
 from sfa_onnx.passes.candidate import Candidate, Role
 
 __all__ = ["npu_limits"]
@@ -53,10 +53,29 @@ def _type_limits(candidate: Candidate) -> list[str]:
     return [f"the query is {name}; the NPU takes {legal}"]
 
 
+def _indexer_limits(candidate: Candidate, sizes: dict[str, int]) -> list[str]:
+    """Heads, width and count of an indexer."""
+    if candidate.op is not LIGHTNING_INDEXER:
+        return []
+    found = []
+    padded = any(o.role is Role.MASK for o in candidate.operands)
+    if padded:
+        found.append("padding is one more head and column of the indexer; the NPU has no such mask")
+    for name, what, want in (
+        ("Hi", "indexer heads", NPU.indexer_heads),
+        ("Di", "columns per indexer key", NPU.indexer_dim),
+    ):
+        if (got := sizes.get(name)) is not None and got != want:
+            found.append(f"{got} {what}; the NPU takes {want}")
+    if sizes.get("K", 0) > NPU.sparse_count_max:
+        found.append(f"{sizes['K']} keys are selected; the NPU takes {NPU.sparse_count_max}")
+    return found
+
+
 def _size_limits(candidate: Candidate) -> list[str]:
     """Head count, widths and page size, where they are known."""
     sizes = {k: v for k, v in candidate.sizes.items() if isinstance(v, int)}
-    found = []
+    found = _indexer_limits(candidate, sizes)
     if (heads := sizes.get("N1")) is not None and heads not in NPU.heads:
         legal = ", ".join(str(h) for h in NPU.heads)
         found.append(f"{heads} query heads; the NPU takes {legal}")

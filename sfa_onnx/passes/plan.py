@@ -71,7 +71,8 @@ def write_plan(report: FuseReport, path: str | os.PathLike[str], *, force: bool 
     """
     target = Path(path)
     sites = [
-        {"id": s.site_id, "fuse": True, "op": s.op_type, "layer": s.layer} for s in report.fused
+        {"id": s.site_id, "fuse": True, "op": s.op_type, "layer": s.layer}
+        for s in (*report.fused, *report.indexers)
     ]
     if target.suffix == ".json":
         head = {"version": _VERSION} | (
@@ -86,7 +87,7 @@ def write_plan(report: FuseReport, path: str | os.PathLike[str], *, force: bool 
         for site in sites:
             pairs = [f"{key}: {json.dumps(value)}" for key, value in site.items()]
             lines += [f"  - {pairs[0]}", *(f"    {pair}" for pair in pairs[1:])]
-        for s in report.refused:
+        for s in (*report.refused, *(s for s in report.selections if s.status == "refused")):
             lines.append(f"# refused: {json.dumps(s.site_id)}: {s.reason}".replace("\n", " "))
         text = _HEADER + "\n".join(lines) + "\n"
     atomic_write(target, text.encode(), force=force)

@@ -105,6 +105,7 @@ class Emitter:
                 for i, old in enumerate(names):
                     if old == value:
                         names[i] = name
+        self._made[name] = self._made[value]
 
     def sort(self) -> None:
         """Order the nodes so that each comes after what it reads."""

@@ -21,7 +21,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.values.attention_op import is_attention
 
-__all__ = ["attention_regions"]
+__all__ = ["FOLLOWED", "attention_regions"]
 
 _MOST: Final = 4000  # nodes followed from one product
 _LATER: Final = 3  # values behind the first that all rows reach, which are asked as well
@@ -43,7 +43,7 @@ _POINTWISE: Final = (
     | frozenset(("Max", "Min", "Mul", "Neg", "NonZero", "Not", "Or", "Pow", "Reciprocal", "Relu"))
     | frozenset(("Sigmoid", "Softmax", "Softplus", "Sqrt", "Sub", "Sum", "Tanh", "Where", "Xor"))
 )
-_FOLLOWED: Final = (
+FOLLOWED: Final = (
     _VIEWS
     | _POINTWISE
     | frozenset(("Pad", "ScatterElements", "ScatterND", "Unsqueeze", "ReduceL1", "ReduceLogSum"))
@@ -174,7 +174,7 @@ class _Sweep:
             node.op_type == "ReduceSum" and len(operands(self.index, node)) == 2
         ):
             return self._weighs(i, read)
-        known = node.op_type in _FOLLOWED
+        known = node.op_type in FOLLOWED
         if node.domain not in ("", "ai.onnx") or node.op_type in _CLOSED:
             return ""
         # what has no meaning in front of the rows is named by the refusal

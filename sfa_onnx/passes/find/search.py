@@ -27,12 +27,12 @@ from sfa_onnx.passes.find.regions import attention_regions
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 
-__all__ = ["FindOptions", "find_candidates"]
+__all__ = ["INVALID", "FindOptions", "find_candidates", "plain"]
 
 _log = logging.getLogger("sfa_onnx")
 
 # What a graph that contradicts itself (ranks, shapes) makes recognition raise.
-_INVALID = (
+INVALID = (
     *(ArithmeticError, AssertionError, AttributeError),
     *(LookupError, TypeError, ValueError),
 )
@@ -130,16 +130,16 @@ def _one(
     except NotASite as none:
         if none.refusal is None or not surely:
             return None
-        refusal = Refusal(_plain(none.refusal.reason), none.refusal.at, none.refusal.hint)
+        refusal = Refusal(plain(none.refusal.reason), none.refusal.at, none.refusal.hint)
     except Stop as stop:
-        refusal = Refusal(_plain(stop.reason), stop.at, stop.hint)
+        refusal = Refusal(plain(stop.reason), stop.at, stop.hint)
     except SizesMeetError as meet:
         refusal = Refusal(str(meet), region.scores, "export with these sizes fixed, or as one name")
     except BudgetError as over:
         refusal = Refusal(str(over), region.scores)
     except RecursionError:
         refusal = Refusal("the graph is nested too deeply to be traced", region.scores)
-    except _INVALID as e:
+    except INVALID as e:
         # An invalid graph (ranks or shapes that contradict each other) must not stop the others.
         _log.warning("recognition of %s failed", bound[0], exc_info=True)
         text = f"recognition itself failed ({type(e).__name__}: {e})"
@@ -147,7 +147,7 @@ def _one(
     return RefusedSite(region.anchor, layer, refusal, tuple(bound))
 
 
-def _plain(reason: str) -> str:
+def plain(reason: str) -> str:
     """A reason with index labels for people: d, and d2, d3 where there are several."""
     seen: dict[str, list[str]] = {}
 
@@ -171,7 +171,7 @@ def _bound(
         tracer.budget = budget
         try:
             return _unified(tracer, region, lambda: _finished(tracer, region, bound[:1]))
-        except (Stop, NotASite, SizesMeetError, BudgetError, RecursionError, *_INVALID):
+        except (Stop, NotASite, SizesMeetError, BudgetError, RecursionError, *INVALID):
             return None
 
     try:

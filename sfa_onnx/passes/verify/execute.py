@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sfa_onnx.guard.guarded import Stage
 from sfa_onnx.guard.worker import RemoteError
+from sfa_onnx.operator.op import KV_CACHE_PACK, LIGHTNING_INDEXER
 from sfa_onnx.passes.verify.judge import Judge, is_own
 
 __all__ = ["Executable", "Feeds"]
@@ -116,8 +117,7 @@ class _Stage:
             elif name in declared:
                 part.graph.input.append(declared[name])
             else:  # made by an earlier stage, or by one of ours: attention and packed rows
-                kind = onnx.TensorProto.INT8 if _is_packed(model, name) else 11
-                kind = kinds.get(name, kind)
+                kind = kinds.get(name, _own_kind(model, name))
                 part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
         self._inputs = [i for i in self._inputs if i not in constants]
         part.graph.output.extend(onnx.ValueInfoProto(name=o) for o in self._outputs)
@@ -153,8 +153,15 @@ def _needed(
     return made & (outside | set(wanted))
 
 
-def _is_packed(model: onnx.ModelProto, name: str) -> bool:
-    return any(name in n.output and n.op_type == "KvCachePack" for n in model.graph.node)
+def _own_kind(model: onnx.ModelProto, name: str) -> int:
+    """The element type of what one of our operators makes."""
+    for node in model.graph.node:
+        if name in node.output:
+            if node.op_type == KV_CACHE_PACK.name:
+                return int(_T.INT8)
+            chosen = node.op_type == LIGHTNING_INDEXER.name and name == node.output[0]
+            return int(_T.INT32 if chosen else _T.DOUBLE)
+    return int(_T.DOUBLE)
 
 
 def _told(error: RemoteError) -> str:

@@ -20,6 +20,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.operator import kv_cache, reference
 from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
+    LIGHTNING_INDEXER,
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
     PackedRow,
@@ -66,6 +67,8 @@ class Judge:
         values = attributes(node)
         if contract is KV_CACHE_PACK:
             return self._pack(values, inputs)
+        if contract is LIGHTNING_INDEXER:
+            return reference.lightning_indexer(*inputs, **values)  # type: ignore[arg-type]
         values["scale_value"] = float(values["scale_value"]) * self.scale
         if contract is SPARSE_FLASH_ATTENTION and values.get("return_softmax_lse"):
             return reference.sparse_flash_attention_lse(*inputs, **values)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Lightning indexers in graphs: found, bound, built and verified as attention is."""

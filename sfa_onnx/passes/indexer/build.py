@@ -1,0 +1,240 @@
+"""The operator in place of a selection, and what its readers were used to get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnx
+
+from sfa_onnx.operator.op import LIGHTNING_INDEXER
+from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.trace import Ref, Stop
+from sfa_onnx.passes.bind.rows import State
+from sfa_onnx.passes.emit.emitter import Emitter, Group
+from sfa_onnx.passes.emit.places import axis_labels
+from sfa_onnx.passes.emit.select import visible_at_rows
+from sfa_onnx.passes.indexer.site import Selection
+
+__all__ = ["HIDDEN_WEIGHT", "Replacement", "build"]
+
+_T = onnx.TensorProto
+HIDDEN_WEIGHT: Final = -1e30  # absorbs every score it is added to, in float32 and float64
+
+
+class Replacement:
+    """The nodes that stand for one selection.
+
+    Attributes:
+        emitter: holds them.
+        rows: the operator's indices [B, S1, 1, K], int32: visible keys first, then -1.
+        query, key, weights: the graph's elements that were taken.
+    """
+
+    def __init__(self, site: Selection, stem: str) -> None:
+        self.site, self.e = site, Emitter(site.tracer, stem)
+        self.query: Ref | None = None
+        self.key: Ref | None = None
+        self._named: set[str] = set()
+        self.rows = ""
+        self.listed = ""  # as `rows`; with padding, its keys are listed behind those visible
+        for state in (*site.query[:1], *site.key[:1]):
+            self.e.learn(state.ref)
+        self._operator()
+
+    # -- operands -------------------------------------------------------------------------------
+
+    def _operator(self) -> None:
+        site, e, f = self.site, self.e, self.site.formula
+        lead: list[Group] = [site.batch, site.tokens]
+        self.query, q = self._side(site.query, [*lead, f.heads, [f.column]], "query")
+        self.key, k = self._side(site.key, [site.batch, [f.keys], [], [f.column]], "key")
+        w = self._weights([*lead, f.heads])
+        if site.masks.padding:
+            q, k, w = self._with_padding(q, k, w)
+        inputs = [q, k, w]
+        if site.lengths is not None:
+            inputs += ["", self._lengths()]
+        outputs: dict[str, int] = {"rows": _T.INT32}
+        if site.masks.padding:
+            outputs["scores"] = site.elem_type
+        attrs: dict[str, Any] = LIGHTNING_INDEXER.complete(
+            {
+                "layout_query": "BSND",
+                "layout_key": "BSND",
+                "sparse_count": site.count,
+                "sparse_mode": site.mode,
+                "return_values": int(bool(site.masks.padding)),
+            }
+        )
+        made = e.several(
+            LIGHTNING_INDEXER.name, inputs, outputs, domain=LIGHTNING_INDEXER.domain, **attrs
+        )
+        self.listed = self.rows = made[0]
+        if site.masks.padding:
+            self.rows = self._without_padding(made[0], made[1])
+
+    def _side(self, states: Sequence[State], groups: Sequence[Group], hint: str) -> tuple[Ref, str]:
+        """The first tensor that needs no transpose, or else the first that is a view."""
+        order = [x for g in groups for x in g if x.size > 1]
+        straight = [s for s in states if _in_order(s.ref, order)]
+        last: Stop | None = None
+        for state in (*straight, *states):
+            try:
+                value = self.e.arrange(state.ref, groups, hint)
+                value = self.e.broadcast(value, groups, state.ref.labels)
+                return state.ref, self.e.cast(value, self.site.elem_type)
+            except Stop as stop:
+                last = stop
+        assert last is not None
+        raise last
+
+    def _weights(self, groups: Sequence[Group]) -> str:
+        """The product of all factors of a head's weight: [B, S1, Hi]."""
+        e, refs = self.e, self.site.formula.weights
+        padded = bool(self.site.masks.padding)
+        total = ""
+        have: set[Label] = set()
+        for ref in refs:
+            own = e.arrange(ref, groups, "weights")
+            if len(refs) > 1 or padded or e.elem_type(own) == _T.DOUBLE:
+                own = e.cast(own, _T.FLOAT)
+            total = own if not total else e.emit("Mul", [total, own], "weights", _T.FLOAT)
+            have |= ref.labels
+        return e.broadcast(total, groups, have)
+
+    def _lengths(self) -> str:
+        """Visible keys of every sequence, for its last row: int32 [B]."""
+        site, e, prefix = self.site, self.e, self.site.lengths
+        assert prefix is not None
+        groups: list[Group] = [site.batch, site.tokens]
+        size = e.size([site.formula.keys])
+        if prefix.ref is None:
+            bound = e.index(prefix.bound, groups)
+        else:
+            bound = e.arrange(prefix.ref, groups, "bound")
+            bound = e.cast(bound, _T.INT64)
+            if prefix.more:
+                by = e.constant(np.asarray(prefix.more, np.int64))
+                bound = e.emit("Add", [bound, by], "bound", _T.INT64)
+        labels = prefix.bound.labels if prefix.ref is None else prefix.ref.labels
+        if site.mode == 3:  # the last row's
+            last = [e.ints([-1]), e.ints([np.iinfo(np.int64).max]), e.ints([1])]
+            bound = e.emit("Slice", [bound, *last], "last", _T.INT64)
+        length = e.emit("Add", [bound, e.constant(np.asarray(1, np.int64))], "length", _T.INT64)
+        length = e.emit("Max", [length, e.ints([0])], "length", _T.INT64)
+        length = e.emit("Min", [length, size], "length", _T.INT64)
+        length = e.broadcast(length, [site.batch, []], labels & set(site.batch))
+        flat = e.emit("Reshape", [length, e.ints([-1])], "lengths", _T.INT64)
+        return e.cast(flat, _T.INT32)
+
+    # -- padding --------------------------------------------------------------------------------
+
+    def _with_padding(self, q: str, k: str, w: str) -> tuple[str, str, str]:
+        """One more column that is 1 at hidden keys, and one more head that reads only it.
+
+        Its weight puts hidden keys behind every visible one, in the order of their numbers.
+        """
+        site, e, f = self.site, self.e, self.site.formula
+        keys: list[Group] = [site.batch, [f.keys], [], []]
+        seen = visible_at_rows(e, site.masks.padding, keys)
+        kind = site.elem_type
+        hidden = e.cast(e.emit("Not", [seen], "hidden", _T.BOOL), kind)
+        k = e.emit("Concat", [k, hidden], "key", kind, axis=-1)
+        rows: list[Group] = [site.batch, site.tokens]
+        zero = e.cast(e.constant(np.zeros((1, 1, 1, 1), np.float32)), kind)
+        column = e.emit("Expand", [zero, e.dims([*rows, f.heads, []])], "zeros", kind)
+        q = e.emit("Concat", [q, column], "query", kind, axis=-1)
+        corner = np.zeros((1, 1, 1, f.column.size + 1), np.float32)
+        corner[..., -1] = 1
+        one = e.cast(e.constant(corner), kind)
+        target = e.emit("Concat", [*(e.size(g) for g in rows), e.ints([1, corner.shape[-1]])],
+                        "dims", _T.INT64, axis=0)  # fmt: skip
+        q = e.emit("Concat", [q, e.emit("Expand", [one, target], "head", kind)], "query", kind,
+                   axis=2)  # fmt: skip
+        low = e.constant(np.full((1, 1, 1), HIDDEN_WEIGHT, np.float32))
+        extra = e.emit("Expand", [low, e.dims([*rows, []])], "hide", _T.FLOAT)
+        return q, k, e.emit("Concat", [w, extra], "weights", _T.FLOAT, axis=-1)
+
+    def _without_padding(self, rows: str, scores: str) -> str:
+        """Hidden keys, which come last, become -1."""
+        e = self.e
+        low = e.constant(np.asarray(HIDDEN_WEIGHT / 2, np.float32))
+        seen = e.emit("Greater", [e.cast(scores, _T.FLOAT), low], "seen", _T.BOOL)
+        none = e.constant(np.asarray(-1, np.int32))
+        return e.emit("Where", [seen, rows, none], "rows", _T.INT32)
+
+    # -- what readers get -----------------------------------------------------------------------
+
+    def deliver_indices(self, name: str) -> None:
+        """The TopK's indices under their name: hidden keys are listed by number, as TopK does."""
+        site, e = self.site, self.e
+        found = self.listed
+        if site.mode or site.lengths is not None or not site.constant_k:
+            line = e.constant(np.arange(site.count, dtype=np.int32))
+            zero = e.constant(np.asarray(0, np.int32))
+            negative = e.emit("Less", [found, zero], "beyond", _T.BOOL)
+            found = e.emit("Where", [negative, line, found], "listed", _T.INT32)
+        if not site.constant_k:
+            bounds = [e.ints([0]), site.node.input[1], e.ints([-1])]
+            found = e.emit("Slice", [found, *bounds], "listed", _T.INT32)
+        found = e.cast(found, _T.INT64)
+        axes: list[Group] = [[x] if x.size > 1 else [] for x in site.formula.rows]
+        e.finish(self._in_place(found, axes), name)
+
+    def deliver_rows(self, name: str, axes: Sequence[Group]) -> None:
+        """Rows for an attention, under the name that it reads: one axis per group, and slots."""
+        site, e = self.site, self.e
+        own: list[Group] = [site.batch, site.tokens, []]
+        found = self.rows
+        if [list(a) for a in axes] != [list(o) for o in own]:
+            found = self._in_place(found, axes)
+        if found in self._named:  # by another attention
+            e.emit("Identity", [found], "rows", _T.INT32, out=name)
+            return
+        e.finish(found, name)
+        self._named.add(name)
+        if found == self.rows:  # it is called so from now on
+            self.rows = name
+
+    def _in_place(self, found: str, axes: Sequence[Group]) -> str:
+        """[B, S1, 1, K] brought to other axes; the last one may have any size."""
+        site, e = self.site, self.e
+        order = [*site.batch, *site.tokens]
+        wanted = [x for a in axes for x in a]
+        kind = e.elem_type(found)
+        if len(site.batch) <= 1 and len(site.tokens) <= 1:
+            ones = [i for i, g in enumerate((site.batch, site.tokens, ())) if not g]
+            found = e.emit("Squeeze", [found, e.ints(ones)], "rows", kind)
+        else:
+            dims = [e.size([x]) for x in order]
+            flat = e.emit("Concat", [*dims, e.ints([-1])], "dims", _T.INT64, axis=0)
+            found = e.emit("Reshape", [found, flat], "rows", kind)
+        if order != wanted:
+            perm = [*(order.index(x) for x in wanted), len(order)]
+            found = e.emit("Transpose", [found], "rows", kind, perm=perm)
+        missing = [i for i, a in enumerate(axes) if not a]
+        if missing:
+            found = e.emit("Unsqueeze", [found, e.ints(missing)], "rows", kind)
+        return found
+
+
+def build(site: Selection, stem: str) -> Replacement:
+    """The operator and its operands, as nodes; readers are delivered to afterwards.
+
+    Raises:
+        Stop: an operand cannot be brought into the operator's order.
+    """
+    return Replacement(site, stem)
+
+
+def _in_order(ref: Ref, order: Sequence[Label]) -> bool:
+    """Whether the tensor's axes are those labels, whole and in this order."""
+    found = []
+    for coordinate in ref.coords:
+        labels = axis_labels(coordinate)
+        if labels is None or coordinate.const:
+            return False
+        found += labels
+    return found == [x for x in order if x in ref.labels]

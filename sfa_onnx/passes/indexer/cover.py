@@ -1,0 +1,154 @@
+"""What a bound selection covers in the graph: nodes, entering values and their roles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import onnx
+
+from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.trace import Ref
+from sfa_onnx.passes.bind.domains import mask_domain
+from sfa_onnx.passes.candidate import Domain, Operand, Role
+from sfa_onnx.passes.emit.places import axis_labels
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.indexer.build import Replacement
+from sfa_onnx.passes.indexer.site import Selection
+
+__all__ = ["Cover", "cover"]
+
+_BOUND = Domain(low=-1, high="S2", assumption="a row's last visible key is one of those stored")
+
+
+@dataclass
+class Cover:
+    """Node indices and entering values."""
+
+    nodes: tuple[int, ...] = ()
+    support: tuple[int, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    sizes: dict[str, int | str] = field(default_factory=dict)
+
+
+def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Cover:
+    """The region that computes `outputs`, from the operands on."""
+    names = _Names(site)
+    known = _operands(site, made, names)
+    index = site.tracer.index
+    wanted = list(outputs)
+    inner, shaped = _upstream(index, [*wanted, *made.e.used], set(known))
+    for value in shaped:
+        known.setdefault(value, _shape_of(site, value))
+    needed, _ = _upstream(index, list(made.e.used), set(known))
+    removed = _dead(index, inner, wanted, needed)
+    read = {n for i in inner for n in index.nodes[i].input} | set(made.e.used)
+    live = [o for v, o in known.items() if v in read]
+    return Cover(
+        tuple(sorted(removed)), tuple(sorted(inner - removed)), tuple(live), dict(names.sizes)
+    )
+
+
+class _Names:
+    """Label -> axis name of the operator's language, and sizes as the file tells them."""
+
+    def __init__(self, site: Selection) -> None:
+        self.site = site
+        self.names: dict[Label, str] = {}
+        self.sizes: dict[str, int | str] = {"K": site.count}
+        f = site.formula
+        for group, name in ((site.batch, "B"), (site.tokens, "S1"), (f.heads, "Hi")):
+            for i, label in enumerate(group):
+                self.names[label] = name if not i else f"{name}_{i}"
+        self.names |= {f.keys: "S2", f.column: "Di"}
+
+    def axes(self, ref: Ref) -> tuple[str, ...]:
+        """Axis names of the tensor of `ref`."""
+        out = []
+        for axis, coordinate in enumerate(ref.coords):
+            labels = axis_labels(coordinate) or []
+            out.append("*".join(self.names.get(x, x.name) for x in labels) or "1")
+            if len(labels) == 1 and out[-1] not in self.sizes:
+                self.sizes[out[-1]] = self._size(ref.value, axis, labels[0])
+        return tuple(out)
+
+    def _size(self, value: str, axis: int, label: Label) -> int | str:
+        if self.site.tracer.static(value, axis):
+            return label.size
+        declared = self.site.tracer.index.shape(value)
+        symbol = declared[axis] if declared is not None else None
+        return symbol if isinstance(symbol, str) else self.names.get(label, label.name)
+
+
+def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Operand]:
+    known: dict[str, Operand] = {}
+    index = site.tracer.index
+
+    def add(ref: Ref, role: Role, domain: Domain | None = None) -> None:
+        if ref.value in known or (ref.value in index.initializers and role is Role.MASK):
+            return
+        kind = site.tracer.sizes.elem_type(ref.value)
+        known[ref.value] = Operand(ref.value, role, names.axes(ref), kind, domain or Domain())
+
+    for ref, role in ((made.query, Role.QUERY), (made.key, Role.INDEX_KEY)):
+        if ref is not None:
+            add(ref, role)
+    for ref in site.formula.weights:
+        add(ref, Role.INDEX_WEIGHTS)
+    for literal in site.masks.padding:
+        add(
+            literal.ref,
+            Role.MASK,
+            mask_domain(literal.is_bool, literal.positive, literal.assumed),
+        )
+    for prefix in site.masks.prefixes:
+        if prefix.ref is not None and prefix is site.lengths and prefix.bound.reads:
+            add(prefix.ref, Role.LENGTHS_KV, _BOUND)
+    return known
+
+
+def _upstream(
+    index: GraphIndex, values: list[str], known: set[str]
+) -> tuple[set[int], dict[str, None]]:
+    """Nodes behind `values` up to what is known, and values of which only the shape is read."""
+    nodes: set[int] = set()
+    shaped: dict[str, None] = {}
+    stack, seen = list(values), set(values)
+    while stack:
+        value = stack.pop()
+        i = index.producer.get(value)
+        if not value or value in known or i is None:
+            continue
+        nodes.add(i)
+        node = index.nodes[i]
+        if node.op_type in ("Shape", "Size"):
+            if node.input[0] not in index.initializers and index.constant(node.input[0]) is None:
+                shaped[node.input[0]] = None
+            continue
+        new = [n for n in node.input if n and n not in seen]
+        seen.update(new)
+        stack += new
+    made = {o for i in nodes for o in index.nodes[i].output}
+    return nodes, dict.fromkeys(v for v in shaped if v not in known and v not in made)
+
+
+def _shape_of(site: Selection, value: str) -> Operand:
+    shape = site.tracer.shape(value)
+    kind = site.tracer.sizes.elem_type(value)
+    return Operand(value, Role.SHAPE, ("",) * len(shape), kind or onnx.TensorProto.FLOAT)
+
+
+def _dead(index: GraphIndex, inner: set[int], outputs: list[str], needed: set[int]) -> set[int]:
+    """Nodes that nobody reads once `outputs` are made by somebody else."""
+    own = {v for v in outputs if index.producer.get(v) in inner}
+    removed: set[int] = set()
+    for i in sorted(inner, reverse=True):
+        if i in needed or i < index.first:
+            continue
+        made = [o for o in index.nodes[i].output if o and o not in own]
+        readers = [u for o in made for u, _ in index.uses(o)]
+        if any(index.is_graph_output(o) for o in made) or any(u not in removed for u in readers):
+            continue
+        if made != [o for o in index.nodes[i].output if o] or readers:
+            removed.add(i)
+    return removed

@@ -1,0 +1,129 @@
+"""Find every lightning indexer in a graph, and bind it or say why not."""
+
+from __future__ import annotations
+
+import logging
+
+from sfa_onnx.errors import BudgetError
+from sfa_onnx.operator.op import LIGHTNING_INDEXER
+from sfa_onnx.passes.axes.trace import Stop, Tracer, UnifyError
+from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
+from sfa_onnx.passes.find.search import INVALID, FindOptions, plain
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.indexer.build import Replacement, build
+from sfa_onnx.passes.indexer.cover import Cover, cover
+from sfa_onnx.passes.indexer.regions import SelectionRegion, selection_regions
+from sfa_onnx.passes.indexer.rows import Entries, entries_of
+from sfa_onnx.passes.indexer.site import Selection, bind_selection
+from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+
+__all__ = ["find_selections"]
+
+_log = logging.getLogger("sfa_onnx")
+
+
+def find_selections(
+    index: GraphIndex, options: FindOptions | None = None
+) -> list[Candidate | RefusedSite]:
+    """All selections of `index.graph` that score keys by products, in graph order."""
+    options = options or FindOptions()
+    regions = selection_regions(index)
+    if not regions:
+        return []
+    sizes = Concrete(index)
+    other = Concrete(index, second=True) if sizes.dynamic else sizes
+    found = []
+    for region in regions:
+        tracer = Tracer(index, sizes, other, options.max_steps)
+        tracer.masks = options.masks
+        tracer.terms = [] if options.trace else None
+        tracer.stem = index.label(region.node)
+        found.append(_one(tracer, region))
+    return found
+
+
+def _one(tracer: Tracer, region: SelectionRegion) -> Candidate | RefusedSite:
+    index = tracer.index
+    bound = [f"TopK {index.label(region.node)}"]
+    try:
+        return _unified(tracer, region, bound)
+    except Stop as stop:
+        refusal = Refusal(plain(stop.reason), stop.at, stop.hint)
+    except SizesMeetError as meet:
+        refusal = Refusal(str(meet), region.scores, "export with these sizes fixed, or as one name")
+    except BudgetError as over:
+        refusal = Refusal(str(over), region.scores)
+    except RecursionError:
+        refusal = Refusal("the graph is nested too deeply to be traced", region.scores)
+    except INVALID as e:
+        _log.warning("recognition of %s failed", bound[0], exc_info=True)
+        text = f"recognition itself failed ({type(e).__name__}: {e})"
+        refusal = Refusal(text, region.scores, "check the model with onnx.checker, then report it")
+    terms = tuple(tracer.terms or ())
+    layer = index.layer(region.node)
+    return RefusedSite(region.node, layer, refusal, tuple(bound), "indexer", terms)
+
+
+def _unified(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Candidate:
+    """The candidate; symbols that turn out to be one size are made so, and it starts again."""
+    for _ in range(len(tracer.sizes.symbols) + 1):
+        try:
+            del bound[1:]
+            return _candidate(tracer, region, bound)
+        except UnifyError as same:
+            tracer.sizes.unify(*same.pair)
+            for pair in tracer.sizes.equal:
+                tracer.other.unify(*pair)
+    raise Stop("the dynamic sizes of the selection contradict each other", region.scores)
+
+
+def _delivered(
+    site: Selection, made: Replacement, rows: list[Entries], outputs: tuple[str, ...]
+) -> Cover:
+    """What is covered once attention gets the operator's rows."""
+    for entries in rows:
+        made.deliver_rows(entries.value, entries.axes)
+    made.e.prune(outputs)
+    return cover(site, made, outputs)
+
+
+def _candidate(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Candidate:
+    index, node = tracer.index, tracer.index.nodes[region.node]
+    site = bind_selection(tracer, region, bound)
+    values, indices = node.output[0], node.output[1]
+    if values and (index.uses(values) or index.is_graph_output(values)):
+        raise Stop(
+            f"the scores of the selected keys ({values}) are read as well",
+            values,
+            "only the indices of the selection may be used",
+        )
+    stem = f"{tracer.stem}/sfa"
+    rows = entries_of(site)
+    made = build(site, stem)
+    outputs = tuple(r.value for r in rows)
+    covered = _delivered(site, made, rows, outputs)
+    if region.node not in covered.nodes:  # somebody reads the indices themselves
+        outputs = (*outputs, indices)
+        made = build(site, stem)
+        made.deliver_indices(indices)
+        covered = _delivered(site, made, rows, outputs)
+    e = made.e
+    if rows:
+        bound.append(f"attention takes its rows: {len(rows)} x")
+    return Candidate(
+        graph=index.graph,
+        anchor=region.node,
+        op=LIGHTNING_INDEXER,
+        family="indexer",
+        nodes=covered.nodes,
+        support=covered.support,
+        operands=covered.operands,
+        outputs=outputs,
+        replacement=e.nodes,
+        replacement_initializers=e.initializers,
+        sizes=covered.sizes,
+        layer=index.layer(region.node),
+        notes=list(bound),
+        equal=tracer.sizes.equal,
+        terms=tuple(tracer.terms or ()),
+    )

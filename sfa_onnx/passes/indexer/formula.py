@@ -1,0 +1,279 @@
+"""The one question: is an element of the scores `c * sum_h w_h * max(0, <q_h, k>)`, and masks?
+
+What keeps the normal form of a selection's scores from being one is said by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from sfa_onnx.passes.axes.expr import Expr, Label, fresh
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.bind.literals import Literal, Visible
+from sfa_onnx.passes.bind.mask import additive, boolean
+from sfa_onnx.passes.indexer.regions import SelectionRegion
+from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient, factors
+from sfa_onnx.passes.values.read import Reader
+from sfa_onnx.passes.values.table import normal
+from sfa_onnx.passes.values.terms import Term
+
+__all__ = ["Formula", "read_formula"]
+
+_WANTED: Final = "expected sum over heads of weight * relu(query . key)"
+_RELUS: Final = frozenset(("Clip", "Max", "Relu", "Where"))
+_PLAIN: Final = frozenset(("Exp", "Max", "Min", "Pow", "Sqrt"))
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The scores of a selection, taken apart.
+
+    Attributes:
+        query, key: elements that are multiplied, over `column`.
+        column: runs over their width.
+        heads: labels that are summed over (none: one head).
+        weights: elements whose product is a head's weight.
+        rows: labels of the rows that select, one per axis of the scores (size 1: no axis).
+        keys: runs over the keys.
+        masks: what a key is seen under.
+    """
+
+    query: Ref
+    key: Ref
+    column: Label
+    heads: tuple[Label, ...]
+    weights: tuple[Ref, ...]
+    rows: tuple[Label, ...]
+    keys: Label
+    masks: tuple[Visible, ...] = ()
+
+
+def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
+    """Operands and masks of the selection.
+
+    Raises:
+        Stop: its scores are something else.
+    """
+    shape = tracer.shape(region.scores)
+    if not shape:
+        raise Stop("the scores are a scalar", region.scores)
+    rows = tuple(fresh("row", size) for size in shape[:-1])
+    keys = fresh("t", shape[-1])
+    reader = Reader(tracer, normal(), region.inner)
+    tracer.seen = None
+    coords = tuple(Expr.of(label) for label in (*rows, keys))
+    term = reader.term(Ref(region.scores, coords))
+    if tracer.terms is not None:
+        tracer.terms[:] = [f"{region.scores} = {term}", *map(str, reader.n.fired)]
+    conditions, scores, masks = _hidden(term)
+    known = _Parts(reader, region, keys)
+    known.take(scores)
+    literals: list[Literal] = []
+    for condition in conditions:
+        literals += _conditions(reader, condition, region)
+    for mask in masks:
+        literals += additive(tracer, mask)
+    query, key = known.sides(rows, keys)
+    return Formula(
+        query,
+        key,
+        known.column,
+        tuple(known.heads),
+        tuple(known.weights),
+        rows,
+        keys,
+        _visible(literals),
+    )
+
+
+def _hidden(term: Term) -> tuple[list[Term], Term, list[Ref]]:
+    """(conditions without which a key is hidden, its score, masks that are added)."""
+    conditions: list[Term] = []
+    masks: list[Ref] = []
+    while True:
+        if term.op == "where" and term.args[2].is_number() and term.args[2].value < LOW:
+            conditions.append(term.args[0])
+            term = term.args[1]
+            continue
+        if term.op != "add":
+            return conditions, term, masks
+        added = [a for a in addends(term) if a.op == "element"]
+        rest = [a for a in addends(term) if a.op != "element"]
+        if not added or len(rest) != 1:
+            return conditions, term, masks
+        masks += [a.ref for a in added]
+        term = rest[0]
+
+
+def _conditions(reader: Reader, term: Term, region: SelectionRegion) -> list[Literal]:
+    """The literals of a condition that a key is seen under."""
+    if term.op == "and":
+        return [lit for part in term.args for lit in _conditions(reader, part, region)]
+    positive = term.op != "not"
+    inner = term if positive else term.args[0]
+    if inner.op == "element":
+        return boolean(reader.tracer, inner.ref, positive=positive)
+    if inner.op == "eq" and not positive and inner.args[0].op == "element":
+        return additive(reader.tracer, inner.args[0].ref)  # finite where the mask does not hide
+    raise Stop(
+        f"keys are hidden where {term} does not hold, which is no mask of this graph",
+        region.scores,
+    )
+
+
+def _visible(literals: list[Literal]) -> tuple[Visible, ...]:
+    found: list[Visible] = []
+    for literal in literals:
+        if not isinstance(literal, Visible):
+            raise Stop(
+                "the scores are hidden by another selection (group routing, or a selection of"
+                " blocks in front)",
+                literal.mask.ref.value if literal.mask is not None else "",
+                "the indexer looks at every key that lengths and padding leave",
+            )
+        if literal not in found:
+            found.append(literal)
+    return tuple(found)
+
+
+class _Parts:
+    """Collects what a score is the product and sum of."""
+
+    def __init__(self, reader: Reader, region: SelectionRegion, keys: Label) -> None:
+        self.reader, self.region, self.keys = reader, region, keys
+        self.weights: list[Ref] = []
+        self.heads: list[Label] = []
+        self.scale = 1.0
+        self.dot: Term | None = None
+        self.column = Label("", 1)
+
+    def take(self, term: Term) -> None:
+        """One product, sums within it included."""
+        for f in self._chosen(factors(term)):
+            if f.is_number():
+                self.scale *= f.value
+            elif f.op == "element" and f.ref.value not in self.reader.opaque:
+                self._weight(f.ref)
+            elif f.op == "sum":
+                self.heads.append(f.label)
+                self.take(f.args[0])
+            elif f.op == "max" and self.dot is None:
+                self._activated(f)
+            else:
+                raise self._strange(f)
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise Stop(
+                f"scores are multiplied by {self.scale:g}, which is not positive",
+                self.region.scores,
+                "negate the weights instead",
+            )
+
+    def _chosen(self, own: tuple[Term, ...]) -> list[Term]:
+        """The factors but for [c <q, k> > 0] <q, k>, which is a relu as well."""
+        dots, flags = ([f for f in own if f.op == op] for op in ("dot", "flag"))
+        if len(dots) == 1 == len(flags) and self.dot is None:
+            condition = flags[0].args[0]
+            above = condition.op in ("lt", "le") and condition.args[0].is_number(0.0)
+            by, rest = coefficient(condition.args[1]) if above else (0.0, flags[0])
+            if by > 0 and rest == dots[0]:
+                self.dot = dots[0]
+                return [f for f in own if f is not dots[0] and f is not flags[0]]
+        return list(own)
+
+    def _weight(self, ref: Ref) -> None:
+        if self.keys in ref.labels:
+            raise Stop(
+                f"the weight {ref.value} depends on the key",
+                ref.value,
+                "the operator has one weight per query row and head; a scale of keys that is"
+                " positive belongs into the keys",
+            )
+        self.weights.append(ref)
+
+    def _activated(self, term: Term) -> None:
+        """Max(0, c <q, k>)."""
+        rest = [a for a in term.args if not a.is_number(0.0)]
+        if len(rest) != 1 or len(rest) == len(term.args):
+            raise self._strange(term)
+        if any(t.op == "sum" for t in rest[0].walk()):
+            raise Stop(
+                "no lightning indexer: the relu is outside the sum over heads",
+                self.region.scores,
+                _WANTED,
+            )
+        for f in factors(rest[0]):
+            if f.is_number():
+                if f.value <= 0:
+                    raise Stop(
+                        f"products are multiplied by {f.value:g} before the relu, which is not"
+                        " positive",
+                        self.region.scores,
+                        "negate the query (or the keys) instead",
+                    )
+            elif f.op == "dot" and self.dot is None:
+                self.dot = f
+            else:
+                inside = "masks, biases and weights belong behind it"
+                raise Stop(
+                    f"the relu is of {rest[0]}, not of a product of query and key: {inside}",
+                    self.region.scores,
+                    _WANTED,
+                )
+
+    def sides(self, rows: tuple[Label, ...], keys: Label) -> tuple[Ref, Ref]:
+        """(query, key) of the product.
+
+        Raises:
+            Stop: there is none, or keys differ by head.
+        """
+        if self.dot is None:
+            raise Stop("no product of queries and keys is in the scores", self.region.scores)
+        a, b, self.column = self.dot.factors
+        if (keys in a.labels) == (keys in b.labels):
+            raise Stop(
+                "query and key both depend on the key, or neither does", self.region.scores, _WANTED
+            )
+        query, key = (b, a) if keys in a.labels else (a, b)
+        if own := [h for h in self.heads if h in key.labels]:
+            raise Stop(
+                f"each of {own[0].size} heads has keys of its own ({key.value})",
+                key.value,
+                "the operator has one key head",
+            )
+        if not self.weights:
+            raise Stop(
+                "heads have no weights: the scores are a plain sum",
+                self.region.scores,
+                "multiply each head's relu by its weight (ones, if need be)",
+            )
+        own_rows = [x for x in rows if x in query.labels and x not in key.labels]
+        if not self.heads and len(own_rows) > 1:
+            raise Stop(
+                "every head selects keys of its own: nothing is summed over heads",
+                self.region.scores,
+                "the operator selects once for all heads",
+            )
+        return query, key
+
+    def _strange(self, term: Term) -> Stop:
+        """What is in the place of the relu, by name."""
+        met = dict.fromkeys(self.reader.opaque.values())
+        inside = {t.op for t in term.walk()}
+        if term.op == "dot":
+            text = "there is no activation between the products and the sum over heads"
+        elif met:
+            text = f"{', '.join(met)} stands where a relu is expected"
+        elif "max" in inside and term.op == "max":
+            text = "the relu is outside the sum over heads, or a floor other than 0"
+        elif "exp" in inside or "log" in inside:
+            made = self.reader.tracer.index
+            ops = dict.fromkeys(
+                made.nodes[made.producer[v]].op_type for v in sorted(self.region.inner)
+            )
+            known = [op for op in ops if op in ("Sigmoid", "Softmax", "Softplus", "Exp", "Gelu")]
+            text = f"{', '.join(known) or 'an exponential'} stands where a relu is expected"
+        else:
+            text = f"{term} is in the scores besides weights, relu and masks"
+        return Stop(f"no lightning indexer: {text}", self.region.scores, _WANTED)

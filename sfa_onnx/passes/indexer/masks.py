@@ -1,0 +1,312 @@
+"""Which masks the indexer knows: keys up to a bound per row, and keys that are padding.
+
+A mask is the conjunction of literals. Each is one of
+  * nothing: visible everywhere;
+  * a prefix: the key's number is at most a bound that does not depend on the key (causality, how
+    far a cache is filled);
+  * padding: it depends on sequence and key only, in any pattern.
+Everything else (windows, sequence ids, group routing) is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind.literals import HIDDEN, Visible
+from sfa_onnx.passes.bind.mask import additive, boolean
+from sfa_onnx.passes.emit.places import single
+from sfa_onnx.passes.indexer.runs import at_sizes, evaluated, of_sizes
+
+__all__ = ["Masks", "Prefix", "sort_masks"]
+
+_TURNED: Final = {  # not (a op b)
+    "Less": "GreaterOrEqual",
+    "LessOrEqual": "Greater",
+    "Greater": "LessOrEqual",
+    "GreaterOrEqual": "Less",
+}
+_SWAPPED: Final = {  # a op b = b swapped a
+    "Less": "Greater",
+    "LessOrEqual": "GreaterOrEqual",
+    "Greater": "Less",
+    "GreaterOrEqual": "LessOrEqual",
+}
+_MOST_STEPS: Final = 32
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys `t <= bound` are visible.
+
+    Attributes:
+        bound: what arithmetic shows of it.
+        ref: an element of the tensor that holds it but for `more`; None: it is a constant table.
+        more: what is added to the tensor's entries.
+    """
+
+    bound: Expr
+    ref: Ref | None
+    more: int = 0
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The literals of one selection, by kind."""
+
+    prefixes: tuple[Prefix, ...] = ()
+    padding: tuple[Visible, ...] = ()
+
+
+def sort_masks(
+    tracer: Tracer, literals: Sequence[Visible], rows: Sequence[Label], batch: Sequence[Label],
+    keys: Label,
+) -> Masks:  # fmt: skip
+    """The masks by kind.
+
+    Args:
+        tracer: of the selection.
+        literals: what a key is seen under.
+        rows: labels of the rows that select.
+        batch: those of them that tell one sequence's keys from another's.
+        keys: runs over the keys.
+
+    Raises:
+        Stop: one of them is of another kind.
+    """
+    prefixes: list[Prefix] = []
+    padding: list[Visible] = []
+    for literal in (x for given in literals for x in _whole(tracer, given)):
+        if _everywhere(tracer, literal):
+            continue
+        prefix = _prefix(tracer, literal, keys) or _of_sizes(tracer, literal, rows, keys)
+        if prefix is not None:
+            bounds = prefix.bound.bounds
+            if prefix not in prefixes and (bounds is None or bounds[0] < keys.size - 1):
+                prefixes.append(prefix)
+        elif literal.ref.labels - {keys} <= set(batch) and keys in literal.ref.labels:
+            if (deepest := _deepest(tracer, literal)) not in padding:
+                padding.append(deepest)
+        else:
+            raise _unknown(tracer, literal, keys)
+    return Masks(tuple(prefixes), tuple(padding))
+
+
+def _whole(tracer: Tracer, literal: Visible) -> list[Visible]:
+    """The literals of a mask that is read from a part of it: a row, or as many keys as are used."""
+    ref = literal.ref
+    for _ in range(_MOST_STEPS):
+        node = tracer.index.node_of(ref.value)
+        step = tracer.step(ref) if node is not None else None
+        if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
+            break
+        ref = step.ref
+    if ref == literal.ref:
+        return [literal]
+    try:
+        if literal.is_bool:
+            found = boolean(tracer, ref, positive=literal.positive)
+        else:
+            found = additive(tracer, ref)
+    except Stop:
+        return [literal]
+    known = [x for x in found if isinstance(x, Visible)]
+    return known if len(known) == len(found) else [literal]
+
+
+def _deepest(tracer: Tracer, literal: Visible) -> Visible:
+    """The literal at the tensor that others are views of, so that equal ones are equal."""
+    ref = literal.ref
+    for _ in range(_MOST_STEPS):
+        step = tracer.step(ref) if tracer.index.node_of(ref.value) is not None else None
+        if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
+            break
+        same = tracer.sizes.elem_type(step.ref.value) == tracer.sizes.elem_type(ref.value)
+        if not same or any(c.terms and single(c) is None for c in step.ref.coords):
+            break
+        ref = step.ref
+    return replace(literal, ref=ref)
+
+
+def _unknown(tracer: Tracer, literal: Visible, keys: Label) -> Stop:
+    value = literal.ref.value
+    if keys not in literal.ref.labels:
+        text = f"the mask {value} hides whole rows, whatever the key"
+        hint = "leave rows of padding to the attention's own mask"
+    else:
+        made = tracer.index.node_of(value)
+        op = "a graph input" if made is None else f"made by {made.op_type}"
+        text = (
+            f"the mask {value} ({op}) depends on query row and key, and no order between them"
+            " bounds it: a window, sequence ids, or a mask that is handed in"
+        )
+        hint = "the indexer takes causality, lengths, and padding per sequence"
+    return Stop(text, value, hint)
+
+
+def _everywhere(tracer: Tracer, literal: Visible) -> bool:
+    fill = tracer.fill(literal.ref.value)
+    if fill is None:
+        return False
+    return (bool(fill) == literal.positive) if literal.is_bool else fill > HIDDEN
+
+
+def _prefix(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
+    """The bound that a literal is, where it is one.
+
+    Raises:
+        Stop: keys are bounded from below.
+    """
+    ref = literal.ref
+    for _ in range(_MOST_STEPS):
+        if (found := _table(tracer, replace_ref(literal, ref), keys)) is not None:
+            return found
+        node = tracer.index.node_of(ref.value)
+        if node is None:
+            return None
+        if node.op_type in _TURNED and literal.is_bool:
+            return _compared(tracer, node, ref, literal.positive, keys)
+        if node.op_type == "Trilu":
+            return _triangle(tracer, node, replace_ref(literal, ref), keys)
+        step = tracer.step(ref)
+        if not isinstance(step, Move):
+            return None
+        ref = step.ref
+    return None
+
+
+def replace_ref(literal: Visible, ref: Ref) -> Visible:
+    """The same literal at a tensor that it is a view of."""
+    return Visible(ref, literal.positive, literal.is_bool)
+
+
+def _compared(
+    tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool, keys: Label
+) -> Prefix | None:
+    op = node.op_type if positive else _TURNED[node.op_type]
+    left, right = (tracer.operand(n, ref.coords) for n in node.input)
+    own = _position(tracer, left, keys)
+    if own is None:
+        own, left, right, op = _position(tracer, right, keys), right, left, _SWAPPED[op]
+    if own is None or keys in right.labels:
+        return None
+    if tracer.sizes.elem_type(right.value) not in (onnx.TensorProto.INT32, onnx.TensorProto.INT64):
+        return None
+    if op in ("Greater", "GreaterOrEqual"):
+        raise Stop(
+            f"{ref.value} hides keys in front of a row's own: a sliding window",
+            ref.value,
+            "the indexer looks at every key that lengths and padding leave",
+        )
+    more = (-1 if op == "Less" else 0) - own
+    return Prefix(tracer.index_value(right) + more, right, more)
+
+
+def _position(tracer: Tracer, ref: Ref, keys: Label) -> int | None:
+    """The c of key + c, where an integer tensor holds that."""
+    if tracer.sizes.elem_type(ref.value) not in (onnx.TensorProto.INT32, onnx.TensorProto.INT64):
+        return None
+    if keys not in ref.labels:
+        return None
+    found = tracer.index_value(ref)
+    return found.const if found.terms == ((keys, 1),) else None
+
+
+def _triangle(tracer: Tracer, node: onnx.NodeProto, literal: Visible, keys: Label) -> Prefix | None:
+    """Trilu of a tensor that holds one number: a row sees keys up to its own and k more."""
+    fill = tracer.fill(node.input[0])
+    by = 0.0
+    if len(node.input) > 1 and node.input[1]:
+        told = tracer.scalar(node.input[1])
+        if told is None:
+            return None
+        by = told
+    if fill is None or literal.ref.coords[-1] != Expr.of(keys):
+        return None
+    upper = bool(attributes(node).get("upper", 1))
+    inside = fill > HIDDEN if not literal.is_bool else bool(fill) == literal.positive
+    outside = True if not literal.is_bool else not literal.positive
+    if inside == outside:
+        return None
+    if upper == inside:  # a row sees keys from its own on
+        raise Stop(f"{literal.ref.value} shows keys behind a row's own", literal.ref.value)
+    row = literal.ref.coords[-2]
+    return Prefix(row + (int(by) - 1 if upper else int(by)), None)
+
+
+def _of_sizes(
+    tracer: Tracer, literal: Visible, rows: Sequence[Label], keys: Label
+) -> Prefix | None:
+    """The bound that a mask made of sizes alone is, found by making it at a few of them."""
+    axes = [single(c) for c in literal.ref.coords]
+    if any(c.terms and a is None for c, a in zip(literal.ref.coords, axes, strict=True)):
+        return None
+    if keys not in axes or of_sizes(tracer.index, literal.ref.value) is None:
+        return None
+    own = [x for x in axes if x is not None and x in rows]
+    steps = []
+    for first in ((3, 5), (4, 3)):
+        names = sorted(tracer.sizes.symbols)
+        chosen = {n: first[i % 2] + 4 * (i // 2) for i, n in enumerate(names)}
+        steps.append(at_sizes(tracer.sizes, chosen))
+    found = evaluated(tracer.index, literal.ref.value, steps if tracer.sizes.symbols else steps[:1])
+    if found is None:
+        return None
+    grids = [_grid(literal, np.asarray(a), axes, [*own, keys]) for a in found]
+    if all(grid.all() for grid in grids):
+        return Prefix(Expr(keys.size - 1), None)
+    for row in own[-1:]:
+        for bound, offset in (
+            (Expr.of(row) + (keys.size - row.size), True),
+            (Expr.of(row), False),
+        ):
+            if all(bool((grid == _up_to(grid, offset)).all()) for grid in grids):
+                return Prefix(bound, None)
+    return None
+
+
+def _grid(
+    literal: Visible, array: np.ndarray, axes: Sequence[Label | None], order: Sequence[Label]
+) -> np.ndarray:
+    """Where keys are seen, with one axis per label."""
+    shown = (array != 0) == literal.positive if literal.is_bool else array > HIDDEN
+    kept = shown[tuple(0 if a is None else slice(None) for a in axes)]
+    present = [a for a in axes if a is not None]
+    return np.transpose(kept, [present.index(x) for x in order])
+
+
+def _up_to(grid: np.ndarray, right: bool) -> np.ndarray:
+    """The triangle of keys up to a row's number; `right`: the last row sees all."""
+    height, width = grid.shape[-2:]
+    rows, keys = np.ogrid[:height, :width]
+    return np.asarray(keys <= rows + (width - height if right else 0))
+
+
+def _table(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
+    """A constant table [.., rows, keys] that is a triangle."""
+    ref = literal.ref
+    if not ref.coords or ref.coords[-1] != Expr.of(keys) or len(ref.coords) < 2:
+        return None
+    table = tracer.index.constant(ref.value)
+    if table is None and ref.value in tracer.index.initializers and not literal.is_bool:
+        table = tracer.index.mask_table(ref.value)
+    if table is None or any(n != 1 for n in table.shape[:-2]):
+        return None
+    grid: NDArray[Any] = np.asarray(table).reshape(table.shape[-2:])
+    shown = (grid != 0) == literal.positive if literal.is_bool else grid > HIDDEN
+    counts = shown.sum(axis=-1)
+    if not bool((shown == (np.arange(grid.shape[1]) < counts[:, None])).all()):
+        return None
+    first = int(counts[0]) - 1
+    inner = np.minimum(first + np.arange(len(counts)), grid.shape[1] - 1)
+    if not bool((counts - 1 == inner).all()):
+        return None
+    return Prefix(ref.coords[-2] + first, None)

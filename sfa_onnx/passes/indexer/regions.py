@@ -1,0 +1,123 @@
+"""Where a selection may be a lightning indexer: from products of two computed tensors to a TopK.
+
+As with attention, nothing is asked about spellings. What depends on a product is followed through
+pointwise operators, views and sums; a TopK over it that keeps the largest selects by those scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
+from sfa_onnx.passes.find.others import is_product, operands
+from sfa_onnx.passes.find.regions import FOLLOWED
+from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["SelectionRegion", "selection_regions"]
+
+_MOST: Final = 400  # nodes between products and one TopK
+_ACTIVATIONS: Final = (
+    frozenset(
+        (
+            "Abs",
+            "Celu",
+            "Clip",
+            "Elu",
+            "Erf",
+            "Exp",
+            "Gelu",
+            "HardSigmoid",
+            "HardSwish",
+            "LeakyRelu",
+        )
+    )
+    | frozenset(
+        ("Max", "Mish", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Sqrt")
+    )
+    | frozenset(("Swish", "Tanh", "ThresholdedRelu"))
+)
+_SUMS: Final = frozenset(("ReduceSum", "ReduceMean", "ReduceMax")) | PRODUCTS
+
+
+@dataclass(frozen=True)
+class SelectionRegion:
+    """Values between products of queries and keys and one TopK.
+
+    Attributes:
+        node: the TopK.
+        scores: what it selects by.
+        inner: the values that depend on products, `scores` included.
+    """
+
+    node: int
+    scores: str
+    inner: frozenset[str]
+
+
+def selection_regions(index: GraphIndex) -> list[SelectionRegion]:
+    """Every TopK whose scores are products that something was made of, in graph order.
+
+    Routers (a product with a weight) and a TopK over the bare product are none.
+    """
+    tops = [i for i in index.own if _keeps_largest(index, i)]
+    if not tops:
+        return []
+    depends = _dependent(index)
+    found = (_region(index, i, depends) for i in tops)
+    return [region for region in found if region is not None]
+
+
+def _keeps_largest(index: GraphIndex, i: int) -> bool:
+    node = index.nodes[i]
+    if node.op_type != "TopK" or node.domain not in ("", "ai.onnx") or len(node.output) < 2:
+        return False
+    return bool(node.output[1]) and bool(attributes(node).get("largest", 1))
+
+
+def _dependent(index: GraphIndex) -> dict[str, bool]:
+    """Values that depend on a product; True: it is the product itself."""
+    found: dict[str, bool] = {}
+    for i in range(len(index.nodes)):
+        node = index.nodes[i]
+        sums = node.op_type in PRODUCTS or node.op_type == "ReduceSum"
+        read = any(n in found for n in node.input)
+        if sums and not read and is_product(index, node):
+            made = operands(index, node)
+            if node.op_type == "ReduceSum" and any(n in found for n in made):
+                continue
+            found[node.output[0]] = True
+        elif read and _follows(index, i):
+            found.update((o, False) for o in node.output if o)
+    return found
+
+
+def _follows(index: GraphIndex, i: int) -> bool:
+    node = index.nodes[i]
+    if node.domain not in ("", "ai.onnx", "com.microsoft"):
+        return False
+    if node.op_type in PRODUCTS:
+        return not any(is_weight(index, n) for n in node.input[:2])
+    return node.op_type in FOLLOWED or node.op_type in _ACTIVATIONS | _SUMS
+
+
+def _region(index: GraphIndex, top: int, depends: dict[str, bool]) -> SelectionRegion | None:
+    scores = index.nodes[top].input[0]
+    if scores not in depends:
+        return None
+    inner, stack = set[str](), [scores]
+    while stack:
+        value = stack.pop()
+        if value in inner:
+            continue
+        inner.add(value)
+        if len(inner) > _MOST:
+            return None
+        if not depends[value]:
+            stack += [n for n in index.nodes[index.producer[value]].input if n in depends]
+    made = [index.nodes[index.producer[v]] for v in inner]
+    worked = any(
+        n.op_type in _ACTIVATIONS or (n.op_type in _SUMS and not depends[n.output[0]]) for n in made
+    )
+    return SelectionRegion(top, scores, frozenset(inner)) if worked else None

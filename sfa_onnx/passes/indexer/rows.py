@@ -1,0 +1,194 @@
+"""Attention that reads a selection: entries which the operator's own rows can stand for.
+
+In a fused graph, the entries of an attention are the selected keys that its masks show, compacted
+to the front. Where those masks are the selection's own, that is what the indexer gives: hidden keys
+lie behind every visible one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sfa_onnx.operator.op import (
+    KV_QUANT_SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+)
+from sfa_onnx.passes.axes.expr import Expr, Label, Read, fresh
+from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind.literals import Literal, Visible
+from sfa_onnx.passes.bind.mask import additive, boolean
+from sfa_onnx.passes.emit.places import single
+from sfa_onnx.passes.indexer.masks import sort_masks
+from sfa_onnx.passes.indexer.site import Selection
+
+__all__ = ["Entries", "entries_of"]
+
+_ATTENTION = {
+    op.key: [t.name for t in op.inputs].index("sparse_indices")
+    for op in (
+        SPARSE_FLASH_ATTENTION,
+        SPARSE_FLASH_ATTENTION_ANTIQUANT,
+        KV_QUANT_SPARSE_FLASH_ATTENTION,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of an attention that the selection's rows are.
+
+    Attributes:
+        value: what the attention reads.
+        axes: the selection's rows along its axes, the last one (slots) left out.
+    """
+
+    value: str
+    axes: tuple[tuple[Label, ...], ...]
+
+
+def entries_of(site: Selection) -> list[Entries]:
+    """Every value that attention reads and that the operator's rows may replace, in graph order."""
+    index = site.tracer.index
+    found: list[Entries] = []
+    for i in index.own:
+        node = index.nodes[i]
+        place = _ATTENTION.get((node.domain, node.op_type))
+        value = node.input[place] if place is not None else ""
+        if value and all(e.value != value for e in found):
+            try:
+                entries = _read(site, value)
+            except (Stop, IndexError):
+                continue
+            found += [entries] if entries is not None else []
+    return found
+
+
+def _read(site: Selection, value: str) -> Entries | None:
+    tracer = site.tracer
+    labels = [fresh("e", size) for size in tracer.shape(value)]
+    ref = _moved(tracer, Ref(value, tuple(Expr.of(x) for x in labels)))
+    valid: Ref | None = None
+    compacted = _compacted(tracer, ref)
+    if compacted is not None:
+        valid, ref = compacted
+        ref = _moved(tracer, ref)
+    if ref.value != site.node.output[1]:
+        return None
+    swap, slot = _places(site, ref)
+    if swap is None or slot is None:
+        return None
+    if not _same_masks(site, valid, swap, slot):
+        return None
+    axes = tuple(
+        tuple(site_label for site_label in swap.get(x, Expr()).labels) for x in labels[:-1]
+    )
+    if any(x.size > 1 and not a for x, a in zip(labels[:-1], axes, strict=True)):
+        return None
+    return Entries(value, axes)
+
+
+def _moved(tracer: Tracer, ref: Ref) -> Ref:
+    """The element behind views and casts that keep whole numbers."""
+    while True:
+        step = tracer.step(ref)
+        if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
+            return ref
+        ref = step.ref
+
+
+def _compacted(tracer: Tracer, ref: Ref) -> tuple[Ref, Ref] | None:
+    """(which entries are valid, what is compacted) of entries as `emit/select` writes them."""
+    index = tracer.index
+    node = index.node_of(ref.value)
+    if node is None or node.op_type != "Where" or tracer.fill(node.input[2]) != -1:
+        return None
+    kept, picked = index.node_of(node.input[0]), index.node_of(node.input[1])
+    if kept is None or picked is None:
+        return None
+    if (kept.op_type, picked.op_type) != ("Greater", "GatherElements"):
+        return None
+    first = index.node_of(kept.input[0])
+    if first is None or first.op_type != "TopK" or tracer.fill(kept.input[1]) != 0:
+        return None
+    if list(first.output) != [kept.input[0], picked.input[1]]:
+        return None
+    ranked = index.node_of(first.input[0])
+    if ranked is None or ranked.op_type != "Where" or tracer.fill(ranked.input[2]) != 0:
+        return None
+    slot = fresh("slot", tracer.shape(ranked.output[0])[-1])
+    coords = (*ref.coords[:-1], Expr.of(slot))
+    return tracer.operand(ranked.input[0], coords), tracer.operand(picked.input[0], coords)
+
+
+def _places(site: Selection, ref: Ref) -> tuple[dict[Label, Expr] | None, Label | None]:
+    """(label of the entries -> label of the selection's rows, label of the slots)."""
+    swap: dict[Label, Expr] = {}
+    for coordinate, row in zip(ref.coords[:-1], site.formula.rows, strict=True):
+        label = single(coordinate)
+        if label is None and coordinate.terms:
+            return None, None
+        if label is not None:
+            if label.size != row.size or label in swap:
+                return None, None
+            swap[label] = Expr.of(row)
+        elif row.size > 1:
+            return None, None
+    return swap, single(ref.coords[-1])
+
+
+def _same_masks(site: Selection, valid: Ref | None, swap: dict[Label, Expr], slot: Label) -> bool:
+    """Whether attention hides exactly what the selection hides."""
+    if valid is None:
+        return site.masks == type(site.masks)()
+    tracer, keys = site.tracer, site.formula.keys
+    literals: list[Visible] = []
+    for literal in boolean(tracer, valid.substitute(swap), positive=True):
+        for found in _at_keys(site, literal, slot):
+            if not isinstance(found, Visible):
+                return False
+            literals.append(found)
+    rows = [*site.batch, *site.tokens]
+    masks = sort_masks(tracer, literals, rows, site.batch, keys)
+    own = site.masks
+    bounds = ({p.bound for p in m.prefixes} for m in (masks, own))
+    first, second = bounds
+    return first == second and set(masks.padding) == set(own.padding)
+
+
+def _at_keys(site: Selection, literal: Literal, slot: Label) -> Iterator[Literal]:
+    """The literal of all keys that is read at the selected ones."""
+    if not isinstance(literal, Visible) or slot not in literal.ref.labels:
+        yield literal
+        return
+    tracer, ref = site.tracer, literal.ref
+    while True:
+        step = tracer.step(ref)
+        if not isinstance(step, Move):
+            break
+        ref = step.ref
+        if any(c.reads for c in ref.coords):
+            break
+    swapped = tuple(_key_for(site, c) for c in ref.coords)
+    whole = Ref(ref.value, tuple(c for c in swapped if c is not None))
+    if None in swapped or slot in whole.labels:
+        raise Stop("a mask of the attention is not read at the selected keys", literal.ref.value)
+    if literal.is_bool:
+        yield from boolean(tracer, whole, positive=literal.positive)
+    else:
+        yield from additive(tracer, whole)
+
+
+def _key_for(site: Selection, coordinate: Expr) -> Expr | None:
+    """The coordinate with the selected key's number called the key."""
+    if not coordinate.reads:
+        return coordinate
+    if len(coordinate.terms) != 1 or coordinate.const:
+        return None
+    atom, by = coordinate.terms[0]
+    if by != 1 or not isinstance(atom, Read) or atom.value != site.node.output[1]:
+        return None
+    if atom.coords[:-1] != tuple(Expr.of(x) for x in site.formula.rows):  # another row's keys
+        return None
+    return Expr.of(site.formula.keys)

@@ -1,0 +1,270 @@
+"""A bound selection: operands as the indexer takes them, and what of the graph they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import onnx
+
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.bind.rows import State, deepen
+from sfa_onnx.passes.emit.places import axis_labels
+from sfa_onnx.passes.emit.plan import is_view
+from sfa_onnx.passes.indexer.formula import Formula, read_formula
+from sfa_onnx.passes.indexer.masks import Masks, Prefix, sort_masks
+from sfa_onnx.passes.indexer.regions import SelectionRegion
+from sfa_onnx.passes.shapes.form import Call
+from sfa_onnx.passes.shapes.size import form_of
+
+__all__ = ["Selection", "bind_selection"]
+
+_T = onnx.TensorProto
+_POOLS: Final = frozenset(
+    ("AveragePool", "GlobalAveragePool", "LpPool", "MaxPool", "ReduceMax", "ReduceMean")
+)
+_MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
+
+
+@dataclass
+class Selection:
+    """A lightning indexer of the graph.
+
+    Attributes:
+        formula: its scores.
+        batch, tokens: the rows that select: those that tell sequences apart, and the others.
+        masks: by kind.
+        elem_type: the operator's type of query and key.
+        query, key: where they may be taken from, nearest to the product first.
+        count: how many keys a row selects at most.
+        constant_k: whether the graph always selects so many.
+        mode: the operator's sparse_mode.
+        lengths: the prefix that is told by lengths, where there is one.
+        bound: what was understood, in order.
+    """
+
+    tracer: Tracer
+    region: SelectionRegion
+    formula: Formula
+    batch: list[Label]
+    tokens: list[Label]
+    masks: Masks
+    elem_type: int
+    query: list[State]
+    key: list[State]
+    count: int
+    constant_k: bool
+    mode: int = 0
+    lengths: Prefix | None = None
+    bound: list[str] = field(default_factory=list)
+
+    @property
+    def node(self) -> onnx.NodeProto:
+        """The TopK."""
+        return self.tracer.index.nodes[self.region.node]
+
+
+def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Selection:
+    """Read a selection as the operator's.
+
+    Args:
+        tracer: of the graph.
+        region: where it may be.
+        bound: is told what was understood so far.
+
+    Raises:
+        Stop: it is something else; the reason says what.
+    """
+    node = tracer.index.nodes[region.node]
+    _along_the_last(tracer, node)
+    formula = read_formula(tracer, region)
+    heads = 1
+    for label in formula.heads:
+        heads *= label.size
+    bound.append(f"scores: {heads} heads x {formula.column.size}, key {formula.key.value}")
+    rows = [x for x in formula.rows if x.size > 1]
+    batch = [x for x in rows if x in formula.key.labels]
+    tokens = [x for x in rows if x not in formula.key.labels]
+    _check_labels(formula, rows, batch)
+    masks = sort_masks(tracer, formula.masks, rows, batch, formula.keys)
+    count, constant_k = _count(tracer, node)
+    elem_type, query, key = _sides(tracer, formula)
+    site = Selection(
+        tracer, region, formula, batch, tokens, masks, elem_type, query, key, count, constant_k
+    )
+    _order(site)
+    bound.append(_told(site))
+    site.bound = bound
+    return site
+
+
+def _told(site: Selection) -> str:
+    kinds = ["causal"] * (site.mode == 3) + ["lengths"] * (site.lengths is not None)
+    kinds += ["padding"] * bool(site.masks.padding)
+    return f"masks: {', '.join(kinds) or 'none'}; top {site.count}"
+
+
+def _along_the_last(tracer: Tracer, node: onnx.NodeProto) -> None:
+    axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
+    rank = len(tracer.shape(node.input[0]))
+    if axis not in (-1, rank - 1):
+        raise Stop(
+            f"the TopK selects along axis {axis}, not along the keys", node.input[0],
+            "transpose the scores so that keys are the last axis",
+        )  # fmt: skip
+
+
+def _check_labels(formula: Formula, rows: Sequence[Label], batch: Sequence[Label]) -> None:
+    """Every operand runs over what it may run over.
+
+    Raises:
+        Stop: one does not.
+    """
+    heads = set(formula.heads)
+    allowed = [
+        (formula.query, {*rows, *heads, formula.column}, "query"),
+        (formula.key, {*batch, formula.keys, formula.column}, "key"),
+        *((w, {*rows, *heads}, "weight") for w in formula.weights),
+    ]
+    for ref, labels, what in allowed:
+        if strange := ref.labels - labels:
+            names = ", ".join(sorted(x.name for x in strange))
+            raise Stop(f"the {what} {ref.value} also runs over {names}", ref.value)
+    covered = formula.query.labels.union(*(w.labels for w in formula.weights))
+    if not any(formula.keys in c.labels for c in formula.key.coords):
+        raise Stop(f"{formula.key.value} is no row of keys", formula.key.value)
+    if formula.heads and not heads & covered:
+        raise Stop("heads are told apart by nothing", formula.query.value)
+    pooled = [c for c in formula.key.coords if formula.keys in c.labels]
+    if len(pooled) != 1 or axis_labels(pooled[0]) is None:
+        raise Stop(
+            f"keys are read at {pooled[0]} of {formula.key.value}: they are pooled or gathered",
+            formula.key.value,
+            "the indexer looks at every stored key",
+        )
+
+
+def _check_stored(tracer: Tracer, path: Sequence[State]) -> None:
+    """Keys are tokens, not blocks of them.
+
+    Raises:
+        Stop: they are pooled.
+    """
+    made = tracer.index.real_maker(path[-1].ref.value)
+    if made is not None and made.op_type in _POOLS:
+        raise Stop(
+            f"keys are pooled by {made.op_type}: {path[-1].ref.value} holds blocks of tokens",
+            path[-1].ref.value,
+            "the indexer looks at every stored key",
+        )
+
+
+def _count(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, bool]:
+    """How many keys are selected at most, and whether always so many."""
+    given = node.input[1]
+    constant = tracer.index.constant(given)
+    if constant is not None:
+        return int(constant.reshape(-1)[0]), True
+    entries = tracer.sizes.entries(given)
+    form = form_of(entries[0]) if entries else None
+    if form is not None and form.fixed:
+        return form.const, False
+    call = form.alone if form is not None else None
+    if isinstance(call, Call) and call.name == "Min":
+        fixed = [a.const for a in call.arguments if a.fixed]
+        if len(fixed) == 1:
+            return fixed[0], False
+    raise Stop(
+        f"how many keys are selected ({given}) is neither a constant nor min(constant, keys)"
+        + (f": {form}" if form is not None else ""),
+        given,
+        "the operator's sparse_count is an attribute",
+    )
+
+
+def _sides(tracer: Tracer, formula: Formula) -> tuple[int, list[State], list[State]]:
+    """The operator's type, and the tensors that query and key may be taken from."""
+    paths = [_exact(tracer, formula.query), _exact(tracer, formula.key)]
+    kinds = [tracer.sizes.elem_type(p[-1].ref.value) for p in paths]
+    own = kinds[0] if kinds[0] == kinds[1] else _T.FLOAT
+    if own not in (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16):
+        raise Stop(
+            f"the scores are computed in {_T.DataType.Name(own)}", formula.query.value,
+            "the operator takes float32, float16 and bfloat16",
+        )  # fmt: skip
+    for kind, ref in zip(kinds, (formula.query, formula.key), strict=True):
+        if _MANTISSA.get(kind, 99) > _MANTISSA[own]:
+            raise Stop(f"{ref.value} is {_T.DataType.Name(kind)}", ref.value)
+    _check_stored(tracer, paths[1])
+    return own, _usable(tracer, paths[0], own), _usable(tracer, paths[1], own)
+
+
+def _exact(tracer: Tracer, ref: Ref) -> list[State]:
+    """The element and those behind it that are the same number, but for a positive factor."""
+    kept: list[State] = []
+    for state in deepen(tracer, ref):
+        bits = _MANTISSA.get(tracer.sizes.elem_type(state.ref.value), 0)
+        last = _MANTISSA[tracer.sizes.elem_type(kept[-1].ref.value)] if kept else bits
+        if not bits or bits > last or state.factor <= 0:
+            break
+        kept.append(state)
+    if not kept:
+        raise Stop(f"{ref.value} is no float tensor", ref.value)
+    return kept
+
+
+def _usable(tracer: Tracer, path: list[State], elem_type: int) -> list[State]:
+    """States that are views, those of the operator's type first."""
+    views = [s for s in path if is_view(s.ref)]
+    if not views:
+        raise Stop(
+            f"{path[0].ref.value} is read at {path[0].ref.coords}, which is no view: rows and heads"
+            " cannot be told apart",
+            path[0].ref.value,
+        )
+    own = [s for s in views if tracer.sizes.elem_type(s.ref.value) == elem_type]
+    return own or views
+
+
+def _order(site: Selection) -> None:
+    """Decide how prefixes are told to the operator.
+
+    Raises:
+        Stop: in no way.
+    """
+    keys, tokens = site.formula.keys, site.tokens
+    left = site.masks.prefixes
+    if not left:
+        return
+    if len(left) > 1:
+        raise Stop(
+            f"{len(left)} bounds hide keys: by query row, and by something else",
+            site.region.scores,
+            "hide keys by one comparison with a row's position, padding apart",
+        )
+    (prefix,) = left
+    row = _row_in(prefix.bound, tokens)
+    rest = prefix.bound - (Expr.of(row) if row is not None else Expr())
+    if tokens and row is None:
+        raise Stop(
+            f"keys are seen up to {prefix.bound}, which is not a query row's number and an offset",
+            prefix.ref.value if prefix.ref is not None else site.region.scores,
+            "number the rows of a call one after the other",
+        )
+    site.mode = 3 if row is not None else 0
+    rows = row.size if row is not None else 1
+    if rest == Expr(keys.size - rows):
+        return
+    site.lengths = prefix
+
+
+def _row_in(bound: Expr, tokens: Sequence[Label]) -> Label | None:
+    """The one label of query rows that the bound grows with, by 1."""
+    inside = [x for x in tokens if x in bound.labels]
+    if len(inside) != 1 or len(tokens) != 1:
+        return None
+    (row,) = inside
+    rest = bound - Expr.of(row)
+    return row if row not in rest.labels else None

@@ -1,0 +1,322 @@
+"""Decide whether a bound selection is the indexer: run both in float64, compare by scores.
+
+Lists of indices are no measure: scores that differ by a rounding change places. Compared are the
+original scores at the positions that the replacement selects, with those the original selects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import onnx
+from numpy.typing import NDArray
+
+from sfa_onnx.errors import ContractError
+from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.candidate import Candidate, Refusal, Role
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.indexer.draws import Question, draw
+from sfa_onnx.passes.indexer.runs import at_sizes
+from sfa_onnx.passes.indexer.same import Difference, compare_entries, compare_indices
+from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.verify.classes import fingerprint
+from sfa_onnx.passes.verify.execute import Executable
+from sfa_onnx.passes.verify.extract import (
+    UnverifiableError,
+    extract_region,
+    extract_replacement,
+)
+from sfa_onnx.passes.verify.promote import promote
+from sfa_onnx.passes.verify.unrunnable import first_line
+from sfa_onnx.report import ProbeResult, VerifyRecord
+
+__all__ = ["SelectionVerifier"]
+
+Array = NDArray[Any]
+_Verdict = VerifyRecord | Refusal
+BOUND: Final = 1e-9  # relative to the largest score of a row
+_WORK: Final = 4e8  # multiply-adds of one run
+_PROBES: Final = (
+    Question("random", "the selected keys differ"),
+    Question("random again", "the selected keys differ", seed=5),
+    Question("ties", "equal scores are ordered differently", kind="ties", seed=1),
+    Question("short rows", "rows with few visible keys differ", kind="short", seed=2),
+    Question("all visible", "rows with every key visible differ", kind="open", seed=3),
+)
+_EDGES: Final = (
+    Question("NaN", "keys hold no NaN", kind="nan", seed=3),
+    Question("infinity", "scores are finite", kind="infinite", seed=4),
+)
+
+
+class SelectionVerifier:
+    """Verifies selections of one graph; equal ones are run once.
+
+    Args:
+        index: the graph.
+        budget: seconds that one class may take.
+    """
+
+    def __init__(self, index: GraphIndex, budget: float = 120.0) -> None:
+        self._index, self._budget = index, budget
+        self._known: dict[str, tuple[str, _Verdict]] = {}
+
+    def verify(self, candidate: Candidate) -> _Verdict:
+        """The record of what was verified, or why the selection is not the operator's."""
+        index = self._index
+        scores = index.nodes[candidate.anchor].input[0]
+        try:
+            shown = dataclasses.replace(candidate, outputs=(scores, *candidate.outputs))
+            region = extract_region(index, shown)
+            replacement = extract_replacement(index, candidate)
+            sizes = Concrete(index)
+            for form, symbol in candidate.equal:
+                sizes.unify(form, symbol)
+            own = (sizes.shape(o.value) for o in candidate.operands)
+            shapes = [tuple(map(str, shape or ())) for shape in own]
+            key = fingerprint(candidate, region, replacement, [], shapes)
+        except UnverifiableError as error:
+            return error.refusal
+        label = index.label(candidate.anchor)
+        shared = key in self._known
+        if not shared:
+            begin = time.monotonic()
+            result = self._judge(candidate, region, replacement, sizes)
+            if isinstance(result, VerifyRecord):
+                result = dataclasses.replace(result, seconds=time.monotonic() - begin)
+            self._known[key] = (label, result)
+        first, known = self._known[key]
+        if isinstance(known, Refusal) or not shared:
+            return known
+        return dataclasses.replace(known, shared_with=first, seconds=0.0)
+
+    def _judge(
+        self,
+        candidate: Candidate,
+        region: onnx.ModelProto,
+        replacement: onnx.ModelProto,
+        sizes: Concrete,
+    ) -> _Verdict:
+        begin = time.monotonic()
+        try:
+            pair = Executable(promote(region)), Executable(promote(replacement))
+        except RuntimeError as error:
+            text = f"the selection cannot be run in float64: {first_line(error)}"
+            return Refusal(text, candidate.outputs[0])
+        run = _Run(self._index, candidate, pair, region)
+        cases = _cases(candidate, sizes)
+        results: list[ProbeResult] = []
+        sized: dict[str, int] = {}
+        for question, case in [(q, c) for c in cases for q in _PROBES]:
+            if time.monotonic() - begin > self._budget:
+                break
+            outcome = run.ask(question, case)
+            if isinstance(outcome, Refusal):
+                return outcome
+            if outcome is not None:
+                sized = sized or case.sizes
+                results.append(outcome)
+        if not results:
+            return Refusal(
+                run.failed or "no size of the selection can be run within budget",
+                candidate.outputs[0],
+                "export with dynamic shapes: the selection is then verified at small sizes",
+            )
+        edges = [text for q in _EDGES for c in cases[:1] if (text := run.edge(q, c))]
+        flips, share = run.flips(cases)
+        return VerifyRecord(
+            probes=_merged(results),
+            sizes=sized,
+            shrunk=(),
+            assumptions=(*_assumptions(candidate), *edges, *flips),
+            constants_read=tuple(dict.fromkeys(self._index.constants_read)),
+            own_rounding=share,
+        )
+
+
+def _merged(results: list[ProbeResult]) -> tuple[ProbeResult, ...]:
+    """One result per question, over all sizes."""
+    found: dict[str, ProbeResult] = {}
+    for r in results:
+        old = found.get(r.name)
+        error = r.error if old is None else max(old.error, r.error)
+        draws = r.draws if old is None else old.draws + r.draws
+        found[r.name] = ProbeResult(r.name, error, BOUND, draws)
+    return tuple(found.values())
+
+
+def _assumptions(candidate: Candidate) -> list[str]:
+    return [
+        f"{d.assumption}: discharged by {d.discharged_by or 'nobody: the caller of the model'}"
+        for d in (o.domain for o in candidate.operands)
+        if d.assumption
+    ]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Sizes of one run: by axis of the operator, and the shape of every operand."""
+
+    sizes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def work(self) -> float:
+        """Multiply-adds of the scores."""
+        total = 1.0
+        for name in ("B", "S1", "S2", "Hi", "Di"):
+            total *= self.sizes.get(name, 1)
+        return total
+
+    def kinds(self, count: int) -> set[str]:
+        """What a run at these sizes can tell."""
+        keys = self.sizes.get("S2", 1)
+        found = {"few" if keys < count else "many" if keys > count else "equal"}
+        found |= {"batch"} if self.sizes.get("B", 1) > 1 else set()
+        return found | ({"rows"} if self.sizes.get("S1", 1) > 1 else set())
+
+
+def _cases(candidate: Candidate, sizes: Concrete) -> list[_Case]:
+    """Sizes on both sides of K, several rows and sequences, as far as the file leaves them open."""
+    count = int(candidate.sizes["K"])
+    free = [n for n in sizes.symbols if n not in {s for _, s in sizes.equal}]
+    pool = sorted({1, 2, 3, 5, max(count - 1, 1), count, count + 1, count + 3, 2 * count + 3})
+    rng = random.Random(0)
+    found: list[_Case] = []
+    for chosen in itertools.chain(_first(free, count), _drawn(free, pool, rng)):
+        case = _case(candidate, at_sizes(sizes, chosen))
+        if case is not None and 0 not in case.sizes.values():
+            found.append(case)
+        if not free:
+            break
+    found.sort(key=lambda c: c.work)
+    told: set[frozenset[str]] = set()
+    kept = []
+    for case in found:
+        kind = frozenset(case.kinds(count))
+        if case.work <= _WORK and kind not in told:
+            told.add(kind)
+            kept.append(case)
+    kept.sort(key=lambda c: -len(c.kinds(count)) - ("many" in c.kinds(count)))
+    return kept[:6]
+
+
+def _first(free: list[str], count: int) -> Iterator[dict[str, int]]:
+    yield {name: (3, count + 4)[i % 2] for i, name in enumerate(free)}
+    yield {name: (count + 4, 3)[i % 2] for i, name in enumerate(free)}
+
+
+def _drawn(free: list[str], pool: list[int], rng: random.Random) -> Iterator[dict[str, int]]:
+    for _ in range(60):
+        yield {name: rng.choice(pool) for name in free}
+
+
+def _case(candidate: Candidate, sizes: Concrete) -> _Case | None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    named: dict[str, int] = {"K": int(candidate.sizes["K"])}
+    try:
+        for operand in candidate.operands:
+            shape = sizes.shape(operand.value)
+            if shape is None:
+                return None
+            shapes[operand.value] = tuple(int(d) for d in shape)
+            for axis, size in zip(operand.axes, shape, strict=True):
+                plain = axis not in ("", "1") and "*" not in axis
+                if plain and named.setdefault(axis, int(size)) != size:
+                    return None
+    except (SizesMeetError, ValueError, KeyError):
+        return None
+    return _Case(named, shapes)
+
+
+class _Run:
+    """Asks questions of one class."""
+
+    def __init__(
+        self,
+        index: GraphIndex,
+        candidate: Candidate,
+        pair: tuple[Executable, Executable],
+        region: onnx.ModelProto,
+    ) -> None:
+        self.candidate, (self.region, self.fused) = candidate, pair
+        self.own = region
+        node = index.nodes[candidate.anchor]
+        self.indices = node.output[1]
+        self.ordered = bool(attributes(node).get("sorted", 1))
+        self.failed = ""
+
+    def ask(self, question: Question, case: _Case) -> ProbeResult | Refusal | None:
+        """The outcome of one question; None: the original rejects it."""
+        found = self._compare(question, case)
+        if found is None:
+            return None
+        if found.reason or not found.error <= BOUND:
+            text = f"{question.reason} (probe {question.name!r}: "
+            text += found.reason or f"scores differ by {found.error:.1e}"
+            return Refusal(f"{text}, sizes {case.sizes})", self.candidate.outputs[0])
+        return ProbeResult(question.name, found.error, BOUND)
+
+    def edge(self, question: Question, case: _Case) -> str:
+        """What differs on inputs that no selection means."""
+        found = self._compare(question, case)
+        if found is None or (not found.reason and found.error <= BOUND):
+            return ""
+        return f"{question.reason}: the original and the operator order such keys differently"
+
+    def _compare(self, question: Question, case: _Case) -> Difference | None:
+        feeds = draw(self.candidate, case.shapes, case.sizes, question)
+        try:
+            want = self.region.run(feeds)
+        except RuntimeError as error:
+            self.failed = f"the original itself fails: {first_line(error)}"
+            return None
+        try:
+            got = self.fused.run(feeds)
+        except (ContractError, RuntimeError) as error:
+            text = f"the operator rejects what the original accepts: {first_line(error)}"
+            return Difference(0.0, text)
+        scores, exact = want[0], question.kind == "ties"
+        found = Difference(0.0, "")
+        for name, a, b in zip(self.candidate.outputs, want[1:], got, strict=True):
+            if name == self.indices:
+                one = compare_indices(scores, a, b, exact=exact, ordered=self.ordered)
+            else:
+                one = compare_entries(scores, a, b, exact=exact)
+            found = found.worse(one)
+        return found
+
+    def flips(self, cases: list[_Case]) -> tuple[list[str], float | None]:
+        """How many selected keys are others in the model's own type."""
+        kinds = {o.value: o.elem_type for o in self.candidate.operands}
+        query = next(o.elem_type for o in self.candidate.operands if o.role is Role.QUERY)
+        name = onnx.TensorProto.DataType.Name(query).lower()
+        best = max(cases, key=lambda c: ("many" in c.kinds(int(c.sizes["K"])), c.work))
+        feeds = draw(self.candidate, best.shapes, best.sizes, _PROBES[0])
+        narrow = {
+            n: a.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[n])) for n, a in feeds.items()
+        }
+        wide = {n: a.astype(feeds[n].dtype) for n, a in narrow.items()}
+        try:
+            own = Executable(self.own)
+            if own.engine != "onnxruntime":
+                return [], None
+            mine, exact = (r.run(f)[1] for r, f in ((own, narrow), (self.region, wide)))
+        except (RuntimeError, ValueError, TypeError):
+            return [], None
+        rows = list(zip(mine.reshape(-1, mine.shape[-1]), exact.reshape(-1, mine.shape[-1]),
+                        strict=True))  # fmt: skip
+        other = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in rows)
+        total = max(1, exact.size)
+        if not other:
+            return [], 0.0
+        text = (
+            f"in {name} the original itself selects {other} of {total} other keys than in float64"
+        )
+        return [text], other / total

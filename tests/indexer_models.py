@@ -1,0 +1,239 @@
+"""Lightning indexers as people write them, exported with their spellings, and look-alikes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from tests.zoo.base import export
+
+HEADS, WIDTH, K = 3, 8, 5
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How one indexer is written.
+
+    Attributes:
+        product: "matmul", "einsum" or "sum".
+        weigh: "matmul", "einsum", "mul" (times and sum), "first" (weights meet the scale first).
+        relu: "relu", "clamp", "where", "max".
+        scale: "products", "relu", "weights", "scores" or "query".
+        mask: "" or how keys are hidden: see `_masked`.
+        top: "min" (min(K, keys)), "all" (K), "unsorted".
+        rows: query rows, or open.
+    """
+
+    product: str = "matmul"
+    weigh: str = "matmul"
+    relu: str = "relu"
+    scale: str = "products"
+    mask: str = ""
+    low: float = float("-inf")
+    top: str = "min"
+    rows: int = 4
+    dtype: torch.dtype = torch.float32
+    exporter: str = "ts"
+    keys: int = 12
+    wrong: str = ""
+
+
+class Indexer(nn.Module):
+    """Indices [B, S1, k] int64 of queries [B, S1, H, D], keys [B, S2, D], weights [B, S1, H]."""
+
+    def __init__(self, s: Spelling) -> None:
+        super().__init__()
+        self.s = s
+
+    def forward(self, q: Any, k: Any, w: Any, *more: Any) -> Any:
+        s, by = self.s, WIDTH**-0.5
+        if s.scale == "query":
+            q = q * by
+        if s.scale == "weights":
+            w = w * by
+        if s.wrong == "pooled":
+            k = k.reshape(k.shape[0], k.shape[1] // 2, 2, k.shape[2]).mean(2)
+        x = _products(s, q, k)
+        if s.wrong == "negative":
+            x = x * -0.5
+        x = x * by if s.scale == "products" else x
+        x = _relu(s, x)
+        x = x * by if s.scale == "relu" else x
+        x = _weighed(s, x, w)
+        if s.scale == "scores":
+            x = x * by
+        if s.wrong == "key weights":
+            x = x * more[-1].unsqueeze(1)
+        x = _masked(s, x, more)
+        count = min(K, x.shape[-1]) if s.top == "min" else K
+        return x.topk(count, dim=-1, sorted=s.top != "unsorted")[1]
+
+
+def _products(s: Spelling, q: Any, k: Any) -> Any:
+    """[B, S1, H, S2]."""
+    if s.dtype != torch.float32:
+        q, k = q.float(), k.float()
+    if s.product == "einsum":
+        return torch.einsum("bshd,btd->bsht", q, k)
+    if s.product == "sum":
+        return (q.unsqueeze(3) * k[:, None, None]).sum(-1)
+    return torch.matmul(q, k.transpose(1, 2).unsqueeze(1))
+
+
+def _relu(s: Spelling, x: Any) -> Any:
+    other = {
+        "none": lambda: x,
+        "sigmoid": lambda: torch.sigmoid(x),
+        "gelu": lambda: torch.nn.functional.gelu(x),
+        "silu": lambda: torch.nn.functional.silu(x),
+        "leaky": lambda: torch.nn.functional.leaky_relu(x, 0.1),
+        "softmax": lambda: torch.softmax(x, -1),
+        "square": lambda: torch.relu(x) ** 2,
+        "outside": lambda: x,
+        "floor": lambda: torch.clamp(x, min=0.5),
+    }
+    if s.wrong in other:
+        return other[s.wrong]()
+    if s.relu == "clamp":
+        return torch.clamp(x, min=0)
+    if s.relu == "max":
+        return torch.maximum(x, torch.zeros_like(x))
+    if s.relu == "where":
+        return torch.where(x > 0, x, torch.zeros_like(x))
+    return torch.relu(x)
+
+
+def _weighed(s: Spelling, x: Any, w: Any) -> Any:
+    """[B, S1, S2]; per head [B, S1, H, S2] where that is what is wrong."""
+    w = w.float()
+    if s.wrong == "per head":
+        return x * w.unsqueeze(-1)
+    if s.wrong == "plain sum":
+        return x.sum(2)
+    if s.weigh == "einsum":
+        x = torch.einsum("bsht,bsh->bst", x, w)
+    elif s.weigh == "mul":
+        x = (x * w.unsqueeze(-1)).sum(2)
+    else:
+        x = torch.matmul(w.unsqueeze(-2), x).squeeze(-2)
+    return torch.relu(x) if s.wrong == "outside" else x
+
+
+def _masked(s: Spelling, x: Any, more: tuple[Any, ...]) -> Any:
+    keys = torch.arange(x.shape[-1])
+    rows = torch.arange(x.shape[1]) + (x.shape[-1] - x.shape[1])
+    seen = keys[None, :] <= rows[:, None]
+    if s.mask == "causal add":
+        return x + torch.where(seen, 0.0, s.low)
+    if s.mask == "causal fill":
+        return x.masked_fill(~seen, s.low)
+    if s.mask == "causal where":
+        return torch.where(seen, x, torch.tensor(s.low))
+    if s.mask == "tril":
+        return x.masked_fill(torch.ones(x.shape[1:]).tril(x.shape[-1] - x.shape[1]) == 0, s.low)
+    if s.mask == "triu":
+        return x + torch.full(x.shape[1:], s.low).triu(1 + x.shape[-1] - x.shape[1])
+    if s.mask == "padding":
+        return x.masked_fill(more[0].unsqueeze(1) == 0, s.low)
+    if s.mask == "both":
+        return torch.where(seen & (more[0].unsqueeze(1) != 0), x, torch.tensor(s.low))
+    if s.mask == "lengths":
+        return x.masked_fill(keys >= more[0][:, None, None], s.low)
+    if s.mask == "positions":
+        return x.masked_fill(keys > more[0][:, :, None], s.low)
+    if s.mask == "start":
+        return x.masked_fill(keys > (more[0][:, None] + torch.arange(x.shape[1]))[..., None], s.low)
+    if s.mask == "window":
+        return x.masked_fill(~seen | (keys[None, :] < rows[:, None] - 2), s.low)
+    if s.mask == "handed in":
+        return x.masked_fill(~more[0], s.low)
+    if s.mask == "assigned":
+        x = x.clone()
+        x[~seen.expand(x.shape)] = s.low
+        return x
+    return x
+
+
+def inputs(s: Spelling, batch: int = 2, rows: int = 0, keys: int = 0, seed: int = 0) -> Any:
+    """A call's tensors by name."""
+    rows, keys = rows or s.rows, keys or s.keys
+    make = torch.Generator().manual_seed(seed)
+    given = {
+        "q": torch.randn(batch, rows, HEADS, WIDTH, generator=make).to(s.dtype),
+        "k": torch.randn(batch, keys, WIDTH, generator=make).to(s.dtype),
+        "w": torch.randn(batch, rows, HEADS, generator=make),
+    }
+    kept = (torch.rand(batch, keys, generator=make) < 0.7).to(torch.int64)
+    kept[:, 0] = 1
+    start = torch.randint(0, max(keys - rows, 0) + 1, (batch,), generator=make)
+    if s.mask in ("padding", "both"):
+        given["kept"] = kept
+    if s.mask == "lengths":
+        given["lengths"] = start + 1
+    if s.mask == "start":
+        given["start"] = start
+    if s.mask == "positions":
+        given["positions"] = torch.randint(0, keys, (batch, rows), generator=make)
+    if s.mask == "handed in":
+        given["seen"] = torch.rand(batch, rows, keys, generator=make) < 0.7
+    if s.wrong == "key weights":
+        given["scale"] = torch.randn(batch, keys, generator=make)
+    return given
+
+
+_AXES = {
+    "q": {0: "batch", 1: "rows"}, "k": {0: "batch", 1: "keys"}, "w": {0: "batch", 1: "rows"},
+    "kept": {0: "batch", 1: "keys"}, "lengths": {0: "batch"}, "start": {0: "batch"},
+    "positions": {0: "batch", 1: "rows"}, "seen": {0: "batch", 1: "rows", 2: "keys"},
+    "scale": {0: "batch", 1: "keys"},
+}  # fmt: skip
+
+
+def spelt(s: Spelling, *, fixed: bool = False) -> onnx.ModelProto:
+    """The exported indexer; batch, rows and keys are open unless `fixed`."""
+    given = inputs(s)
+    axes = {name: dict(_AXES[name]) for name in given}
+    if s.rows == 1:
+        axes["q"].pop(1)
+        axes["w"].pop(1)
+        axes.get("positions", {}).pop(1, None)
+    args = (Indexer(s), given, ("indices",))
+    if s.exporter == "ts":
+        module = args[0].eval()
+        from tests.zoo.base import quiet
+
+        with quiet():
+            return export(
+                module, given, ("indices",), exporter="ts", opset=17,
+                dynamic=None if fixed else axes,
+            )  # fmt: skip
+    return export(
+        _Named(args[0], list(given)), given, ("indices",), dynamic=None if fixed else axes
+    )
+
+
+class _Named(nn.Module):
+    """An indexer whose inputs have names."""
+
+    def __new__(cls, inner: Indexer, names: list[str]) -> Any:
+        made = nn.Module()
+        made.inner = inner
+        text = f"def forward(self, {', '.join(names)}): return self.inner({', '.join(names)})"
+        space: dict[str, Any] = {}
+        exec(text, space)
+        kind = type("Named", (nn.Module,), {"forward": space["forward"]})
+        made = kind()
+        made.inner = inner
+        return made
+
+
+def arrays(given: Any) -> dict[str, np.ndarray]:
+    """Tensors as arrays."""
+    return {
+        n: t.float().numpy() if t.dtype == torch.bfloat16 else t.numpy() for n, t in given.items()
+    }

@@ -1,0 +1,108 @@
+"""Lightning indexers are found however they are spelt, and give what the original gave."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+
+import sfa_onnx
+from sfa_onnx import runtime
+from tests.indexer_models import K, Spelling, arrays, inputs, spelt
+
+BASE = Spelling()
+SPELLINGS = {
+    "plain": BASE,
+    "einsum": replace(BASE, product="einsum", weigh="einsum", scale="scores"),
+    "sums": replace(BASE, product="sum", weigh="mul", scale="relu"),
+    "clamp": replace(BASE, relu="clamp", scale="weights", top="unsorted"),
+    "max": replace(BASE, relu="max", scale="query", top="all"),
+    "where": replace(BASE, relu="where", mask="causal add"),
+    "lowest": replace(BASE, mask="causal add", low=float(np.finfo(np.float32).min)),
+    "fill": replace(BASE, mask="causal fill", weigh="einsum"),
+    "fill low": replace(BASE, mask="causal fill", low=-1e9),
+    "chosen": replace(BASE, mask="causal where", product="einsum"),
+    "tril": replace(BASE, mask="tril"),
+    "triu": replace(BASE, mask="triu"),
+    "assigned": replace(BASE, mask="assigned"),
+    "padding": replace(BASE, mask="padding"),
+    "both": replace(BASE, mask="both", low=-1e30),
+    "lengths": replace(BASE, mask="lengths", rows=1),
+    "positions": replace(BASE, mask="positions", rows=1),
+    "start": replace(BASE, mask="start"),
+    "decode": replace(BASE, rows=1),
+}
+
+
+def nodes(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:
+    return [n for n in model.graph.node if n.op_type == kind]
+
+
+def same_choice(model: onnx.ModelProto, fused: onnx.ModelProto, s: Spelling) -> None:
+    """Both select the same keys at several sizes, in the same order."""
+    for batch, rows, keys in ((2, s.rows, 12), (3, 1 if s.rows == 1 else 2, K), (1, s.rows, 4)):
+        if keys < K and (s.exporter == "ts" or s.top == "all"):
+            continue
+        feeds = arrays(inputs(s, batch, rows, keys, seed=keys))
+        want, got = (runtime.run(m, feeds)["indices"] for m in (model, fused))
+        assert want.shape == got.shape
+        assert want.dtype == got.dtype
+        if s.top == "unsorted":
+            want, got = np.sort(want, -1), np.sort(got, -1)
+        np.testing.assert_array_equal(want, got)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_an_indexer_is_found_in_every_spelling(name: str) -> None:
+    model = spelt(SPELLINGS[name])
+    report = sfa_onnx.fuse(model)
+    assert [s.reason for s in report.selections] == [""]
+    assert len(nodes(report.model, "NPULightningIndexer")) == 1
+    assert not nodes(report.model, "TopK")
+    same_choice(model, report.model, SPELLINGS[name])
+
+
+WRONG = {
+    "none": "no activation",
+    "sigmoid": "Sigmoid stands where a relu is expected",
+    "gelu": "stands where a relu is expected",
+    "silu": "Sigmoid stands where a relu is expected",
+    "leaky": "LeakyRelu stands where a relu is expected",
+    "softmax": "Softmax stands where a relu is expected",
+    "square": "no lightning indexer",
+    "floor": "a floor other than 0",
+    "outside": "the relu is outside the sum over heads",
+    "negative": "not positive",
+    "key weights": "depends on the key",
+    "per head": "every head selects keys of its own",
+    "plain sum": "heads have no weights",
+    "pooled": "keys are pooled by ReduceMean",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_near_miss_is_refused_by_name(wrong: str) -> None:
+    model = spelt(replace(BASE, wrong=wrong), fixed=wrong == "pooled")
+    report = sfa_onnx.fuse(model)
+    (site,) = report.selections
+    assert site.status == "refused"
+    assert WRONG[wrong] in site.reason, site.reason
+    assert report.model == model
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"), [("window", "sliding window"), ("handed in", "handed in")]
+)
+def test_a_mask_the_indexer_does_not_know_is_refused_by_name(mask: str, reason: str) -> None:
+    (site,) = sfa_onnx.fuse(spelt(replace(BASE, mask=mask))).selections
+    assert site.status == "refused"
+    assert reason in site.reason, site.reason
+
+
+def test_selections_are_left_alone_where_that_is_asked_for() -> None:
+    model = spelt(BASE)
+    report = sfa_onnx.fuse(model, indexer=False)
+    assert report.selections == []
+    assert report.model == model
