@@ -111,7 +111,6 @@ def test_an_attribute_that_one_table_of_a_pair_lacks_is_refused(
     canonical = grown(op.SPARSE_FLASH_ATTENTION_ANTIQUANT)
     model = op_model(make_case(op.SPARSE_FLASH_ATTENTION_ANTIQUANT))
     model.graph.node[0].attribute.append(helper.make_attribute("fresh_mode", 3))
-    monkeypatch.setattr(nodes, "SPARSE_FLASH_ATTENTION_ANTIQUANT", canonical)
     monkeypatch.setattr(nodes, "find_op", lambda *_: canonical)
     with pytest.raises(ContractError, match="fresh_mode 3 has no form in NPUKvQuant"):
         flavour.to_atc(model, binding="kv-quant")

@@ -13,6 +13,7 @@ from typing import Any, Final
 from sfa_onnx.ascend.cann import CANN_VERSIONS, DEFAULT_CANN
 from sfa_onnx.cli import options
 from sfa_onnx.cli.options import Help, Verb
+from sfa_onnx.operator.op import CHOICES
 from sfa_onnx.version import __version__
 
 __all__ = ["CACHE_FORMS", "SHELLS", "build_parser"]
@@ -273,7 +274,7 @@ def _atc(verbs: Any) -> None:
     verb.add("--cann", choices=CANN_VERSIONS, default=DEFAULT_CANN, help="CANN line to write for")
     verb.add(
         "--binding",
-        choices=("kv-quant", "recipes"),
+        choices=CHOICES,
         default="kv-quant",
         help="operator of int8 sites: CANN's KvQuantSparseFlashAttention, or the recipes'"
         " SparseFlashAttentionAntiquant",

@@ -233,8 +233,10 @@ class PackedRow:
 class Binding:
     """How one canonical node becomes one GE operator when the ATC flavour is written.
 
-    `contract` carries the attribute order of the node type written into the ATC flavour;
-    `ge_outputs` names every output of the GE prototype (the canonical node has only the first).
+    `contract` carries the attribute order of the node type written into the ATC flavour, and the
+    name of that type; `ge_outputs` names every output of the GE prototype (the canonical node has
+    only the first). `of` is the canonical operator where `contract` is only another way to write
+    it; `atc --binding` then chooses between the bindings of that operator.
     """
 
     name: str
@@ -243,6 +245,12 @@ class Binding:
     ge_type: str
     ge_outputs: tuple[str, ...]
     since: str
+    of: OpContract | None = None
+
+    @property
+    def canonical(self) -> OpContract:
+        """The operator as files spell it in its own domain."""
+        return self.of or self.contract
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from sfa_onnx.operator.contract import (
 __all__ = [
     "ALL_OPS",
     "BINDINGS",
+    "CHOICES",
     "DOMAIN_NPU",
     "DOMAIN_OWN",
     "EXPANDED",
@@ -48,6 +49,7 @@ __all__ = [
     "PackedRow",
     "Tensor",
     "find_op",
+    "written_as",
 ]
 
 DOMAIN_NPU: Final = "npu"
@@ -301,6 +303,7 @@ BINDINGS: Final = (
         "KvQuantSparseFlashAttention",
         ("attention_out",),
         "CANN 8.5.0 (built in)",
+        of=SPARSE_FLASH_ATTENTION_ANTIQUANT,
     ),
     Binding(
         "recipes",
@@ -336,8 +339,16 @@ BINDINGS: Final = (
     ),
 )
 
+# The choices of `atc --binding`: other ways to write one operator.
+CHOICES: Final = tuple(b.name for b in BINDINGS if b.canonical is SPARSE_FLASH_ATTENTION_ANTIQUANT)
 
 NPU: Final = NpuLimits()
+
+
+def written_as(op: OpContract) -> tuple[OpContract, ...]:
+    """The contracts under which an ATC file may hold a canonical operator, its own left out."""
+    ways = (b.contract for b in BINDINGS if b.canonical.name == op.name)
+    return tuple(way for way in ways if way.name != op.name)
 
 
 def find_op(domain: str, op_type: str) -> OpContract | None:

@@ -19,7 +19,7 @@ from onnx.defs import OpSchema
 
 from sfa_onnx.errors import ContractError
 from sfa_onnx.operator.contract import Attribute, OpContract, Tensor
-from sfa_onnx.operator.op import ALL_OPS, KV_QUANT_SPARSE_FLASH_ATTENTION
+from sfa_onnx.operator.op import ALL_OPS, written_as
 from sfa_onnx.operator.shape_rules import Shape, infer_outputs
 
 __all__ = ["register"]
@@ -35,7 +35,8 @@ def register() -> None:
     """Register every operator with onnx, once per process."""
     if not hasattr(OpSchema, "set_type_and_shape_inference_function"):
         return
-    for op in (*ALL_OPS, KV_QUANT_SPARSE_FLASH_ATTENTION):
+    ways = (way for contract in ALL_OPS for way in written_as(contract))
+    for op in (*ALL_OPS, *ways):
         if not onnx.defs.has(op.name, domain=op.domain):
             onnx.defs.register_schema(_schema(op))
             atexit.register(onnx.defs.deregister_schema, op.name, op.version, op.domain)

@@ -17,13 +17,12 @@ from sfa_onnx.operator.contract import Attribute, AttributeValue, OpContract, Pa
 from sfa_onnx.operator.op import (
     ALL_OPS,
     BINDINGS,
+    CHOICES,
     DOMAIN_NPU,
     EXPANDED,
     KV_CACHE_PACK,
-    KV_QUANT_SPARSE_FLASH_ATTENTION,
-    SPARSE_FLASH_ATTENTION_ANTIQUANT,
-    Binding,
     find_op,
+    written_as,
 )
 
 __all__ = ["EXACT_SUFFIX", "ROPE_DTYPE", "FromAtc", "ToAtc", "atc_contract", "is_ours"]
@@ -40,8 +39,6 @@ _ROPE_NAMES: dict[int, str] = {
     TensorProto.BFLOAT16: "bfloat16",
 }
 _ATC_NAMES = frozenset({b.atc_type for b in BINDINGS} | {op.name for op in ALL_OPS})
-# Operators that a node of this name may have been written as.
-_PAIRS = {SPARSE_FLASH_ATTENTION_ANTIQUANT.name: (KV_QUANT_SPARSE_FLASH_ATTENTION,)}
 # Inputs that carry the query's type and are cast with it.
 _FLOAT_INPUTS = ("query", "key", "value", "query_rope", "key_rope")
 
@@ -61,13 +58,10 @@ def atc_contract(op: OpContract, binding: str) -> tuple[str, OpContract]:
     Raises:
         UsageError: `binding` is not one of those offered.
     """
-    offered = ("kv-quant", "recipes")
-    if binding not in offered:
-        raise UsageError(f"binding {binding!r}: expected one of {', '.join(offered)}")
-    if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-        chosen = next(b for b in BINDINGS if b.name == binding)
-        return chosen.atc_type, chosen.contract
-    found: Binding | None = next((b for b in BINDINGS if b.contract is op), None)
+    if binding not in CHOICES:
+        raise UsageError(f"binding {binding!r}: expected one of {', '.join(CHOICES)}")
+    ways = [b for b in BINDINGS if b.canonical.name == op.name]
+    found = next((b for b in ways if b.name == binding), ways[0] if ways else None)
     return (found.atc_type, found.contract) if found else (op.name, op)
 
 
@@ -97,7 +91,7 @@ def _check_known(node: NodeProto, contracts: tuple[OpContract, ...], extra: set[
 
 def _check_carried(node: NodeProto, op: OpContract, target: OpContract) -> None:
     """Refuse what the canonical operator or its target cannot say; it would be dropped."""
-    pairs = _PAIRS.get(op.name, ())
+    pairs = written_as(op)
     both = {a.name: a for c in (*pairs, op) for a in c.attributes}
     given = {n: _read(node, a, op) for n, a in both.items() if find_attribute(node, n)}
     try:
@@ -148,8 +142,7 @@ class ToAtc:
             return None
         atc_type, contract = atc_contract(op, self.binding)
         extra = _exact_names(op)
-        readable = (op, KV_QUANT_SPARSE_FLASH_ATTENTION)
-        _check_known(node, readable if op is SPARSE_FLASH_ATTENTION_ANTIQUANT else (op,), extra)
+        _check_known(node, (op, *written_as(op)), extra)
         _check_carried(node, op, contract)
         made = _make(node, atc_type, "")
         for spec in contract.attributes:
@@ -255,9 +248,7 @@ class FromAtc:
             op = next((o for o in ALL_OPS if o.name == node.op_type), None)
         if op is None:
             return self._vendor(node)
-        written = KV_QUANT_SPARSE_FLASH_ATTENTION
-        contracts = (op, written) if op is SPARSE_FLASH_ATTENTION_ANTIQUANT else (op,)
-        _check_known(node, contracts, _exact_names(op))
+        _check_known(node, (op, *written_as(op)), _exact_names(op))
         _check_carried(node, op, op)
         made = _make(node, op.name, op.domain)
         for spec in op.attributes:
