@@ -8,6 +8,7 @@ import subprocess
 import pytest
 from onnx import TensorProto, helper
 
+from sfa_onnx.ascend.handover import build_om
 from sfa_onnx.ascend.handover import command as atc_command
 from sfa_onnx.ascend.handover import log as atc_log
 from sfa_onnx.errors import UsageError
@@ -114,6 +115,38 @@ def test_dims_that_are_expressions_follow_the_dims_in_them():
     script = f"atc() {{ printf '%s\\n' \"$@\"; }}\n{open_sum.line('m.onnx', 'm')}"
     done = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, env=shell)
     assert "--input_shape=m:8,64" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("past", [1, 3, 7, 12, 40])
+@pytest.mark.parametrize(
+    "text",
+    ["past + 1", "Min(8, past)", "Min(8, past + 1, 2*past)", "Max(4, past - 2)", "past//4 + 1",
+     "2*(past + 3)", "Max(1, Min(8, past) - 2)", "(past + 3)//2*2"],
+)  # fmt: skip
+def test_the_shell_and_build_om_compute_open_dims_alike(text, past, monkeypatch):
+    """A shared selection is Min(top-k, past) wide: its stage's input has that dim."""
+    call = atc_command.build(model(("x", 1, ["past"]), ("m", 1, [text, 4])), soc_version=SOC)
+    want = f"x:{past};m:{atc_command.size_of(text, {'past': past})},4"
+    script = f"atc() {{ printf '%s\\n' \"$@\"; }}\n{call.line('m.onnx', 'm')}"
+    shell = {"DIM_PAST": str(past), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, env=shell)
+    assert f"--input_shape={want}" in done.stdout.splitlines()
+    monkeypatch.setenv("DIM_PAST", str(past))
+    assert build_om.fill(dict(call.options)["--input_shape"]) == want
+
+
+def test_build_om_asks_for_a_dim_inside_a_sum(monkeypatch):
+    monkeypatch.delenv("DIM_PAST", raising=False)
+    with pytest.raises(SystemExit, match="DIM_PAST is not set"):
+        build_om.fill("m:$((DIM_PAST + 1)),64")
+    monkeypatch.setenv("DIM_PAST", "1,2")
+    with pytest.raises(SystemExit, match="needs a number"):
+        build_om.fill("m:$((DIM_PAST + 1)),64")
+
+
+def test_a_dim_the_shell_cannot_compute_is_asked_for_as_numbers():
+    with pytest.raises(UsageError, match="past % 3 follows past: bind them to numbers"):
+        options(model(("x", 1, ["past"]), ("m", 1, ["past % 3"])))
 
 
 def test_unbound_dims_become_variables_the_shell_asks_for():

@@ -66,13 +66,22 @@ def compile_builder(home: Path) -> Path:
 def fill(text: str) -> str:
     """A value with the dims that stayed open, from the environment, as atc.sh takes them."""
 
-    def value(found: re.Match[str]) -> str:
-        given = os.environ.get(found[1])
-        if not given:
-            sys.exit(f"{found[1]} is not set, see README.md; e.g. {found[1]}=1 python build_om.py")
-        return given
+    def given(name: str) -> str:
+        value = os.environ.get(name)
+        if not value:
+            sys.exit(f"{name} is not set, see README.md; e.g. {name}=1 python build_om.py")
+        return value
 
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    def computed(found: re.Match[str]) -> str:
+        """The shell's arithmetic, done by the shell."""
+        for name in re.findall(r"[A-Za-z_]\w*", found[1]):
+            if not given(name).isdigit():
+                sys.exit(f"{name}={given(name)}: {found[0]} needs a number")
+        line = ["bash", "-c", f"echo {found[0]}"]
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
+
+    text = re.sub(r"\$\(\((.+?)\)\)(?=[,;]|$)", computed, text)
+    return re.sub(r"\$\{(\w+)\}", lambda found: given(found[1]), text)
 
 
 def environment(plan: dict[str, Any]) -> dict[str, str]:

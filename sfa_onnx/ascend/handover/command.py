@@ -9,6 +9,7 @@ a shell variable that atc.sh asks for.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import shlex
@@ -28,10 +29,12 @@ _NUMBER = re.compile(r"[1-9]\d*$")
 _RANGE = re.compile(r"([1-9]\d*)~([1-9]\d*)$")
 _GEARS = re.compile(r"[1-9]\d*(,[1-9]\d*)+$")
 _MOST_GEARS = 100
-_EXPANDED = re.compile(r"\$\{(?:DIM|SHAPE)_\w+\}|\$\(\([\w +*/-]+\)\)")
+_SIGNS: dict[type, str] = {
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "/",
+}  # fmt: skip
+_EXPANDED = re.compile(r"\$\{(?:DIM|SHAPE)_\w+\}|\$\(\([\w +*/()<>?:-]+\)\)")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _FUNCTIONS = ("Min", "Max", "min", "max", "floor")
-_ARITHMETIC = re.compile(r"[\w +*/-]+$")
 _WORD = re.compile(r"\w+$")
 _VARIABLE = re.compile(r"\W+")
 
@@ -264,13 +267,41 @@ def _size(name: str, choice: Mapping[str, int]) -> int:
 
 
 def _for_shell(name: str, bound: dict[str, str], unbound: dict[str, str]) -> str:
-    """An open dim as the shell will fill it in; sums and products are left to its arithmetic."""
+    """An open dim as the shell will fill it in; what it is made of is left to its arithmetic."""
     if name in unbound:
         return "${" + unbound[name] + "}"
     values = {s: unbound.get(s) or bound[s] for s in _symbols(name)}
-    if not _ARITHMETIC.match(name) or any(not _WORD.match(v) for v in values.values()):
+    text = None
+    if all(_WORD.match(v) for v in values.values()):
+        text = _arithmetic(ast.parse(name, mode="eval").body, values)
+    if text is None:
         raise UsageError(f"--dim: {name} follows {', '.join(values)}: bind them to numbers")
-    return "$((" + _SYMBOL.sub(lambda m: values[m[0]], name).replace("//", "/") + "))"
+    return f"$(({text[1:-1] if text.startswith('(') else text}))"
+
+
+def _arithmetic(tree: ast.expr, values: Mapping[str, str]) -> str | None:
+    """An expression of dims in the shell's arithmetic; None for what that does not have."""
+    match tree:
+        case ast.Constant(value=int(number)):
+            return str(number)
+        case ast.Name(id=name):
+            return values.get(name)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _SIGNS:
+            parts = [_arithmetic(side, values) for side in (left, right)]
+            return None if None in parts else f"({parts[0]} {_SIGNS[type(op)]} {parts[1]})"
+        case ast.Call(func=ast.Name(id="Min" | "min" | "Max" | "max" as name), args=args) if args:
+            return _least_or_greatest([_arithmetic(a, values) for a in args], name)
+    return None
+
+
+def _least_or_greatest(parts: list[str | None], name: str) -> str | None:
+    known = [p for p in parts if p is not None]
+    if len(known) != len(parts):
+        return None
+    sign, text = "<" if name in ("Min", "min") else ">", known[0]
+    for other in known[1:]:
+        text = f"({text} {sign} {other} ? {text} : {other})"
+    return text
 
 
 def _gears(
