@@ -179,3 +179,42 @@ def test_both_sides_of_a_minimum_are_probed() -> None:
         around = {(d.capacity, d.slots) for _, d in sizer.others([]) if abs(d.capacity - k) <= 1}
         assert around >= {(k - 1, k - 1), (k, k), (k + 1, k)}
         assert not sizer.unturned
+
+
+def latest(last: int, *, masked: bool) -> onnx.ModelProto:
+    """Keys are selected among the last few of a cache: `cache[:, -last:]`, on an open axis."""
+    g = Graph(18)
+    ends = g.ints(-last), g.ints(np.iinfo(np.int64).max), g.ints(1)
+    recent = g.op("Slice", "cache", *ends)
+    _, chosen = g.op("TopK", "scores", g.ints(4), outputs=2, axis=-1)
+    if masked:
+        seen = g.op("Less", "scores", g.const(9, np.float32))
+        out = masked_attention(g, recent, chosen, seen, "scores")
+    else:
+        rows = g.op("GatherND", recent, g.unsqueeze(chosen, -1), batch_dims=1)
+        x = g.op("MatMul", "query", g.op("Transpose", rows, perm=[0, 1, 3, 2]))
+        x = g.op("Mul", x, g.const(0.2, np.float32))
+        out = g.op("MatMul", g.op("Softmax", x, axis=-1), g.cut(rows, 0, C))
+    inputs = {
+        "query": ("f32", ("B", "S", N, C + R)),
+        "cache": ("f32", ("B", "T", C + R)),
+        "scores": ("f32", ("B", "S", last)),
+    }
+    return g.model(inputs, {"out": ("f32", ("B", "S", N, C))}, [out])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_last_keys_are_those_of_each_run(masked: bool) -> None:
+    """A slice from the end begins elsewhere in every run: no offset may be baked in."""
+    model = latest(8, masked=masked)
+    report = sfa_onnx.fuse(model)
+    assert [s.status for s in report.sites] == ["fused"], report.sites[0].reason
+    rng = np.random.default_rng(0)
+    for batch, keys in itertools.product((1, 2), (8, 9, 21)):
+        given = {
+            "query": rng.standard_normal((batch, 3, N, C + R)).astype(np.float32),
+            "cache": rng.standard_normal((batch, keys, C + R)).astype(np.float32),
+            "scores": rng.standard_normal((batch, 3, 8)).astype(np.float32),
+        }
+        (want,), (got,) = run_original(model, given), run_fused(report.model, given)
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-6, err_msg=f"{keys} keys")

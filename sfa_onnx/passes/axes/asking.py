@@ -22,6 +22,9 @@ class Tracing(Protocol):
     def shape(self, value: str) -> Shape:
         """The concrete shape; stops recognition when it cannot be known."""
 
+    def open(self, size: int) -> bool:
+        """Whether a size changes with the sizes of the inputs."""
+
     def scalar(self, value: str) -> float | None:
         """The number in a one-element constant that does not depend on any dynamic size."""
 

@@ -77,13 +77,14 @@ def _tile(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
 
 
 def _slice(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    shape = tracer.shape(node.input[0])
+    shape, coords = tracer.shape(node.input[0]), list(ref.coords)
     inputs = [None, *(tracer.sizes.value(n) if n else None for n in node.input[1:])]
     if any(a is None and n for a, n in zip(inputs[1:], node.input[1:], strict=True)):
         return None
-    coords = list(ref.coords)
     bounds = slice_bounds(attributes(node), inputs, len(shape))
     for start, end, axis, step in zip(*bounds, strict=True):
+        if start < 0 and tracer.open(shape[axis]) and not tracer.open(-start):
+            return None  # x[-8:] begins elsewhere in every run
         coords[axis] = coords[axis] * step + sliced(start, end, step, shape[axis]).start
     return Move(Ref(node.input[0], tuple(coords)))
 
@@ -92,9 +93,8 @@ def _split(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
     before = list(node.output)[: list(node.output).index(ref.value)]
     offset = sum(tracer.shape(name)[axis] for name in before)
-    coords = list(ref.coords)
-    coords[axis] = coords[axis] + offset
-    return Move(Ref(node.input[0], tuple(coords)))
+    coords = (*ref.coords[:axis], ref.coords[axis] + offset, *ref.coords[axis + 1 :])
+    return Move(Ref(node.input[0], coords))
 
 
 def _sequence_at(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:

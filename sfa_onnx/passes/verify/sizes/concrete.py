@@ -36,6 +36,7 @@ __all__ = ["Sizer"]
 _Key = tuple[tuple[str, int], ...]  # sizes of the symbols
 
 MEMORY_LIMIT = 2_000_000_000  # bytes of one run in float64
+_LONG = 64  # of an axis whose end alone is read
 _WORK_MAX = 250_000  # query rows * keys of another size
 _ORDER = ("pages", "M", "slots", "S2", "K", "T", "S1", "B", "T2", "N1", "width")
 
@@ -65,7 +66,7 @@ class Sizer:
         self._efforts: list[Effort] = []  # per choice
         self._evaluated: dict[_Key, Shapes] = {}
         self._known: dict[_Key, Effort] = {}
-        self._unlimited = False
+        self._unlimited, self._unsized = False, 1
         self.unturned: list[str] = []
         self._roles = find_roles(self._evaluate, self._primes, candidate, layout_kv)
         self._decided = {s for s, r in self._roles.items() if r & {"S1", "S2", "K", "T", "T2"}}
@@ -78,6 +79,9 @@ class Sizer:
         """
         lines = BASES if self._family is None else OPENED
         found = [s for wanted in lines if (s := self.choose(wanted)) is not None]
+        if not found:  # x[-8:] of an axis that sizes no operand takes 8 of it
+            self._unsized = _LONG
+            found = [s for wanted in lines if (s := self.choose(wanted)) is not None]
         if (
             not found and self._family is None
         ):  # a fixed top-k that is larger than all of these lengths
@@ -226,7 +230,7 @@ class Sizer:
         """The open symbols for wanted sizes of axes."""
         sizes = {**DEFAULTS, **wanted}
         sizes["S1"] = min(sizes["S1"], sizes["S2"])
-        symbols = dict.fromkeys(self._primes, 1)  # what sizes no operand
+        symbols = dict.fromkeys(self._primes, self._unsized)  # what sizes no operand
         for symbol, roles in self._roles.items():
             role = next((r for r in _ORDER if r in roles), None)
             if "S1" in roles and "S2" in roles:  # prefill: queries and keys grow together
