@@ -13,7 +13,7 @@ from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.joined import join_chunks
 from sfa_onnx.passes.bind.literals import Literal
-from sfa_onnx.passes.bind.mask import additive, boolean
+from sfa_onnx.passes.bind.mask import additive, boolean, conditions
 from sfa_onnx.passes.bind.site import AttentionRegion, Sinks, Statistic
 from sfa_onnx.passes.bind.statistics import statistics
 from sfa_onnx.passes.bind.unfit import unfit
@@ -221,7 +221,7 @@ def _looked_into(reader: Reader, condition: Term) -> Term:
     own = condition.args[0] if condition.op == "not" else condition
     if own.op != "element":
         return condition
-    found = Reader(reader.tracer, reader.n, (), deep=True).term(own.ref)
+    found = conditions(reader.tracer, reduced=True).term(own.ref)
     return found if own is condition else reader.n.negate(found)
 
 

@@ -10,7 +10,44 @@ from sfa_onnx.passes.axes.expr import Expr, Label, fresh, label_of
 from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Tracer
 from sfa_onnx.passes.bind.literals import Literal, Selected
 
-__all__ = ["pointed", "reduced"]
+__all__ = ["counts", "is_table", "pointed", "reduced"]
+
+_VIEWS = ("Cast", "Identity", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand")
+
+
+def counts(tracer: Tracer, value: str) -> bool:
+    """Whether a tensor of numbers flags or counts: 0 and 1 that are written or added up."""
+    for _ in range(16):
+        node = tracer.index.node_of(value)
+        if node is None or node.op_type == "Constant":
+            return is_table(tracer, value)
+        if node.op_type in ("ReduceSum", "ReduceMax", "OneHot"):
+            return True
+        if node.op_type in ("ScatterElements", "ScatterND"):
+            return all(_counted(tracer, node.input[i]) for i in (0, 2))
+        if node.op_type not in _VIEWS:
+            return False
+        value = node.input[0]
+    return False
+
+
+def _counted(tracer: Tracer, value: str) -> bool:
+    fill = tracer.fill(value)
+    if fill is not None:
+        return fill in (0, 1)
+    is_bool = tracer.sizes.elem_type(value) == onnx.TensorProto.BOOL
+    node = tracer.index.real_maker(value)
+    cast = node is not None and node.op_type == "Cast"
+    made = cast and node is not None and tracer.sizes.elem_type(node.input[0])
+    return is_bool or made == onnx.TensorProto.BOOL or counts(tracer, value)
+
+
+def is_table(tracer: Tracer, value: str) -> bool:
+    """Whether `value` is a constant table of 0 and 1."""
+    if not tracer.shape(value):
+        return False
+    table = tracer.index.mask_table(value)
+    return table is not None and table.size > 1 and bool(((table == 0) | (table == 1)).all())
 
 
 def reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:

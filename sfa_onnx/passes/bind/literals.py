@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
-from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.steps import Ref
 
-__all__ = ["HIDDEN", "Kept", "Literal", "Selected", "Visible", "alike"]
+__all__ = ["HIDDEN", "Kept", "Literal", "Selected", "Visible"]
 
 # A score this far below the others has weight 0 in every float type in use.
 HIDDEN: Final = -9e3
@@ -69,14 +69,3 @@ class Kept:
 
 
 Literal = Visible | Selected | Kept
-
-
-def alike(one: Literal, other: Literal) -> bool:
-    """Whether two literals say the same; what the slots of a selection are called is no matter."""
-    if not isinstance(one, Selected) or not isinstance(other, Selected):
-        return one == other
-    if one.slot.size != other.slot.size:
-        return False
-    swap = {other.slot: Expr.of(one.slot)}
-    valid = other.valid.substitute(swap) if other.valid is not None else None
-    return one == replace(other, slot=one.slot, indices=other.indices.substitute(swap), valid=valid)

@@ -16,7 +16,7 @@ from sfa_onnx.passes.axes.expr import Expr, Label, Quot
 from sfa_onnx.passes.axes.trace import Pieces, Ref, Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind.literals import Kept, Literal, Selected, Visible
 
-__all__ = ["bounded", "either", "place", "put_on", "settled"]
+__all__ = ["bounded", "either", "place", "put_on", "settled", "union"]
 
 _ABOVE, _BELOW = ("Greater", "GreaterOrEqual"), ("Less", "LessOrEqual")
 
@@ -57,6 +57,21 @@ def either(here: Visible, parts: Iterable[Kept | None]) -> Kept | None:
             if not over:
                 return None
     return Kept(here, tuple(among), extra, over)
+
+
+def union(
+    tracer: Tracer, here: Visible, parts: Sequence[Sequence[Literal] | None]
+) -> Literal | None:
+    """`here`, which shows what any of `parts` shows, where all of them keep few keys."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    bounds = [bounded(tracer, here, part) for part in known]
+    whole = either(here, bounds)
+    if whole is not None:
+        return whole if whole.among else None
+    few = any(part and part.among for part in bounds)
+    return replace(here, joins=tuple(map(tuple, known))) if few else None
 
 
 def settled(tracer: Tracer, literals: Sequence[Literal]) -> list[Literal]:

@@ -14,7 +14,7 @@ from sfa_onnx.passes.bind.hits import pointed
 from sfa_onnx.passes.bind.literals import HIDDEN, Kept, Literal, Selected, Visible
 from sfa_onnx.passes.bind.union import bounded, either, place, put_on
 
-__all__ = ["Read", "patched", "put", "scattered", "union"]
+__all__ = ["Read", "patched", "put", "scattered"]
 
 Read = Callable[[Tracer, Visible], list[Literal]]  # how a mask below the written one is read
 
@@ -152,22 +152,6 @@ def _literals(read: Read, tracer: Tracer, mask: Visible) -> list[Literal] | None
         return read(tracer, mask)
     except Stop:
         return None
-
-
-def union(read: Read, tracer: Tracer, node: onnx.NodeProto, here: Visible) -> list[Literal] | None:
-    """One mask or the other, where both keep few keys."""
-    parts, joins = [], []
-    for name in node.input:
-        part = replace(here, ref=tracer.operand(name, here.ref.coords))
-        known = _literals(read, tracer, part)
-        if known is None:
-            return None
-        parts.append(bounded(tracer, part, known))
-        joins.append(tuple(known))
-    whole = either(here, parts)
-    if whole is not None:
-        return [whole] if whole.among else None
-    return [replace(here, joins=tuple(joins))] if any(p and p.among for p in parts) else None
 
 
 def patched(read: Read, tracer: Tracer, here: Visible, step: Pieces) -> list[Literal] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import onnx
 
@@ -12,7 +11,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Causal, Ref, Stop, Tracer
 from sfa_onnx.passes.shapes.types import MANTISSA
-from sfa_onnx.passes.values.identity import Normal
+from sfa_onnx.passes.values.pointwise import Reads
 from sfa_onnx.passes.values.terms import Term, dot, element, number
 
 __all__ = ["attention_term", "is_attention", "split_heads"]
@@ -25,20 +24,7 @@ def is_attention(node: onnx.NodeProto) -> bool:
     return node.op_type == "Attention" and node.domain in ("", "ai.onnx")
 
 
-class Reading(Protocol):
-    """What is asked of a reader of terms."""
-
-    tracer: Tracer
-    n: Normal
-
-    def term(self, ref: Ref) -> Term:
-        """What the element `ref` is."""
-
-    def over(self, kind: str, label: Label, body: Term) -> Term:
-        """A reduction over an axis."""
-
-
-def attention_term(reader: Reading, node: onnx.NodeProto, out: Ref) -> Term:
+def attention_term(reader: Reads, node: onnx.NodeProto, out: Ref) -> Term:
     """The element `out` of an Attention with [B, N, S, D] or [B, S, N * D] inputs.
 
     Raises:

@@ -8,30 +8,20 @@ from typing import Final
 
 from sfa_onnx.passes.values.arithmetic import LOW, factors
 from sfa_onnx.passes.values.exponential import is_positive, reaches_one
+from sfa_onnx.passes.values.flags import COMPARE, truth
 from sfa_onnx.passes.values.identity import Identity, Normal
 from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, ZERO, Term, number
 
 __all__ = ["ROWS", "seen"]
 
 _LINEAR: Final = 20.0  # above it log(1 + exp(x)) is x in float32
-_COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
-    "eq": lambda a, b: a == b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-}
-
-
-def _truth(value: bool) -> Term:
-    return TRUE if value else FALSE
-
-
 # -- conditions -----------------------------------------------------------------------------------
 
 
 def _not(n: Normal, term: Term) -> Term | None:
     inner = term.args[0]
     if inner.op in ("true", "false"):
-        return _truth(inner.op == "false")
+        return truth(inner.op == "false")
     if inner.op == "not":
         return inner.args[0]
     if inner.op in ("and", "or"):
@@ -60,35 +50,9 @@ def _joined(n: Normal, term: Term) -> Term | None:
 def _compared(n: Normal, term: Term) -> Term | None:
     a, b = term.args
     if a.is_number() and b.is_number():
-        return _truth(_COMPARE[term.op](a.value, b.value))
+        return truth(COMPARE[term.op](a.value, b.value))
     if term.op == "eq" and a.is_number():
         return n.make("eq", (b, a))
-    return None
-
-
-def _flag_compared(n: Normal, term: Term) -> Term | None:
-    """A flag, compared with a number, is its condition, the opposite, or settled."""
-    for i, (own, other) in enumerate((term.args, term.args[::-1])):
-        if own.op == "flag" and other.is_number():
-            of = _COMPARE[term.op]
-            zero, one = (of(x, other.value) if not i else of(other.value, x) for x in (0.0, 1.0))
-            if zero == one:
-                return _truth(zero)
-            return own.args[0] if one else n.negate(own.args[0])
-    return None
-
-
-def _counted(n: Normal, term: Term) -> Term | None:
-    """A count of flags, compared with 0 (or with 1): whether there is any."""
-    for i, (own, other) in enumerate((term.args, term.args[::-1])):
-        if own.op == "sum" and own.args[0].op == "flag" and other.is_number():
-            of = _COMPARE[term.op]
-            none, one, two = (
-                of(x, other.value) if not i else of(other.value, x) for x in (0.0, 1.0, 2.0)
-            )
-            if none != one and one == two:
-                found = n.make("any", own.args[0].args, own.data)
-                return found if one else n.negate(found)
     return None
 
 
@@ -137,7 +101,7 @@ def seen(term: Term) -> bool | None:
         return _joint(term)
     if term.op in ("any", "all"):
         return None
-    return _seen_compared(term) if term.op in _COMPARE else None
+    return _seen_compared(term) if term.op in COMPARE else None
 
 
 def _joint(term: Term) -> bool | None:
@@ -181,6 +145,19 @@ def _top(term: Term) -> bool:
 # -- choices --------------------------------------------------------------------------------------
 
 
+def _of_conditions(n: Normal, term: Term) -> Term | None:
+    """Where(c, d, false) = c and d; where(c, true, d) = c or d, and so on."""
+    condition, then, other = term.args
+    opposite = n.negate(condition)
+    if other in (TRUE, FALSE):
+        return n.make("or", (opposite, then)) if other == TRUE else n.make("and", (condition, then))
+    if then in (TRUE, FALSE):
+        return (
+            n.make("or", (condition, other)) if then == TRUE else n.make("and", (opposite, other))
+        )
+    return None
+
+
 def _chosen(n: Normal, term: Term) -> Term | None:
     condition, then, other = term.args
     if condition.op in ("true", "false"):
@@ -189,6 +166,8 @@ def _chosen(n: Normal, term: Term) -> Term | None:
         return then
     fills = then.is_number() - other.is_number()  # a number comes last
     turned = fills > 0 or (not fills and condition.op == "not")
+    if then.is_number() and other.is_number():
+        turned = then.value < other.value  # the lower one last: it hides
     return n.where(n.negate(condition), other, then) if turned else None
 
 
@@ -292,20 +271,13 @@ ROWS: Final = (
     _row("not", "not", "not (c and d)", "(not c) or (not d)", _not),
     _row("and, or", "and or", "c and c and true", "c", _joined),
     _row("numbers compared", "eq lt le", "2 < 3", "true", _compared),
-    # flags that are counted, cast and compared again
-    _row(
-        *("flag compared", "eq lt le", "0.5 < flag(c)", "c", _flag_compared),
-        *("2 < flag(c)", "c"),
-    ),
-    _row(
-        *("count compared", "eq lt le", "0 < sum(t, flag(ct))", "any(t, ct)", _counted),
-        *("1 < sum(t, flag(ct))", "any(t, ct)"),
-    ),
     # scores are tested where the mask hid them
     _row(
         *("hidden score", "eq lt le", "where(c, dot, -inf) == -inf", "not c", _hidden),
         *("where(c, dot, 2) == 2", "c"),
     ),
+    # choices among conditions are conditions
+    _row("choice of conditions", "where", "where(c, d, false)", "c and d", _of_conditions),
     _row("choice", "where", "where(not c, a, b)", "where(c, b, a)", _chosen),
     # nan_to_num, x != x
     _row("NaN scrubbed", "where", "where(isnan(a), b, a)", "a", _scrubbed),

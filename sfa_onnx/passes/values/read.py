@@ -17,11 +17,11 @@ from sfa_onnx.passes.values.identity import Normal
 from sfa_onnx.passes.values.pointwise import POINTWISE
 from sfa_onnx.passes.values.terms import Term, dot, element, number
 
-__all__ = ["INNER", "Reader"]
+__all__ = ["INNER", "LAYOUT", "Reader"]
 
 _T = onnx.TensorProto
 INNER: Final = "inner"  # name of the label that a product of queries and keys is summed over
-_LAYOUT: Final = frozenset(("Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+LAYOUT: Final = frozenset(("Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _REDUCE: Final = {
     "ReduceSum": "sum",
     "ReduceMax": "maximum",
@@ -30,8 +30,6 @@ _REDUCE: Final = {
     "ReduceLogSum": "sum",
     "ReduceL1": "sum",
 }
-_COUNTS: Final = frozenset(("ReduceMax", "ReduceMin", "ReduceSum"))
-_COMPARED: Final = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 
 
 class Reader:
@@ -43,18 +41,13 @@ class Reader:
         opaque: operators that were met and have no meaning here: value -> operator.
     """
 
-    def __init__(
-        self, tracer: Tracer, normal: Normal, inner: Collection[str], *, deep: bool = False
-    ) -> None:
-        """`inner` names the values that depend on scores; all others are leaves.
-
-        `deep`: but for conditions, which are read through reductions and comparisons too.
-        """
-        self.tracer, self.n, self.inner, self.deep = tracer, normal, inner, deep
+    def __init__(self, tracer: Tracer, normal: Normal, inner: Collection[str]) -> None:
+        """`inner` names the values that depend on scores; all others are leaves."""
+        self.tracer, self.n, self.inner = tracer, normal, inner
         self.axes: dict[str, tuple[Expr, ...]] = {}
         self.products: dict[Term, list[str]] = {}
         self.opaque: dict[str, str] = {}
-        self._known: dict[Ref, Term] = {}
+        self.known: dict[Ref, Term] = {}
 
     def term(self, ref: Ref) -> Term:
         """What the element `ref` is.
@@ -62,17 +55,17 @@ class Reader:
         Raises:
             Stop: a shape on the way is not known, or the budget is used up.
         """
-        if ref not in self._known:
+        if ref not in self.known:
             self.tracer.spend(ref.value)
             inner = ref.value in self.inner
             if inner:
                 self.axes.setdefault(ref.value, ref.coords)
             fill = self.tracer.fill(ref.value)
             if fill is not None and self._fixed(ref.value, fill):
-                self._known[ref] = self._number(ref, fill)
+                self.known[ref] = self._number(ref, fill)
             else:
-                self._known[ref] = self._inner(ref) if inner else self._outer(ref)
-        return self._known[ref]
+                self.known[ref] = self._inner(ref) if inner else self._outer(ref)
+        return self.known[ref]
 
     # -- values that scores do not decide -------------------------------------------------------
 
@@ -82,11 +75,11 @@ class Reader:
         node = tracer.index.node_of(ref.value)
         if node is None:
             return element(ref)
-        if self._is_bool(ref.value):
+        if self.is_bool(ref.value):
             return self._condition(node, ref)
-        if node.op_type == "Cast" and self._is_bool(node.input[0]):
+        if node.op_type == "Cast" and self.is_bool(node.input[0]):
             return self.n.flag(self.term(Ref(node.input[0], ref.coords)))
-        if node.op_type in _LAYOUT and isinstance(step := tracer.step(ref), Move):
+        if node.op_type in LAYOUT and isinstance(step := tracer.step(ref), Move):
             return self.term(step.ref)
         if node.op_type == "Exp":  # of a sink
             return self.n.exp(*self.operands(node, ref))
@@ -94,35 +87,21 @@ class Reader:
             found = POINTWISE[node.op_type](self, node, ref)
             if self._of_conditions(found):
                 return found
-        if (
-            self.deep
-            and node.op_type in _COUNTS
-            and self._of_conditions(found := self._reduced(node, ref))
-        ):
-            return found
         return element(ref)
 
     def _of_conditions(self, term: Term) -> bool:
         """Whether all leaves are conditions, none a number that is not known."""
         leaves = [t for t in term.walk() if t.op in ("element", "dot")]
-        return all(t.op == "element" and self._is_bool(t.ref.value) for t in leaves)
+        return all(t.op == "element" and self.is_bool(t.ref.value) for t in leaves)
 
     def _condition(self, node: onnx.NodeProto, ref: Ref) -> Term:
-        if node.op_type in ("Not", "And") or (self.deep and node.op_type == "Or"):
+        if node.op_type in ("Not", "And"):
             return POINTWISE[node.op_type](self, node, ref)
-        if self.deep and node.op_type in _COUNTS:
-            return self._reduced(node, ref)
-        if (
-            self.deep
-            and node.op_type in _COMPARED
-            and self._of_conditions(found := POINTWISE[node.op_type](self, node, ref))
-        ):
-            return found
-        views = node.op_type in _LAYOUT or node.op_type == "Cast"
+        views = node.op_type in LAYOUT or node.op_type == "Cast"
         step = self.tracer.step(ref) if views else None
         if isinstance(step, Move):
             return self.term(step.ref)
-        if node.op_type == "Cast" and self._is_bool(node.input[0]):
+        if node.op_type == "Cast" and self.is_bool(node.input[0]):
             return self.term(Ref(node.input[0], ref.coords))
         return element(ref)
 
@@ -132,11 +111,12 @@ class Reader:
         return again is None or bool((again == fill).all())
 
     def _number(self, ref: Ref, fill: float) -> Term:
-        if self._is_bool(ref.value):
+        if self.is_bool(ref.value):
             return Term("true" if fill else "false")
         return number(fill)
 
-    def _is_bool(self, value: str) -> bool:
+    def is_bool(self, value: str) -> bool:
+        """Whether a tensor holds conditions."""
         return self.tracer.sizes.elem_type(value) == _T.BOOL
 
     # -- values between products and result -----------------------------------------------------
@@ -263,7 +243,7 @@ class Reader:
             return element(ref)
         inner, labels = found
         body, kind = self.term(inner), _REDUCE[node.op_type]
-        if self._is_bool(inner.value):
+        if self.is_bool(inner.value):
             kind = {"maximum": "any", "minimum": "all"}[kind]
         if node.op_type == "ReduceLogSumExp":
             body = self.n.exp(body)

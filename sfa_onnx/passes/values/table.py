@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from sfa_onnx.passes.values import arithmetic, exponential, logic
+from sfa_onnx.passes.values import arithmetic, exponential, flags, logic
 from sfa_onnx.passes.values.identity import Identity, Normal
 
 __all__ = ["TABLE", "normal"]
 
-TABLE: Final[tuple[Identity, ...]] = (*arithmetic.ROWS, *exponential.ROWS, *logic.ROWS)
+TABLE: Final[tuple[Identity, ...]] = (
+    *(*arithmetic.ROWS, *exponential.ROWS),
+    *(*flags.ROWS, *logic.ROWS),
+)
 
 
 def normal(*without: str) -> Normal:
