@@ -259,7 +259,7 @@ def to_float16(model):
 
 @needs_library
 def test_a_model_beyond_memory_is_compared_site_by_site(monkeypatch):
-    monkeypatch.setattr("sfa_onnx.runtime.compare.run._MEMORY_SHARE", 1e-12)
+    monkeypatch.setattr("sfa_onnx.runtime.compare.room._MEMORY_SHARE", 1e-12)
     fused = decoder(np.float32)
     report = compare(scaled(fused, "site1", 1.05), fused)
     assert [s.method for s in report.sites] == ["random", "random"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from sfa_onnx.kv_convert.index_keys import quantised
 from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
 from sfa_onnx.operator import kv_cache
 from sfa_onnx.operator.reference_indexer import quant_lightning_indexer
+from sfa_onnx.runtime.compare import compare
 from tests.index_models import DI, HI, Array, feeds_for, indexed
 from tests.test_kv_convert import TILE, K, loss, vi
 
@@ -206,8 +209,6 @@ def test_keys_that_cannot_be_paged_stay_and_the_report_says_why(change: Any, mes
     assert "l0.past_k" not in report.removed_inputs
     with pytest.raises(ModelError, match=message):
         convert(source, to="paged-int8", index_cache="float", tile_size=TILE)
-    import re
-
     assert re.search(message, report.notes[-1])
     interface = read_interface(report.model)
     assert interface is not None
@@ -255,3 +256,34 @@ def test_lengths_that_the_model_gives_its_attention_stay_a_bound() -> None:
     got = runtime.run(converted, adapt_feeds(interface, feeds, new_tokens=1))
     want = runtime.run(source, feeds)
     assert loss(got["l0.o"], want["l0.o"]) < 2e-2
+
+
+@pytest.mark.parametrize("index_cache", ["float", "int8"])
+def test_compare_judges_selection_and_attention_apart(tmp_path: Path, index_cache: str) -> None:
+    source = indexed(2)
+    onnx.save(source, tmp_path / "a.onnx")
+    onnx.save(paged(source, index_cache), tmp_path / "b.onnx")
+    report = compare(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert report.passed, report.verdict
+    methods = {row.name: row.method for row in report.sites}
+    judge = "captured" if index_cache == "float" else "reference"
+    assert methods == {"l0.idx": judge, "l0.o": "rounded", "l1.idx": judge, "l1.o": "rounded"}
+    assert not any("float16" in note for note in report.notes), "scales are no precision"
+
+
+def test_compare_sees_an_indexer_that_selects_otherwise(tmp_path: Path) -> None:
+    source = indexed(1)
+    onnx.save(source, tmp_path / "a.onnx")
+    for index_cache in ("float", "int8"):
+        wrong = paged(source, index_cache)
+        node = next(n for n in wrong.graph.node if "LightningIndexer" in n.op_type)
+        weights = node.input[2]
+        wrong.graph.node.insert(
+            list(wrong.graph.node).index(node), helper.make_node("Neg", [weights], ["negative"])
+        )
+        node.input[2] = "negative"
+        onnx.save(wrong, tmp_path / "b.onnx")
+        report = compare(tmp_path / "a.onnx", tmp_path / "b.onnx")
+        (row,) = (row for row in report.sites if row.name == "l0.idx")
+        assert not row.passed
+        assert index_cache == "float" or "more than int8 can explain" in row.reason

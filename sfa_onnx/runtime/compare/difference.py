@@ -221,7 +221,8 @@ def measure(
 def _decades(error: Array, bound: Array) -> tuple[int, ...]:
     """How many elements are equal, and how many lie in each decade of `DECADES`."""
     off = error > 0
-    share = error[off] / np.maximum(bound[off], np.finfo(np.float64).tiny)
+    with np.errstate(over="ignore"):  # whole numbers have no bound: they are off beyond any
+        share = error[off] / np.maximum(bound[off], np.finfo(np.float64).tiny)
     place = np.clip(np.floor(np.log10(share)), DECADES[0], DECADES[-1]).astype(int)
     counts = np.bincount(place - DECADES[0], minlength=len(DECADES))
     return (int((~off).sum()), *map(int, counts))

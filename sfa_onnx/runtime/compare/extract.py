@@ -16,7 +16,13 @@ from typing import Final
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
-from sfa_onnx.operator.op import ALL_OPS, EXPANDED, find_op
+from sfa_onnx.operator.op import (
+    ALL_OPS,
+    EXPANDED,
+    LIGHTNING_INDEXER,
+    QUANT_LIGHTNING_INDEXER,
+    find_op,
+)
 from sfa_onnx.passes.graph.order import reads
 from sfa_onnx.passes.graph.sub_graphs import bodies
 
@@ -31,6 +37,7 @@ __all__ = [
 ]
 
 AFTER: Final = "__after"  # suffix of the second model's values in a joined model
+_INDEXERS: Final = (LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name)
 _STRUCTURAL: Final = 1 << 16  # bytes; a larger initializer is a weight, and so is an external one
 
 
@@ -114,8 +121,18 @@ class _Sameness:
     def value(self, name: str) -> bool:
         """Whether both models have this value, made by an unchanged node or given."""
         if name in self.second.producer:
-            return self.node(self.second.producer[name])
+            node = self.second.producer[name]
+            return self.node(node) or self._selection(node, name)
         return name in self.second.given and self.first.makes(name)
+
+    def _selection(self, position: int, name: str) -> bool:
+        """Whether both models select by an indexer here: what follows is judged on its own.
+
+        Index keys in pages or int8 may select other keys where scores are close.
+        """
+        twin = self.first.producer.get(name)
+        nodes = [self.second.nodes[position]] + ([] if twin is None else [self.first.nodes[twin]])
+        return twin is not None and all(n.op_type in _INDEXERS and n.domain for n in nodes)
 
 
 def _meeting_values(first: _Maker, second: _Maker, position: int) -> tuple[str, ...]:

@@ -20,10 +20,24 @@ from sfa_onnx.files.onnx_attrs import attribute, attributes
 from sfa_onnx.kv_convert.interface import CacheEntry, Interface
 from sfa_onnx.operator import kv_cache, reference
 from sfa_onnx.operator.contract import Rounding
-from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, find_op
+from sfa_onnx.operator.op import (
+    QUANT_LIGHTNING_INDEXER,
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+    find_op,
+)
+from sfa_onnx.operator.reference_indexer import quant_lightning_indexer
 from sfa_onnx.runtime.compare.extract import Site
 
-__all__ = ["judge", "packs_floats", "relative_distance", "rounded_values"]
+__all__ = [
+    "in_order",
+    "is_selection",
+    "judge",
+    "other_keys",
+    "packs_floats",
+    "relative_distance",
+    "rounded_values",
+]
 
 Array = NDArray[Any]
 
@@ -45,7 +59,8 @@ def rounded_values(
         values: what enters the original's site, and what else is known of its run, by name.
     """
     if interface is not None and interface.caches:
-        names = ((c, n) for c in interface.caches for n in (c.latent_out or c.latent_in,))
+        packed = [c for c in interface.caches if c.kind == "packed"]
+        names = ((c, n) for c in packed for n in (c.latent_out or c.latent_in,))
         return {n: _round_cache(values[n], c) for c, n in names if n in values}
     nodes = [model.graph.node[i] for i in site.after]
     casts = {n.output[0]: n for n in nodes if n.op_type == "Cast"}
@@ -81,7 +96,7 @@ def _round_cache(x: Array, cache: CacheEntry) -> Array:
 
 
 def judge(node: NodeProto, values: Mapping[str, Array], rounding: Rounding = "exact") -> Array:
-    """The reference's answer (attention_out) for one attention node on its own inputs."""
+    """The reference's first output for one node on its own inputs; a selection `in_order`."""
     op = find_op(node.domain, node.op_type)
     attrs = attributes(node)
     inputs: list[Any] = [values[n] if n else None for n in node.input]
@@ -89,7 +104,27 @@ def judge(node: NodeProto, values: Mapping[str, Array], rounding: Rounding = "ex
         return reference.sparse_flash_attention_antiquant(*inputs, mode=rounding, **attrs)
     if op is SPARSE_FLASH_ATTENTION:
         return reference.sparse_flash_attention(*inputs, mode=rounding, **attrs)
+    if op is QUANT_LIGHTNING_INDEXER:
+        return in_order(quant_lightning_indexer(*inputs, mode=rounding, **attrs))
     raise UsageError(f"{node.op_type} has no reference to judge by")
+
+
+def in_order(x: Array) -> Array:
+    """A selection's rows by the number of the key: which keys, not in which order."""
+    return np.sort(x, axis=-1) if x.dtype.kind in "iu" else x
+
+
+def is_selection(values: Mapping[str, Array]) -> bool:
+    """Whether a site gives whole numbers alone."""
+    return all(x.dtype.kind in "iu" for x in values.values())
+
+
+def other_keys(want: Array, got: Array) -> float:
+    """The share of selected keys that only one of two selections [..., K] has."""
+    if want.shape != got.shape:
+        return 1.0
+    pairs = zip(want.reshape(-1, want.shape[-1]), got.reshape(-1, got.shape[-1]), strict=True)
+    return float(np.mean([1 - np.isin(a, b).mean() for a, b in pairs] or [0.0]))
 
 
 def relative_distance(want: Array, got: Array) -> float:

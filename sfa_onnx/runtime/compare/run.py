@@ -21,11 +21,12 @@ from typing import Any, Final
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
-from sfa_onnx.errors import ModelError, SfaError, UsageError
+from sfa_onnx.errors import SfaError, UsageError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
 from sfa_onnx.operator.contract import Rounding
+from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.runtime.compare.converted import capacity, converted_feeds
 from sfa_onnx.runtime.compare.difference import CompareReport, OutputRow, SiteRow, measure
 from sfa_onnx.runtime.compare.extract import (
@@ -39,7 +40,16 @@ from sfa_onnx.runtime.compare.extract import (
 )
 from sfa_onnx.runtime.compare.precision import as_typed, in_other_precision, narrowest
 from sfa_onnx.runtime.compare.reasons import unreadable, untaken
-from sfa_onnx.runtime.compare.rounded import judge, packs_floats, relative_distance, rounded_values
+from sfa_onnx.runtime.compare.room import check_room, weight_bytes
+from sfa_onnx.runtime.compare.rounded import (
+    in_order,
+    is_selection,
+    judge,
+    other_keys,
+    packs_floats,
+    relative_distance,
+    rounded_values,
+)
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.execute import execute, fill_dims, infos, with_outputs, with_structure
 from sfa_onnx.runtime.feeds.draw import describe, random_feeds
@@ -52,7 +62,7 @@ Array = NDArray[Any]
 _LOG = logging.getLogger("sfa_onnx")
 _NOISE_LIMIT: Final = 1 << 28  # bytes of weights up to which the whole graph gets a float64 twin
 _LARGEST: Final = 1 << 31  # bytes of a region's largest tensor in float64
-_MEMORY_SHARE: Final = 0.6  # of this machine's memory for a model's weights
+_PLAUSIBLE_FLIPS: Final = 0.25  # share of selected keys; the same
 _PLAUSIBLE_LOSS: Final = 0.1  # relative; beyond it something else than int8 is at work
 _TOGETHER: Final = 8  # sites whose border values are captured in one run
 
@@ -152,7 +162,7 @@ class _Comparison:
         for wide in (False, True):  # the second choice of sizes, when the first is not accepted
             feeds = self._draw(wide=wide)
             try:
-                _check_room(self.original)
+                check_room(self.original)
                 self._whole(self._sites(sites, feeds), feeds)
                 return self.report
             except UsageError:
@@ -227,7 +237,7 @@ class _Comparison:
 
     def _exact_outputs(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """The original in another precision; {} when too large, or onnxruntime cannot run it."""
-        if _weight_bytes(self.original) > _NOISE_LIMIT:
+        if weight_bytes(self.original) > _NOISE_LIMIT:
             self._note("no noise floor for the whole graph: its weights are too large to double")
             return {}
         try:
@@ -273,7 +283,12 @@ class _Comparison:
         got: dict[str, Array],
     ) -> SiteRow:
         """A converted site: judged against the original's on int8-rounded latents."""
-        loss = max(relative_distance(plain[n], got[n]) for n in plain)
+        node = self.second.graph.node[site.own]
+        selects = is_selection(plain)
+        if selects and node.op_type == LIGHTNING_INDEXER.name:  # its keys are not rounded
+            return self._row(site, "captured", plain, got, {})
+        distance = other_keys if selects else relative_distance
+        loss = max(distance(plain[n], got[n]) for n in plain)
         rounded = rounded_values(self.second, site, self.interface, values)
         known = feeds | rounded
         types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in known.items()}
@@ -283,15 +298,16 @@ class _Comparison:
             want = self._execute(first, self.folders[0], known)
             row = self._row(site, "rounded", want, got, self._exact_region(first, known))
             return dataclasses.replace(row, loss=loss)
-        node = self.second.graph.node[site.own]
         names = [n for n in dict.fromkeys((*node.input, *node.output)) if n and n not in feeds]
         types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items()}
         inner = self._execute(
             region_model(self.second, site.after, types, names), self.folders[1], feeds
         )
         inner |= feeds
-        difference = self._measure(judge(node, inner, self.rounding), inner[node.output[0]], None)
-        limit = "" if loss <= _PLAUSIBLE_LOSS else f"{loss:.0%} is more than int8 can explain"
+        own = in_order(inner[node.output[0]])
+        difference = self._measure(judge(node, inner, self.rounding), own, None)
+        plausible = loss <= (_PLAUSIBLE_FLIPS if selects else _PLAUSIBLE_LOSS)
+        limit = "" if plausible else f"{loss:.0%} is more than int8 can explain"
         return SiteRow(
             _title(site), site.op_type, site.layer, "reference", difference, loss, reason=limit
         )
@@ -373,22 +389,3 @@ def _conversion(before: ModelProto, after: ModelProto) -> Interface | None:
     """How `after`'s caches differ from `before`'s; None when the interface is the same."""
     interface = read_interface(after)
     return None if interface is None or read_interface(before) is not None else interface
-
-
-def _weight_bytes(model: ModelProto) -> int:
-    """Size of all weights as they are stored."""
-    sizes = (
-        math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-        for t in model.graph.initializer
-    )
-    return sum(sizes)
-
-
-def _check_room(model: ModelProto) -> None:
-    """Refuse to run a whole model that would not fit: a killed process tells nothing."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need = _weight_bytes(model)
-    if need > _MEMORY_SHARE * memory:
-        raise ModelError(
-            f"its weights take {need / 1e9:.0f} GB and this machine has {memory / 1e9:.0f} GB"
-        )
