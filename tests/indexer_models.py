@@ -10,7 +10,7 @@ import onnx
 import torch
 from torch import nn
 
-from tests.zoo.base import export
+from tests.zoo.base import export, quiet
 
 HEADS, WIDTH, K = 3, 8, 5
 
@@ -205,31 +205,24 @@ def spelt(s: Spelling, *, fixed: bool = False) -> onnx.ModelProto:
     args = (Indexer(s), given, ("indices",))
     if s.exporter == "ts":
         module = args[0].eval()
-        from tests.zoo.base import quiet
-
         with quiet():
             return export(
                 module, given, ("indices",), exporter="ts", opset=17,
                 dynamic=None if fixed else axes,
             )  # fmt: skip
     return export(
-        _Named(args[0], list(given)), given, ("indices",), dynamic=None if fixed else axes
+        _named(args[0], list(given)), given, ("indices",), dynamic=None if fixed else axes
     )
 
 
-class _Named(nn.Module):
-    """An indexer whose inputs have names."""
-
-    def __new__(cls, inner: Indexer, names: list[str]) -> Any:
-        made = nn.Module()
-        made.inner = inner
-        text = f"def forward(self, {', '.join(names)}): return self.inner({', '.join(names)})"
-        space: dict[str, Any] = {}
-        exec(text, space)
-        kind = type("Named", (nn.Module,), {"forward": space["forward"]})
-        made = kind()
-        made.inner = inner
-        return made
+def _named(inner: Indexer, names: list[str]) -> nn.Module:
+    """An indexer whose inputs have names, as the exporter wants them."""
+    space: dict[str, Any] = {}
+    listed = ", ".join(names)
+    exec(f"def forward(self, {listed}): return self.inner({listed})", space)
+    made: nn.Module = type("Named", (nn.Module,), {"forward": space["forward"]})()
+    made.inner = inner
+    return made
 
 
 def arrays(given: Any) -> dict[str, np.ndarray]:
@@ -237,3 +230,65 @@ def arrays(given: Any) -> dict[str, np.ndarray]:
     return {
         n: t.float().numpy() if t.dtype == torch.bfloat16 else t.numpy() for n, t in given.items()
     }
+
+
+class Layer(nn.Module):
+    """An indexer and attention [B, S1, N, C] over what it selects.
+
+    `form`: "mask" (dense scores under a scattered mask), "gather" (rows are gathered, masked by
+    the keys' numbers), "scores" (masked where the selected score is -inf), "open" (as "mask", but
+    what the indexer hides is attended to); `also`: "indices" are returned as well, or "again": a
+    second attention shares the selection.
+    """
+
+    def __init__(self, s: Spelling, form: str, also: str = "") -> None:
+        super().__init__()
+        self.indexer, self.form, self.also, self.s = Indexer(s), form, also, s
+
+    def forward(self, q: Any, k: Any, w: Any, query: Any, latent: Any) -> Any:
+        x = _products(self.s, q, k)
+        x = _masked(self.s, _weighed(self.s, torch.relu(x), w), ())
+        best, idx = x.topk(K, dim=-1)
+        rows = torch.arange(x.shape[1]) + (x.shape[-1] - x.shape[1])
+        out = self._attend(query, latent, best, idx, rows)
+        if self.also == "again":
+            return out, self._attend(query * 0.5, latent + 1, best, idx, rows)
+        return (out, idx) if self.also == "indices" else out
+
+    def _attend(self, query: Any, latent: Any, best: Any, idx: Any, rows: Any) -> Any:
+        keys = latent.shape[1]
+        if self.form in ("mask", "open"):
+            scores = torch.einsum("bsnc,btc->bsnt", query, latent) * 0.3
+            kept = torch.full((*idx.shape[:2], keys), -torch.inf).scatter(-1, idx, 0.0)
+            scores = scores + kept.unsqueeze(2)
+            if self.form == "mask":
+                seen = torch.arange(keys)[None, :] <= rows[:, None]
+                scores = scores.masked_fill(~seen[None, :, None], -torch.inf)
+            return torch.einsum("bsnt,btc->bsnc", torch.softmax(scores, -1), latent)
+        at = idx.reshape(idx.shape[0], -1, 1).expand(-1, -1, latent.shape[-1])
+        found = torch.gather(latent, 1, at).reshape(*idx.shape, latent.shape[-1])
+        scores = torch.einsum("bsnc,bskc->bsnk", query, found) * 0.3
+        seen = best > -torch.inf if self.form == "scores" else idx <= rows[None, :, None]
+        scores = scores.masked_fill(~seen.unsqueeze(2), -torch.inf)
+        return torch.einsum("bsnk,bskc->bsnc", torch.softmax(scores, -1), found)
+
+
+def layer_inputs(s: Spelling, batch: int = 2, keys: int = 0, seed: int = 0) -> Any:
+    """A call's tensors by name."""
+    given = inputs(s, batch, keys=keys, seed=seed)
+    make = torch.Generator().manual_seed(seed + 1)
+    return given | {
+        "query": torch.randn(batch, s.rows, 2, 16, generator=make),
+        "latent": torch.randn(batch, keys or s.keys, 16, generator=make),
+    }
+
+
+def layer(s: Spelling, form: str, also: str = "") -> onnx.ModelProto:
+    """The exported layer; batch and keys are open."""
+    given = layer_inputs(s)
+    axes = {n: {0: "batch", 1: "keys"} if n in ("k", "latent") else {0: "batch"} for n in given}
+    names = ("out", also) if also else ("out",)
+    with quiet():
+        return export(
+            Layer(s, form, also).eval(), given, names, exporter="ts", opset=17, dynamic=axes
+        )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import sfa_onnx
 from sfa_onnx import runtime
@@ -30,7 +31,8 @@ SPELLINGS = {
     "padding": replace(BASE, mask="padding"),
     "both": replace(BASE, mask="both", low=-1e30),
     "lengths": replace(BASE, mask="lengths", rows=1),
-    "positions": replace(BASE, mask="positions", rows=1),
+    "positions": replace(BASE, mask="positions"),
+    "half": replace(BASE, mask="both", dtype=torch.float16),
     "start": replace(BASE, mask="start"),
     "decode": replace(BASE, rows=1),
 }

@@ -10,6 +10,7 @@ import pytest
 
 import sfa_onnx
 from sfa_onnx import runtime
+from tests.indexer_models import Spelling, arrays, layer, layer_inputs
 from tests.zoo import kin
 from tests.zoo.kin import Kin
 
@@ -51,3 +52,38 @@ def test_a_layer_keeps_nothing_between_selection_and_attention(spec: Kin, attent
     check_same(spec, model, report.model)
     alone = sfa_onnx.fuse(model, indexer=False).model
     assert Counter(n.op_type for n in alone.graph.node)["TopK"] > 0
+
+
+CAUSAL = Spelling(mask="causal fill")
+
+
+@pytest.mark.parametrize(
+    ("form", "also"),
+    [("mask", "again"), ("gather", ""), ("scores", ""), ("mask", "indices"), ("open", "")],
+)
+def test_written_by_hand(form: str, also: str) -> None:
+    model = layer(CAUSAL, form, also)
+    report = sfa_onnx.fuse(model, expect_sites=2 if also == "again" else 1)
+    assert [s.reason for s in report.selections] == [""]
+    kinds = Counter(n.op_type for n in report.model.graph.node)
+    assert kinds["NPULightningIndexer"] == 1
+    listed = also == "indices" or form == "open"  # somebody wants the indices as TopK gives them
+    assert bool(BETWEEN & set(kinds)) is False
+    assert ("Range" in kinds or "Less" in kinds) is listed or not listed
+    for keys in (12, 7):
+        feeds = arrays(layer_inputs(CAUSAL, 3, keys, seed=keys))
+        want, got = (runtime.run(m, feeds) for m in (model, report.model))
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_that_are_returned_hold_a_selection_back() -> None:
+    model = layer(CAUSAL, "scores")
+    top = next(n for n in model.graph.node if n.op_type == "TopK")
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(top.output[0], onnx.TensorProto.FLOAT, None)
+    )
+    report = sfa_onnx.fuse(model)
+    (site,) = report.selections
+    assert site.status == "refused"
+    assert "as an output of the graph" in site.reason

@@ -61,6 +61,12 @@ def _indexer_limits(candidate: Candidate, sizes: dict[str, int]) -> list[str]:
     padded = any(o.role is Role.MASK for o in candidate.operands)
     if padded:
         found.append("padding is one more head and column of the indexer; the NPU has no such mask")
+    if any(
+        a.name == "layout_key" and a.s == b"PA_BSND"
+        for n in candidate.replacement
+        for a in n.attribute
+    ):
+        found.append("every query row is a sequence with one page of keys; the NPU bounds pages")
     for name, what, want in (
         ("Hi", "indexer heads", NPU.indexer_heads),
         ("Di", "columns per indexer key", NPU.indexer_dim),

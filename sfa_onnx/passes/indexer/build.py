@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,13 +10,16 @@ import numpy as np
 import onnx
 
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
-from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.bind.rows import State
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.select import visible_at_rows
+from sfa_onnx.passes.emit.sized import sized
+from sfa_onnx.passes.indexer.masks import Prefix
 from sfa_onnx.passes.indexer.site import Selection
+from sfa_onnx.passes.shapes.size import form_of, is_open
 
 __all__ = ["HIDDEN_WEIGHT", "Replacement", "build"]
 
@@ -54,15 +58,17 @@ class Replacement:
         if site.masks.padding:
             q, k, w = self._with_padding(q, k, w)
         inputs = [q, k, w]
-        if site.lengths is not None:
+        if site.lengths:
             inputs += ["", self._lengths()]
+        if site.by_row:
+            inputs = self._apart(inputs)
         outputs: dict[str, int] = {"rows": _T.INT32}
         if site.masks.padding:
             outputs["scores"] = site.elem_type
         attrs: dict[str, Any] = LIGHTNING_INDEXER.complete(
             {
                 "layout_query": "BSND",
-                "layout_key": "BSND",
+                "layout_key": "PA_BSND" if site.by_row else "BSND",
                 "sparse_count": site.count,
                 "sparse_mode": site.mode,
                 "return_values": int(bool(site.masks.padding)),
@@ -71,6 +77,7 @@ class Replacement:
         made = e.several(
             LIGHTNING_INDEXER.name, inputs, outputs, domain=LIGHTNING_INDEXER.domain, **attrs
         )
+        made = [self._together(m) for m in made] if site.by_row else made
         self.listed = self.rows = made[0]
         if site.masks.padding:
             self.rows = self._without_padding(made[0], made[1])
@@ -105,29 +112,65 @@ class Replacement:
         return e.broadcast(total, groups, have)
 
     def _lengths(self) -> str:
-        """Visible keys of every sequence, for its last row: int32 [B]."""
-        site, e, prefix = self.site, self.e, self.site.lengths
-        assert prefix is not None
-        groups: list[Group] = [site.batch, site.tokens]
-        size = e.size([site.formula.keys])
+        """Visible keys: of every sequence, for its last row, or of every row; int32 [B]."""
+        site, e = self.site, self.e
+        total = ""
+        have: set[Label] = set()
+        for prefix in site.lengths:
+            length, labels = self._length(prefix)
+            total = length if not total else e.emit("Min", [total, length], "length", _T.INT64)
+            have |= labels
+        tokens = site.tokens if site.by_row else []
+        total = e.broadcast(total, [site.batch, tokens], have & {*site.batch, *tokens})
+        flat = e.emit("Reshape", [total, e.ints([-1])], "lengths", _T.INT64)
+        return e.cast(flat, _T.INT32)
+
+    def _length(self, prefix: Prefix) -> tuple[str, frozenset[Label]]:
+        """The keys that one bound leaves, [B, S1] or fewer; what it runs over."""
+        site, e = self.site, self.e
+        groups: list[Group] = [site.batch, site.tokens if site.by_row or site.mode else []]
+        more: int = prefix.more
         if prefix.ref is None:
-            bound = e.index(prefix.bound, groups)
+            labels, more = prefix.bound.labels, prefix.bound.const
+            bound = e.index(prefix.bound - Expr(more), groups)
         else:
-            bound = e.arrange(prefix.ref, groups, "bound")
-            bound = e.cast(bound, _T.INT64)
-            if prefix.more:
-                by = e.constant(np.asarray(prefix.more, np.int64))
-                bound = e.emit("Add", [bound, by], "bound", _T.INT64)
-        labels = prefix.bound.labels if prefix.ref is None else prefix.ref.labels
+            labels = prefix.ref.labels
+            bound = e.cast(e.arrange(prefix.ref, groups, "bound"), _T.INT64)
         if site.mode == 3:  # the last row's
             last = [e.ints([-1]), e.ints([np.iinfo(np.int64).max]), e.ints([1])]
             bound = e.emit("Slice", [bound, *last], "last", _T.INT64)
-        length = e.emit("Add", [bound, e.constant(np.asarray(1, np.int64))], "length", _T.INT64)
+        by = e.ints([more + 1])
+        if is_open(more):
+            size = sized(e, e.tracer.sizes, form_of(more))
+            by = e.emit("Add", [size, e.ints([1])], "offset", _T.INT64)
+        length = e.emit("Add", [bound, by], "length", _T.INT64)
         length = e.emit("Max", [length, e.ints([0])], "length", _T.INT64)
-        length = e.emit("Min", [length, size], "length", _T.INT64)
-        length = e.broadcast(length, [site.batch, []], labels & set(site.batch))
-        flat = e.emit("Reshape", [length, e.ints([-1])], "lengths", _T.INT64)
-        return e.cast(flat, _T.INT32)
+        return e.emit("Min", [length, e.size([site.formula.keys])], "length", _T.INT64), labels
+
+    # -- a sequence per row -----------------------------------------------------------------------
+
+    def _apart(self, inputs: Sequence[str]) -> list[str]:
+        """Every query row a sequence of one row; the keys of a batch are one page."""
+        site, e = self.site, self.e
+        more = int(bool(site.masks.padding))
+        heads = math.prod(x.size for x in site.formula.heads) + more
+        width = site.formula.column.size + more
+        if not all(e.static(x) for x in (*site.formula.heads, site.formula.column)):
+            raise Stop("how many heads there are, or their width, is open", site.region.scores)
+        shapes = (e.ints([-1, 1, heads, width]), e.ints([-1, 1, heads]))
+        q = e.emit("Reshape", [inputs[0], shapes[0]], "query", e.elem_type(inputs[0]))
+        w = e.emit("Reshape", [inputs[2], shapes[1]], "weights", e.elem_type(inputs[2]))
+        page = e.iota_of(site.batch, 2) if site.batch else e.ints([0])
+        page = e.emit("Expand", [page, e.dims([site.batch, site.tokens])], "pages", _T.INT64)
+        page = e.emit("Reshape", [page, e.ints([-1, 1])], "pages", _T.INT64)
+        return [q, inputs[1], w, *inputs[3:], e.cast(page, _T.INT32)]
+
+    def _together(self, value: str) -> str:
+        """[B * S1, 1, 1, K] as [B, S1, 1, K]."""
+        site, e = self.site, self.e
+        sizes = [e.size(site.batch), e.size(site.tokens), e.ints([1, site.count])]
+        shape = e.emit("Concat", sizes, "dims", _T.INT64, axis=0)
+        return e.emit("Reshape", [value, shape], "rows", e.elem_type(value))
 
     # -- padding --------------------------------------------------------------------------------
 
@@ -171,7 +214,7 @@ class Replacement:
         """The TopK's indices under their name: hidden keys are listed by number, as TopK does."""
         site, e = self.site, self.e
         found = self.listed
-        if site.mode or site.lengths is not None or not site.constant_k:
+        if site.mode or site.lengths or not site.constant_k:
             line = e.constant(np.arange(site.count, dtype=np.int32))
             zero = e.constant(np.asarray(0, np.int32))
             negative = e.emit("Less", [found, zero], "beyond", _T.BOOL)

@@ -102,7 +102,7 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
             mask_domain(literal.is_bool, literal.positive, literal.assumed),
         )
     for prefix in site.masks.prefixes:
-        if prefix.ref is not None and prefix is site.lengths and prefix.bound.reads:
+        if prefix.ref is not None and prefix in site.lengths and prefix.bound.reads:
             add(prefix.ref, Role.LENGTHS_KV, _BOUND)
     return known
 

@@ -91,12 +91,6 @@ def _candidate(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Can
     index, node = tracer.index, tracer.index.nodes[region.node]
     site = bind_selection(tracer, region, bound)
     values, indices = node.output[0], node.output[1]
-    if values and (index.uses(values) or index.is_graph_output(values)):
-        raise Stop(
-            f"the scores of the selected keys ({values}) are read as well",
-            values,
-            "only the indices of the selection may be used",
-        )
     stem = f"{tracer.stem}/sfa"
     rows = entries_of(site)
     made = build(site, stem)
@@ -107,6 +101,14 @@ def _candidate(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Can
         made = build(site, stem)
         made.deliver_indices(indices)
         covered = _delivered(site, made, rows, outputs)
+    left = [i for i, _ in index.uses(values) if i not in covered.nodes] if values else []
+    if left or (values and index.is_graph_output(values)):
+        by = f"by {index.label(left[0])}" if left else "as an output of the graph"
+        raise Stop(
+            f"the scores of the selected keys ({values}) are read {by}",
+            values,
+            "only the indices of the selection may be used",
+        )
     e = made.e
     if rows:
         bound.append(f"attention takes its rows: {len(rows)} x")

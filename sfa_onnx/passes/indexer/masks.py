@@ -26,7 +26,7 @@ from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.emit.places import single
 from sfa_onnx.passes.indexer.runs import at_sizes, evaluated, of_sizes
 
-__all__ = ["Masks", "Prefix", "sort_masks"]
+__all__ = ["Masks", "Prefix", "all_seen", "compared", "sort_masks"]
 
 _TURNED: Final = {  # not (a op b)
     "Less": "GreaterOrEqual",
@@ -89,8 +89,7 @@ def sort_masks(
             continue
         prefix = _prefix(tracer, literal, keys) or _of_sizes(tracer, literal, rows, keys)
         if prefix is not None:
-            bounds = prefix.bound.bounds
-            if prefix not in prefixes and (bounds is None or bounds[0] < keys.size - 1):
+            if prefix not in prefixes and not all_seen(prefix, keys):
                 prefixes.append(prefix)
         elif literal.ref.labels - {keys} <= set(batch) and keys in literal.ref.labels:
             if (deepest := _deepest(tracer, literal)) not in padding:
@@ -98,6 +97,12 @@ def sort_masks(
         else:
             raise _unknown(tracer, literal, keys)
     return Masks(tuple(prefixes), tuple(padding))
+
+
+def all_seen(prefix: Prefix, keys: Label) -> bool:
+    """Whether the bound hides no key of any row."""
+    bounds = prefix.bound.bounds
+    return bounds is not None and bounds[0] >= keys.size - 1
 
 
 def _whole(tracer: Tracer, literal: Visible) -> list[Visible]:
@@ -173,7 +178,7 @@ def _prefix(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
         if node is None:
             return None
         if node.op_type in _TURNED and literal.is_bool:
-            return _compared(tracer, node, ref, literal.positive, keys)
+            return compared(tracer, replace_ref(literal, ref), keys, Expr.of(keys))
         if node.op_type == "Trilu":
             return _triangle(tracer, node, replace_ref(literal, ref), keys)
         step = tracer.step(ref)
@@ -188,15 +193,27 @@ def replace_ref(literal: Visible, ref: Ref) -> Visible:
     return Visible(ref, literal.positive, literal.is_bool)
 
 
-def _compared(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool, keys: Label
-) -> Prefix | None:
-    op = node.op_type if positive else _TURNED[node.op_type]
+def compared(tracer: Tracer, literal: Visible, along: Label, key: Expr) -> Prefix | None:
+    """The bound that a comparison of the key's number is; None: it is another comparison.
+
+    Args:
+        tracer: of the selection.
+        literal: bool.
+        along: what the comparison must run over on the key's side only.
+        key: how the key's number is written.
+
+    Raises:
+        Stop: keys are bounded from below.
+    """
+    ref, node = literal.ref, tracer.index.node_of(literal.ref.value)
+    if node is None or node.op_type not in _TURNED:
+        return None
+    op = node.op_type if literal.positive else _TURNED[node.op_type]
     left, right = (tracer.operand(n, ref.coords) for n in node.input)
-    own = _position(tracer, left, keys)
+    own = _position(tracer, left, along, key)
     if own is None:
-        own, left, right, op = _position(tracer, right, keys), right, left, _SWAPPED[op]
-    if own is None or keys in right.labels:
+        own, left, right, op = _position(tracer, right, along, key), right, left, _SWAPPED[op]
+    if own is None or along in right.labels:
         return None
     if tracer.sizes.elem_type(right.value) not in (onnx.TensorProto.INT32, onnx.TensorProto.INT64):
         return None
@@ -210,14 +227,14 @@ def _compared(
     return Prefix(tracer.index_value(right) + more, right, more)
 
 
-def _position(tracer: Tracer, ref: Ref, keys: Label) -> int | None:
+def _position(tracer: Tracer, ref: Ref, along: Label, key: Expr) -> int | None:
     """The c of key + c, where an integer tensor holds that."""
     if tracer.sizes.elem_type(ref.value) not in (onnx.TensorProto.INT32, onnx.TensorProto.INT64):
         return None
-    if keys not in ref.labels:
+    if along not in ref.labels:
         return None
     found = tracer.index_value(ref)
-    return found.const if found.terms == ((keys, 1),) else None
+    return found.const if found.terms == key.terms else None
 
 
 def _triangle(tracer: Tracer, node: onnx.NodeProto, literal: Visible, keys: Label) -> Prefix | None:

@@ -17,10 +17,10 @@ from sfa_onnx.operator.op import (
 )
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, fresh
 from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
-from sfa_onnx.passes.bind.literals import Literal, Visible
+from sfa_onnx.passes.bind.literals import HIDDEN, Literal, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.emit.places import single
-from sfa_onnx.passes.indexer.masks import sort_masks
+from sfa_onnx.passes.indexer.masks import all_seen, compared, sort_masks
 from sfa_onnx.passes.indexer.site import Selection
 
 __all__ = ["Entries", "entries_of"]
@@ -33,6 +33,10 @@ _ATTENTION = {
         KV_QUANT_SPARSE_FLASH_ATTENTION,
     )
 }
+
+
+_ABOVE = ("Greater", "GreaterOrEqual")
+_BELOW = ("Equal", "IsInf", "Less", "LessOrEqual")
 
 
 @dataclass(frozen=True)
@@ -144,17 +148,53 @@ def _same_masks(site: Selection, valid: Ref | None, swap: dict[Label, Expr], slo
         return site.masks == type(site.masks)()
     tracer, keys = site.tracer, site.formula.keys
     literals: list[Visible] = []
+    bounds: set[Expr] = set()
+    by_scores = False
     for literal in boolean(tracer, valid.substitute(swap), positive=True):
+        if _by_scores(site, literal):
+            by_scores = True
+            continue
+        chosen = Read(site.node.output[1], (*rows_of(site), Expr.of(slot)))
+        if isinstance(literal, Visible):
+            bound = compared(tracer, literal, slot, Expr.of(chosen))
+            if bound is not None:
+                if not all_seen(bound, keys):
+                    bounds.add(bound.bound)
+                continue
         for found in _at_keys(site, literal, slot):
             if not isinstance(found, Visible):
                 return False
             literals.append(found)
     rows = [*site.batch, *site.tokens]
     masks = sort_masks(tracer, literals, rows, site.batch, keys)
-    own = site.masks
-    bounds = ({p.bound for p in m.prefixes} for m in (masks, own))
-    first, second = bounds
-    return first == second and set(masks.padding) == set(own.padding)
+    (first, padding), (own, hidden) = (
+        ({p.bound for p in m.prefixes}, set(m.padding)) for m in (masks, site.masks)
+    )
+    first |= bounds
+    if by_scores:  # the selection's own masks, and these besides
+        return first <= own and padding <= hidden
+    return first == own and padding == hidden
+
+
+def _by_scores(site: Selection, literal: Literal) -> bool:
+    """Whether keys count as visible whose selected score is none that hides: scores > -inf."""
+    tracer = site.tracer
+    if not isinstance(literal, Visible) or not literal.is_bool:
+        return False
+    node = tracer.index.node_of(literal.ref.value)
+    if node is None or node.op_type not in (_ABOVE if literal.positive else _BELOW):
+        return False
+    if len(node.input) > 1:
+        limit = tracer.fill(node.input[1])
+        if limit is None or limit > HIDDEN:
+            return False
+    scores = _moved(tracer, tracer.operand(node.input[0], literal.ref.coords))
+    return scores.value == site.node.output[0] and scores.coords[:-1] == rows_of(site)
+
+
+def rows_of(site: Selection) -> tuple[Expr, ...]:
+    """The selection's rows, as coordinates."""
+    return tuple(Expr.of(x) for x in site.formula.rows)
 
 
 def _at_keys(site: Selection, literal: Literal, slot: Label) -> Iterator[Literal]:
@@ -189,6 +229,6 @@ def _key_for(site: Selection, coordinate: Expr) -> Expr | None:
     atom, by = coordinate.terms[0]
     if by != 1 or not isinstance(atom, Read) or atom.value != site.node.output[1]:
         return None
-    if atom.coords[:-1] != tuple(Expr.of(x) for x in site.formula.rows):  # another row's keys
+    if atom.coords[:-1] != rows_of(site):  # another row's keys
         return None
     return Expr.of(site.formula.keys)

@@ -41,7 +41,8 @@ class Selection:
         count: how many keys a row selects at most.
         constant_k: whether the graph always selects so many.
         mode: the operator's sparse_mode.
-        lengths: the prefix that is told by lengths, where there is one.
+        lengths: the prefixes that are told by lengths.
+        by_row: whether every query row is a sequence of its own, with its own length.
         bound: what was understood, in order.
     """
 
@@ -57,7 +58,8 @@ class Selection:
     count: int
     constant_k: bool
     mode: int = 0
-    lengths: Prefix | None = None
+    lengths: tuple[Prefix, ...] = ()
+    by_row: bool = False
     bound: list[str] = field(default_factory=list)
 
     @property
@@ -101,7 +103,8 @@ def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) ->
 
 
 def _told(site: Selection) -> str:
-    kinds = ["causal"] * (site.mode == 3) + ["lengths"] * (site.lengths is not None)
+    kinds = ["causal"] * (site.mode == 3) + ["lengths"] * bool(site.lengths)
+    kinds += ["a sequence per row"] * site.by_row
     kinds += ["padding"] * bool(site.masks.padding)
     return f"masks: {', '.join(kinds) or 'none'}; top {site.count}"
 
@@ -229,35 +232,19 @@ def _usable(tracer: Tracer, path: list[State], elem_type: int) -> list[State]:
 
 
 def _order(site: Selection) -> None:
-    """Decide how prefixes are told to the operator.
-
-    Raises:
-        Stop: in no way.
-    """
-    keys, tokens = site.formula.keys, site.tokens
-    left = site.masks.prefixes
+    """Decide how prefixes are told to the operator: by sparse_mode, lengths, or row by row."""
+    keys, tokens, left = site.formula.keys, site.tokens, site.masks.prefixes
     if not left:
         return
-    if len(left) > 1:
-        raise Stop(
-            f"{len(left)} bounds hide keys: by query row, and by something else",
-            site.region.scores,
-            "hide keys by one comparison with a row's position, padding apart",
-        )
-    (prefix,) = left
-    row = _row_in(prefix.bound, tokens)
-    rest = prefix.bound - (Expr.of(row) if row is not None else Expr())
-    if tokens and row is None:
-        raise Stop(
-            f"keys are seen up to {prefix.bound}, which is not a query row's number and an offset",
-            prefix.ref.value if prefix.ref is not None else site.region.scores,
-            "number the rows of a call one after the other",
-        )
-    site.mode = 3 if row is not None else 0
-    rows = row.size if row is not None else 1
-    if rest == Expr(keys.size - rows):
+    row = _row_in(left[0].bound, tokens)
+    if len(left) > 1 or (tokens and row is None):
+        along = [p.bound.labels | (p.ref.labels if p.ref is not None else set()) for p in left]
+        site.lengths, site.by_row = left, any(set(tokens) & labels for labels in along)
         return
-    site.lengths = prefix
+    rest = left[0].bound - (Expr.of(row) if row is not None else Expr())
+    site.mode = 3 if row is not None else 0
+    if rest != Expr(keys.size - (row.size if row is not None else 1)):
+        site.lengths = left
 
 
 def _row_in(bound: Expr, tokens: Sequence[Label]) -> Label | None:
