@@ -1,11 +1,13 @@
 """One decoder layer at DeepSeek-V3.2's true size through the whole road.
 
-    python -m benchmarks.real_size [--lengths 4096 16384 65536] [--folder DIR] [--json FILE]
+    python -m benchmarks.real_size [--lengths 4096 16384 65536] [--folder DIR] [--no-turns]
 
 Exports the demo's layer at true dimensions (hidden 7168, 128 heads, q_lora 1536, kv_lora 512,
 rope 64, indexer 64 x 128, top-k 2048; float32, random weights in external data), then inspect,
 fuse, kv-cache, compare and the hand-over to ATC, with time and peak memory of each step in a
-process of its own, and the time of one decode token in onnxruntime before and after.
+process of its own, and the time of one decode token in onnxruntime before and after; last the
+paged layer with the selection as exported against that with the indexer's operator, products head
+by head and caches in place, in turn in one process.
 Needs torch for the export (once per folder) and about 12 GB of memory.
 """
 
@@ -124,17 +126,18 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--folder", type=Path, help="keep files here (default: a temporary one)")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--no-turns", action="store_true", help="leave out the last comparison")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        results = road(folder, args.lengths, args.runs)
+        results = road(folder, args.lengths, args.runs, in_place=not args.no_turns)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2))
 
 
-def road(folder: Path, lengths: list[int], runs: int) -> dict[str, object]:
+def road(folder: Path, lengths: list[int], runs: int, *, in_place: bool) -> dict[str, object]:
     """All steps; every figure printed as it comes."""
     if not (folder / NAME).exists():
         start = time.perf_counter()
@@ -162,6 +165,7 @@ def road(folder: Path, lengths: list[int], runs: int) -> dict[str, object]:
                  "--npu-dtype", "bf16", "--dim", "batch=1", "--dim", f"past_len={lengths[0] - 1}",
                  "-o", str(folder / "atc"), "--force")
     )  # fmt: skip
+    turns = paged_turns(folder, lengths, runs) if in_place else []
     rows = []
     print(f"\n{'S2':>8} {'original ms':>12} {'fused ms':>10} {'paged-int8 ms':>14} {'speed-up':>9}")
     for length in lengths:
@@ -170,7 +174,28 @@ def road(folder: Path, lengths: list[int], runs: int) -> dict[str, object]:
         rows.append({"length": length, "ms": times})
         ratios = f"{times[0] / times[1]:.1f}x {times[0] / times[2]:.1f}x"
         print(f"{length:8} {times[0]:12.1f} {times[1]:10.1f} {times[2]:14.1f} {ratios:>9}")
-    return {"steps": steps, "token_ms": rows}
+    return {"steps": steps, "token_ms": rows, "turns": turns}
+
+
+def paged_turns(folder: Path, lengths: list[int], runs: int) -> list[dict[str, float]]:
+    """Paged decoding as it was (attention alone fused) and as it is, in turn in one process."""
+    from benchmarks.real_size_turns import in_turn
+
+    models = []
+    for name, how in (("before", "--no-indexer"), ("after", "--materialize-absorbed")):
+        fused, paged = folder / f"layer.{name}.onnx", folder / f"layer.{name}.paged.onnx"
+        measured(folder, f"fuse {how}", "fuse", str(folder / NAME), "-o", str(fused), "--force",
+                 how)  # fmt: skip
+        measured(folder, f"kv-cache {name}", "kv-cache", str(fused), "--to", "paged-int8",
+                 "-o", str(paged), "--force")  # fmt: skip
+        models.append(paged)
+    found = in_turn(models[0], models[1], [feeds(folder, n) for n in lengths], runs)
+    print(f"\n{'S2':>8} {'attention alone':>16} {'all, in place':>14}  CPU ms of one thread")
+    for length, row in zip(lengths, found, strict=True):
+        ratio = row["before_ms"] / row["after_ms"]
+        times = f"{row['before_ms']:16.1f} {row['after_ms']:14.1f}"
+        print(f"{length:8} {times} {ratio:8.2f}x   outputs differ by {row['off']:.1e}")
+    return found
 
 
 if __name__ == "__main__":

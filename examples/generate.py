@@ -2,11 +2,12 @@
 
     python examples/generate.py [--tokens 64] [--folder DIR]
 
-The model is exported by transformers' own exporter, fused, converted to `paged-int8` and run in
-onnxruntime, one token at a time, beside the torch model. Both see the tokens that torch chose, so
-that one flip does not hide all that follows. Printed: how often the next token agrees, the
-difference of the logits, and how much of it the int8 cache explains (the form `int8`, which keeps
-the float interface and rounds every row inside, gives that part alone).
+The model is exported by transformers' own exporter, fused (attention, and the lightning indexer
+that selects its keys), converted to `paged-int8`, the index keys with it, and run in onnxruntime
+with its pages in place, one token at a time, beside the torch model. Both see the tokens that torch
+chose, so that one flip does not hide all that follows. Printed: how often the next token agrees,
+the difference of the logits, and how much of it the int8 cache explains (the form `int8`, which
+keeps the float interface and rounds every row inside, gives that part alone).
 Needs torch and transformers (`pip install '.[test]'`).
 """
 
@@ -17,6 +18,7 @@ import inspect
 import logging
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,9 @@ def decode(folder: Path, count: int) -> int:
         to="paged-int8", block_size=BLOCK, force=True,
     )  # fmt: skip
     convert(folder / "model.sfa.onnx", folder / "model.int8.onnx", to="int8", force=True)
+    for name, changed in (("fused", fused.model), ("paged", paged.model)):
+        kinds = Counter(n.op_type for n in changed.graph.node if n.domain in ("npu", "sfa_onnx"))
+        print(f"operators, {name}: {', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
     print(f"cache: {paged.bytes_per_token_before} -> {paged.bytes_per_token_after} bytes a token")
 
     decoders = {

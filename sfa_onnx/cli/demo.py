@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ def _tour(folder: Path, console: Console, *, kept: bool) -> int:
     show_compare.compare_report(console, compared_int8)
 
     console.title(f"5. time before and after (this machine, one decode token, {LONG + 1} cached)")
-    times = _times(console, {"original": model, "fused": fused, "packed int8": int8})
+    paged = folder / "decode_layer.paged.onnx"
+    convert(fused, paged, to="paged-int8", force=True)
+    models = {"original": model, "fused": fused, "packed int8": int8}
+    times = _times(console, models | {"paged int8, in place": paged})
 
     console.title(f"6. hand over to Ascend's compiler ({SOC})")
     handed = _hand_over(folder, int8, console, kept)
@@ -79,13 +83,19 @@ def _times(console: Console, models: dict[str, Path]) -> dict[str, float]:
     from sfa_onnx import demo, runtime
     from sfa_onnx.files.model import load_model
     from sfa_onnx.kv_convert.interface import adapt_feeds, read_interface
-    from sfa_onnx.runtime.timing import time_session
+    from sfa_onnx.runtime.timing import time_calls, time_session
 
     inputs = demo.feeds(past_length=LONG)
     times: dict[str, float] = {}
     for name, path in models.items():
         interface = read_interface(load_model(path))
         feeds = adapt_feeds(interface, inputs, new_tokens=1) if interface else inputs
+        if interface and interface.form == "paged-int8":
+            names = {c.packed_in for c in interface.caches}
+            bound = runtime.bind_caches(path, {n: feeds.pop(n) for n in names})
+            taken = partial(bound.run, feeds)
+            times[name] = time_calls(taken, REPEAT).median_ms
+            continue
         times[name] = time_session(runtime.session(path), feeds, REPEAT).median_ms
     first = next(iter(times.values()))
     rows = [(name, f"{ms:.2f}", f"{first / ms:.1f}x") for name, ms in times.items()]

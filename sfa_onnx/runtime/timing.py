@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnxruntime as ort
 
 from sfa_onnx.guard.doors import door
 
-__all__ = ["Timing", "time_session"]
+__all__ = ["Timing", "time_calls", "time_session"]
 
 WARM_UP = 3
 
@@ -33,11 +34,16 @@ def time_session(
     """Time `runs` runs after a short warm-up; feeding and fetching arrays included."""
     from sfa_onnx.runtime import run
 
+    return time_calls(lambda: run(session, feeds), runs)
+
+
+def time_calls(call: Callable[[], object], runs: int) -> Timing:
+    """Time `runs` calls after a short warm-up."""
     for _ in range(WARM_UP):
-        run(session, feeds)
+        call()
     times = []
     for _ in range(max(1, runs)):
         start = time.perf_counter()
-        run(session, feeds)
+        call()
         times.append(1e3 * (time.perf_counter() - start))
     return Timing(len(times), statistics.median(times), min(times))
