@@ -20,7 +20,7 @@ from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
 from sfa_onnx.ascend.flavour import form
 from sfa_onnx.ascend.flavour.cache_writes import PaddedWrites
 from sfa_onnx.ascend.flavour.downlevel import MAX_OPSET, MIN_OPSET, to_opset
-from sfa_onnx.ascend.flavour.index_heads import padded_heads
+from sfa_onnx.ascend.flavour.index_padding import padded_indexer
 from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour.norms import fuse_norms, readable_norms
 from sfa_onnx.ascend.flavour.reductions import best_opset, readable_reductions
@@ -160,8 +160,10 @@ def _rewrite(
     _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
     behind = apply(work, (sinks_behind,), facts, names, target)
     _note(result, behind, "sinks written as a factor behind the operator")
-    heads = apply(work, (padded_heads,), facts, names, target)
-    _note(result, heads, "indexers given zero heads, up to the 64 that CANN's kernel takes")
+    heads = apply(work, (padded_indexer,), facts, names, target)
+    _note(
+        result, heads, "indexers padded with zeros to the 64 heads and 128 columns of CANN's kernel"
+    )
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
     result.notes += narrow_rows(work, ours.wide, facts)

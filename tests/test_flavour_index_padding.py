@@ -36,7 +36,7 @@ def test_the_selection_is_the_same(index_cache: str, heads: int, tokens: int) ->
     pads = [n for n in made.model.graph.node if n.op_type == "Pad"]
     per_head = 3 if index_cache == "int8" else 2
     assert len(pads) == (0 if heads == 64 else per_head)
-    assert any("zero heads" in note for note in made.notes) == (heads < 64)
+    assert any("padded with zeros" in note for note in made.notes) == (heads < 64)
     source = indexed(1, elem=TensorProto.FLOAT16, heads=heads, tokens=tokens)
     feeds = feeds_for(source, 2, 21, tokens)
     mine = adapt_feeds(interface, feeds, new_tokens=tokens, start=np.array([20, 9]))
@@ -56,3 +56,28 @@ def test_check_asks_for_heads_no_more() -> None:
     )
     assert before == ["heads"]
     assert after == []
+
+
+@pytest.mark.parametrize("elem", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_contiguous_keys_get_zero_columns_too(elem: int) -> None:
+    source = indexed(1, elem=elem, tokens=3)
+    made = to_atc(source).model
+    node = next(n for n in made.graph.node if n.op_type == "NPULightningIndexer")
+    padded = {n.output[0] for n in made.graph.node if n.op_type == "Pad"}
+    assert set(node.input[:3]) == padded
+    feeds = feeds_for(source, 3, 21, 3)
+    got, want = (runtime.run(m, feeds)["l0.idx"] for m in (made, source))
+    np.testing.assert_array_equal(got, want)
+    assert not [
+        f
+        for f in check(made).findings
+        if f.rule in ("heads", "row-size") and "Lightning" in f.message
+    ]
+
+
+def test_pages_get_none_and_check_says_so() -> None:
+    made = to_atc(paged("float", 64)).model
+    assert not [n for n in made.graph.node if n.op_type == "Pad"]
+    assert [
+        f.rule for f in check(made).findings if "key rows" in f.message and "Indexer" in f.message
+    ]
