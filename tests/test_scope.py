@@ -72,6 +72,21 @@ def test_one_layer_in_the_middle():
     }  # fmt: skip
 
 
+def test_the_border_has_the_symbols_of_the_inputs():
+    """The file declares no value between its layers: the hidden state is [b, past + 1, 4]."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m0"], "/layers.0/mm"),
+        helper.make_node("Concat", ["past0", "m0"], ["h0"], "/layers.0/cat", axis=1),
+        helper.make_node("MatMul", ["h0", "w"], ["y"], "/layers.1/mm"),
+    ]
+    given = [("x", 1, ["b", 1, 4]), ("past0", 1, ["b", "past", 4])]
+    model = build(nodes, given, [("y", 1, None)], inits=[("w", np.eye(4, dtype=np.float32))])
+    (border,) = cut(model, parse_scope("layer:1")).graph.input
+    dims = [d.dim_param or d.dim_value for d in border.type.tensor_type.shape.dim]
+    assert (border.name, dims[0], dims[2]) == ("h0", "b", 4)
+    assert "unk__" not in str(dims[1])
+
+
 @pytest.mark.parametrize(
     ("bounds", "kind"),
     [({"start": 0, "end": 1}, "Shape"), ({"start": 1, "end": 2}, "Constant"),

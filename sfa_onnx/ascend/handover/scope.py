@@ -20,11 +20,13 @@ from sfa_onnx.ascend.flavour.scope import Facts
 from sfa_onnx.ascend.handover.owners import BEFORE, SIZES, Owners, owners_of
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.onnx_attrs import attribute
+from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import reads
 
 __all__ = ["Scope", "cut", "parse_scope"]
 
+_MADE_UP = "unk__"  # names that onnx's inference gives to sizes it does not know
 _SCOPE = re.compile(r"(?:layer:(\d+)|stage:(\d+)-(\d+))$")
 _LAYER = re.compile(r"(?:^|[./])(?:layers?|blocks?|h)[._/](\d+)(?:[./]|$)")
 
@@ -96,7 +98,7 @@ def _extract(model: ModelProto, owners: Owners, wanted: set[int], *, last: bool)
             chosen |= {i} if layer in wanted or (last and layer is None) else set()
     told = _told_outputs(model, owners, chosen)
     facts = Facts.of(model)
-    known = {v.name: v for v in (*graph.input, *graph.output, *graph.value_info)}
+    known = _declared(model)
     copies, read, made = _with_own_shapes(model, owners, chosen, facts, known)
     inputs = [v.name for v in graph.input if v.name in read]
     inputs += sorted(read - made - constants - set(inputs) - {""})
@@ -113,6 +115,27 @@ def _extract(model: ModelProto, owners: Owners, wanted: set[int], *, last: bool)
     kept = made - set(told)
     part.graph.value_info.extend(v for v in graph.value_info if v.name in kept)
     return part
+
+
+def _declared(model: ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    """What the file says of its values, and where it is silent what follows from that.
+
+    A value on the border then has the symbols of the inputs, and no dims of its own to ask for.
+    """
+    graph, (inferred, _) = model.graph, infer_shapes(model, data_prop=True)
+    known = {v.name: v for v in (*graph.input, *graph.output, *graph.value_info)}
+    for value in inferred.graph.value_info if inferred is not None else ():
+        if value.name not in known or not _has_rank(known[value.name]):
+            known[value.name] = value
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param.startswith(_MADE_UP):
+                    dim.Clear()
+    return known
+
+
+def _has_rank(value: onnx.ValueInfoProto) -> bool:
+    """Whether a declaration says the rank."""
+    return bool(value.type.tensor_type.HasField("shape"))
 
 
 def _told_outputs(model: ModelProto, owners: Owners, chosen: set[int]) -> list[str]:
