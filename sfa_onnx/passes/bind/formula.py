@@ -191,6 +191,8 @@ def _take(reader: Reader, found: Scores, addend: Term) -> Stop | None:
 def _literals(reader: Reader, flag: Term, masks: list[Literal]) -> list[Literal]:
     """A condition that a key is seen under."""
     tracer, positive = reader.tracer, True
+    if flag.op in ("or", "and") and (held := reader.holder(flag)) is not None:
+        return boolean(tracer, held[0], positive=held[1])
     if flag.op == "not":
         flag, positive = flag.args[0], False
     if flag.op == "element":

@@ -9,7 +9,7 @@ from typing import Final
 from sfa_onnx.passes.values.identity import Identity, Normal
 from sfa_onnx.passes.values.terms import ONE, ZERO, Term, number
 
-__all__ = ["LOW", "ROWS", "addends", "coefficient", "factors", "over_pieces"]
+__all__ = ["LOW", "ROWS", "addends", "all_flags", "coefficient", "factors", "over_pieces"]
 
 LOW: Final = -9e3  # a score this far below the others has weight 0 in every float type in use
 _NEAR: Final = 1e-6  # roundings of log2(e), ln(2) and factors that are split
@@ -32,6 +32,14 @@ def coefficient(term: Term) -> tuple[float, Term]:
         rest = own[1] if len(own) == 2 else Term("mul", own[1:])
         return own[0].value, rest
     return 1.0, term
+
+
+def all_flags(n: Normal, term: Term) -> Term | None:
+    """The condition of a flag, or of a product of flags; None: it is neither."""
+    own = factors(term)
+    if any(f.op != "flag" for f in own):
+        return None
+    return own[0].args[0] if len(own) == 1 else n.make("and", tuple(f.args[0] for f in own))
 
 
 def _of(n: Normal, op: str, args: Iterable[Term]) -> Term:
@@ -98,9 +106,10 @@ def _opposite(n: Normal, term: Term) -> Term | None:
     if len(term.args) != 2 or not term.args[0].is_number():
         return None
     by, rest = coefficient(term.args[1])
-    if rest.op != "flag" or by != -term.args[0].value:
+    shown = all_flags(n, rest)
+    if shown is None or by != -term.args[0].value:
         return None
-    return n.mul(term.args[0], n.flag(n.negate(rest.args[0])))
+    return n.mul(term.args[0], n.flag(n.negate(shown)))
 
 
 def _switched(n: Normal, term: Term) -> Term | None:

@@ -42,18 +42,6 @@ class Conditions(Reader):
         super().__init__(tracer, normal, ())
         self.counts, self.reduced = counts, reduced
 
-    def holder(self, term: Term) -> tuple[Ref, bool] | None:
-        """(element that holds a condition, whether as it is) among what was read, outermost first.
-
-        Numbers that are 1 where it holds and else 0 are taken where no tensor of conditions is.
-        """
-        opposite = self.n.negate(term)
-        for wanted, other in ((term, opposite), (self.n.flag(term), self.n.flag(opposite))):
-            for ref, known in reversed(self.known.items()):
-                if known in (wanted, other):
-                    return ref, known == wanted
-        return None
-
     def _outer(self, ref: Ref) -> Term:
         node = self.tracer.index.node_of(ref.value)
         if node is None:

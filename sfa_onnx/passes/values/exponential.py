@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label
-from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient, factors
+from sfa_onnx.passes.values.arithmetic import LOW, addends, all_flags, coefficient, factors
 from sfa_onnx.passes.values.identity import Identity, Normal
 from sfa_onnx.passes.values.terms import ZERO, Term, number
 
@@ -36,9 +36,9 @@ def _exp_low(n: Normal, term: Term) -> Term | None:
     """exp(low [c] + x) = [not c] exp(x)."""
     for a in addends(term.args[0]):
         by, rest = coefficient(a)
-        if rest.op == "flag" and by < LOW:
+        if by < LOW and (hidden := all_flags(n, rest)) is not None:
             left = n.add(*(b for b in addends(term.args[0]) if b != a))
-            return n.mul(n.flag(n.negate(rest.args[0])), n.exp(left))
+            return n.mul(n.flag(n.negate(hidden)), n.exp(left))
     return None
 
 

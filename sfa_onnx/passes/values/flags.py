@@ -85,9 +85,10 @@ def _choice_compared(n: Normal, term: Term) -> Term | None:
 
 def _flags_bounded(n: Normal, term: Term) -> Term | None:
     """The least of flags is set where all are, the largest where any is."""
-    if not all(a.op == "flag" for a in term.args):
+    parts = [_flags_of(a) for a in term.args]
+    if not all(part and part[0] == 1 and part[1] for part in parts):
         return None
-    own = tuple(a.args[0] for a in term.args)
+    own = tuple(_and(n, cs) for _, cs in filter(None, parts))
     return n.flag(n.make("and" if term.op == "min" else "or", own))
 
 

@@ -67,6 +67,21 @@ class Reader:
                 self.known[ref] = self._inner(ref) if inner else self._outer(ref)
         return self.known[ref]
 
+    def holder(self, term: Term) -> tuple[Ref, bool] | None:
+        """(element that holds a condition, whether as it is) among what was read, outermost first.
+
+        Numbers that are 1 where it holds and else 0 are taken where no tensor of conditions is.
+        What the key is called is no matter.
+        """
+        opposite = self.n.negate(term)
+        for wanted, other in ((term, opposite), (self.n.flag(term), self.n.flag(opposite))):
+            for ref, known in reversed(self.known.items()):
+                swap = _renamed(known, wanted)
+                own = known.rename(swap, self.n.make) if swap else known
+                if own in (wanted, other):
+                    return ref.substitute(swap), own == wanted
+        return None
+
     # -- values that scores do not decide -------------------------------------------------------
 
     def _outer(self, ref: Ref) -> Term:
@@ -259,6 +274,17 @@ class Reader:
     def operands(self, node: onnx.NodeProto, ref: Ref) -> list[Term]:
         """What a pointwise operator computes with."""
         return [self.term(self.tracer.operand(name, ref.coords)) for name in node.input if name]
+
+
+def _renamed(term: Term, wanted: Term) -> dict[Label, Expr]:
+    """What makes the labels of a term those of another, where one differs."""
+    if term.op not in (wanted.op, "and", "or", "not"):
+        return {}
+    mine, theirs = term.labels - wanted.labels, wanted.labels - term.labels
+    if len(mine) != 1 or len(theirs) != 1:
+        return {}
+    (own,), (other,) = mine, theirs
+    return {own: Expr.of(other)} if own.size == other.size else {}
 
 
 def _of_flags(term: Term) -> bool:
