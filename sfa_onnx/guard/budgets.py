@@ -73,7 +73,7 @@ CONSTANT_BYTES: Final = Budget(
 WORKER_BYTES: Final = Budget(
     "memory of one verification", "SFA_ONNX_MAX_VERIFY_BYTES", 6 << 30, "bytes"
 )
-INPUT_BYTES: Final = Budget("all inputs drawn here", "SFA_ONNX_MAX_INPUT_BYTES", 8 << 30, "bytes")
+INPUT_BYTES: Final = Budget("all inputs drawn here", "SFA_ONNX_MAX_INPUT_BYTES", 4 << 30, "bytes")
 INFERENCE: Final = Budget(
     "shape inference", "SFA_ONNX_MAX_INFERENCE_SECONDS", 10, "seconds and one per 100 kB of graph"
 )

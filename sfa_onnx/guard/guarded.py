@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -19,6 +20,10 @@ __all__ = ["Stage", "evaluate", "infer_node", "infer_shapes", "inline"]
 Array = NDArray[Any]
 _TASKS: Final = "sfa_onnx.guard.tasks:"
 _LARGEST: Final = 1 << 30  # bytes of a model whose shapes are inferred
+_INTEGERS: Final = (TensorProto.INT32, TensorProto.INT64)
+_LONG_LIST: Final = 1 << 16  # elements; sizes, axes and lengths are far fewer
+_REMEMBERED: Final = 32  # graphs whose inference ended the worker
+_deadly: dict[tuple[bytes, bool, float], str] = {}
 _log = logging.getLogger("sfa_onnx")
 
 
@@ -37,8 +42,12 @@ def infer_shapes(model: ModelProto, *, data_prop: bool = False) -> tuple[ModelPr
     """
     if model.ByteSize() > _LARGEST:
         return None, "the model is too large for onnx's shape inference"
+    data_prop = data_prop and not any(_is_long_list(v) for v in _infos(model))
     graph = _with_open_dims(model).SerializeToString()
     seconds = INFERENCE.limit + len(graph) / 1e5
+    key = (hashlib.blake2b(graph).digest(), data_prop, seconds)
+    if key in _deadly:  # a second death of the same graph would only take as long again
+        return None, _deadly[key]
     try:
         data = call(
             _TASKS + "infer_shapes", graph, data_prop,
@@ -46,8 +55,19 @@ def infer_shapes(model: ModelProto, *, data_prop: bool = False) -> tuple[ModelPr
         )  # fmt: skip
     except (RemoteError, CrashError, ModelError) as error:
         _log.debug("shape inference gave up: %s", error)
+        if isinstance(error, CrashError):
+            _deadly[key] = str(error)
+            while len(_deadly) > _REMEMBERED:
+                _deadly.pop(next(iter(_deadly)))
         return None, str(error)
     return ModelProto.FromString(data), ""
+
+
+def _is_long_list(value: onnx.ValueInfoProto) -> bool:
+    """Whether onnx's data propagation would make one symbol per element of a huge list."""
+    tensor = value.type.tensor_type
+    sizes = tensor.shape.dim
+    return len(sizes) == 1 and tensor.elem_type in _INTEGERS and sizes[0].dim_value > _LONG_LIST
 
 
 def _with_open_dims(model: ModelProto) -> ModelProto:

@@ -117,8 +117,11 @@ def _outer_values(graph: onnx.GraphProto) -> set[str]:
 class ModelView:
     """Read-only lookups over a model. Paths are relative to `base_dir` (None: unknown)."""
 
-    def __init__(self, model: onnx.ModelProto, base_dir: Path | None = None):
+    def __init__(
+        self, model: onnx.ModelProto, base_dir: Path | None = None, *, infer: bool = True
+    ):
         self.model = model
+        self._infers = infer
         self.base_dir = base_dir
         self._problem = ""
         self.root = Scope(model.graph)
@@ -217,7 +220,9 @@ class ModelView:
 
     @cached_property
     def _values(self) -> dict[tuple[str, str], tuple[int, Dims | None]]:
-        inferred, self._problem = _infer(self.model)
+        inferred = None  # onnx's C++ dies over much that a broken model holds
+        if self._infers:
+            inferred, self._problem = _infer(self.model)
         table: dict[tuple[str, str], tuple[int, Dims | None]] = {}
         other = ModelView(inferred) if inferred is not None else self
         for scope in other.scopes:

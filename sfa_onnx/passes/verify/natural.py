@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from sfa_onnx.guard.budgets import WORKER_BYTES
 from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
@@ -29,6 +30,7 @@ from sfa_onnx.passes.verify.problem import Problem
 __all__ = ["Natural", "hidden_by_mask", "hides_all"]
 
 Array = NDArray[Any]
+_ENTRY: Final = 10  # bytes per row and key: one index and two masks
 _NODES_MAX: Final = 600
 _MOST: Final = 0.5  # share of rows without a visible key from which on a mask is no mask
 _T = onnx.TensorProto
@@ -159,7 +161,12 @@ def hidden_by_mask(natural: Natural, problem: Problem, sizes: Concrete) -> Refus
         natural: what makes them.
         problem: the site at some sizes.
         sizes: the graph at these sizes.
+
+    Raises:
+        BudgetError: the masks at these sizes take more memory than one verification may.
     """
+    entries = problem.dims.count * max(problem.dims.capacity, problem.dims.slots)
+    WORKER_BYTES.check(_ENTRY * entries, f"the masks of {problem.dims.count} rows")
     shares = []
     for way in WAYS:
         values = natural.run(problem, sizes, way)
