@@ -64,7 +64,7 @@ def child(first: int, last: int, *, swift: bool) -> None:
 
 
 def _one(number: int, path: Path, report: IO[str], listen: _Listen, *, swift: bool) -> None:
-    run = _functions(path) if swift else _commands(path)
+    run = _functions(path, number) if swift else _commands(path)
     for verb, code in run:
         line: dict[str, object] = {"n": number, "verb": verb}
         if code is not None:
@@ -89,8 +89,8 @@ def _commands(path: Path) -> Iterator[tuple[str, object]]:
         yield verb, code
 
 
-def _functions(path: Path) -> Iterator[tuple[str, object]]:
-    for verb, call in Behind(path, path.parent):
+def _functions(path: Path, number: int) -> Iterator[tuple[str, object]]:
+    for verb, call in Behind(path, path.parent, estimates=number % 10 == 0):
         yield verb, None
         code: object
         try:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-VERBS = ("inspect", "fuse", "unfuse", "kv-cache", "check", "atc", "run", "compare", "doctor")
+VERBS = ("inspect", "fuse", "unfuse", "kv-cache", "check", "atc", "compare", "run", "doctor")
+SWIFT = ("inspect", "fuse", "unfuse", "kv-cache", "check", "atc", "run", "compare")
 
 
 def arguments(verb: str, model: Path, folder: Path) -> list[str]:
@@ -28,12 +29,13 @@ def arguments(verb: str, model: Path, folder: Path) -> list[str]:
 class Behind:
     """The functions behind the verbs, without parsing and printing; what fuses is used further.
 
-    `inspect` does not verify, since `fuse` does; `unfuse`, `kv-cache`, `atc` and `compare` take
+    `inspect` looks for no site, since `fuse` does; `unfuse`, `kv-cache`, `atc` and `compare` take
     the fused model where there is one, and the mutant itself otherwise.
     """
 
-    def __init__(self, model: Path, folder: Path) -> None:
-        self._model, self._folder = model, folder
+    def __init__(self, model: Path, folder: Path, *, estimates: bool) -> None:
+        """`estimates`: `inspect` estimates costs too, which takes as long as all else."""
+        self._model, self._folder, self._estimates = model, folder, estimates
         self._fused: Path | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -51,15 +53,13 @@ class Behind:
         return self._fused or self._model
 
     def _inspect(self) -> None:
-        import sfa_onnx
         from sfa_onnx.ascend.estimate import estimate
         from sfa_onnx.files.model import load_model
         from sfa_onnx.summary import summarise
 
         summarise(self._model)
-        report = sfa_onnx.fuse(self._model, verify=False)
-        if report.fused:
-            estimate(report.model, soc_version=None, before=load_model(self._model))
+        if self._estimates:
+            estimate(load_model(self._model), soc_version=None)
 
     def _fuse(self) -> str:
         import sfa_onnx

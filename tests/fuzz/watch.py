@@ -13,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+from tests.fuzz.verbs import SWIFT, VERBS
+
 _SECONDS = 120  # for one mutant through all verbs
 _SWIFT = 60  # the same, before it is tried again
 _BATCH = 1000  # mutants of one child: what leaks goes with it
@@ -42,6 +44,7 @@ class Watch:
         self.done = 0
         self.again: list[int] = []
         self._out, self._swift = out, swift
+        self._last = SWIFT[-1] if swift else VERBS[-1]
         self._until = None if seconds is None else time.monotonic() + seconds
         self._lock = threading.Lock()
 
@@ -55,9 +58,6 @@ class Watch:
                 reached, why = self._child(reached, reached + 1, swift=False)
             if why:
                 self._note(why, reached)
-            with self._lock:
-                self.done += reached + 1 - first
-                self._write()
             first = reached + 1
 
     def _late(self) -> bool:
@@ -107,6 +107,9 @@ class Watch:
         code = message["code"]
         with self._lock:
             self.codes[f"{message['verb']} -> {code}"] += 1
+            self.done += message["verb"] == self._last
+            if self.done % 100 == 0:
+                self._write()
         if code not in _FINE and code not in _ENDS:
             self._note(f"{message['verb']}: {code}", int(str(message["n"])))
         for fault in set(message["faults"]):  # type: ignore[call-overload]
