@@ -37,7 +37,7 @@ bool bf16_supports(const Geom& g) {
   return types && g.tile % 64 == 0 && g.nope <= 4096 && g.rope <= kMaxRope;
 }
 
-size_t bf16_scratch_bytes(const Geom& g) { return Plan(g, nullptr).bytes; }
+size_t bf16_scratch_bytes(const Geom& g) { return Plan(g, nowhere()).bytes; }
 
 void bf16_load_query(const Geom& g, const void* query, const void* query_rope, void* scratch) {
   const Plan p(g, scratch);

@@ -73,7 +73,7 @@ bool bf16_supports(const Geom& g) {
   return types && g.tile % kColumns == 0;
 }
 
-size_t bf16_scratch_bytes(const Geom& g) { return Plan(g, nullptr).bytes; }
+size_t bf16_scratch_bytes(const Geom& g) { return Plan(g, nowhere()).bytes; }
 
 // ---- query and rope ------------------------------------------------------------------------
 

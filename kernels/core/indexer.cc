@@ -274,7 +274,7 @@ int plan(Call* c, bool may_split, sfa_core_error* err) {
   c->room = room < enough ? room : enough;
   c->pieces = ceil_div(longest, kPiece);
   if (!may_split || p.query_t >= kSplitRows || c->pieces < 1) c->pieces = 1;
-  c->task_bytes = Scratch(*c, nullptr).bytes;
+  c->task_bytes = Scratch(*c, nowhere()).bytes;
   return c->pieces > 1 ? make_shared(c, err) : SFA_CORE_OK;
 }
 

@@ -50,8 +50,8 @@ int check_scalars(const sfa_core_indexer_params& p, sfa_core_error* err) {
   if (p.sparse_mode != 0 && p.sparse_mode != 3) {
     return set_error(err, SFA_CORE_BAD_PARAM, "sparse_mode", p.sparse_mode, 3);
   }
-  if (p.layout_query == SFA_CORE_BSND && p.query_t != p.batch * p.query_s) {
-    return set_error(err, SFA_CORE_BAD_PARAM, "query_t", p.query_t, p.batch * p.query_s);
+  if (p.layout_query == SFA_CORE_BSND && !is_product(p.query_t, p.batch, p.query_s)) {
+    return set_error(err, SFA_CORE_BAD_PARAM, "query_t", p.query_t, p.query_s);
   }
   if (p.query_t > 0 && p.sparse_count > kBig / p.query_t) {
     return set_error(err, SFA_CORE_BAD_PARAM, "sparse_count", p.sparse_count, kBig / p.query_t);

@@ -70,7 +70,7 @@ class Layout {
 
 template <class D>
 size_t scratch_bytes(const IndexerGeom& g) {
-  return Layout<D>(g, nullptr).bytes + 64;
+  return Layout<D>(g, nowhere()).bytes + 64;
 }
 
 template <class D>
@@ -178,7 +178,16 @@ inline vf add_halves(vf a, vf b) {
     low[i] = i & kUnit ? W + i - kUnit : i;
     high[i] = i & kUnit ? W + i : i + kUnit;
   }
+#if defined(__clang__)  // which has no shuffle by a vector of lanes
+  vf sum;
+  for (int i = 0; i < W; ++i) {
+    const int l = low[i], h = high[i];
+    sum[i] = (l < W ? a[l] : b[l - W]) + (h < W ? a[h] : b[h - W]);
+  }
+  return sum;
+#else
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
 }
 template <int kUnit>
 inline vf add_lanes(const float* rows) {

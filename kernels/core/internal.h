@@ -117,6 +117,9 @@ int resolve_rows(const sfa_core_params& p, const Lengths& len, int64_t token, in
 bool find_lengths(const sfa_core_params& p, int64_t token, Lengths* len);
 int check_params(const sfa_core_params& p, sfa_core_error* err);
 
+// An aligned address where scratch is laid out only to be measured: no arithmetic on null.
+inline char* nowhere() { return (char*)64; }
+
 // Pieces of check_params: numbers between bounds; lengths, prefix sums and the width of the table.
 struct Range {
   const char* name;
@@ -124,6 +127,11 @@ struct Range {
 };
 constexpr int64_t kBig = (int64_t)1 << 40;  // no tensor has so many
 constexpr int64_t kInt = (int64_t)1 << 30;
+// Whether a * b == total; the product may be beyond 64 bits.
+inline bool is_product(int64_t total, int64_t a, int64_t b) {
+  int64_t product;
+  return !__builtin_mul_overflow(a, b, &product) && product == total;
+}
 int check_ranges(const Range* ranges, int n, sfa_core_error* err);
 int check_lengths(const sfa_core_params& p, sfa_core_error* err);
 

@@ -74,6 +74,7 @@ void pack_row(const sfa_core_pack_params& p, int64_t row, float* x, uint8_t* out
 
 int check_pack(const sfa_core_pack_params& p, int64_t first, int64_t count, sfa_core_error* err) {
   const bool quantised = p.nope_dtype == SFA_CORE_I8, any = count > 0;
+  const bool inside = p.rows >= 0 && first >= 0 && count >= 0 && first <= p.rows - count;
   const struct {
     const char* name;
     bool bad;
@@ -87,7 +88,7 @@ int check_pack(const sfa_core_pack_params& p, int64_t first, int64_t count, sfa_
       {"tile_size", p.tile_size < 1 || p.nope_dim % (p.tile_size < 1 ? 1 : p.tile_size) != 0,
        p.tile_size, p.nope_dim},
       {"clip", !quantised && !(p.clip > 0.0f && p.clip <= 3.402823466e38f), 0, 0},
-      {"rows", first < 0 || count < 0 || first > p.rows - count, first + count, p.rows},
+      {"rows", !inside, first < 0 || first > p.rows ? first : count, p.rows},
       {"nope", any && !p.nope, 0, 1},
       {"rope", any && p.rope_dim > 0 && !p.rope, 0, 1},
       {"scale", any && quantised && !p.scale, 0, 1},

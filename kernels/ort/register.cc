@@ -317,14 +317,37 @@ OrtStatus* AddCaches(const Registration& r, OrtCustomOpDomain* domain) {
   return AddKvCacheWrite(r.api, domain, r.in_place);
 }
 
-// The domain is deliberately never released: sessions keep pointers into it, and the session
-// options that could tell us when the last one goes do not.
-OrtStatus* AddDomain(const Registration& r, const char* name, bool attention, bool caches) {
-  OrtCustomOpDomain* domain = nullptr;
-  SFA_ORT_TRY(r.api->CreateCustomOpDomain(name, &domain));
-  if (attention) SFA_ORT_TRY(AddAttention(r, domain));
-  if (caches) SFA_ORT_TRY(AddCaches(r, domain));
-  return r.api->AddCustomOpDomain(r.options, domain);
+constexpr const char* kDomains[] = {"npu", "sfa_onnx", ""};
+
+OrtStatus* MakeDomain(const Registration& r, int which, OrtCustomOpDomain** domain) {
+  // Files for ATC have one opset import only: the same node types in ONNX's own domain. The price:
+  // a model whose opset is newer than the runtime is refused for its first unknown node rather than
+  // for its opset.
+  SFA_ORT_TRY(r.api->CreateCustomOpDomain(kDomains[which], domain));
+  if (which != 1) SFA_ORT_TRY(AddAttention(r, *domain));
+  return which != 0 ? AddCaches(r, *domain) : nullptr;
+}
+
+// The domains of the runtime that came first, by rounding; they serve all its sessions. They are
+// never released: sessions keep pointers into them, and the session options that could tell us when
+// the last one goes do not. No lock, which a fork could leave taken: who is late drops its own.
+OrtStatus* SharedDomain(const Registration& r, int rounding, int which,
+                        OrtCustomOpDomain** domain) {
+  static const OrtApi* first = nullptr;
+  static OrtCustomOpDomain* shared[2][3] = {};
+  const OrtApi* none = nullptr;
+  __atomic_compare_exchange_n(&first, &none, r.api, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  if (__atomic_load_n(&first, __ATOMIC_ACQUIRE) != r.api) return MakeDomain(r, which, domain);
+  OrtCustomOpDomain** place = &shared[rounding][which];
+  *domain = __atomic_load_n(place, __ATOMIC_ACQUIRE);
+  if (*domain != nullptr) return nullptr;
+  SFA_ORT_TRY(MakeDomain(r, which, domain));
+  OrtCustomOpDomain* other = nullptr;
+  if (!__atomic_compare_exchange_n(place, &other, *domain, false, __ATOMIC_ACQ_REL,
+                                   __ATOMIC_ACQUIRE)) {
+    *domain = other;
+  }
+  return nullptr;
 }
 
 OrtStatus* TooOld(const OrtApiBase* base, const char* version) {
@@ -350,10 +373,10 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   const sfa::Registration r = {api, options,
                                sfa::kTables[sfa::ShapeInferenceIsSafe(version)][rounding],
                                sfa::AtLeast(version, 18)};
-  SFA_ORT_TRY(sfa::AddDomain(r, "npu", true, false));
-  SFA_ORT_TRY(sfa::AddDomain(r, "sfa_onnx", false, true));
-  // Files for ATC have one opset import only: the same node types in ONNX's own domain. The price:
-  // a model whose opset is newer than the runtime is refused for its first unknown node rather than
-  // for its opset.
-  return sfa::AddDomain(r, "", true, true);
+  for (int which = 0; which < 3; ++which) {
+    OrtCustomOpDomain* domain = nullptr;
+    SFA_ORT_TRY(sfa::SharedDomain(r, rounding, which, &domain));
+    SFA_ORT_TRY(api->AddCustomOpDomain(options, domain));
+  }
+  return nullptr;
 }

@@ -61,7 +61,7 @@ def external_range(tensor: TensorProto) -> ExternalRange:
             f"initializer {tensor.name!r}: external offset/length must be numbers, got"
             f" {entries.get('offset')!r} and {entries.get('length')!r}"
         ) from error
-    if not location or offset < 0 or (length is not None and length < 0):
+    if not location or "\0" in location or offset < 0 or (length is not None and length < 0):
         raise WeightsError(
             f"initializer {tensor.name!r}: external data needs a location and a non-negative"
             f" offset and length, got {entries}"

@@ -80,6 +80,8 @@ def _external_problem(tensor: TensorProto, kind: int, count: int) -> str:
     entries = {e.key: e.value for e in tensor.external_data}
     if not entries.get("location"):
         return "is external, but names no file"
+    if "\0" in entries["location"]:
+        return f"is external, and names the file {entries['location']!r}, which no system has"
     for key in ("offset", "length"):
         value = entries.get(key)
         if value is not None and not (value.isascii() and value.isdecimal()):

@@ -18,7 +18,7 @@ from tests.fuzz.mutate import mutant
 from tests.fuzz.swift import be_swift
 from tests.fuzz.verbs import VERBS, Behind, arguments
 
-_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, where there is one
+_MEMORY = Path("/dev/shm")  # a file system in memory, where there is one
 
 
 class _Listen(logging.Handler):

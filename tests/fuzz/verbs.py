@@ -104,4 +104,7 @@ class Behind:
         from sfa_onnx.runtime.compare.run import compare
 
         report = compare(self._model, self._last)
-        return "not run" if report.missing else "equal" if report.passed else "differs"
+        if report.missing or report.passed:
+            return "not run" if report.missing else "equal"
+        rows = [r.difference for r in (*report.sites, *report.outputs) if r.difference]
+        return "differs" if any(d.outside for d in rows) else "not finite alike"

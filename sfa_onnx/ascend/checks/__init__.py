@@ -86,9 +86,7 @@ def check(
     unsound = list(broken(model))
     if not unsound:
         model, _ = restored(model)
-    view = ModelView(
-        model, None if base_dir is None else Path(base_dir), infer=not unsound
-    )
+    view = ModelView(model, None if base_dir is None else Path(base_dir), infer=not unsound)
     plugins = OWN_PLUGINS if user_plugins is None else tuple(user_plugins)
     parsed = tuple(parse_plugin(p) if isinstance(p, str) else p for p in plugins)
     ctx = Context(view, _line(cann), parsed, soc_version or "")

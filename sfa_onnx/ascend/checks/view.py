@@ -117,9 +117,7 @@ def _outer_values(graph: onnx.GraphProto) -> set[str]:
 class ModelView:
     """Read-only lookups over a model. Paths are relative to `base_dir` (None: unknown)."""
 
-    def __init__(
-        self, model: onnx.ModelProto, base_dir: Path | None = None, *, infer: bool = True
-    ):
+    def __init__(self, model: onnx.ModelProto, base_dir: Path | None = None, *, infer: bool = True):
         self.model = model
         self._infers = infer
         self.base_dir = base_dir

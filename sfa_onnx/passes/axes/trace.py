@@ -217,8 +217,22 @@ class Tracer:
         node = self.index.node_of(ref.value)
         if node is None or (rule := STEPS.get(node.op_type)) is None:
             return Leaf(ref)
-        step = rule(self, node, ref) or Leaf(ref)
+        try:
+            step = rule(self, node, ref) or Leaf(ref)
+        except (IndexError, ValueError) as error:
+            raise self._contradicting(node) from error
         return (picked(self, step) or step) if isinstance(step, Dot) else step
+
+    def _contradicting(self, node: onnx.NodeProto) -> Stop:
+        """What is said where ranks and sizes around a node cannot be those of its operator."""
+        known = ((n, self.index.shape(n)) for n in (*node.input, *node.output) if n)
+        shapes = ", ".join(f"{n!r} {list(s)}" for n, s in known if s is not None)
+        return Stop(
+            f"the shapes around {node.op_type} {self.index.label(node)} contradict each other:"
+            f" {shapes}",
+            node.output[0],
+            "export the model again, or drop its declared shapes and infer them anew",
+        )
 
     def operand(self, value: str, coords: tuple[Expr, ...]) -> Ref:
         """`value` as it is broadcast to the shape that `coords` address."""

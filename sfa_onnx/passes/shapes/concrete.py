@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.operator.op import INT64_MAX
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold
@@ -302,9 +303,13 @@ class Concrete:
                 return None
             if node.op_type == "Size":
                 count = math.prod(shape)
+                if not is_open(count) and count > INT64_MAX:
+                    return None
                 return np.asarray(count, object if is_open(count) else np.int64)
             a = attributes(node)
             part = shape[a.get("start", 0) : a.get("end", None)]
+            if any(not is_open(d) and d > INT64_MAX for d in part):  # such a tensor cannot be
+                return None
             return np.asarray(part, object if any(map(is_open, part)) else np.int64)
         if node.op_type not in FOLD or node.domain not in ("", "ai.onnx"):
             return None

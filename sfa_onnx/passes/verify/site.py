@@ -387,4 +387,6 @@ class Site:
 def _rope_dtype(candidate: Candidate) -> Any:
     """Type of the rope bytes in packed rows: the query's own type."""
     kinds = [o.elem_type for o in candidate.operands if o.role is Role.QUERY]
+    if kinds and not kinds[0]:
+        raise UnverifiableError(Refusal("the element type of its queries is not known"))
     return onnx.helper.tensor_dtype_to_np_dtype(kinds[0]) if kinds else np.float32

@@ -174,7 +174,11 @@ def _misfits(index: GraphIndex, sizes: dict[str, int]) -> Iterator[_Short]:
 
 def _all_chosen(known: Concrete, node: NodeProto) -> Iterator[_Short]:
     """The axis of a top-k that leaves too little out for a comparison to tell."""
-    count = known.scalar(node.input[1]) if len(node.input) > 1 else attribute(node, "k")
+    if len(node.input) > 1:
+        value = _value(known, node.input[1])
+        count = int(value.flat[0]) if value is not None and value.size == 1 else None
+    else:
+        count = attribute(node, "k")
     shape = _shape(known, node.input[0])
     if count and shape:
         axis = int(attribute(node, "axis", -1)) % len(shape)
@@ -241,12 +245,16 @@ def _shape(known: Concrete, name: str) -> tuple[int, ...] | None:
         return None
 
 
+def _value(known: Concrete, name: str) -> NDArray[Any] | None:
+    try:
+        return known.value(name)
+    except SizesMeetError:
+        return None
+
+
 def _leaving(known: Concrete, node: NodeProto) -> Iterator[_Short]:
     """Axes that an index known from sizes and integers leaves."""
-    try:
-        at = known.value(node.input[1])
-    except SizesMeetError:
-        return
+    at = _value(known, node.input[1])
     if at is None or not at.size or at.dtype.kind not in "iu":
         return
     shape = _shape(known, node.input[0])

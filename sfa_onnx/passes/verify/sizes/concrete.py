@@ -340,7 +340,11 @@ class Sizer:
 
     def _all(self, symbols: Mapping[str, int]) -> dict[str, int]:
         """The sizes of all symbols: those that are open, and what follows from them."""
-        return {**symbols, **{s: max(form(symbols), 0) for s, form in self._derived.items()}}
+        try:
+            return {**symbols, **{s: max(form(symbols), 0) for s, form in self._derived.items()}}
+        except KeyError as error:  # sizes that contradict: one derives from what nothing gives
+            reason = f"a size of the site depends on {error}, which nothing gives"
+            raise UnverifiableError(Refusal(reason, self._candidate.outputs[0])) from error
 
     def _evaluate(self, symbols: Mapping[str, int]) -> Shapes:
         """Shape of every operand when the open symbols have these sizes.
