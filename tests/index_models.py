@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.operator.op import DOMAIN_NPU, LIGHTNING_INDEXER
 from tests.test_kv_convert import N1, C, K, R, attention, const, model, vi
@@ -41,6 +41,7 @@ def indexed(
     heads: int = HI,
     lengths: bool = False,
     values: bool = False,
+    by_row: bool = False,
 ) -> onnx.ModelProto:
     """Growing caches [b, past, C], [b, past, R] and index keys [b, past, DI], all returned.
 
@@ -51,9 +52,20 @@ def indexed(
         heads: of the indexer.
         lengths: the indexer gets `seen` [b], how many keys a sequence may see.
         values: scores are made and returned, too.
+        by_row: every query row is a sequence of its own over one page, its batch entry's keys, and
+            sees the keys up to `pos` [b, tokens], as masks by position are fused.
     """
     nodes, inputs, outputs, infos = [], [], [], []
-    mode = 0 if tokens == 1 else 3
+    mode = 0 if tokens == 1 or by_row else 3
+    inits = [const("two", [2])]
+    if by_row:
+        inputs.append(vi("pos", ["b", tokens], TensorProto.INT64))
+        inits += [const("one", [1]), const("column", [-1, 1]), const("flat", [-1])]
+        inits += [const("tail", [1, K])]
+        inits += [const("heads", [-1, 1, heads]), const("queries", [-1, 1, heads, DI])]
+        scalars = {"nil": 0, "step": 1, "first": 0}
+        inits += [numpy_helper.from_array(np.array(v, np.int64), n) for n, v in scalars.items()]
+        nodes += _rows()
     if lengths:
         inputs.append(vi("seen", ["b"], TensorProto.INT32))
     for i in range(layers):
@@ -73,6 +85,10 @@ def indexed(
         ]  # fmt: skip
         made = [f"{p}idx", *([f"{p}scores"] if values else [])]
         nodes.append(indexer(p, f"{p}key_k", made, mode, "seen" if lengths else ""))
+        if by_row:
+            before, after = _apart(nodes[-1], p)
+            nodes[-1:-1] = before
+            nodes += after
         site = attention(p, f"{p}key_c", f"{p}key_r", f"{p}o")
         next(a for a in site.attribute if a.name == "sparse_mode").i = mode
         nodes.append(site)
@@ -81,7 +97,45 @@ def indexed(
         outputs += [vi(f"{p}idx", ["b", tokens, 1, K], TensorProto.INT32)]
         if values:
             outputs.append(vi(f"{p}scores", ["b", tokens, 1, K], elem))
-    return model(nodes, inputs, outputs, [const("two", [2])], infos)
+    return model(nodes, inputs, outputs, inits, infos)
+
+
+def _rows() -> list[onnx.NodeProto]:
+    """For rows [b * tokens]: the batch entry as a table of one column, and the keys they see."""
+    n = helper.make_node
+    return [
+        n("Shape", ["pos"], ["pos_shape"]),
+        n("Gather", ["pos_shape", "first"], ["batch"]),
+        n("Range", ["nil", "batch", "step"], ["entries"]),
+        n("Unsqueeze", ["entries", "one"], ["entry"]),
+        n("Expand", ["entry", "pos_shape"], ["entry_of"]),
+        n("Reshape", ["entry_of", "column"], ["table64"]),
+        n("Cast", ["table64"], ["table"], to=TensorProto.INT32),
+        n("Add", ["pos", "one"], ["counts"]),
+        n("Reshape", ["counts", "flat"], ["counts_flat"]),
+        n("Cast", ["counts_flat"], ["counts32"], to=TensorProto.INT32),
+    ]
+
+
+def _apart(node: onnx.NodeProto, p: str) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """Let an indexer take rows for sequences; the nodes before and behind it."""
+    raw = f"{p}raw"
+    query, key, weights = node.input[:3]
+    out = node.output[0]
+    node.input[:] = [f"{p}iq_rows", key, f"{p}iw_rows", "", "counts32", "table"]
+    node.output[0] = raw
+    next(a for a in node.attribute if a.name == "layout_key").s = b"PA_BSND"
+    made = helper.make_node
+    before = [
+        made("Reshape", [query, "queries"], [f"{p}iq_rows"]),
+        made("Reshape", [weights, "heads"], [f"{p}iw_rows"]),
+    ]
+    after = [
+        made("Shape", [query], [f"{p}q_shape"], start=0, end=2),
+        made("Concat", [f"{p}q_shape", "tail"], [f"{p}idx_shape"], axis=0),
+        made("Reshape", [raw, f"{p}idx_shape"], [out]),
+    ]
+    return before, after
 
 
 def feeds_for(
@@ -94,7 +148,9 @@ def feeds_for(
     for value in m.graph.input:
         kind = value.type.tensor_type
         dims = [d.dim_value or sizes[d.dim_param] for d in kind.shape.dim]
-        if kind.elem_type == TensorProto.INT32:
+        if value.name == "pos":
+            feeds[value.name] = np.broadcast_to(past + np.arange(dims[1]), dims).astype(np.int64)
+        elif kind.elem_type == TensorProto.INT32:
             feeds[value.name] = rng.integers(K, past, dims).astype(np.int32)
         else:
             dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)

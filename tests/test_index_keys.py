@@ -70,6 +70,39 @@ def test_ragged_sequences_select_what_each_selects_alone(
     np.testing.assert_array_equal(back["l1.k"][1, : len(keys)], keys)
 
 
+@pytest.mark.parametrize("index_cache", ["float", "int8"])
+def test_rows_that_are_sequences_of_their_own(index_cache: str) -> None:
+    """Masks by position: each row sees the keys up to its own, of its own batch entry."""
+    source = indexed(2, tokens=3, by_row=True)
+    converted = paged(source, index_cache)
+    interface = read_interface(converted)
+    assert interface is not None
+    past = np.array([21, 9, 14])
+    feeds = feeds_for(source, 3, 21, 3)
+    feeds["pos"] = past[:, None] + np.arange(3)
+    mine = adapt_feeds(interface, feeds, new_tokens=3, start=past)
+    got = runtime.run(converted, mine)
+    shared = []
+    for b in range(3):
+        want = runtime.run(source, cut(feeds, b, int(past[b])))
+        for i in range(2):
+            pair = got[f"l{i}.idx"][b], want[f"l{i}.idx"][0]
+            shared.append(np.mean([np.isin(*rows).mean() for rows in zip(*pair, strict=True)]))
+            if index_cache == "float":
+                np.testing.assert_array_equal(*pair)
+                assert loss(got[f"l{i}.o"][b], want[f"l{i}.o"][0]) < 2e-2
+    assert min(shared) > 0.8
+
+
+def test_a_table_of_pages_that_is_not_one_column_stays() -> None:
+    source = indexed(1, tokens=3, by_row=True)
+    node = next(n for n in source.graph.node if n.op_type == "NPULightningIndexer")
+    node.input[5] = "other"
+    source.graph.input.append(vi("other", ["n", 2], TensorProto.INT32))
+    with pytest.raises(ModelError, match="layouts BSND / PA_BSND, expected BSND"):
+        paged(source, "float")
+
+
 def test_pages_have_the_models_type_and_one_write_each() -> None:
     source = indexed(2, elem=TensorProto.FLOAT16)
     report = convert(source, to="paged-int8", block_size=BLOCK, tile_size=TILE)

@@ -125,26 +125,56 @@ class IndexKeys:
             ModelError: its keys are not a cache among the inputs, or its form is not handled.
         """
         label = node.name or node.output[0]
-        layouts = [attribute(node, f"layout_{side}", "BSND") for side in ("query", "key")]
-        if layouts != ["BSND", "BSND"]:
-            raise ModelError(f"{label}: layouts {' / '.join(map(str, layouts))}, expected BSND")
+        inputs = {t.name: n for t, n in zip(LIGHTNING_INDEXER.inputs, node.input, strict=False)}
+        rows = self._rows(node, inputs.get("block_table", ""), label)
         if self.int8 and len(node.output) > 1 and node.output[1]:
             raise ModelError(f"{label}: the quantised indexer gives no scores (sparse_values)")
         translator = self._translator(node, label)
         done = translator.packed(Stream(node.input[1], _BSND), None)
         if done.cache is None:
             raise ModelError(f"{label}: its keys do not come from a cache among the inputs")
-        inputs = {t.name: n for t, n in zip(LIGHTNING_INDEXER.inputs, node.input, strict=False)}
-        inputs |= {"key": done.packed, "block_table": BLOCK_TABLE}
-        inputs["actual_seq_lengths_key"] = self.lengths(inputs.get("actual_seq_lengths_key", ""))
+        own = inputs.get("actual_seq_lengths_key", "")
+        inputs |= {"key": done.packed, "block_table": self._of(rows, BLOCK_TABLE)}
+        inputs["actual_seq_lengths_key"] = self.lengths(own, self._of(rows, LENGTHS_KV))
         op = QUANT_LIGHTNING_INDEXER if self.int8 else LIGHTNING_INDEXER
         if self.int8:
             inputs |= self._quantised_side(inputs, translator.scales[done.packed])
         _rewrite(node, op, inputs)
 
-    def lengths(self, own: str) -> str:
+    def lengths(self, own: str, there: str = LENGTHS_KV) -> str:
         """How many keys are there and, of those, how many the model lets a sequence see."""
-        return self.emit.op("Min", [own, LENGTHS_KV], "lengths") if own else LENGTHS_KV
+        return self.emit.op("Min", [own, there], "lengths") if own else there
+
+    def _rows(self, node: onnx.NodeProto, table: str, label: str) -> str:
+        """The batch entry [n] of every query row that is a sequence of its own; "" for none.
+
+        A cache [B, S, 1, Di] that is read as B pages of S keys has one page in each row of its
+        table: the number of a batch entry.
+        """
+        layouts = [attribute(node, f"layout_{side}", "BSND") for side in ("query", "key")]
+        if layouts == ["BSND", "BSND"]:
+            return ""
+        if layouts != ["BSND", "PA_BSND"] or not self._one_column(table):
+            told = " / ".join(map(str, layouts))
+            raise ModelError(f"{label}: layouts {told}, expected BSND for query and keys")
+        return self.emit.squeeze(table, [1])
+
+    def _one_column(self, table: str) -> bool:
+        """Whether a block table is known to have one column."""
+        shape = self.index.shape(table)
+        if shape is not None and len(shape) == 2 and isinstance(shape[1], int):
+            return shape[1] == 1
+        maker = self.index.node_of(table)
+        while maker is not None and maker.op_type in ("Cast", "Identity"):
+            maker = self.index.node_of(maker.input[0])
+        if maker is None or maker.op_type != "Reshape":
+            return False
+        told = self.index.constant(maker.input[1])
+        return told is not None and told.size == 2 and int(told.ravel()[1]) == 1
+
+    def _of(self, rows: str, value: str) -> str:
+        """A value with one entry per sequence, for `rows` of sequences."""
+        return self.emit.op("Gather", [value, rows], axis=0) if rows else value
 
     def _translator(self, node: onnx.NodeProto, label: str) -> KeyTranslator:
         shape = self.index.shape(node.input[1])
