@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sfa_onnx import runtime
+import sfa_onnx
+from sfa_onnx import demo, runtime
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.emit import Emitter
@@ -320,3 +321,15 @@ def test_compare_sees_an_indexer_that_selects_otherwise(tmp_path: Path) -> None:
         (row,) = (row for row in report.sites if row.name == "l0.idx")
         assert not row.passed
         assert index_cache == "float" or "more than int8 can explain" in row.reason
+
+
+@pytest.mark.kernel
+def test_compare_of_int8_keys_with_the_model_as_exported(tmp_path: Path) -> None:
+    """The original selects by a TopK: what its rows flip to is told, the operators are judged."""
+    model = demo.materialise(tmp_path)
+    sfa_onnx.fuse(model, tmp_path / "f.onnx", verify=False)
+    report = convert(tmp_path / "f.onnx", tmp_path / "p.onnx", to="paged-int8", index_cache="int8")
+    assert report.bytes_per_token_after == 656 + 64 + 2
+    compared = compare(model, tmp_path / "p.onnx")
+    assert compared.passed, compared.verdict
+    assert {row.method for row in compared.sites} == {"reference"}

@@ -35,6 +35,7 @@ __all__ = [
     "judge",
     "other_keys",
     "packs_floats",
+    "packs_keys",
     "relative_distance",
     "rounded_values",
 ]
@@ -45,6 +46,14 @@ Array = NDArray[Any]
 def packs_floats(node: NodeProto) -> bool:
     """Whether a node quantises (rather than copies int8 and scales)."""
     return node.op_type == "KvCachePack" and not any(node.input[2:3])
+
+
+def packs_keys(node: NodeProto) -> bool:
+    """Whether a node selects by int8 keys: others than the original does, where scores are close.
+
+    What is computed from such a selection is held against the reference on its own inputs.
+    """
+    return node.op_type == QUANT_LIGHTNING_INDEXER.name
 
 
 def rounded_values(

@@ -47,6 +47,7 @@ from sfa_onnx.runtime.compare.rounded import (
     judge,
     other_keys,
     packs_floats,
+    packs_keys,
     relative_distance,
     rounded_values,
 )
@@ -289,7 +290,8 @@ class _Comparison:
             return self._row(site, "captured", plain, got, {})
         distance = other_keys if selects else relative_distance
         loss = max(distance(plain[n], got[n]) for n in plain)
-        rounded = rounded_values(self.second, site, self.interface, values)
+        flips = any(packs_keys(self.second.graph.node[i]) for i in site.after)
+        rounded = {} if flips else rounded_values(self.second, site, self.interface, values)
         known = feeds | rounded
         types = {n: int(helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in known.items()}
         above = region_above(self.first, site.outputs, {*site.border, *rounded})
