@@ -123,3 +123,22 @@ def test_every_room_of_the_table_exists() -> None:
     known = modules()
     missing = [r for rooms in FLOORS for r in rooms if r not in known and r != "passes.values"]
     assert not missing
+
+
+# Vocabulary, tables and reports of the passes: tested where they are used.
+USED_IN = {
+    "candidate": "test_verify.py",
+    "cost": "test_fuse_api.py",
+    "limits": "test_fuse_api.py",
+    "plan": "test_assume.py",
+    "site_report": "test_fuse_api.py",
+}
+
+
+def test_a_pass_and_its_test_are_twins_by_name() -> None:
+    """Every room and module of `passes` has a test that bears its name, or is listed above."""
+    rooms = {p.stem for p in (ROOT / PACKAGE / "passes").iterdir() if p.suffix in ("", ".py")}
+    tests = [p.stem.split("_")[1:] for p in (ROOT / "tests").glob("test_*.py")]
+    named = {room for room in rooms if any(room in words for words in tests)}
+    assert rooms - named - {"__init__", "__pycache__"} == set(USED_IN)
+    assert all((ROOT / "tests" / name).exists() for name in USED_IN.values())
