@@ -54,7 +54,7 @@ class Boundary:
 
     def _peeled(self, name: str) -> str:
         while name not in self.latents and name not in self.ropes:
-            node = self.index.node_of(name)
+            node = self.index.maker(name)
             if node is None or node.op_type not in _VIEWS:
                 break
             name = node.input[0]

@@ -164,9 +164,9 @@ class IndexKeys:
         shape = self.index.shape(table)
         if shape is not None and len(shape) == 2 and isinstance(shape[1], int):
             return shape[1] == 1
-        maker = self.index.node_of(table)
+        maker = self.index.maker(table)
         while maker is not None and maker.op_type in ("Cast", "Identity"):
-            maker = self.index.node_of(maker.input[0])
+            maker = self.index.maker(maker.input[0])
         if maker is None or maker.op_type != "Reshape":
             return False
         told = self.index.constant(maker.input[1])

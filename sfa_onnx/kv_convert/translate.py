@@ -118,8 +118,8 @@ class Translator:
     def _translate(self, lat: Stream, rot: Stream | None) -> Translated:
         if self.index.is_graph_input(lat.value) and self._both_inputs(rot):
             return self._cache_input(lat, rot)
-        node = self.index.node_of(lat.value)
-        other = self.index.node_of(rot.value) if rot else None
+        node = self.index.maker(lat.value)
+        other = self.index.maker(rot.value) if rot else None
         same_kind = rot is None or (
             node is not None and other is not None and node.op_type == other.op_type
         )

@@ -92,9 +92,9 @@ class Writes:
 
     def _column(self, indices: str, rank: int) -> str | None:
         """What indices [.., C] are spread from over their columns: one column, of the same rank."""
-        node = self.index.node_of(indices)
+        node = self.index.maker(indices)
         while node is not None and node.op_type in ("Identity", "Cast"):
-            node = self.index.node_of(node.input[0])
+            node = self.index.maker(node.input[0])
         if node is None or node.op_type != "Expand":
             return None
         shape = self.index.shape(node.input[0])
@@ -151,7 +151,7 @@ def same_value(index: GraphIndex, one: str, other: str) -> bool:
             if a.dtype != b.dtype or not np.array_equal(a, b):
                 return False
             continue
-        mine, theirs = (index.node_of(name) for name in pair)
+        mine, theirs = (index.maker(name) for name in pair)
         if mine is None or theirs is None or not _alike(mine, theirs, pair):
             return False
         stack += zip(mine.input, theirs.input, strict=True)
@@ -185,7 +185,7 @@ def position_input(index: GraphIndex, indices: str) -> str:
         if not name or name in seen:
             continue
         seen.add(name)
-        node = index.node_of(name)
+        node = index.maker(name)
         if node is None:
             if index.is_graph_input(name):
                 found.add(name)

@@ -195,7 +195,7 @@ class _Views:
         """What the weight is a view of."""
         value = self.weight
         while (tensor := self._index.initializers.get(value)) is None:
-            node = self._index.node_of(value)
+            node = self._index.maker(value)
             if node is None:
                 raise Stop(f"{value} is an input of the graph: its value is not in the file")
             constant = find_attribute(node, "value") if node.op_type == "Constant" else None
@@ -237,10 +237,10 @@ class _Views:
     def _above(self) -> list[onnx.NodeProto]:
         """Nodes of the graph that view the stored tensor, the nearest to the weight first."""
         nodes: list[onnx.NodeProto] = []
-        node = self._index.node_of(self.weight)
+        node = self._index.maker(self.weight)
         while node is not None and node.op_type != "Constant":
             nodes.append(node)
-            node = self._index.node_of(node.input[0])
+            node = self._index.maker(node.input[0])
         return nodes
 
     def _recipe(self, node: onnx.NodeProto) -> str:
@@ -261,7 +261,7 @@ class _Views:
 
     def evaluate(self, value: str, stored: np.ndarray) -> np.ndarray:
         """`value`, computed from the stored tensor by the nodes that make it."""
-        node = self._producer.get(value) or self._index.node_of(value)
+        node = self._producer.get(value) or self._index.maker(value)
         if node is None or node.op_type == "Constant":
             return stored
         data = self.evaluate(node.input[0], stored)

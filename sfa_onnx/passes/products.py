@@ -66,7 +66,7 @@ def _around(index: GraphIndex, site: Candidate) -> Iterator[tuple[int, str]]:
         if not queue:
             break
         name = queue.pop()
-        node = index.node_of(name)
+        node = index.maker(name)
         if node is not None and node.op_type == "Einsum":
             yield index.producer[name], _KEY_PRODUCT
         elif node is not None and node.op_type in _ON_THE_WAY:
@@ -172,7 +172,7 @@ def _stored(index: GraphIndex, name: str) -> bool:
     for _ in range(_MOST):
         if name in index.initializers:
             return not index.is_graph_input(name)
-        node = index.node_of(name)
+        node = index.maker(name)
         if node is None or node.domain or node.op_type not in _WEIGHT_VIEWS:
             return False
         name = node.input[0]

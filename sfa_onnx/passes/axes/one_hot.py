@@ -45,7 +45,7 @@ class Picked:
 def one_hot_node(index: GraphIndex, value: str) -> onnx.NodeProto | None:
     """The node that makes one-hot rows of integers, looked for behind views and casts."""
     for _ in range(_FAR):
-        node = index.node_of(value)
+        node = index.maker(value)
         if node is None:
             return None
         if node.op_type == "OneHot":
@@ -82,7 +82,7 @@ def picks(tracer: Tracing, dot: Dot) -> Picked | None:
 def _index(tracer: Tracing, ref: Ref, label: Label) -> tuple[Expr, str, int] | None:
     """(the position along `label` where `ref` is 1, who holds it, number of positions)."""
     for _ in range(_FAR):
-        node = tracer.index.node_of(ref.value)
+        node = tracer.index.maker(ref.value)
         if node is None:
             return None
         if node.op_type == "OneHot":
@@ -136,7 +136,7 @@ def _inside(tracer: Tracing, value: str, size: int) -> bool:
     """Whether an integer tensor holds positions on an axis of this size: those of TopK, ArgMax."""
     index = tracer.index
     for _ in range(_FAR):
-        node = index.node_of(value)
+        node = index.maker(value)
         if node is None:
             return False
         if node.op_type in ("TopK", "ArgMax", "ArgMin"):

@@ -142,7 +142,7 @@ class Tracer:
             fill = self.index.fill_value(value)
             if fill is not None:
                 return fill
-            node = self.index.node_of(value)
+            node = self.index.maker(value)
             if node is None:
                 return None
             if node.op_type == "ConstantOfShape":
@@ -214,7 +214,7 @@ class Tracer:
     def step(self, ref: Ref) -> Step:
         """One step back from `ref`."""
         self.spend(ref.value)
-        node = self.index.node_of(ref.value)
+        node = self.index.maker(ref.value)
         if node is None or (rule := STEPS.get(node.op_type)) is None:
             return Leaf(ref)
         try:
@@ -250,7 +250,7 @@ class Tracer:
         if known is not None and (not self.opaque or self.tables or not known.terms):
             return known
         if not self.opaque:
-            node = self.index.node_of(ref.value)
+            node = self.index.maker(ref.value)
             arithmetic = None if node is None else self._index_arithmetic(node, ref, size)
             if arithmetic is not None:
                 return arithmetic
@@ -269,7 +269,7 @@ class Tracer:
         if value in self._representatives:
             return self._representatives[value]
         key: object = value
-        node = self.index.node_of(value)
+        node = self.index.maker(value)
         if (known := self._number(value)) is not None:
             key = known
         elif node is not None and depth and node.op_type not in _SOURCES:

@@ -78,7 +78,7 @@ def _unselected(site: Site) -> Stop | None:
     tracer = site.tracer
     for read in all_reads(site.nope.deep.ref.coords):
         for value in index_sources(tracer, Ref(read.value, read.coords)):
-            if tracer.index.node_of(value) is not None:  # a TopK, not a page table from outside
+            if tracer.index.maker(value) is not None:  # a TopK, not a page table from outside
                 return Stop(
                     f"{value} selects blocks of keys, not single ones (read at"
                     f" {', '.join(map(str, read.coords))})",
@@ -113,7 +113,7 @@ def _unselected(site: Site) -> Stop | None:
             site.visible[0].ref.value,
             "expected: visible = selected and (any other masks)",
         )
-    maker = tracer.index.node_of(where)
+    maker = tracer.index.maker(where)
     if maker is not None and maker.op_type in ("Loop", "Scan"):
         label = tracer.index.label(tracer.index.producer[where])
         return Stop(

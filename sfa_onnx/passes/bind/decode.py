@@ -92,14 +92,14 @@ def _side(tracer: Tracer, step: Dot | Product, known: dict[str, bool]) -> Ref | 
 
 def _few(tracer: Tracer, value: str) -> bool:
     """Whether a value is a little constant, such as the weights of the bytes of a number."""
-    node = tracer.index.node_of(value)
+    node = tracer.index.maker(value)
     fixed = value in tracer.index.initializers or (node is not None and node.op_type == "Constant")
     return fixed and math.prod(tracer.shape(value)) <= _WEIGHTS
 
 
 def _behind(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> Ref | None:
     """The operand behind an elementwise operator or a reduction, the index of a look-up table."""
-    node = tracer.index.node_of(ref.value)
+    node = tracer.index.maker(ref.value)
     if node is None or node.op_type == "Constant":  # a table that is read at bytes
         reads = [r for c in ref.coords for r in c.reads if _holds(tracer, r.value, known)]
         return Ref(reads[0].value, reads[0].coords) if reads else None
@@ -141,7 +141,7 @@ def _holds(tracer: Tracer, value: str, known: dict[str, bool]) -> bool:
             result = known[name]
             continue
         seen.add(name)
-        node = index.node_of(name)
+        node = index.maker(name)
         if tracer.sizes.elem_type(name) == _INT8 and (node is None or node.op_type != "Constant"):
             result = True
         elif node is not None and node.op_type not in ("Shape", "Size", "Constant"):

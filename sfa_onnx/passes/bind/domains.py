@@ -24,7 +24,7 @@ _ASSERTED = -1e4  # the largest number that a mask may hide by where its caller 
 def chosen_domain(site: Site, value: str, topk: str = "") -> Domain:
     """Of indices that a selection made, or that enter the graph."""
     index = site.tracer.index
-    node = index.node_of(value)
+    node = index.maker(value)
     if node is not None and node.op_type == "TopK":
         topk = index.label(index.producer[value])
     joined = node is not None and not topk and all_selected(index, node)

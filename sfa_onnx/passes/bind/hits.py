@@ -18,7 +18,7 @@ _VIEWS = ("Cast", "Identity", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Trans
 def counts(tracer: Tracer, value: str) -> bool:
     """Whether a tensor of numbers flags or counts: 0 and 1 that are written or added up."""
     for _ in range(16):
-        node = tracer.index.node_of(value)
+        node = tracer.index.maker(value)
         if node is None or node.op_type == "Constant":
             return is_table(tracer, value)
         if node.op_type in ("ReduceSum", "ReduceMax", "OneHot"):
@@ -68,7 +68,7 @@ def reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | N
     hit = Ref(source, tuple(coords))
     valid: list[Ref] = []
     for _ in range(16):
-        maker = tracer.index.node_of(hit.value)
+        maker = tracer.index.maker(hit.value)
         if maker is None:
             return None
         if maker.op_type == "OneHot":
@@ -117,7 +117,7 @@ def _one_hot(tracer: Tracer, node: onnx.NodeProto, ref: Ref, slot: Label) -> lis
 
 
 def _is_equal(tracer: Tracer, value: str) -> bool:
-    node = tracer.index.node_of(value)
+    node = tracer.index.maker(value)
     return node is not None and node.op_type == "Equal"
 
 

@@ -116,7 +116,7 @@ class _Join:
 
     def _alike(self, a: Term, b: Term) -> bool:
         """Whether two conditions are made by the same operator."""
-        makers = [self.tracer.index.node_of(_leaf(x).value) for x in (a, b)]
+        makers = [self.tracer.index.maker(_leaf(x).value) for x in (a, b)]
         kinds = {"" if m is None else m.op_type for m in makers}
         return _kind(a) == _kind(b) and len(kinds) == 1
 

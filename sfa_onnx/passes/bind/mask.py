@@ -75,7 +75,7 @@ def _added(tracer: Tracer, addend: Term, ref: Ref) -> list[Literal]:
 
 def _leaf_added(tracer: Tracer, ref: Ref) -> list[Literal]:
     """A tensor that is added to scores, and not computed from conditions."""
-    node = tracer.index.node_of(ref.value)
+    node = tracer.index.maker(ref.value)
     if ref.value in tracer.joined:
         return additive(tracer, ref)
     if node is not None:
@@ -171,7 +171,7 @@ def _union_part(reader: Conditions, term: Term, ref: Ref) -> list[Literal] | Non
 
 def _leaf_literals(tracer: Tracer, ref: Ref, positive: bool) -> list[Literal]:
     """A condition that is not computed from others."""
-    node = tracer.index.node_of(ref.value)
+    node = tracer.index.maker(ref.value)
     if node is None or _given_numbers(tracer, node):
         return [_leaf(tracer, ref, positive)]
     found = _selection(tracer, node, ref, positive)

@@ -151,7 +151,7 @@ def _infinite(tracer: Tracer, site: Site) -> bool:
                 return True
             low = low or fill < HIDDEN
             continue
-        node = index.node_of(value)
+        node = index.maker(value)
         if node is None:
             if is_float(tracer.sizes.elem_type(value)) and len(tracer.shape(value)) > 1:
                 return True

@@ -40,7 +40,7 @@ def bind(tracer: Tracer, region: AttentionRegion, bound: list[str]) -> Site:
     bound.append(f"weighted sum {tracer.index.label(tracer.index.producer[out])}")
     labels = [Label(f"o{i}", d) for i, d in enumerate(tracer.shape(out))]
     coords = tuple(Expr.of(x) for x in labels)
-    made = tracer.index.node_of(out)
+    made = tracer.index.maker(out)
     if made is not None and is_attention(made):
         coords = split_heads(tracer, made, coords)
     for _ in range(8):

@@ -42,7 +42,7 @@ def index_sources(tracer: Tracer, ref: Ref) -> dict[str, Ref]:
         if here.value in tracer.joined:
             stack += [part for part, _ in tracer.joined[here.value].parts]
             continue
-        node = tracer.index.node_of(here.value)
+        node = tracer.index.maker(here.value)
         given = tracer.index.is_given(here.value)
         if node is None or given or node.op_type == "TopK" or _joins(node, here):
             if here.value not in tracer.index.initializers:
@@ -78,7 +78,7 @@ def all_selected(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether joined indices are results of TopK and constants: none is negative."""
     for name in node.input:
         for _ in range(_STEPS):
-            maker = index.node_of(name)
+            maker = index.maker(name)
             if maker is None or maker.op_type not in ("Cast", "Expand", "Identity", "Slice"):
                 break
             name = maker.input[0]

@@ -61,7 +61,7 @@ def _under(
             plain = Reader(tracer, normal(_EMPTY), region.inner)
             found[here] = Statistic(ref, kind, factor, _lonely(plain.term(ref), kind))
             continue
-        node = tracer.index.node_of(here)
+        node = tracer.index.maker(here)
         read = [] if node is None else [n for n in node.input if n in region.inner]
         if not read or here in products:
             return None
@@ -147,7 +147,7 @@ def _fitted(own: Sequence[Expr], known: Sequence[Expr]) -> dict[Label, Expr] | N
 
 def _behind(tracer: Tracer, reader: Reader, here: Ref) -> list[Ref]:
     """The elements that one is made of."""
-    node = tracer.index.node_of(here.value)
+    node = tracer.index.maker(here.value)
     if node is None:
         return []
     if node.op_type.startswith("Reduce"):

@@ -172,14 +172,14 @@ def _span(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Labe
 
 def _end(tracer: Tracer, mask: Visible) -> tuple[Expr, int, bool] | None:
     """(x, limit, True) of x <= limit, (x, limit, False) of x >= limit, x without a constant."""
-    node = tracer.index.node_of(mask.ref.value)
+    node = tracer.index.maker(mask.ref.value)
     while node is not None and node.op_type in ("Unsqueeze", "Expand", "Cast", "Identity"):
         step = tracer.step(mask.ref)
         ref = getattr(step, "ref", None)
         if not isinstance(ref, Ref) or ref.value == mask.ref.value:
             return None
         mask = Visible(ref, mask.positive)
-        node = tracer.index.node_of(ref.value)
+        node = tracer.index.maker(ref.value)
     if node is None or node.op_type not in (*_ABOVE, *_BELOW):
         return None
     a, b = (tracer.index_value(tracer.operand(n, mask.ref.coords)) for n in node.input)

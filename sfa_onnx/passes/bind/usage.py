@@ -123,7 +123,7 @@ def kth_best(index: GraphIndex, node: onnx.NodeProto) -> str:
     for value in node.input:
         made = value
         for _ in range(_MEASURE_STEPS):
-            maker = index.node_of(made)
+            maker = index.maker(made)
             if maker is None:
                 break
             if maker.op_type == "TopK" and made == maker.output[0]:
@@ -139,7 +139,7 @@ def threshold(index: GraphIndex, mask: str) -> tuple[str, str] | None:
     stack, seen = [mask], set[str]()
     while stack and len(seen) < _REWORK_STEPS:
         value = stack.pop()
-        node = index.node_of(value)
+        node = index.maker(value)
         if node is None or value in seen:
             continue
         seen.add(value)
@@ -154,7 +154,7 @@ def prefix_sums(index: GraphIndex, value: str) -> bool:
     """Whether it is used as the ends of sequences, or is their starts, `cat([0, ends[:-1]])`."""
     if counts_batches(index, value) or follows_itself(index, value):
         return True
-    node = index.node_of(value)
+    node = index.maker(value)
     if node is None or node.op_type not in ("Concat", "Pad") or _summed(index, value):
         return False
     for name in node.input:

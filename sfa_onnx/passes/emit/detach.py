@@ -45,7 +45,7 @@ class _Detach:
                 continue
             self._depends[name] = False
             order.append(name)
-            node = self.index.node_of(name)
+            node = self.index.maker(name)
             if node is not None and node.op_type not in ("TopK", "MatMul"):
                 stack += [n for n in node.input if n]
         changed = True
@@ -57,7 +57,7 @@ class _Detach:
         return self._depends.get(value, False)
 
     def _reads_scores(self, name: str) -> bool:
-        node = self.index.node_of(name)
+        node = self.index.maker(name)
         if node is None:
             return False
         if node.op_type == "Shape" and node.input[0] in self.site.score_axes:
@@ -70,7 +70,7 @@ class _Detach:
             return value
         if value in self._again:
             return self._again[value]
-        node = self.index.node_of(value)
+        node = self.index.maker(value)
         assert node is not None
         if node.op_type == "Shape" and node.input[0] in self.site.score_axes:
             made = self._sizes(node)

@@ -111,7 +111,7 @@ def _dividend(tracer: Tracer, page: Expr, size: int) -> Ref | None:
         return None
     ref = Ref(read.value, read.coords)
     for _ in range(16):
-        node = tracer.index.node_of(ref.value)
+        node = tracer.index.maker(ref.value)
         if divided and tracer.sizes.elem_type(ref.value) in (_T.INT32, _T.INT64):
             return ref
         if node is None:

@@ -23,7 +23,7 @@ _SHORT = (_T.BOOL, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.FLOAT16, _T.BFLOAT
 def from_topk(tracer: Tracer, ref: Ref) -> str:
     """Name of the TopK whose indices `ref` reads unchanged; "" when they come from elsewhere."""
     for _ in range(64):
-        node = tracer.index.node_of(ref.value)
+        node = tracer.index.maker(ref.value)
         if node is None:
             return ""
         if node.op_type == "TopK":

@@ -105,7 +105,7 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> Seen:
         if not value or (value, depth) in seen or len(seen) > _SEEN:
             continue
         seen.add((value, depth))
-        node = index.node_of(value)
+        node = index.maker(value)
         if node is None:
             continue
         if depth and node.op_type == "Gather" and _selection(index, node.input[1]) == "row":
@@ -184,7 +184,7 @@ def _selection(index: GraphIndex, value: str) -> str:
         if name in seen:
             continue
         seen.add(name)
-        node = index.node_of(name)
+        node = index.maker(name)
         if node is None or index.is_given(name):
             if index.is_given(name) and index.elem_type(name) in _INT_TYPES:
                 shape = index.shape(name)
@@ -210,7 +210,7 @@ def is_weight(index: GraphIndex, value: str) -> bool:
     for _ in range(_BEHIND):
         if value in index.initializers:
             return True
-        node = index.node_of(value)
+        node = index.maker(value)
         if node is None or node.op_type in PRODUCTS:
             return False
         if node.op_type not in _VIEWS:
@@ -226,7 +226,7 @@ def _is_table(index: GraphIndex, value: str) -> bool:
         if name in seen or name in index.initializers or not name:
             continue
         seen.add(name)
-        node = index.node_of(name)
+        node = index.maker(name)
         if node is None or node.op_type in PRODUCTS or len(seen) > _DATA or index.is_given(name):
             return False
         if node.op_type not in ("Shape", "Size"):

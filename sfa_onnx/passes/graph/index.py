@@ -164,20 +164,20 @@ class GraphIndex:
             self.capture(value, owner)
         return lost
 
-    def node_of(self, value: str) -> onnx.NodeProto | None:
+    def maker(self, value: str) -> onnx.NodeProto | None:
         """The node that makes `value`; None for graph inputs and initializers."""
         i = self.producer.get(value)
         return None if i is None else self.nodes[i]
 
     def unaliased(self, value: str) -> str:
         """`value`, or what it is an Identity of."""
-        while (node := self.node_of(value)) is not None and node.op_type == "Identity":
+        while (node := self.maker(value)) is not None and node.op_type == "Identity":
             value = node.input[0]
         return value
 
     def real_maker(self, value: str) -> onnx.NodeProto | None:
         """The node that makes `value`, Identity nodes skipped."""
-        return self.node_of(self.unaliased(value))
+        return self.maker(self.unaliased(value))
 
     def uses(self, value: str) -> list[tuple[int, int]]:
         """(node, input position) of every reader; position -1 where a sub-graph captures it.
@@ -297,7 +297,7 @@ class GraphIndex:
         array: np.ndarray | None = None
         if (tensor := self.initializers.get(value)) is not None:
             array = self._read(tensor) if _is_structural(tensor) else None
-        elif (node := self.node_of(value)) is not None and node.op_type == "Constant":
+        elif (node := self.maker(value)) is not None and node.op_type == "Constant":
             stored = next((a.t for a in node.attribute if a.name == "value"), None)
             if stored is not None and stored.data_location == onnx.TensorProto.EXTERNAL:
                 array = self._read(stored) if _is_structural(stored) else None

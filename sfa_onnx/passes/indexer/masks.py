@@ -109,7 +109,7 @@ def _whole(tracer: Tracer, literal: Visible) -> list[Visible]:
     """The literals of a mask that is read from a part of it: a row, or as many keys as are used."""
     ref = literal.ref
     for _ in range(_MOST_STEPS):
-        node = tracer.index.node_of(ref.value)
+        node = tracer.index.maker(ref.value)
         step = tracer.step(ref) if node is not None else None
         if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
             break
@@ -131,7 +131,7 @@ def _deepest(tracer: Tracer, literal: Visible) -> Visible:
     """The literal at the tensor that others are views of, so that equal ones are equal."""
     ref = literal.ref
     for _ in range(_MOST_STEPS):
-        step = tracer.step(ref) if tracer.index.node_of(ref.value) is not None else None
+        step = tracer.step(ref) if tracer.index.maker(ref.value) is not None else None
         if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
             break
         same = tracer.sizes.elem_type(step.ref.value) == tracer.sizes.elem_type(ref.value)
@@ -147,7 +147,7 @@ def _unknown(tracer: Tracer, literal: Visible, keys: Label) -> Stop:
         text = f"the mask {value} hides whole rows, whatever the key"
         hint = "leave rows of padding to the attention's own mask"
     else:
-        made = tracer.index.node_of(value)
+        made = tracer.index.maker(value)
         op = "a graph input" if made is None else f"made by {made.op_type}"
         text = (
             f"the mask {value} ({op}) depends on query row and key, and no order between them"
@@ -174,7 +174,7 @@ def _prefix(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
     for _ in range(_MOST_STEPS):
         if (found := _table(tracer, replace_ref(literal, ref), keys)) is not None:
             return found
-        node = tracer.index.node_of(ref.value)
+        node = tracer.index.maker(ref.value)
         if node is None:
             return None
         if node.op_type in _TURNED and literal.is_bool:
@@ -205,7 +205,7 @@ def compared(tracer: Tracer, literal: Visible, along: Label, key: Expr) -> Prefi
     Raises:
         Stop: keys are bounded from below.
     """
-    ref, node = literal.ref, tracer.index.node_of(literal.ref.value)
+    ref, node = literal.ref, tracer.index.maker(literal.ref.value)
     if node is None or node.op_type not in _TURNED:
         return None
     op = node.op_type if literal.positive else _TURNED[node.op_type]

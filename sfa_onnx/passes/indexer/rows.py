@@ -105,20 +105,20 @@ def _moved(tracer: Tracer, ref: Ref) -> Ref:
 def _compacted(tracer: Tracer, ref: Ref) -> tuple[Ref, Ref] | None:
     """(which entries are valid, what is compacted) of entries as `emit/select` writes them."""
     index = tracer.index
-    node = index.node_of(ref.value)
+    node = index.maker(ref.value)
     if node is None or node.op_type != "Where" or tracer.fill(node.input[2]) != -1:
         return None
-    kept, picked = index.node_of(node.input[0]), index.node_of(node.input[1])
+    kept, picked = index.maker(node.input[0]), index.maker(node.input[1])
     if kept is None or picked is None:
         return None
     if (kept.op_type, picked.op_type) != ("Greater", "GatherElements"):
         return None
-    first = index.node_of(kept.input[0])
+    first = index.maker(kept.input[0])
     if first is None or first.op_type != "TopK" or tracer.fill(kept.input[1]) != 0:
         return None
     if list(first.output) != [kept.input[0], picked.input[1]]:
         return None
-    ranked = index.node_of(first.input[0])
+    ranked = index.maker(first.input[0])
     if ranked is None or ranked.op_type != "Where" or tracer.fill(ranked.input[2]) != 0:
         return None
     slot = fresh("slot", tracer.shape(ranked.output[0])[-1])
@@ -181,7 +181,7 @@ def _by_scores(site: Selection, literal: Literal) -> bool:
     tracer = site.tracer
     if not isinstance(literal, Visible) or not literal.is_bool:
         return False
-    node = tracer.index.node_of(literal.ref.value)
+    node = tracer.index.maker(literal.ref.value)
     if node is None or node.op_type not in (_ABOVE if literal.positive else _BELOW):
         return False
     if len(node.input) > 1:

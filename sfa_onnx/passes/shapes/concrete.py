@@ -291,7 +291,7 @@ class Concrete:
             return self._values[value]
         self._values[value] = None  # a cycle cannot be, an unfinished entry may
         array = self.index.constant(value)
-        if array is None and (node := self.index.node_of(value)) is not None:
+        if array is None and (node := self.index.maker(value)) is not None:
             array = self._fold(node, value)
         self._values[value] = array
         return array
@@ -368,7 +368,7 @@ class Concrete:
                 break
             chain.append(value)
             found = self.index.elem_type(value)
-            if found or (node := self.index.node_of(value)) is None:
+            if found or (node := self.index.maker(value)) is None:
                 break
             found, value = type_step(self.index, node, value)
         for name in chain:

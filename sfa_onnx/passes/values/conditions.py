@@ -43,7 +43,7 @@ class Conditions(Reader):
         self.counts, self.reduced = counts, reduced
 
     def _outer(self, ref: Ref) -> Term:
-        node = self.tracer.index.node_of(ref.value)
+        node = self.tracer.index.maker(ref.value)
         if node is None:
             return self._leaf(ref)
         step = self.tracer.step(ref) if node.op_type in LAYOUT else None

@@ -87,7 +87,7 @@ class Reader:
     def _outer(self, ref: Ref) -> Term:
         """A flag made of a condition, or a leaf."""
         tracer = self.tracer
-        node = tracer.index.node_of(ref.value)
+        node = tracer.index.maker(ref.value)
         if node is None:
             return element(ref)
         if self.is_bool(ref.value):
@@ -137,7 +137,7 @@ class Reader:
     # -- values between products and result -----------------------------------------------------
 
     def _inner(self, ref: Ref) -> Term:
-        node = self.tracer.index.node_of(ref.value)
+        node = self.tracer.index.maker(ref.value)
         if node is None:
             return element(ref)
         if node.op_type in _REDUCE:

@@ -41,7 +41,7 @@ def untaken(model: ModelProto, failure: str, given: Collection[str]) -> str:
         name = queue.pop(0)
         if name and name not in seen:
             seen.add(name)
-            node = index.node_of(name)
+            node = index.maker(name)
             if node is not None:
                 queue += node.input
             elif index.is_graph_input(name) and name not in given:

@@ -153,7 +153,7 @@ def _above(index: GraphIndex, value: str) -> set[str]:
         name = stack.pop()
         if name and name not in seen:
             seen.add(name)
-            node = index.node_of(name)
+            node = index.maker(name)
             stack += node.input if node is not None else ()
     return seen
 
