@@ -31,7 +31,7 @@ from sfa_onnx.runtime.portable.restore import refuse_proof
 __all__ = ["fuse"]
 
 Target = Literal["any", "ascend", "cpu"]
-CacheForm = Literal["keep", "int8", "packed-int8", "paged-int8"]
+CacheForm = Literal["keep", "int8", "packed-int8", "paged-int8", "paged"]
 
 
 @door

@@ -25,7 +25,7 @@ def check_options(target: str, kv_cache: str, cost: str, portable: bool) -> None
     """
     for name, value, legal in (
         ("target", target, ("any", "ascend", "cpu")),
-        ("kv_cache", kv_cache, ("keep", "int8", "packed-int8", "paged-int8")),
+        ("kv_cache", kv_cache, ("keep", "int8", "packed-int8", "paged-int8", "paged")),
         ("cost", cost, ("any", "not-worse")),
     ):
         if value not in legal:

@@ -330,7 +330,7 @@ def test_unknown_form_and_second_conversion_are_refused() -> None:
         convert(once, to="packed-int8")
 
 
-def test_joint_cache_of_latent_and_rope() -> None:
+def joint() -> onnx.ModelProto:
     """One 80-wide cache, split for the operator by Slice nodes."""
     nodes = [
         helper.make_node("Concat", ["past", "new"], ["all"], "cat", axis=1),
@@ -348,7 +348,11 @@ def test_joint_cache_of_latent_and_rope() -> None:
     outputs = [vi("o", ["b", "s", N1, C]), vi("all", ["b", "total", C + R])]
     inits = [const("zero", [0]), const("c", [C]), const("end", [2**62]), const("two", [2])]
     infos = [vi("key", ["b", "t", 1, C]), vi("krope", ["b", "t", 1, R])]
-    source = model(nodes, inputs, outputs, inits, infos)
+    return model(nodes, inputs, outputs, inits, infos)
+
+
+def test_joint_cache_of_latent_and_rope() -> None:
+    source = joint()
     report = convert(source, to="packed-int8", tile_size=TILE)
     assert report.removed_inputs == ["past"]
     interface = read_interface(report.model)

@@ -18,7 +18,7 @@ from sfa_onnx.version import __version__
 
 __all__ = ["CACHE_FORMS", "SHELLS", "build_parser"]
 
-CACHE_FORMS: Final = ("int8", "packed-int8", "paged-int8")
+CACHE_FORMS: Final = ("int8", "packed-int8", "paged-int8", "paged")
 SHELLS: Final = ("bash", "zsh", "fish")
 _CHIP = "Ascend910B2"
 _EPILOG: Final = """\
@@ -169,7 +169,7 @@ def _kv_cache(verbs: Any) -> None:
     verb.add(
         "--index-cache",
         choices=("float", "int8"),
-        help="what becomes of an indexer's keys in paged-int8 (default: pages of the model's type)",
+        help="what becomes of an indexer's keys in pages (default: they keep the model's type)",
     )
     verb.finish(example="sfa-onnx kv-cache model.sfa.onnx --to paged-int8 -o model.int8.onnx")
 

@@ -1,11 +1,13 @@
 """Float latent caches -> int8 packed rows: `NPUSparseFlashAttention` -> `...Antiquant`.
 
-Three forms:
+Four forms:
     int8          `KvCachePack` in front of the operator; the interface stays. For accuracy work.
     packed-int8   the cache inputs and outputs become int8 [B, S, 1, D]; new rows are packed once.
     paged-int8    pages [block_num, block_size, 1, D] with `block_table`, `actual_seq_lengths_kv`
                   and `slot_mapping`: static cache shapes, the form ATC can take. The key caches of
                   lightning indexers become pages of the same table, lengths and slots.
+    paged         the same pages in the model's float type, latents and ropes apart: the operator
+                  stays `NPUSparseFlashAttention`, and nothing is rounded.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.files.model import load_model, save_model
 from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.index_keys import INDEX_CACHES, indexer_sites
-from sfa_onnx.kv_convert.interface import Interface, read_interface, write_interface
+from sfa_onnx.kv_convert.interface import PAGED_FORMS, Interface, read_interface, write_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -30,7 +32,7 @@ from sfa_onnx.runtime.portable.restore import restored
 
 __all__ = ["FORMS", "INDEX_CACHES", "KvReport", "convert", "float_sites"]
 
-FORMS = ("int8", "packed-int8", "paged-int8")
+FORMS = ("int8", "packed-int8", *PAGED_FORMS)
 
 
 @dataclass
@@ -66,12 +68,12 @@ def convert(
     Args:
         model: a path or a model; never modified.
         output: where to write the result, beside the weights; None: nowhere.
-        to: "int8", "packed-int8" or "paged-int8".
-        block_size: tokens per page (paged-int8).
+        to: "int8", "packed-int8", "paged-int8" or "paged".
+        block_size: tokens per page (paged forms).
         tile_size: latent columns that share a scale; narrowed to the latent width when that is
             not a multiple of it.
         index_cache: "float" or "int8": what becomes of the key caches of `NPULightningIndexer`
-            (paged-int8). Pages keep the model's type, or are int8 with float16 scales for
+            (paged forms). Pages keep the model's type, or are int8 with float16 scales for
             `NPUQuantLightningIndexer`. None: "float" where that is possible, else they stay as
             they are, with a note that says why.
         force: overwrite `output`.
@@ -89,7 +91,7 @@ def convert(
     source, _ = restored(load_model(model))
     _check(source)
     try:
-        keys = index_cache or ("float" if to == "paged-int8" else "")
+        keys = index_cache or ("float" if to in PAGED_FORMS else "")
         copy, conversion, report = _converted(source, to, block_size, tile_size, keys)
     except ModelError as error:
         if index_cache is not None or not indexer_sites(source.graph):
@@ -122,8 +124,8 @@ def _check_index_cache(index_cache: str, to: str) -> None:
     if index_cache not in INDEX_CACHES:
         wanted = ", ".join(INDEX_CACHES)
         raise UsageError(f"index cache {index_cache!r}: expected one of {wanted}")
-    if to != "paged-int8":
-        raise UsageError(f"index_cache goes with paged-int8: {to} leaves index keys as they are")
+    if to not in PAGED_FORMS:
+        raise UsageError(f"index_cache goes with paged forms: {to} leaves index keys as they are")
 
 
 def _check(model: onnx.ModelProto) -> None:

@@ -10,7 +10,13 @@ from onnx import TensorProto, helper
 from sfa_onnx.errors import ModelError
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.kv_convert.emit import Emitter
-from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING, CacheEntry
+from sfa_onnx.kv_convert.interface import (
+    BLOCK_TABLE,
+    LENGTHS_KV,
+    PAGED_FORMS,
+    SLOT_MAPPING,
+    CacheEntry,
+)
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import CacheInput, Translated, Translator
 from sfa_onnx.kv_convert.writes import position_input
@@ -107,7 +113,7 @@ class Boundary:
 
     def _describe(self, info: onnx.ValueInfoProto, prefix: str, kind: int, width: int) -> None:
         """Give a converted cache its type and shape; `prefix` starts its dims' names."""
-        if self.form == "paged-int8":
+        if self.form in PAGED_FORMS:
             dims: list[Any] = [f"{prefix}_block_num", self.block_size, 1, width]
         else:
             dims = [f"{prefix}_batch", f"{prefix}_length", 1, width]
@@ -129,7 +135,7 @@ class Boundary:
                     self._describe(kept[-1], value.name, TensorProto.FLOAT16, 1)
             elif value.name not in ropes:
                 kept.append(value)
-        if self.form == "paged-int8":
+        if self.form in PAGED_FORMS:
             kept.extend(self._page_inputs(kept, translators[0].fresh))
         del self.graph.input[:]
         self.graph.input.extend(kept)
@@ -139,7 +145,7 @@ class Boundary:
     ) -> onnx.ValueInfoProto:
         info = onnx.ValueInfoProto(name=cache.packed)
         shape, width = self.index.shape(value.name), translator.row.bytes
-        if self.form == "paged-int8" or shape is None:
+        if self.form in PAGED_FORMS or shape is None:
             self._describe(info, value.name, translator.page_type, width)
             return info
         axes = [cache.latent.axis(label) for label in ("B", "S")]
@@ -206,7 +212,7 @@ class Boundary:
 
     def _batch_and_length(self, done: Translated) -> tuple[str, str]:
         emit = self.emit
-        if self.form != "paged-int8":
+        if self.form not in PAGED_FORMS:
             shape = emit.op("Shape", [done.packed])
             return tuple(emit.op("Gather", [shape, emit.constant([i])]) for i in (0, 1))  # type: ignore[return-value]
         batch = emit.op("Gather", [emit.op("Shape", [BLOCK_TABLE]), emit.constant([0])])

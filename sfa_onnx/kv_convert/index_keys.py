@@ -34,7 +34,7 @@ _FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16)
 
 @dataclass(frozen=True)
 class IndexRow:
-    """A row of index keys: `bytes` counts elements, for float pages have a type of their own."""
+    """A row of float or int8 elements: `bytes` counts them, for pages have a type of their own."""
 
     nope: int
     rope: int = 0
@@ -46,21 +46,24 @@ class IndexRow:
         return self.nope
 
 
-class KeyTranslator(Translator):
-    """Index keys -> rows of pages; with scales, each value of rows has one of scales beside it."""
+class RowTranslator(Translator):
+    """Float rows -> rows of pages, as they are or (index keys) int8.
+
+    With scales, each value of rows has one of scales beside it.
+    """
 
     def __init__(
         self, index: GraphIndex, emitter: Emitter, width: int, elem_type: int, *, int8: bool
     ) -> None:
         super().__init__(index, emitter, IndexRow(width), "paged-int8", elem_type)
         self.int8 = int8
-        self.kind = "index-int8" if int8 else "index"
+        self.kind = "int8" if int8 else "float"
         self.page_type = _T.INT8 if int8 else elem_type
         self.suffix = "_pages"
 
     def pack(self, lat: Stream, rot: Stream | None) -> str:
         """New rows [B, S, 1, Di], and their scales [B, S, 1, 1]."""
-        assert rot is None, "index keys have no rope of their own"
+        assert rot is None, "these rows have no rope of their own"
         rows = self._component(lat, self.row.nope)
         if not self.int8:
             return rows
@@ -108,15 +111,15 @@ def indexer_sites(graph: onnx.GraphProto) -> list[int]:
 
 
 class IndexKeys:
-    """Converts the indexers of one graph.
+    """Converts the indexers of one graph, and caches of floats that become pages of floats.
 
     Attributes:
-        translators: by width and type of the keys.
+        translators: by width, type and whether they become int8.
     """
 
     def __init__(self, index: GraphIndex, emit: Emitter, *, int8: bool) -> None:
         self.index, self.emit, self.int8 = index, emit, int8
-        self.translators: dict[tuple[int, int], KeyTranslator] = {}
+        self.translators: dict[tuple[int, int, bool], RowTranslator] = {}
 
     def convert(self, node: onnx.NodeProto) -> None:
         """Let an indexer read pages.
@@ -129,10 +132,7 @@ class IndexKeys:
         rows = self._rows(node, inputs.get("block_table", ""), label)
         if self.int8 and len(node.output) > 1 and node.output[1]:
             raise ModelError(f"{label}: the quantised indexer gives no scores (sparse_values)")
-        translator = self._translator(node, label)
-        done = translator.packed(Stream(node.input[1], _BSND), None)
-        if done.cache is None:
-            raise ModelError(f"{label}: its keys do not come from a cache among the inputs")
+        translator, done = self.pages(node.input[1], label, int8=self.int8)
         own = inputs.get("actual_seq_lengths_key", "")
         inputs |= {"key": done.packed, "block_table": self._of(rows, BLOCK_TABLE)}
         inputs["actual_seq_lengths_key"] = self.lengths(own, self._of(rows, LENGTHS_KV))
@@ -176,18 +176,30 @@ class IndexKeys:
         """A value with one entry per sequence, for `rows` of sequences."""
         return self.emit.op("Gather", [value, rows], axis=0) if rows else value
 
-    def _translator(self, node: onnx.NodeProto, label: str) -> KeyTranslator:
-        shape = self.index.shape(node.input[1])
+    def pages(
+        self, value: str, label: str, *, int8: bool = False
+    ) -> tuple[RowTranslator, Translated]:
+        """What holds the rows [B, S, 1, D] of `value` as pages.
+
+        Raises:
+            ModelError: they are no cache among the inputs, or the file does not tell their type.
+        """
+        shape, kind = self.index.shape(value), self.index.elem_type(value)
         width = shape[-1] if shape else None
-        kind = self.index.elem_type(node.input[1]) or self.index.elem_type(node.input[0])
         if not isinstance(width, int) or kind not in _FLOATS:
-            raise ModelError(f"{label}: the width or type of its keys is not known to the file")
-        key = (width, kind)
+            raise ModelError(f"{label}: the width or type of {value} is not known to the file")
+        key = (width, kind, int8)
         if key not in self.translators:
-            self.translators[key] = KeyTranslator(
-                self.index, self.emit, width, kind, int8=self.int8
+            self.translators[key] = RowTranslator(self.index, self.emit, width, kind, int8=int8)
+        done = self.translators[key].packed(Stream(value, _BSND), None)
+        if done.cache is None:
+            raise ModelError(f"{label}: its keys do not come from a cache among the inputs")
+        if done.latent.high is not None:
+            raise ModelError(
+                f"{label}: the cache {done.latent.value} holds more than {value}, side by side;"
+                " float pages need a cache for each (paged-int8 takes joint ones)"
             )
-        return self.translators[key]
+        return self.translators[key], done
 
     def _quantised_side(self, inputs: dict[str, str], scales: str) -> dict[str, str]:
         """Query, weights and scales as the quantised operator takes them."""

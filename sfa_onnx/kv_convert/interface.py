@@ -23,6 +23,7 @@ __all__ = [
     "BLOCK_TABLE",
     "LENGTHS_KV",
     "METADATA_KEY",
+    "PAGED_FORMS",
     "SLOT_MAPPING",
     "CacheEntry",
     "Interface",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 METADATA_KEY = "sfa_onnx.kv_cache"
+PAGED_FORMS = ("paged-int8", "paged")
 BLOCK_TABLE, LENGTHS_KV, SLOT_MAPPING = "block_table", "actual_seq_lengths_kv", "slot_mapping"
 Array = np.ndarray[Any, np.dtype[Any]]
 _ROPE_TYPES: dict[int, np.dtype[Any]] = {
@@ -66,7 +68,7 @@ class CacheEntry:
     in_place: bool = False  # rows are written into a buffer of fixed length, not appended
     position: str = ""  # the input that says where they are written, when it is one
     ragged: bool = False  # it may say so for every sequence
-    kind: str = "packed"  # or "index": keys of an indexer as they are; "index-int8": with scales
+    kind: str = "packed"  # or "float": rows as they are; "int8": index keys with scales apart
     scales_in: str = ""  # float16, one per row of `packed_in`, where they lie apart
     scales_out: str = ""
 
@@ -85,7 +87,7 @@ class CacheEntry:
         """Bytes of one token in the converted cache."""
         if self.kind == "packed":
             return self.row.bytes
-        return self.nope + 2 if self.kind == "index-int8" else self.bytes_before
+        return self.nope + 2 if self.kind == "int8" else self.bytes_before
 
     @property
     def joint(self) -> bool:
@@ -101,6 +103,11 @@ class Interface:
     block_size: int
     caches: tuple[CacheEntry, ...]
     tokens: str = ""  # new rows per sequence of one run: a number, or the symbol of that dim
+
+    @property
+    def paged(self) -> bool:
+        """Whether the caches are pages."""
+        return self.form in PAGED_FORMS
 
 
 def write_interface(model: onnx.ModelProto, interface: Interface) -> None:
@@ -165,7 +172,7 @@ def adapt_feeds(
         adapted.pop(cache.rope_in, None)
         if not parts or not cache.packed_in:
             continue
-        if interface.form != "paged-int8":
+        if not interface.paged:
             adapted |= parts
             continue
         rows = parts[cache.packed_in]
@@ -237,7 +244,7 @@ def float_outputs(
         parts = [result.pop(n) for n in names]
         if cache.packed_out not in names:
             continue
-        if interface.form == "paged-int8":
+        if interface.paged:
             if feeds is None:
                 continue
             where = feeds[BLOCK_TABLE], feeds[LENGTHS_KV], length if cache.in_place else None
@@ -269,10 +276,10 @@ def _converted_rows(cache: CacheEntry, feeds: dict[str, Array]) -> dict[str, Arr
     if cache.latent_in not in feeds:
         return {}
     latent = _to_canonical(feeds[cache.latent_in], cache.latent_axes)
-    if cache.kind == "index-int8":
+    if cache.kind == "int8":
         rows, scales = kv_cache.quantise_keys(latent)
         return {cache.packed_in: rows, cache.scales_in: scales}
-    if cache.kind == "index":
+    if cache.kind == "float":
         return {cache.packed_in: latent.astype(_ROPE_TYPES[cache.elem_type])}
     rope: Array | None = None
     if cache.joint:

@@ -15,7 +15,7 @@ from sfa_onnx.kv_convert.arrange import Arrangement, declare_domain
 from sfa_onnx.kv_convert.boundary import Boundary
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.index_keys import IndexKeys, indexer_sites
-from sfa_onnx.kv_convert.interface import BLOCK_TABLE, CacheEntry
+from sfa_onnx.kv_convert.interface import BLOCK_TABLE, PAGED_FORMS, CacheEntry
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translator
 from sfa_onnx.operator.contract import PackedRow
@@ -51,6 +51,21 @@ def _attribute(node: onnx.NodeProto, name: str) -> Any:
     return attribute(node, name, SPARSE_FLASH_ATTENTION.attribute(name).default)
 
 
+def _checked(node: onnx.NodeProto) -> str:
+    """What a site is called.
+
+    Raises:
+        ModelError: its layouts are not those that are converted.
+    """
+    label = node.name or node.output[0]
+    if _attribute(node, "layout_kv") != "BSND" or _attribute(node, "layout_query") != "BSND":
+        raise ModelError(
+            f"{label}: only sites with layout BSND for query and keys are converted; got"
+            f" {_attribute(node, 'layout_query')} / {_attribute(node, 'layout_kv')}"
+        )
+    return str(label)
+
+
 class Conversion:
     """Rewrites `model` in place; `run` returns the report's fields."""
 
@@ -75,8 +90,9 @@ class Conversion:
         """Convert all sites; afterwards the graph is sorted and has no dead nodes of ours."""
         before = _names(self.graph.input), _names(self.graph.output)
         arrange = Arrangement(self.graph)
+        site = self._float_site if self.form == "paged" else self._site
         for position in self.sites:
-            self._site(self.graph.node[position])
+            site(self.graph.node[position])
         for position in self.indexers:
             self.keys.convert(self.graph.node[position])
         if self.form != "int8":
@@ -101,18 +117,35 @@ class Conversion:
     @property
     def tokens(self) -> str:
         """New rows per sequence of one run, as far as the file tells."""
-        told = (t.fresh["S"] for t in self.translators.values())
+        every = (*self.translators.values(), *self.keys.translators.values())
+        told = (t.fresh["S"] for t in every)
         return next((str(n) for n in told if n is not None), "")
 
     # -- one site ---------------------------------------------------------------------------------
 
+    def _float_site(self, node: onnx.NodeProto) -> None:
+        """Latents and ropes in pages of their own; the operator stays."""
+        label = _checked(node)
+        latent = self.keys.pages(_input(node, "key"), label)[1].packed
+        inputs = {
+            t.name: n for t, n in zip(SPARSE_FLASH_ATTENTION.inputs, node.input, strict=False)
+        }
+        inputs |= {"key": latent, "value": latent, "block_table": BLOCK_TABLE}
+        if inputs.get("key_rope"):
+            inputs["key_rope"] = self.keys.pages(inputs["key_rope"], label)[1].packed
+        own = inputs.get("actual_seq_lengths_kv", "")
+        inputs["actual_seq_lengths_kv"] = self.keys.lengths(own)
+        names = [inputs.get(tensor.name, "") for tensor in SPARSE_FLASH_ATTENTION.inputs]
+        while not names[-1]:
+            names.pop()
+        given = attributes(node) | {"layout_kv": "PA_BSND"}
+        del node.input[:], node.attribute[:]
+        node.input.extend(names)
+        given = SPARSE_FLASH_ATTENTION.complete(given)
+        node.attribute.extend(helper.make_attribute(n, v) for n, v in given.items())
+
     def _site(self, node: onnx.NodeProto) -> None:
-        label = node.name or node.output[0]
-        if _attribute(node, "layout_kv") != "BSND" or _attribute(node, "layout_query") != "BSND":
-            raise ModelError(
-                f"{label}: only sites with layout BSND for query and keys are converted; got"
-                f" {_attribute(node, 'layout_query')} / {_attribute(node, 'layout_kv')}"
-            )
+        label = _checked(node)
         translator = self._translator(node, label)
         latent = Stream(_input(node, "key"), _BSND)
         rope_name = _input(node, "key_rope")
@@ -122,7 +155,7 @@ class Conversion:
         else:
             done = translator.packed(latent, rope)
             packed = done.packed
-            if done.cache is None and self.form == "paged-int8":
+            if done.cache is None and self.form in PAGED_FORMS:
                 raise ModelError(
                     f"{label}: its keys do not come from a cache among the inputs (a prefill, or a"
                     " cache that is changed in other ways than by writing rows), so there is"
@@ -166,7 +199,7 @@ class Conversion:
         query, rope = _input(node, "query"), _input(node, "query_rope")
         if rope:
             query = self.emit.op("Concat", [query, rope], "query", axis=-1)
-        paged = self.form == "paged-int8"
+        paged = self.form in PAGED_FORMS
         inputs = dict.fromkeys((t.name for t in op.inputs), "")
         inputs |= {"query": query, "key": packed, "value": packed}
         for tensor in SPARSE_FLASH_ATTENTION.inputs:

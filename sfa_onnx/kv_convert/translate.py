@@ -14,6 +14,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.kv_convert.emit import Emitter
+from sfa_onnx.kv_convert.interface import PAGED_FORMS
 from sfa_onnx.kv_convert.pages import write_pages
 from sfa_onnx.kv_convert.trace import Stream, peel
 from sfa_onnx.kv_convert.writes import Write, Writes
@@ -189,7 +190,7 @@ class Translator:
         ]
         parts = [self.packed(*pairs[0]), *(self._fresh(*pair) for pair in pairs[1:])]
         cache = next((part.cache for part in parts if part.cache), None)
-        if self.form == "paged-int8":
+        if self.form in PAGED_FORMS:
             if parts[0].cache is None:
                 return None
             fresh = [part.packed for part in parts[1:]]
@@ -212,7 +213,7 @@ class Translator:
         before, rows = self.packed(*data), self._fresh(*updates)
         if before.cache is not None:
             before.cache.writes.append(found)
-        if self.form == "paged-int8":
+        if self.form in PAGED_FORMS:
             if before.cache is None:
                 return None
             written = self._write(before.packed, rows.packed)
@@ -231,7 +232,7 @@ class Translator:
             return None
         source = self._pair(lat, rot, node.input[0], other.input[0] if other else "")
         whole = self.packed(*source)
-        if self.form == "paged-int8":
+        if self.form in PAGED_FORMS:
             start = self.index.constant(node.input[1])
             if start is None or int(start.ravel()[0]) != 0:
                 return None

@@ -128,7 +128,8 @@ class _Comparison:
         self.report = CompareReport(_name(before), _name(after))
         self.interface = _conversion(self.original, self.fused)
         packs = [sum(map(packs_floats, m.graph.node)) for m in (self.original, self.fused)]
-        self.lossy = self.interface is not None or packs[1] > packs[0]
+        kinds = {c.kind for c in self.interface.caches} if self.interface is not None else set()
+        self.lossy = packs[1] > packs[0] or bool(kinds - {"float"})
         # The type whose bounds hold, and whether its rounding is not the original's own.
         self.dtype, self.narrower = narrowest(self.original, self.fused)
         self.first, self.second = self.original, self.fused

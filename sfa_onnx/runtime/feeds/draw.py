@@ -142,7 +142,7 @@ class _Feeds:
     def _page(self) -> None:
         """Pages that agree, for a model whose caches were converted to them."""
         interface = read_interface(self.model)
-        if interface is None or interface.form != "paged-int8" or BLOCK_TABLE in self.given:
+        if interface is None or not interface.paged or BLOCK_TABLE in self.given:
             return
         start = None
         if any(cache.in_place for cache in interface.caches):
