@@ -130,6 +130,8 @@ class Run:
             splice_scopes(model, [(s.index, s.ready) for s in scopes])
             materialized = [] if own_weights is None else own_weights.finish()
         selections = self._selections(model, reader, plan) if selecting else []
+        done = {s.site_id for s in selections if s.status == "fused"}  # listed as no attention's
+        sites = [s for s in sites if s.status == "fused" or s.site_id not in done]
         with self.stage("hash"):
             notes.append(certificates.untouched(self.before, certificates.snapshot(model)))
         report = FuseReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import torch
 
 import sfa_onnx
 from sfa_onnx import runtime
+from sfa_onnx.passes.plan import write_plan
 from tests.indexer_models import K, Spelling, arrays, inputs, spelt
 
 BASE = Spelling()
@@ -108,3 +110,29 @@ def test_selections_are_left_alone_where_that_is_asked_for() -> None:
     report = sfa_onnx.fuse(model, indexer=False)
     assert report.selections == []
     assert report.model == model
+
+
+def test_a_cheaper_selection_passes_where_cost_must_not_grow() -> None:
+    report = sfa_onnx.fuse(spelt(replace(BASE, mask="both")), cost="not-worse")
+    (site,) = report.selections
+    assert site.status == "fused"
+    assert 0 < site.cost["time_ratio"] <= 1
+
+
+def test_a_plan_lists_selections_and_chooses_them(tmp_path: Path) -> None:
+    model = spelt(BASE)
+    report = sfa_onnx.fuse(model)
+    path = write_plan(report, tmp_path / "plan.yaml")
+    assert report.selections[0].site_id in path.read_text()
+    assert report.sites == []
+    again = sfa_onnx.fuse(model, plan=path)
+    assert len(again.indexers) == 1
+    path.write_text(path.read_text().replace("fuse: true", "fuse: false"))
+    left = sfa_onnx.fuse(model, plan=path)
+    assert [s.reason for s in left.selections] == ["left out by the plan"]
+
+
+def test_the_npu_takes_no_padding() -> None:
+    (site,) = sfa_onnx.fuse(spelt(replace(BASE, mask="padding")), target="ascend").selections
+    assert site.status == "refused"
+    assert "the NPU has no such mask" in site.reason

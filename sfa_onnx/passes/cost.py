@@ -14,15 +14,12 @@ from dataclasses import dataclass
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attribute, attributes
-from sfa_onnx.operator.op import (
-    LIGHTNING_INDEXER,
-    SPARSE_FLASH_ATTENTION,
-    SPARSE_FLASH_ATTENTION_ANTIQUANT,
-)
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
+from sfa_onnx.passes.candidate import Candidate, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 
-__all__ = ["Cost", "compare_costs", "nominal_sizes", "region_cost"]
+__all__ = ["Cost", "compare_costs", "nominal_sizes", "region_cost", "selection_cost"]
 
 NOMINAL_LENGTH = 4096  # for a symbolic sequence or cache length
 NOMINAL_BATCH = 1
@@ -86,8 +83,6 @@ def compare_costs(before: Cost, after: Cost) -> dict[str, float]:
 def _node_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
     if (node.domain, node.op_type) in _FUSED:
         return _fused_cost(sizes, node)
-    if (node.domain, node.op_type) == LIGHTNING_INDEXER.key:
-        return _indexer_cost(sizes, node)
     inputs = [sizes.shape(name) for name in node.input if name]
     outputs = [sizes.shape(name) for name in node.output if name]
     if any(shape is None for shape in (*inputs, *outputs)):
@@ -161,13 +156,17 @@ def _rope_width(sizes: Concrete, node: onnx.NodeProto, packed: bool) -> int:
     return shape[-1] if shape else 0
 
 
-def _indexer_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
-    """2 * tokens * Hi * keys * (Di + 1); keys are read once per sequence, scores never written."""
-    query, key = (sizes.shape(name) for name in node.input[:2])
-    if query is None or key is None:
-        return Cost(unknown=1)
-    pages = node.input[5] if len(node.input) > 5 else ""
-    keys = math.prod(key[:2]) if len(key) == 3 or pages else key[1]
-    tokens, heads, width = math.prod(query[:-2]), query[-2], query[-1]
-    moved = 4.0 * (math.prod(query) + math.prod(key))
-    return Cost(2.0 * tokens * heads * keys * (width + 1), moved)
+def selection_cost(sizes: Concrete, item: Candidate) -> Cost:
+    """Of an indexer: 2 * tokens * Hi * keys * (Di + 1); scores are never written.
+
+    Keys are read once per sequence; with padding they are copied first.
+    """
+    named: dict[str, int] = {}
+    for operand in item.operands:
+        shape = sizes.shape(operand.value)
+        if shape is not None:
+            named |= dict(zip(operand.axes, shape, strict=True))
+    batch, rows, keys, heads, width = (named.get(n, 1) for n in ("B", "S1", "S2", "Hi", "Di"))
+    copies = 3 if any(o.role is Role.MASK for o in item.operands) else 1
+    moved = 4.0 * batch * (rows * heads * width + copies * keys * width)
+    return Cost(2.0 * batch * rows * heads * keys * (width + 1), moved)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 from sfa_onnx.errors import ModelError
+from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.passes.candidate import Candidate, RefusedSite, Role
-from sfa_onnx.passes.cost import compare_costs, nominal_sizes, region_cost
+from sfa_onnx.passes.cost import compare_costs, nominal_sizes, region_cost, selection_cost
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.limits import npu_limits
@@ -33,7 +34,10 @@ class Costs:
         """Before and after; empty where shapes are unknown."""
         try:
             before = region_cost(self._sizes, (self._index.nodes[i] for i in item.nodes))
-            after = region_cost(self._sizes, item.replacement)
+            if item.op is LIGHTNING_INDEXER:
+                after = selection_cost(self._sizes, item)
+            else:
+                after = region_cost(self._sizes, item.replacement)
         except (ModelError, ValueError, KeyError, IndexError, TypeError) as error:
             _log.debug("no cost for %s: %s", item.site_id, error)
             return {}
