@@ -22,6 +22,7 @@ from sfa_onnx.operator.contract import PackedRow
 from sfa_onnx.operator.op import (
     DOMAIN_OWN,
     KV_CACHE_PACK,
+    NPU,
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
@@ -164,7 +165,19 @@ class Conversion:
             if not translator.caches and self.form == "packed-int8":
                 self.notes.append(f"{label}: keys do not come from a cache input")
         assert isinstance(translator.row, PackedRow)
+        self._note_bare_rows(translator.row)
         self._replace(node, packed, translator.row)
+
+    def _note_bare_rows(self, row: PackedRow) -> None:
+        """What rows without a rope become on the NPU, once."""
+        wide = PackedRow(row.nope, NPU.rope, row.tile, 2)
+        more = wide.bytes / row.bytes - 1
+        note = (
+            f"no rope, so rows have {row.bytes} bytes; `sfa-onnx atc` writes {wide.bytes} for the"
+            f" NPU, with {NPU.rope} zero columns: exact, {more:.0%} more cache"
+        )
+        if not row.rope and note not in self.notes:
+            self.notes.append(note)
 
     def _translator(self, node: onnx.NodeProto, label: str) -> Translator:
         nope = self._width(_input(node, "key"), label)

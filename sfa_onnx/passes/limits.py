@@ -82,11 +82,12 @@ def _size_limits(candidate: Candidate) -> list[str]:
     """Head count, widths and page size, where they are known."""
     sizes = {k: v for k, v in candidate.sizes.items() if isinstance(v, int)}
     found = _indexer_limits(candidate, sizes)
-    if (heads := sizes.get("N1")) is not None and heads not in NPU.heads:
+    # Fewer heads than the kernel's next number and no rope at all: `atc` pads both, exactly.
+    if (heads := sizes.get("N1")) is not None and heads > max(NPU.heads):
         legal = ", ".join(str(h) for h in NPU.heads)
         found.append(f"{heads} query heads; the NPU takes {legal}")
     for label, name, want in (("C", "nope width", NPU.nope), ("R", "rope width", NPU.rope)):
-        if (got := sizes.get(label)) is not None and got != want:
+        if (got := sizes.get(label)) is not None and got != want and (label, got) != ("R", 0):
             found.append(f"{name} is {got}; the NPU takes {want}")
     page = sizes.get("page_size")
     if page is not None and (page % NPU.block_size_multiple or page > NPU.block_size_max):

@@ -48,7 +48,7 @@ _HINTS: Final = {
     "output": "let the output be what the operator gives, and Cast behind it",
     "page-size": "choose another page size when converting the cache (kv-cache --block-size)",
     "rank": "reshape the tensor to the layout's rank",
-    "rope-missing": "fuse a site whose rope parts are bound",
+    "rope-missing": "`sfa-onnx atc` gives such sites a rope of zeros: exact",
     "row-size": "the CPU kernel takes other sizes, the NPU operator does not",
     "sinks": "multiply the output by sigmoid(log-sum-exp - sink) behind the operator, over a"
     " contiguous float cache",
@@ -261,7 +261,7 @@ def _heads(site: Site) -> Iterator[Finding]:
     legal = (*NPU.heads, 48) if "950" in site.ctx.soc_version else NPU.heads
     if heads is not None and heads not in legal:
         message = f"{heads} query heads: expected one of {', '.join(map(str, legal))}"
-        yield site.error("heads", message, "pad the heads with zeros and slice the output")
+        yield site.error("heads", message, "`sfa-onnx atc` pads them with zeros: exact")
 
 
 def _indices(site: Site) -> Iterator[Finding]:

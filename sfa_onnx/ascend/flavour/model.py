@@ -23,6 +23,7 @@ from sfa_onnx.ascend.flavour.downlevel import MAX_OPSET, MIN_OPSET, to_opset
 from sfa_onnx.ascend.flavour.index_padding import padded_indexer
 from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour.norms import fuse_norms, readable_norms
+from sfa_onnx.ascend.flavour.padding import pad_attention
 from sfa_onnx.ascend.flavour.reductions import best_opset, readable_reductions
 from sfa_onnx.ascend.flavour.repairs import REPAIRS
 from sfa_onnx.ascend.flavour.rows import narrow_rows
@@ -164,6 +165,7 @@ def _rewrite(
     _note(
         result, heads, "indexers padded with zeros to the 64 heads and 128 columns of CANN's kernel"
     )
+    result.notes += pad_attention(work, facts, names, target, narrow=npu_dtype is not None)
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
     result.notes += narrow_rows(work, ours.wide, facts)
