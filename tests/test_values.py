@@ -17,7 +17,7 @@ from sfa_onnx.passes.values.table import TABLE, normal
 from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, Term, dot, element, number
 from tests.graphs import gathered
 
-T, U, D = Label("t", 7), Label("u", 7), Label("d", 3)
+T, U, D, ALONE = Label("t", 7), Label("u", 7), Label("d", 3), Label("one", 1)
 CUT = 3  # where pieces are cut
 NAMES = {
     **{name: (name, ()) for name in ("a", "b", "c0", "p", "c", "d")},
@@ -66,8 +66,8 @@ def _read(node: ast.AST) -> Term:
         case ast.Call(func=ast.Name(id="sum_parts"), args=args):
             return Term("add", tuple(_part(_read(a), i) for i, a in enumerate(args)))
         case ast.Call(func=ast.Name(id=name), args=args):
-            if isinstance(args[0], ast.Name) and args[0].id in ("t", "u"):
-                return Term(name, (_read(args[1]),), T if args[0].id == "t" else U)
+            if isinstance(args[0], ast.Name) and args[0].id in ("t", "u", "one"):
+                return Term(name, (_read(args[1]),), {"t": T, "u": U, "one": ALONE}[args[0].id])
             return Term(name, tuple(map(_read, args)))
     raise AssertionError(ast.dump(node))
 

@@ -33,6 +33,7 @@ FAMILIES = (
     "kernels",
     "foreign",
     "sides",
+    "pools",
 )
 
 

@@ -309,9 +309,10 @@ class Tracer:
         ]
         array = array[tuple(slice(None) if i is None else slice(i, i + 1) for i in at_number)]
         origin = int(array.reshape(-1)[0])
-        run = int((array == origin).sum()) if array.ndim == 1 else 0
-        if run > 1 and bool((array == origin + np.arange(array.size) // run).all()):
-            return ref.coords[0].floordiv(run) + origin  # 0 0 0 1 1 1 2 ..
+        wide, line = [i for i, n in enumerate(array.shape) if n > 1], array.reshape(-1)
+        run = int((line == origin).sum()) if len(wide) == 1 else 0
+        if run > 1 and bool((line == origin + np.arange(line.size) // run).all()):
+            return ref.coords[wide[0]].floordiv(run) + origin  # 0 0 0 1 1 1 2 ..
         steps = []
         for axis, size in enumerate(array.shape):
             at = tuple(1 if i == axis else 0 for i in range(array.ndim))

@@ -165,6 +165,8 @@ def _same_selection(a: Selected, b: Selected) -> bool:
 
 def _selects(read: Read, key: Label) -> bool:
     """Whether every key has an index of its own (a page table is read once per page)."""
+    if key.size == 1:
+        return True
     for coordinate in read.coords:
         if any(atom == key for atom, _ in coordinate.terms):
             return True

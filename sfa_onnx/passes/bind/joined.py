@@ -27,7 +27,7 @@ def join_chunks(tracer: Tracer, parts: Sequence[tuple[Weight, Ref]], at: str) ->
     Raises:
         Stop: they are not chunks of one whole.
     """
-    starts = [_start(tracer, ref, weight.label) for weight, ref in parts]
+    starts = _starts(tracer, parts)
     order = sorted(range(len(parts)), key=starts.__getitem__)  # keys have no order of their own
     sizes = [parts[i][0].label.size for i in order]
     weights, refs = zip(*(parts[i] for i in order), strict=True)
@@ -36,13 +36,28 @@ def join_chunks(tracer: Tracer, parts: Sequence[tuple[Weight, Ref]], at: str) ->
     return join.weight(weights), join.ref(refs)
 
 
-def _start(tracer: Tracer, ref: Ref, label: Label) -> int:
-    """Where a chunk begins: the number that is added to its label, if any is."""
-    for state in reversed(deepen(tracer, ref)):
-        for expr in _exprs(state.ref.coords):
-            if (label, 1) in expr.terms:
-                return expr.const
-    return 0
+def _starts(tracer: Tracer, parts: Sequence[tuple[Weight, Ref]]) -> list[int]:
+    """Where chunks begin: what is added to their labels, or the numbers that single keys have."""
+    paths = [_numbers(tracer, ref) for _, ref in parts]
+    labels = [weight.label for weight, _ in parts]
+    for value in reversed(paths[0]):
+        found = [p[value] for p in paths if value in p]
+        if len(found) < len(paths) or len({len(f) for f in found}) > 1:
+            continue
+        for column in zip(*found, strict=True):
+            runs = [
+                (x, 1) in e.terms if x.size > 1 else not e.labels & set(labels)
+                for x, e in zip(labels, column, strict=True)
+            ]
+            numbers = [e.const for e in column]
+            if all(runs) and len(set(numbers)) == len(numbers):
+                return numbers
+    return [0] * len(parts)
+
+
+def _numbers(tracer: Tracer, ref: Ref) -> dict[str, list[Expr]]:
+    """Every index expression on the way from an element to where it is stored, by tensor."""
+    return {s.ref.value: list(_exprs(s.ref.coords)) for s in deepen(tracer, ref)}
 
 
 def _exprs(coords: Sequence[Expr]) -> Iterator[Expr]:
@@ -153,26 +168,55 @@ class _Join:
     def same(self, refs: Sequence[Ref]) -> Ref | None:
         """The element of the first tensor that all were cut from, if they are one element."""
         paths = [{s.ref.value: s for s in deepen(self.tracer, r)} for r in refs]
-        for value, state in paths[0].items():
+        for value in paths[0]:
             states = [p[value] for p in paths if value in p]
             if len(states) < len(refs) or any(s.factor != 1 for s in states):
                 continue
-            whole = state.ref.substitute({self.labels[0]: Expr.of(self.whole)})
-            if all(
-                whole.substitute({self.whole: Expr.of(label) + start}) == s.ref
-                for label, start, s in zip(self.labels, self.starts, states, strict=True)
-            ):
-                return whole
+            columns = zip(*(s.ref.coords for s in states), strict=True)
+            whole = [self._lifted(list(column)) for column in columns]
+            if None not in whole:
+                return Ref(value, tuple(c for c in whole if c is not None))
         return None
+
+    def _lifted(self, chunks: list[Expr]) -> Expr | None:
+        """The coordinate of the whole that is, in every chunk, the one of that chunk."""
+        wide = next((i for i, label in enumerate(self.labels) if label.size > 1), None)
+        if wide is None:
+            whole = self._counted(chunks)
+        else:
+            own = Expr.of(self.whole) + -self.starts[wide]
+            whole = chunks[wide].substitute({self.labels[wide]: own})
+        same = whole is not None and all(
+            whole.substitute({self.whole: Expr.of(label) + start}) == c
+            for label, start, c in zip(self.labels, self.starts, chunks, strict=True)
+        )
+        return whole if same else None
+
+    def _counted(self, chunks: list[Expr]) -> Expr | None:
+        """A coordinate that grows by equal steps from single key to single key."""
+        first, second = chunks[:2]
+        total = Expr.of(self.whole) * (second.const - first.const) + first.const
+        for terms in zip(*(_by_kind(c) for c in chunks), strict=False):
+            atom = terms[0][0]
+            if isinstance(atom, Read):
+                reads = [
+                    a.coords for a, _ in terms if isinstance(a, Read) and a.value == atom.value
+                ]
+                if len(reads) < len(terms):
+                    return None
+                inner = [self._counted(list(c)) for c in zip(*reads, strict=True)]
+                if None in inner:
+                    return None
+                atom = Read(atom.value, tuple(c for c in inner if c is not None))
+            if not isinstance(atom, Label | Read | Quot | Rem):
+                return None
+            total = total + Expr.of(atom) * terms[0][1]
+        return total
 
     def _expr(self, chunks: list[Expr]) -> Expr:
         """One coordinate for those of all chunks."""
-        first = chunks[0].substitute({self.labels[0]: Expr.of(self.whole)})
-        if all(
-            first.substitute({self.whole: Expr.of(label) + start}) == c
-            for label, start, c in zip(self.labels, self.starts, chunks, strict=True)
-        ):
-            return first
+        if (whole := self._lifted(chunks)) is not None:
+            return whole
         total = Expr(chunks[0].const)
         if any(c.const != total.const or len(c.terms) != len(chunks[0].terms) for c in chunks):
             raise self._differ("rows")
@@ -197,14 +241,11 @@ class _Join:
     def virtual(self, refs: Sequence[Ref]) -> Ref:
         """An element of the Concat of what each chunk has."""
         rows = sorted({x for r in refs for x in r.labels} - set(self.labels), key=str)
-        if any(len(self._own(r.labels, i)) == 0 for i, r in enumerate(refs)):
+        if any(x.size > 1 and x not in r.labels for r, x in zip(refs, self.labels, strict=True)):
             raise self._differ("rows")
         parts = tuple(zip(refs, self.labels, strict=True))
         name = self.tracer.join(Joined(parts, tuple(rows), self.whole))
         return Ref(name, (*map(Expr.of, rows), Expr.of(self.whole)))
-
-    def _own(self, labels: frozenset[Label], which: int) -> set[Label]:
-        return {x for x in labels if x == self.labels[which]}
 
     def _differ(self, what: str) -> Stop:
         return Stop(

@@ -104,7 +104,7 @@ def _upstream(
                 entering[value] = None
             continue
         node = index.nodes[i]
-        if node.op_type in ("TopK", "If", "Loop", "Scan") or node.domain not in _KNOWN_DOMAINS:
+        if node.op_type in _GIVEN or node.domain not in ("", "ai.onnx", "com.microsoft"):
             entering[value] = None
             continue
         nodes.add(i)
@@ -121,7 +121,7 @@ def _upstream(
     return nodes, dict.fromkeys(v for v in entering if v in known or v not in made)
 
 
-_KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
+_GIVEN = ("ArgMax", "TopK", "If", "Loop", "Scan")
 
 
 def _dead(

@@ -13,6 +13,7 @@ from sfa_onnx.passes.bind.rows import (
     Columns,
     apart,
     cut_columns,
+    deepen,
     require_one,
     same_addresses,
     same_rows,
@@ -102,7 +103,7 @@ def _keys(
     wanted = frozenset(s.ref.value for s in value.path)
     pairs: list[tuple[Product, Columns]] = []
     for term in scores.terms:
-        q, k = _query_and_key(term, key)
+        q, k = _query_and_key(tracer, term, key, wanted)
         term = Product(q, k, term.label, term.factor, term.product)
         parts = trace_columns(tracer, k, term.label, wanted)
         pairs += [(term, own) for part in parts for own in apart(part, value)]
@@ -124,14 +125,16 @@ def _keys(
     return _paired(tracer, nope, [p for p in pairs if p is not nope], key, value, region)
 
 
-def _query_and_key(term: Product, key: Label) -> tuple[Ref, Ref]:
-    in_q, in_k = key in term.q.labels, key in term.k.labels
-    if key.size == 1:
-        raise Stop(
-            "each query attends to a single key, whose weight is always 1",
-            term.k.value,
-            "select two keys or more",
-        )
+def _query_and_key(
+    tracer: Tracer, term: Product, key: Label, wanted: frozenset[str]
+) -> tuple[Ref, Ref]:
+    """The factors of a product; of a single key, the one that is read where the value is."""
+    in_q, in_k = (
+        key in ref.labels
+        if key.size > 1
+        else any(s.ref.value in wanted for s in deepen(tracer, ref))
+        for ref in (term.q, term.k)
+    )
     if in_q == in_k:
         raise Stop(
             f"the scores {term.product} are no product of queries and keys: both or none of their"

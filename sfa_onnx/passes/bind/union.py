@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sfa_onnx.passes.axes.expr import Expr, Label, Quot
+from sfa_onnx.passes.axes.expr import Expr, Label, Quot, label_of
 from sfa_onnx.passes.axes.trace import Pieces, Ref, Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind.literals import Kept, Literal, Selected, Visible
 
@@ -148,7 +148,10 @@ def _interval(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[
 
 
 def _span(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
-    """Keys between two ends that move together: row - 4 < key, key <= row; or 0 <= key < 4."""
+    """Keys between two ends that move together: row - 4 < key, key <= row; or 0 <= key < 4.
+
+    An open tail is one: keys - 4 <= key, which ends where the keys do.
+    """
     lows: dict[Expr, int] = {}
     highs: dict[Expr, int] = {}
     for mask in masks:
@@ -165,9 +168,19 @@ def _span(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Labe
         if low is None and at.bounds is not None and len(at.terms) == 1 and at.terms[0][1] > 0:
             low = 0
         if low is not None:
-            labels = {a for a, _ in at.terms if isinstance(a, Label)}
-            return max(high - low + 1, 0), frozenset(labels)
+            return max(high - low + 1, 0), at.labels
+    for at, low in lows.items():
+        label = label_of(at)
+        if label is not None:
+            return max(_size(tracer, label) - low, 0), at.labels
     return None
+
+
+def _size(tracer: Tracer, label: Label) -> int:
+    """The size of a label, which may be one of the other assignment of sizes."""
+    symbols = tracer.other.symbols.items()
+    name = next((name for name, size in symbols if size == label.size), "")
+    return tracer.sizes.symbols.get(name, label.size)
 
 
 def _end(tracer: Tracer, mask: Visible) -> tuple[Expr, int, bool] | None:

@@ -178,7 +178,7 @@ def _common_read(columns: Sequence[Columns], key: Label) -> Read | None:
     reads = []
     for c in columns:
         own = list(dict.fromkeys(r for x in c.deep.ref.coords for r in x.reads))
-        if len(own) != 1 or not any(label_of(x) == key for x in own[0].coords):
+        if len(own) != 1 or not (key.size == 1 or any(label_of(x) == key for x in own[0].coords)):
             return None
         reads.append(own[0])
     return reads[0] if all(r == reads[0] for r in reads) else None

@@ -97,11 +97,11 @@ def as_attention(term: Term, at: str) -> Attention:
     rows: list[tuple[Weight, Ref]] = []
     masks = [f for b in addends(below) if b.op == "sum" for f in factors(b.args[0])]
     for part in addends(top):
-        rows.append(_row(part, masks, at))
+        rows.append(_row(_of_one(part), masks, at))
     weights = [w for w, _ in rows]
     sinks = []
     for total in addends(below):
-        weight = Weight.of(total)
+        weight = Weight.of(_of_one(total))
         match = next((w for w in weights if weight is not None and _alike(w, weight)), None)
         if match is not None:
             weights.remove(match)
@@ -112,6 +112,11 @@ def as_attention(term: Term, at: str) -> Attention:
     if weights:
         raise UnclearError("the exponentials are not divided by their sum", at, _SUM)
     return Attention(tuple(rows), below, tuple(sinks), tuple(conditions))
+
+
+def _of_one(part: Term) -> Term:
+    """What is not summed is the sum over a single key."""
+    return part if part.op == "sum" else Term("sum", (part,), Label("key0", 1))
 
 
 def _sink(total: Term) -> Term | None:
@@ -149,6 +154,9 @@ def _fraction(term: Term, at: str) -> tuple[Term, Term, list[Term]]:
         _check_bound(divisor, at)
     if len(below) == 1 and len(tops) == 1 and tops[0].op in ("sum", "add"):
         return tops[0], below[0], conditions
+    single = len(below) == 1 and all(f.op in ("exp", "element") for f in tops)
+    if single and any(t.op == "sum" and t.label.size == 1 for t in addends(below[0])):
+        return _product([*tops, *(Term("flag", (c,)) for c in conditions)]), below[0], []
     if not below:
         raise _undivided(tops, at)
     extra = [f for f in tops if f.op not in ("sum", "add")]

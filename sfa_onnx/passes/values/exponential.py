@@ -185,7 +185,7 @@ def _named(n: Normal, term: Term) -> Term | None:
     """What a bound label is called is no matter."""
     own, body = term.label, term.args[0]
     name = Label(f"key{body.height}", own.size)
-    if own == name or own not in body.labels:
+    if own == name or (own not in body.labels and own.size > 1):
         return None
     return n.make(term.op, (body.rename({own: Expr.of(name)}, n.make),), name)
 
@@ -196,16 +196,41 @@ def _outside(n: Normal, term: Term) -> Term | None:
     out: list[Term] = []
     kept: list[Term] = []
     for f in factors(term.args[0]):
-        if f.op == "exp" and label in f.labels:
-            free = [a for a in addends(f.args[0]) if label not in a.labels]
-            own = [a for a in addends(f.args[0]) if label in a.labels]
+        parts = addends(f.args[0]) if f.op == "exp" else ()
+        own = [a for a in parts if _runs(label, a)]
+        if own:
+            free = [a for a in parts if a not in own]
             out += [n.exp(n.add(*free))] if free else []
             kept.append(n.exp(n.add(*own)))
         else:
-            (kept if label in f.labels else out).append(f)
+            (kept if _runs(label, f) else out).append(f)
     if not out or not kept:
         return None
     return n.mul(*out, n.make("sum", (n.mul(*kept),), label))
+
+
+def _runs(label: Label, term: Term) -> bool:
+    """Whether a term differs from key to key; of a single one, whether it is that key's own."""
+    return label in term.labels if label.size > 1 else not (term.height or term.is_number())
+
+
+def _alone(n: Normal, term: Term) -> Term | None:
+    """Sum over one element, within a sum over others: that element."""
+    label = term.label
+    if label.size == 1:
+        return None
+    body = _without(n, term.args[0], label)
+    return None if body == term.args[0] else n.make(term.op, (body,), label)
+
+
+def _without(n: Normal, term: Term, label: Label) -> Term:
+    """A term, sums over single elements that depend on `label` taken for these."""
+    if label not in term.labels or not term.height:
+        return term
+    args = tuple(_without(n, a, label) for a in term.args)
+    if term.op in ("sum", "maximum") and term.label.size == 1:
+        return args[0]
+    return term if args == term.args else n.make(term.op, args, term.data)
 
 
 def _by_parts(n: Normal, term: Term) -> Term | None:
@@ -297,6 +322,11 @@ def _rows() -> Iterable[Identity]:
         *("sum_parts(s, v)", _by_parts),
     )
     yield row("sum of sums", "sum", "sum(t, s + v)", "sum(t, s) + sum(t, v)", _added)
+    # an axis of one element in the middle of the scores
+    yield row(
+        *("single element", "sum", "sum(t, sum(one, s * exp(dot)) * v)"),
+        *("sum(t, s * exp(dot) * v)", _alone),
+    )
     # any shift that does not depend on the key leaves the sum
     yield row(
         *("outside the sum", "sum", "sum(t, a * exp(s - b))", "a * exp(-b) * sum(t, exp(s))"),

@@ -30,6 +30,7 @@ _REDUCE: Final = {
     "ReduceLogSum": "sum",
     "ReduceL1": "sum",
 }
+_KEYS: Final = ("sum", "maximum")
 
 
 class Reader:
@@ -267,9 +268,15 @@ class Reader:
         return self.n.log(body) if node.op_type in ("ReduceLogSumExp", "ReduceLogSum") else body
 
     def over(self, kind: str, label: Label, body: Term) -> Term:
-        """A reduction over an axis; an axis of one element is that element."""
+        """A reduction over an axis; an axis of one element is that element.
+
+        Unless it is that of the keys: where there is one, its weight is that of a softmax all the
+        same.
+        """
         one = label.size == 1 or (label not in body.labels and kind != "sum")
-        return body if one else self.n.make(kind, (body,), label)
+        if one and not (label.size == 1 and kind in _KEYS and _of_one_key(body)):
+            return body
+        return self.n.make(kind, (body,), label)
 
     def operands(self, node: onnx.NodeProto, ref: Ref) -> list[Term]:
         """What a pointwise operator computes with."""
@@ -285,6 +292,11 @@ def _renamed(term: Term, wanted: Term) -> dict[Label, Expr]:
         return {}
     (own,), (other,) = mine, theirs
     return {own: Expr.of(other)} if own.size == other.size else {}
+
+
+def _of_one_key(body: Term) -> bool:
+    """Whether scores that nothing is summed of make a term."""
+    return body.height == 0 and any(t.op == "dot" for t in body.walk())
 
 
 def _of_flags(term: Term) -> bool:

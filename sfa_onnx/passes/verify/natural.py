@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.guard.budgets import WORKER_BYTES
 from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -24,7 +25,7 @@ from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError, embedded_constant
 from sfa_onnx.passes.verify.geometry import and_mask, over_slots
-from sfa_onnx.passes.verify.ordinary import WAYS, Way, ordinary, ranked
+from sfa_onnx.passes.verify.ordinary import WAYS, Way, ordinary, ranked, selected
 from sfa_onnx.passes.verify.problem import Problem
 
 __all__ = ["Natural", "hidden_by_mask", "hides_all"]
@@ -48,12 +49,14 @@ class Natural:
         sources: integers and bools that somebody gives, and what TopK finds: value -> type.
         lengths: results of Shape nodes.
         chosen: sources that indices are computed from.
+        among: the sources that a TopK chose -> what it chose among, and along which axis.
     """
 
     model: onnx.ModelProto
     sources: dict[str, int] = field(default_factory=dict)
     lengths: list[str] = field(default_factory=list)
     chosen: set[str] = field(default_factory=set)
+    among: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, index: GraphIndex, candidate: Candidate) -> Natural | None:
@@ -82,7 +85,8 @@ class Natural:
         model = helper.make_model(graph, opset_imports=imports, ir_version=10)
         picked = {o.value for o in candidate.operands if o.role is Role.INDICES} & cuts.keys()
         chosen = {s for value in picked for s in cuts[value].sources}
-        return cls(model, sources, lengths, chosen)
+        among = {n: a for c in cuts.values() for n, a in c.among.items()}
+        return cls(model, sources, lengths, chosen, among)
 
     def run(self, problem: Problem, sizes: Concrete, way: Way) -> dict[str, Array] | None:
         """Masks and indices of an ordinary call; None where none can be made up."""
@@ -94,11 +98,8 @@ class Natural:
             feeds[name] = np.asarray(told, np.int64)
         for name, kind in self.sources.items():
             shape = tuple(map(int, sizes.shape(name) or ()))
-            array = (
-                ordinary(name, shape, problem, way, chosen=name in self.chosen)
-                if kind in _WHOLE
-                else ranked(shape)
-            )
+            array = self._drawn(name, shape, problem, sizes, way) if kind in _WHOLE else None
+            array = ranked(shape) if kind not in _WHOLE else array
             if array is None:
                 return None
             feeds[name] = array.astype(helper.tensor_dtype_to_np_dtype(kind))
@@ -107,6 +108,16 @@ class Natural:
         except RuntimeError:
             return None
         return dict(zip((o.name for o in self.model.graph.output), results, strict=True))
+
+    def _drawn(
+        self, name: str, shape: tuple[int, ...], problem: Problem, sizes: Concrete, way: Way
+    ) -> Array | None:
+        """Integers for a source: of a TopK's choice, which may be pools of keys, in its range."""
+        source, axis = self.among.get(name, ("", 0))
+        of = sizes.shape(source) if source else None
+        if of is None or of[axis] == problem.dims.capacity:
+            return ordinary(name, shape, problem, way, chosen=name in self.chosen)
+        return selected(shape, int(of[axis]), way)
 
 
 @dataclass
@@ -117,6 +128,7 @@ class _Cut:
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
     lengths: set[str] = field(default_factory=set)
+    among: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, index: GraphIndex, value: str) -> _Cut | None:
@@ -138,6 +150,8 @@ class _Cut:
             if not kind and node is not None and node.op_type == "TopK":
                 kind = _T.INT64 if name == node.output[1] else _T.FLOAT
             self.sources[name] = kind
+            if node is not None and node.op_type == "TopK" and kind in _WHOLE:
+                self.among[name] = node.input[0], int(attributes(node).get("axis", -1))
             return kind in _WHOLE or (node is not None and node.op_type == "TopK")
         if node is None or producer is None:
             try:

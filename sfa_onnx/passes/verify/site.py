@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from sfa_onnx.errors import ContractError
 from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.verify.distance import mostly_undefined, relative_error
+from sfa_onnx.passes.verify.distance import (
+    UNDEFINED,
+    mostly_empty,
+    mostly_undefined,
+    relative_error,
+)
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError
 from sfa_onnx.passes.verify.far import far_scores
@@ -40,6 +45,7 @@ Array = NDArray[Any]
 _SPREADS = (
     "keys that no row attends to hold no NaN: the original spreads it (0 * NaN), the operator not"
 )
+_EDGES = ("lengths", "selection", "sizes")  # probes of rows with few keys
 _DRAWS = 6  # until one shows something
 _SLOW = 0.3  # seconds of one run from which on each probe asks one question only
 # Rounding of the product of a graph's scale factors, in the type of its query.
@@ -51,7 +57,7 @@ def _once(problem: Problem) -> Iterator[tuple[Problem, Draw]]:
 
 
 class _NothingShownError(Exception):
-    """Most rows of a draw have no visible key."""
+    """Most rows of a draw have no visible key, or (args: False) are NaN though they have one."""
 
 
 class _OriginalFailsError(Exception):
@@ -206,7 +212,7 @@ class Site:
                     "export with dynamic shapes: the site is then verified at small sizes",
                 )
             try:
-                outcome = self._shown(case, draw)
+                outcome = self._shown(case, draw, edge=probe.name in _EDGES)
             except _OriginalFailsError as fault:
                 failed = str(fault) if case.shapes == problem.shapes else failed
                 continue  # at other sizes: the original does not accept them either
@@ -293,10 +299,10 @@ class Site:
             self._candidate.outputs[0],
         )
 
-    def _shown(self, problem: Problem, draw: Draw) -> float | str:
+    def _shown(self, problem: Problem, draw: Draw, *, edge: bool) -> float | str:
         """As `_compare`, of the first draw in which most rows have a visible key.
 
-        A table of the file (a window, a triangle) may hide most of what is drawn.
+        A table of the file may hide most of what is drawn. At an `edge` rows with keys may be NaN.
 
         Raises:
             _OriginalFailsError: the original rejects the draw.
@@ -304,8 +310,10 @@ class Site:
         for seed in range(draw.seed, draw.seed + 97 * _DRAWS, 97):
             try:
                 return self._compare(problem, dataclasses.replace(draw, seed=seed))
-            except _NothingShownError:
-                continue
+            except _NothingShownError as nothing:
+                if edge and not nothing.args[0]:
+                    self._edges.add(UNDEFINED)
+                    return 0.0
         return math.inf
 
     def _compare(self, problem: Problem, draw: Draw) -> float | str:
@@ -331,7 +339,7 @@ class Site:
         if draw.poison is not None and math.isnan(draw.poison):
             return self._spread(flat, fused)
         if mostly_undefined(flat, fused):
-            raise _NothingShownError
+            raise _NothingShownError(mostly_empty(flat, fused))
         errors = [  # of every output by its own largest value
             relative_error(self._flat([w]), self._flat([g]), self._edges)
             for w, g in zip(want, got, strict=True)
