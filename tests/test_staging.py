@@ -55,3 +55,19 @@ def test_a_model_without_a_fused_operator_is_told_first(tmp_path):
     onnx.save(select(8), tmp_path / "m.onnx")
     report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC)
     assert report.lines()[0].startswith("this model holds no fused operator")
+
+
+def test_a_folder_is_switched_whole_and_keeps_what_else_lies_in_it(tmp_path):
+    onnx.save(select(8), tmp_path / "m.onnx")
+    out = tmp_path / "out"
+    handover.write(tmp_path / "m.onnx", out, soc_version=SOC, dims={"n": 16})
+    (out / "built").mkdir()
+    (out / "built" / "model.om").write_bytes(b"om")
+    (out / "link").symlink_to("built/model.om")
+    before, number = (out / "atc.sh").read_bytes(), out.stat().st_ino
+    handover.write(tmp_path / "m.onnx", out, soc_version=SOC, dims={"n": 32}, force=True)
+    assert (out / "atc.sh").read_bytes() != before
+    assert out.stat().st_ino != number, "the folder itself was exchanged"
+    assert (out / "link").read_bytes() == b"om"
+    assert (out / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "out"]

@@ -20,7 +20,7 @@ from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.guard.worker import RemoteError, call
 from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.runtime.elem_types import ElemTypes, light_copy
-from sfa_onnx.runtime.ort import run, session
+from sfa_onnx.runtime.ort import open_session, run
 from sfa_onnx.runtime.timing import Timing, time_session
 from sfa_onnx.runtime.twin import float32_twin, uses
 
@@ -132,7 +132,7 @@ def opened(
         options.add_session_config_entry(_FOLDER, str(folder))
     elif folder is not None:
         model = _located(model, folder)
-    return session(model, options, rounding=rounding, allow_external=folder is not None)
+    return open_session(model, options, rounding=rounding, allow_external=folder is not None)
 
 
 def runnable(
@@ -146,7 +146,7 @@ def runnable(
         ModelError: onnxruntime refuses the model for another reason.
     """
     try:
-        return session(path, rounding=rounding), ""
+        return open_session(path, rounding=rounding), ""
     except ModelError:
         model = load_model(path)
         if not uses(model, TensorProto.BFLOAT16):

@@ -19,10 +19,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from numpy.typing import ArrayLike, NDArray
 
 from sfa_onnx.errors import ContractError, MissingError, ModelError, SfaError, UsageError
 from sfa_onnx.files.external import iter_tensors
+from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import ALL_OPS
@@ -186,8 +188,34 @@ def session(
     Raises:
         UsageError: no such file, or `rounding` is unknown or not that of `sess_options`.
         MissingError: the model needs our library and it was not built.
-        ModelError: onnxruntime refuses the model.
+        ModelError: the model breaks the format's rules, or onnxruntime refuses it.
     """
+    _look_at(model)
+    return open_session(model, sess_options, rounding=rounding, allow_external=allow_external, **kw)
+
+
+def _look_at(model: Model | bytes) -> None:
+    """Refuse what breaks the format's rules before onnxruntime, in this process, meets it."""
+    if not isinstance(model, bytes):
+        load_model(model)
+        return
+    try:
+        load_model(onnx.ModelProto.FromString(model))
+    except DecodeError as error:
+        raise ModelError(
+            f"the bytes given are no binary ONNX model ({error}); pass those of an .onnx file"
+        ) from error
+
+
+def open_session(
+    model: Model | bytes,
+    sess_options: ort.SessionOptions | None = None,
+    *,
+    rounding: Rounding = "exact",
+    allow_external: bool = False,
+    **kw: Any,
+) -> ort.InferenceSession:
+    """`session` for a model that was looked at already."""
     options = sess_options or ort.SessionOptions()
     missing: MissingError | None = None
     try:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.writing import atomic_stream, atomic_write
 
 __all__ = ["read_arrays", "write_inputs", "write_output_names"]
 
@@ -61,11 +62,13 @@ def write_inputs(model: ModelProto, feeds: Mapping[str, Array], folder: Path) ->
         entry = _entry(index, name, str(array.dtype), list(np.shape(feeds[name])))
         carried = array.view(entry["numpy"]).reshape(entry["shape"])
         path = folder / entry["file"]
-        path.write_bytes(carried.tobytes())
-        np.save(path.with_suffix(".npy"), carried)
+        atomic_write(path, carried.tobytes(), force=True)
+        with atomic_stream(path.with_suffix(".npy"), force=True) as stream:
+            np.save(stream, carried)
         entries.append(entry)
         written += [path, path.with_suffix(".npy")]
-    (folder / "inputs.json").write_text(json.dumps(entries, indent=2) + "\n")
+    listing = json.dumps(entries, indent=2) + "\n"
+    atomic_write(folder / "inputs.json", listing.encode(), force=True)
     return [*written, folder / "inputs.json"]
 
 
@@ -84,7 +87,7 @@ def write_output_names(model: ModelProto, path: Path) -> Path:
         )
         shape = [d.dim_value or d.dim_param or "?" for d in tensor.shape.dim]
         entries.append(_entry(index, value.name, dtype, shape))
-    path.write_text(json.dumps(entries, indent=2) + "\n")
+    atomic_write(path, (json.dumps(entries, indent=2) + "\n").encode(), force=True)
     return path
 
 

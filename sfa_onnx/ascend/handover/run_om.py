@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import re
 import sys
@@ -147,13 +148,24 @@ def save_outputs(outputs: list[Any]) -> None:
         sys.exit(f"the model has {len(outputs)} outputs, outputs.json names {len(entries)}")
     folder = HERE / "outputs"
     folder.mkdir(exist_ok=True)
+    (folder / "outputs.json").unlink(missing_ok=True)  # it would list outputs of another run
     for entry, output in zip(entries, outputs, strict=True):
         array = np.ascontiguousarray(output)
         if entry["numpy"] != str(array.dtype):
             array = array.reshape(-1).view(np.uint8).view(entry["numpy"])
-        (folder / entry["file"]).write_bytes(array.tobytes())
-        np.save(folder / Path(entry["file"]).with_suffix(".npy"), array)
-    (folder / "outputs.json").write_text(json.dumps(entries, indent=2))
+        _write(folder / entry["file"], array.tobytes())
+        packed = io.BytesIO()
+        np.save(packed, array)
+        _write(folder / Path(entry["file"]).with_suffix(".npy"), packed.getvalue())
+    # Last: who finds it finds the outputs that it lists.
+    _write(folder / "outputs.json", json.dumps(entries, indent=2).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or none: this script stands alone, so it has its own way."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def main() -> None:
