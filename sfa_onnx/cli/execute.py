@@ -29,7 +29,7 @@ def load_inputs(path: Path | None) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; --inputs takes an .npz with one array per input")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: not an .npz of plain arrays ({error or 'empty'})") from error
