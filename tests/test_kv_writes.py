@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
+from tests.index_models import indexer
 from tests.test_kv_convert import (
     N1,
     TILE,
@@ -18,6 +19,7 @@ from tests.test_kv_convert import (
     R,
     attention,
     const,
+    feeds_for,
     loss,
     model,
     run,
@@ -49,6 +51,72 @@ def test_a_rope_that_goes_elsewhere_is_refused(form: str) -> None:
     node(source.graph, "scr").input[1] = "pos_r"
     with pytest.raises(ModelError, match="not seen to be the same"):
         convert(source, to=form, tile_size=TILE)
+
+
+def test_float_pages_are_written_at_one_place() -> None:
+    source = static_cache("hf")
+    feeds = feeds_for(source)
+    feeds["idx"][0, 0, 0, :2] = [40, 41]  # the rows just written are read, too
+    report = convert(source, to="paged", block_size=16)
+    interface = read_interface(report.model)
+    assert interface is not None
+    mine = adapt_feeds(interface, feeds)
+    np.testing.assert_array_equal(run(report.model, mine)["o"], run(source, feeds)["o"])
+    source.graph.input.append(vi("pos_r", ["s", 1], TensorProto.INT64))
+    node(source.graph, "scr").input[1] = "pos_r"
+    with pytest.raises(ModelError, match="buf_c and buf_r are written at places"):
+        convert(source, to="paged")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_index_keys_of_a_fixed_buffer(same: bool) -> None:
+    """Written where the latents are they become pages; elsewhere they stay."""
+    source = static_cache("official")
+    width, at = 32, "pos" if same else "pos_k"
+    graph = source.graph
+    graph.input.extend(
+        [
+            vi("buf_k", ["b", "cap", width]), vi("new_k", ["s", "b", width]),
+            vi("iq", ["b", "s", 4, width]), vi("iw", ["b", "s", 4]),
+        ]
+    )  # fmt: skip
+    if not same:
+        graph.input.append(vi("pos_k", ["s", 1], TensorProto.INT64))
+    made = [
+        helper.make_node("Transpose", ["buf_k"], ["t_k"], perm=[1, 0, 2]),
+        helper.make_node("ScatterND", ["t_k", at, "new_k"], ["w_k"], "sck"),
+        helper.make_node("Transpose", ["w_k"], ["out_k"], perm=[1, 0, 2]),
+        helper.make_node("Slice", ["out_k", "zero", "end", "one"], ["sl_k"]),
+        helper.make_node("Unsqueeze", ["sl_k", "two"], ["k_k"]),
+        indexer("", "k_k", ["chosen"], 0, "seen"),
+    ]
+    feeds = feeds_for(source)
+    graph.input.append(vi("seen", ["b"], TensorProto.INT32))
+    graph.value_info.append(vi("k_k", ["b", "valid", 1, width]))
+    graph.node.extend(made)
+    graph.output.extend([vi("out_k", ["b", "cap", width]), vi("chosen", [], TensorProto.INT32)])
+    graph.output[-1].type.tensor_type.ClearField("shape")
+    report = convert(source, to="paged-int8", block_size=16, tile_size=TILE)
+    assert ("buf_k_pages" in report.added_inputs) == same
+    assert any("buf_k are written at places" in note for note in report.notes) == (not same)
+    feeds["seen"] = np.array([42, 30], np.int32)
+    if not same:
+        feeds["pos_k"] = np.array([[3], [4]], np.int64)
+    interface = read_interface(report.model)
+    assert interface is not None
+    got = run(report.model, adapt_feeds(interface, feeds))
+    np.testing.assert_array_equal(got["chosen"], run(source, feeds)["chosen"])
+
+
+def test_a_cache_that_grows_beside_a_fixed_one_gets_no_pages() -> None:
+    source = static_cache("hf")
+    graph = source.graph
+    for name in ("t1r", "scr", "t2r"):
+        graph.node.remove(node(graph, name))
+    graph.node.insert(0, helper.make_node("Concat", ["buf_r", "more_r"], ["out_r"], axis=2))
+    graph.input.append(vi("more_r", ["b", 1, "s", R]))
+    with pytest.raises(ModelError, match="the cache buf_r grows and buf_c is written at places"):
+        convert(source, to="paged")
 
 
 def test_indices_that_are_computed_twice_alike_are_the_same() -> None:

@@ -19,7 +19,7 @@ from sfa_onnx.kv_convert.interface import (
 )
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import CacheInput, Translated, Translator
-from sfa_onnx.kv_convert.writes import position_input
+from sfa_onnx.kv_convert.writes import position_input, same_value
 from sfa_onnx.operator.op import KV_CACHE_WRITE
 from sfa_onnx.passes.graph.index import GraphIndex
 
@@ -50,11 +50,36 @@ class Boundary:
                 if done.rope:
                     self.ropes[done.rope.value] = translator, done
         self.caches = [c for translator in translators for c in translator.caches.values()]
+        if self.form in PAGED_FORMS:
+            self._one_place()
         outputs = self._outputs()
         self._shapes()
         self._inputs(translators)
         self._written_to_outputs()
         return self._entries(outputs)
+
+    def _one_place(self) -> None:
+        """Pages have one `slot_mapping`: refuse caches that are written at places of their own.
+
+        Raises:
+            ModelError: naming two of them.
+        """
+        writes = [(cache.latent.value, write) for cache in self.caches for write in cache.writes]
+        grown = [cache.latent.value for cache in self.caches if not cache.writes]
+        if writes and grown:
+            raise ModelError(
+                f"the cache {grown[0]} grows and {writes[0][0]} is written at places of its own,"
+                " and pages have one slot_mapping; use --to int8 or packed-int8"
+            )
+        for name, write in writes[1:]:
+            first, known = writes[0]
+            if write.kind == known.kind and same_value(self.index, write.places, known.places):
+                continue
+            raise ModelError(
+                f"the caches {first} and {name} are written at places that are not seen to be the"
+                " same, and pages have one slot_mapping. Write them with one tensor of indices, or"
+                " use --to int8 or packed-int8"
+            )
 
     # -- outputs ----------------------------------------------------------------------------------
 
