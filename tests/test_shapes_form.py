@@ -12,7 +12,7 @@ from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.form import Form, largest, quotient, smallest
 from sfa_onnx.passes.shapes.meet import made_equal
-from sfa_onnx.passes.shapes.size import Size, StandIns, form_of, greatest, is_open, least
+from sfa_onnx.passes.shapes.size import Size, StandIns, broadcast, form_of, greatest, is_open, least
 from tests.zoo.write import Graph
 
 A, B, C = (Form.of(x) for x in "abc")
@@ -191,3 +191,20 @@ def test_a_number_that_meets_a_stand_in_moves_the_stand_ins() -> None:
     assert is_open(rows)
     assert not is_open(columns)
     assert rows != columns == taken
+
+
+def test_one_gives_way_where_axes_are_broadcast() -> None:
+    stand_ins = StandIns()
+    one, other = (stand_ins.size(x) for x in (A, B))
+    assert broadcast(1, one, one) == one
+    assert broadcast(1, one, other) == greatest(1, one, other) != one
+    assert broadcast(1, 7) == 7
+    assert broadcast(1, 1) == 1
+
+
+def test_axes_that_are_broadcast_where_one_is_expected_are_that_one() -> None:
+    whole = largest(Form(const=1), A, B)
+    for axis in (A, B):
+        assert made_equal(whole, axis, list("abc"), []) == [("b", A)]
+        assert made_equal(axis, whole, list("abc"), []) == [("b", A)]
+    assert made_equal(whole, C, list("abc"), []) != [("b", A)]

@@ -194,7 +194,7 @@ def _forms() -> Iterator[Form]:
     yield Form("cast-up", cast_up, halved, many, dtype="bf16")
     yield Form("two-factors", two_factors, batches, many)
     yield Form("blocks", scattered(in_blocks), batches)
-    yield Form("functional", functional, batches)
+    yield Form("functional", functional, batches, many, exporters=("dynamo",))
     for chunk, some in ((K, N), (5, N), (4, 2)):
         sites = B * N // some
         name = f"expanded-{chunk}-{some}"

@@ -17,6 +17,7 @@ from tests.zoo.base import Case, Feeds
 from tests.zoo.forms import Form, case_of
 from tests.zoo.kernels import INF, S1, S2, SCALE, B, C, D, K, N, rows_of, take
 
+TILE = 8
 MANY = {"q": {0: "b", 2: "s"}, "kv": {0: "b", 1: "keys"}, "indices": {0: "b", 1: "s"}}
 
 
@@ -109,6 +110,25 @@ def sunk(told: str) -> Callable:
         return out, {"own": lse, "whole": whole, "both": lse + sink.view(1, -1, 1)}[told]
 
     return forward
+
+
+def int8_rows(rng: np.random.Generator) -> Feeds:
+    return {
+        "q": rng.standard_normal((B, N, S1, D)).astype(np.float32),
+        "codes": rng.integers(-127, 128, (B, S2, C)).astype(np.int8),
+        "scales": rng.uniform(0.005, 0.02, (B, S2, C // TILE)).astype(np.float32),
+        "rope": rng.standard_normal((B, S2, D - C)).astype(np.float32),
+        "indices": rows_of(rng, (B, S1), S2, holes=False),
+    }
+
+
+def int8_lse(q, codes, scales, rope, indices):
+    """The log-sum-exp over int8 rows, which the int8 operator does not return."""
+    tiles = take(codes, indices).float().unflatten(-1, (-1, TILE))
+    nope = (tiles * take(scales, indices).unsqueeze(-1)).flatten(-2)
+    found = torch.cat([nope, take(rope, indices)], -1)
+    x = torch.einsum("bnsd,bskd->bnsk", q, found) * SCALE
+    return torch.einsum("bnsk,bskd->bnsd", torch.softmax(x, -1), nope), torch.logsumexp(x, -1)
 
 
 # -- softmax1, constant sinks ---------------------------------------------------------------------
@@ -247,6 +267,7 @@ def _forms() -> Iterator[Form]:
     yield Form("powers-of-2", binary, rows, MANY, outputs=both, exporters=("dynamo",))
     for told in ("own", "whole", "both"):
         yield Form(f"sink-{told}", sunk(told), with_sink, MANY, outputs=both)
+    yield Form("int8", int8_lse, int8_rows, outputs=both)
     for name, soft in ONES.items():
         yield Form(f"one-{name}", weighted(soft), rows, MANY)
     for name, (soft, reason) in ONE_MISSES.items():

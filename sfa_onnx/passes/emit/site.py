@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sfa_onnx.passes.axes.trace import Stop, is_float
 from sfa_onnx.passes.bind.packed import PackedSite
+from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.emit.absorb import Absorbed
 from sfa_onnx.passes.emit.emitter import Emitter
@@ -32,6 +35,8 @@ def build_site(site: Site, stem: str) -> Built | None:
     if site.nope.kind == "expanded":
         plan.absorb = Absorbed.of(site)
         plan.site = site = plan.absorb.latent_site(site)
+    if site.nope.kind == "int8" and site.statistics:
+        plan.site = site = _dequantised(site)
     if site.nope.kind == "int8":
         return build_int8(plan) if site.tracer.opaque or site.selected else None
     stored = site.nope.deep.ref.value
@@ -47,3 +52,15 @@ def build_site(site: Site, stem: str) -> Built | None:
         )
     rounded_alike(site, elem_type)
     return build_float(plan)
+
+
+def _dequantised(site: Site) -> Site:
+    """The site over rows as the graph dequantises them.
+
+    The int8 operator returns neither the largest score nor the log-sum-exp.
+    """
+
+    def floats(columns: Columns) -> Columns:
+        return replace(columns, path=columns.path[: columns.behind], scale=(), inverse=False)
+
+    return replace(site, nope=floats(site.nope), value=floats(site.value))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import onnx
 
 from sfa_onnx.files.onnx_attrs import graphs
-from sfa_onnx.passes.shapes.size import greatest, least
+from sfa_onnx.passes.shapes.size import broadcast, greatest, least
 
 __all__ = ["size_of", "text_of", "write_numbers"]
 
@@ -23,7 +23,7 @@ _OPERATORS: dict[type, Callable[[int, int], int]] = {
 }
 _FUNCTIONS: dict[str, Callable[..., int]] = {
     "Min": least,
-    "Max": greatest,
+    "Max": broadcast,
     "min": least,
     "max": greatest,
     "floor": lambda x: x,

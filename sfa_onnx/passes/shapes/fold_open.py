@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
-from sfa_onnx.passes.shapes.size import form_of, greatest, is_open, least
+from sfa_onnx.passes.shapes.size import broadcast, form_of, greatest, is_open, least
 
 __all__ = ["OPEN", "axes_of", "counts", "keeps_open", "numbers_of", "plain"]
 
@@ -147,7 +147,7 @@ OPEN: Final[dict[str, _Fold]] = {
     "GreaterOrEqual": _each(lambda a, b: _below(b, a, strictly=False)),
     "Less": _each(lambda a, b: _below(a, b, strictly=True)),
     "LessOrEqual": _each(lambda a, b: _below(a, b, strictly=False)),
-    "Max": _each(greatest),
+    "Max": _each(broadcast),
     "Min": _each(least),
     "Mod": _each(lambda a, b: a - a // b * b),
     "Not": lambda _, x: np.frompyfunc(_not, 1, 1)(x[0]),

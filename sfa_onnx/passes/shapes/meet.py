@@ -30,6 +30,8 @@ def made_equal(
     for fits in (_is_sum, _is_less):  # a total is past + new, rather than a past total - new
         if found := [swap for swap in solutions if fits(swap[1])]:
             return found[:1]
+    if broadcast := _broadcast(a, b, symbols) or _broadcast(b, a, symbols):
+        return broadcast
     known = _paired(a, b, symbols, inputs) or _inside(a, b, symbols, inputs)
     return known or ([s for s in solutions if s[1].terms][:1] or None)
 
@@ -62,6 +64,21 @@ def _is_sum(form: Form) -> bool:
 def _is_less(form: Form) -> bool:
     """A sum less a number."""
     return bool(form.terms) and all(c > 0 for c, _ in form.terms)
+
+
+def _broadcast(size: Form, of: Form, symbols: Sequence[str]) -> list[Swap]:
+    """Max(1, n, m), the size of axes n and m broadcast to each other, where n is expected: m = n.
+
+    Exporters write it where index tensors meet that come from different inputs.
+    """
+    call, expected = size.alone, of.plain
+    if not isinstance(call, Call) or call.name != "Max" or expected is None:
+        return []
+    axes = [a.plain for a in call.arguments if a != Form(const=1)]
+    if expected not in axes or not all(axis in symbols for axis in axes):
+        return []
+    first, *others = (s for s in symbols if s in axes)
+    return [(s, Form.of(first)) for s in others]
 
 
 def _paired(

@@ -17,7 +17,16 @@ import numpy as np
 
 from sfa_onnx.passes.shapes.form import Call, Form, largest, quotient, smallest
 
-__all__ = ["CollisionError", "Size", "StandIns", "form_of", "greatest", "is_open", "least"]
+__all__ = [
+    "CollisionError",
+    "Size",
+    "StandIns",
+    "broadcast",
+    "form_of",
+    "greatest",
+    "is_open",
+    "least",
+]
 
 _APART: Final = 8  # sizes that are nearer to each other than this are taken for S2 and S2 - 1
 _SMALLEST: Final = 10_007  # for Min: below every symbol, as Min(8, keys) is never above the keys
@@ -109,6 +118,16 @@ def least(*sizes: int) -> int:
 def greatest(*sizes: int) -> int:
     """Max of sizes, as `least`."""
     return _extreme(sizes, max, largest)
+
+
+def broadcast(*sizes: int) -> int:
+    """Max of sizes, as exporters write that of axes broadcast to each other: 1 gives way.
+
+    Of 1 and a symbol it is the symbol: an axis without elements is broadcast to none.
+    """
+    wide = {size for size in sizes if size != 1}
+    alone = wide.pop() if len(wide) == 1 else 1
+    return alone if form_of(alone).plain is not None else greatest(*sizes)
 
 
 def _extreme(sizes: tuple[int, ...], plain: Any, formal: Any) -> int:
