@@ -103,6 +103,7 @@ class _Sweep:
         self.inner: set[str] = set()
         self.rows: set[str] = set()  # what depends on weighted rows
         self.pending: Counter[str] = Counter()  # readers that are still to come
+        self._open = self._alone = 0  # how many in all; values that were the only one left
         self.outside: set[str] = set()
         self.singles: list[str] = []
         self.weights = ""
@@ -130,12 +131,13 @@ class _Sweep:
                 self.outside.add(value)
             elif self.index.nodes[i].op_type not in _SIZES:
                 self.pending[value] += 1
+                self._open += 1
                 if i not in self._queued:
                     self._queued.add(i)
                     heapq.heappush(self._heap, i)
 
     def _run(self) -> str:
-        while self._heap:
+        while self._heap and self._alone <= _LATER:
             if len(self._queued) > _MOST or not self._node(heapq.heappop(self._heap)):
                 return ""
         return self.singles[0] if self.singles else self.first
@@ -146,6 +148,7 @@ class _Sweep:
         read = [n for n in node.input if n in self.inner]
         for name in read:
             self.pending[name] -= 1
+            self._open -= 1
         selects = node.op_type in ("TopK", "ArgMax", "Hardmax")
         if selects and not self._exponential and not self.rows & set(read):
             return False
@@ -165,6 +168,7 @@ class _Sweep:
         live = [v for v in self.rows if self.pending[v] or v in self.outside]
         if len(live) == 1 and live[0] not in self.singles:
             self.singles.append(live[0])
+            self._alone += self._open == self.pending[live[0]]
         return True
 
     def _follows(self, i: int, read: list[str]) -> str:
