@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 import sfa_onnx
 from sfa_onnx import demo, runtime
+from sfa_onnx.cli import main
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.emit import Emitter
@@ -375,3 +376,14 @@ def test_compare_of_int8_keys_with_the_model_as_exported(tmp_path: Path) -> None
     compared = compare(model, tmp_path / "p.onnx")
     assert compared.passed, compared.verdict
     assert {row.method for row in compared.sites} == {"reference"}
+
+
+def test_the_command_pages_keys_and_says_what_it_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(indexed(2), tmp_path / "a.onnx")
+    call = ["kv-cache", str(tmp_path / "a.onnx"), "-o", str(tmp_path / "b.onnx")]
+    assert main([*call, "--to", "paged", "--index-cache", "int8", "--block-size", "16"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 x NPUQuantLightningIndexer, 2 x NPUSparseFlashAttention, form paged" in told
+    assert main([*call, "--to", "packed-int8", "--index-cache", "int8", "--force"]) == 2

@@ -162,7 +162,9 @@ def _unfuse(verbs: Any) -> None:
 
 
 def _kv_cache(verbs: Any) -> None:
-    verb = Verb(verbs, "kv-cache", "convert float caches to int8", action="rewrite:kv_cache")
+    verb = Verb(
+        verbs, "kv-cache", "convert float caches to int8, or to pages", action="rewrite:kv_cache"
+    )
     _io(verb, ".int8.onnx")
     verb.add("--to", choices=CACHE_FORMS, required=True, help="the cache form to make")
     verb.add("--block-size", type=int, default=128, metavar="N", help="tokens per page")

@@ -14,6 +14,7 @@ from rich.text import Text
 from sfa_onnx.cli.console import Console, human_bytes
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.writing import atomic_stream
+from sfa_onnx.operator.op import DOMAIN_NPU
 from sfa_onnx.report import FuseReport, SiteReport
 from sfa_onnx.summary import Summary
 
@@ -226,9 +227,9 @@ def _changed(report: FuseReport) -> list[str]:
 
 def kv_report(console: Console, report: Any) -> None:
     """The outcome of kv-cache."""
-    console.say(
-        "{} site(s) -> NPUSparseFlashAttentionAntiquant, form {}", report.sites, report.form
-    )
+    kinds = Counter(n.op_type for n in report.model.graph.node if n.domain == DOMAIN_NPU)
+    told = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    console.say("{} site(s) -> {}, form {}", report.sites, told, report.form)
     for label, old, new in (
         ("inputs", report.removed_inputs, report.added_inputs),
         ("outputs", report.removed_outputs, report.added_outputs),

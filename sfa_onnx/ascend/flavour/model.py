@@ -162,9 +162,7 @@ def _rewrite(
     behind = apply(work, (sinks_behind,), facts, names, target)
     _note(result, behind, "sinks written as a factor behind the operator")
     heads = apply(work, (padded_indexer,), facts, names, target)
-    _note(
-        result, heads, "indexers padded with zeros to the 64 heads and 128 columns of CANN's kernel"
-    )
+    _note(result, heads, "indexers padded with zeros: CANN's kernel takes 64 heads of 128 columns")
     result.notes += pad_attention(work, facts, names, target, narrow=npu_dtype is not None)
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
