@@ -130,8 +130,7 @@ class Run:
             splice_scopes(model, [(s.index, s.ready) for s in scopes])
             materialized = [] if own_weights is None else own_weights.finish()
         selections = self._selections(model, reader, plan) if selecting else []
-        done = {s.site_id for s in selections if s.status == "fused"}  # listed as no attention's
-        sites = [s for s in sites if s.status == "fused" or s.site_id not in done]
+        sites = _apart(sites, selections)
         with self.stage("hash"):
             notes.append(certificates.untouched(self.before, certificates.snapshot(model)))
         report = FuseReport(
@@ -305,3 +304,15 @@ class Run:
                 f"verification itself failed ({type(error).__name__}: {error}); please report it"
             )
         return verdict
+
+
+def _apart(sites: list[SiteReport], selections: list[SiteReport]) -> list[SiteReport]:
+    """The sites, each node told once: some were added for attention and are a selection's now."""
+    added = {name for site in sites for name in site.added}
+    for selection in selections:
+        gone = set(selection.removed)
+        selection.removed = tuple(n for n in selection.removed if n not in added)
+        for site in sites:
+            site.added = tuple(n for n in site.added if n not in gone)
+    done = {s.site_id for s in selections if s.status == "fused"}  # listed as no attention's
+    return [s for s in sites if s.status == "fused" or s.site_id not in done]

@@ -49,6 +49,11 @@ def test_a_layer_keeps_nothing_between_selection_and_attention(spec: Kin, attent
     assert kinds["NPUSparseFlashAttention"] == attentions
     assert kinds["NPULightningIndexer"] == 1
     assert not BETWEEN & set(kinds)
+    names = {n.name for n in report.model.graph.node}
+    old = {n.name for n in model.graph.node}
+    for site in (*report.sites, *report.selections):
+        assert set(site.added) <= names
+        assert set(site.removed) <= old
     check_same(spec, model, report.model)
     alone = sfa_onnx.fuse(model, indexer=False).model
     assert Counter(n.op_type for n in alone.graph.node)["TopK"] > 0

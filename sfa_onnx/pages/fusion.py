@@ -31,6 +31,7 @@ def sections(report: FuseReport, before: Graphs, after: Graphs, memory: str) -> 
         html.section("Assumptions", html.table(("assumption", "sites"), _assumptions(report))),
         html.section("Limits of the NPU kernel", html.table(("limit", "sites"), _limits(report))),
         html.section("Every site", html.table(_SITES, [_row(s) for s in report.sites])),
+        html.section("Selections", html.table(_SITES, [_selection(s) for s in report.selections])),
         html.section("Left as it was", html.table(("note",), [(n,) for n in report.notes])),
         html.section("Time and memory", html.facts(_costs(report, memory))),
     ]
@@ -74,6 +75,12 @@ def _assumptions(report: FuseReport) -> list[tuple[str, int]]:
     return count.most_common()
 
 
+def _selection(site: SiteReport) -> tuple[object, ...]:
+    """As a site; a refused one says why in the place of its form."""
+    where, form = _row(site), site.reason or site.family
+    return (*where[:4], form, *where[5:])
+
+
 def _limits(report: FuseReport) -> list[tuple[str, int]]:
     return Counter(x for s in report.fused for x in s.npu_limits).most_common()
 
@@ -88,6 +95,7 @@ def markdown(title: str, report: FuseReport) -> str:
     """The same in short, for a pull request."""
     lines = [f"# {title}", "", f"{summary(report)}.", ""]
     lines += _md_table(_SITES, [_row(s) for s in report.sites])
+    lines += _md_table(_SITES, [_selection(s) for s in report.selections])
     lines += _md_table(_REFUSED, _reasons(report))
     lines += _md_table(("assumption", "sites"), _assumptions(report))
     return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])

@@ -13,7 +13,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.build import Replacement, build
 from sfa_onnx.passes.indexer.cover import Cover, cover
 from sfa_onnx.passes.indexer.regions import SelectionRegion, selection_regions
-from sfa_onnx.passes.indexer.rows import Entries, entries_of
+from sfa_onnx.passes.indexer.rows import Entries, entries_of, read_by_attention
 from sfa_onnx.passes.indexer.site import Selection, bind_selection
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 
@@ -32,21 +32,22 @@ def find_selections(
         return []
     sizes = Concrete(index)
     other = Concrete(index, second=True) if sizes.dynamic else sizes
+    read = read_by_attention(index)
     found = []
     for region in regions:
         tracer = Tracer(index, sizes, other, options.max_steps)
         tracer.masks = options.masks
         tracer.terms = [] if options.trace else None
         tracer.stem = index.label(region.node)
-        found.append(_one(tracer, region))
+        found.append(_one(tracer, region, read))
     return found
 
 
-def _one(tracer: Tracer, region: SelectionRegion) -> Candidate | RefusedSite:
+def _one(tracer: Tracer, region: SelectionRegion, read: list[str]) -> Candidate | RefusedSite:
     index = tracer.index
     bound = [f"TopK {index.label(region.node)}"]
     try:
-        return _unified(tracer, region, bound)
+        return _unified(tracer, region, bound, read)
     except Stop as stop:
         refusal = Refusal(plain(stop.reason), stop.at, stop.hint)
     except SizesMeetError as meet:
@@ -64,12 +65,14 @@ def _one(tracer: Tracer, region: SelectionRegion) -> Candidate | RefusedSite:
     return RefusedSite(region.node, layer, refusal, tuple(bound), "indexer", terms)
 
 
-def _unified(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Candidate:
+def _unified(
+    tracer: Tracer, region: SelectionRegion, bound: list[str], read: list[str]
+) -> Candidate:
     """The candidate; symbols that turn out to be one size are made so, and it starts again."""
     for _ in range(len(tracer.sizes.symbols) + 1):
         try:
             del bound[1:]
-            return _candidate(tracer, region, bound)
+            return _candidate(tracer, region, bound, read)
         except UnifyError as same:
             tracer.sizes.unify(*same.pair)
             for pair in tracer.sizes.equal:
@@ -87,12 +90,14 @@ def _delivered(
     return cover(site, made, outputs)
 
 
-def _candidate(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Candidate:
+def _candidate(
+    tracer: Tracer, region: SelectionRegion, bound: list[str], read: list[str]
+) -> Candidate:
     index, node = tracer.index, tracer.index.nodes[region.node]
     site = bind_selection(tracer, region, bound)
     values, indices = node.output[0], node.output[1]
     stem = f"{tracer.stem}/sfa"
-    rows = entries_of(site)
+    rows = entries_of(site, read)
     made = build(site, stem)
     outputs = tuple(r.value for r in rows)
     covered = _delivered(site, made, rows, outputs)

@@ -7,7 +7,7 @@ lie behind every visible one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sfa_onnx.operator.op import (
@@ -20,10 +20,11 @@ from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import HIDDEN, Literal, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.emit.places import single
+from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.masks import all_seen, compared, sort_masks
 from sfa_onnx.passes.indexer.site import Selection
 
-__all__ = ["Entries", "entries_of"]
+__all__ = ["Entries", "entries_of", "read_by_attention"]
 
 _ATTENTION = {
     op.key: [t.name for t in op.inputs].index("sparse_indices")
@@ -52,20 +53,26 @@ class Entries:
     axes: tuple[tuple[Label, ...], ...]
 
 
-def entries_of(site: Selection) -> list[Entries]:
-    """Every value that attention reads and that the operator's rows may replace, in graph order."""
-    index = site.tracer.index
-    found: list[Entries] = []
+def read_by_attention(index: GraphIndex) -> list[str]:
+    """What the attention operators of a graph read as their indices, in graph order."""
+    found: dict[str, None] = {}
     for i in index.own:
         node = index.nodes[i]
-        place = _ATTENTION.get((node.domain, node.op_type))
-        value = node.input[place] if place is not None else ""
-        if value and all(e.value != value for e in found):
-            try:
-                entries = _read(site, value)
-            except (Stop, IndexError):
-                continue
-            found += [entries] if entries is not None else []
+        place = _ATTENTION.get((node.domain, node.op_type)) if node.domain else None
+        if place is not None and node.input[place]:
+            found[node.input[place]] = None
+    return list(found)
+
+
+def entries_of(site: Selection, values: Sequence[str]) -> list[Entries]:
+    """Those of the values that attention reads which the operator's rows may replace."""
+    found: list[Entries] = []
+    for value in values:
+        try:
+            entries = _read(site, value)
+        except (Stop, IndexError):
+            continue
+        found += [entries] if entries is not None else []
     return found
 
 

@@ -68,6 +68,7 @@ class SelectionVerifier:
     def __init__(self, index: GraphIndex, budget: float = 120.0) -> None:
         self._index, self._budget = index, budget
         self._known: dict[str, tuple[str, _Verdict]] = {}
+        self._sizes: dict[tuple[tuple[str, str], ...], Concrete] = {}
 
     def verify(self, candidate: Candidate) -> _Verdict:
         """The record of what was verified, or why the selection is not the operator's."""
@@ -77,9 +78,7 @@ class SelectionVerifier:
             shown = dataclasses.replace(candidate, outputs=(scores, *candidate.outputs))
             region = extract_region(index, shown)
             replacement = extract_replacement(index, candidate)
-            sizes = Concrete(index)
-            for form, symbol in candidate.equal:
-                sizes.unify(form, symbol)
+            sizes = self._at(candidate.equal)
             own = (sizes.shape(o.value) for o in candidate.operands)
             shapes = [tuple(map(str, shape or ())) for shape in own]
             key = fingerprint(candidate, region, replacement, [], shapes)
@@ -97,6 +96,14 @@ class SelectionVerifier:
         if isinstance(known, Refusal) or not shared:
             return known
         return dataclasses.replace(known, shared_with=first, seconds=0.0)
+
+    def _at(self, equal: tuple[tuple[str, str], ...]) -> Concrete:
+        """Sizes of the graph, with these made one."""
+        if equal not in self._sizes:
+            self._sizes[equal] = sizes = Concrete(self._index)
+            for form, symbol in equal:
+                sizes.unify(form, symbol)
+        return self._sizes[equal]
 
     def _judge(
         self,
