@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from tests.zoo.base import Case, Feeds
+from tests.zoo.base import ANTIQUANT, Case, Feeds
 from tests.zoo.forms import Form, case_of
 from tests.zoo.kernels import INF, S1, S2, SCALE, B, C, D, K, N, rows_of, take
 
@@ -129,6 +129,33 @@ def int8_lse(q, codes, scales, rope, indices):
     found = torch.cat([nope, take(rope, indices)], -1)
     x = torch.einsum("bnsd,bskd->bnsk", q, found) * SCALE
     return torch.einsum("bnsk,bskd->bnsd", torch.softmax(x, -1), nope), torch.logsumexp(x, -1)
+
+
+def behind(step: int = 0, twice: bool = False) -> Callable:
+    """Scores tile by tile, the tile's scale behind its product; `step`: another tile's."""
+
+    def forward(q, codes, scales, rope, indices):
+        ints, by = take(codes, indices).float(), take(scales, indices)
+        nope = (ints.unflatten(-1, (-1, TILE)) * by.unsqueeze(-1)).flatten(-2)
+        x = torch.einsum("bnsd,bskd->bnsk", q[..., C:], take(rope, indices))
+        for t in range(C // TILE):
+            cut = slice(t * TILE, (t + 1) * TILE)
+            scale = by[..., (t + step) % (C // TILE)].unsqueeze(1)
+            part = torch.einsum("bnsd,bskd->bnsk", q[..., cut], ints[..., cut]) * scale
+            x = x + (part * scale if twice else part)
+        return torch.einsum("bnsk,bskd->bnsd", torch.softmax(x * SCALE, -1), nope)
+
+    return forward
+
+
+def behind_at_once(q, codes, scales, rope, indices):
+    """Tiles on an axis of their own, summed behind their scales."""
+    tiles, by = take(codes, indices).float().unflatten(-1, (-1, TILE)), take(scales, indices)
+    parts = torch.einsum("bnstd,bsktd->bnskt", q[..., :C].unflatten(-1, (-1, TILE)), tiles)
+    x = (parts * by.unsqueeze(1)).sum(-1)
+    x = x + torch.einsum("bnsd,bskd->bnsk", q[..., C:], take(rope, indices))
+    nope = (tiles * by.unsqueeze(-1)).flatten(-2)
+    return torch.einsum("bnsk,bskd->bnsd", torch.softmax(x * SCALE, -1), nope)
 
 
 # -- softmax1, constant sinks ---------------------------------------------------------------------
@@ -268,6 +295,10 @@ def _forms() -> Iterator[Form]:
     for told in ("own", "whole", "both"):
         yield Form(f"sink-{told}", sunk(told), with_sink, MANY, outputs=both)
     yield Form("int8", int8_lse, int8_rows, outputs=both)
+    yield Form("behind", behind(), int8_rows, op=ANTIQUANT)
+    yield Form("behind-at-once", behind_at_once, int8_rows, op=ANTIQUANT)
+    yield Form("miss-behind-next", behind(step=1), int8_rows, refuse=".")
+    yield Form("miss-behind-twice", behind(twice=True), int8_rows, refuse=".")
     for name, soft in ONES.items():
         yield Form(f"one-{name}", weighted(soft), rows, MANY)
     for name, (soft, reason) in ONE_MISSES.items():

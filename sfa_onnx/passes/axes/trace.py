@@ -84,6 +84,7 @@ class Tracer:
         self.terms: list[str] | None = None  # normal form and identities, where they are wanted
         self.masks: frozenset[str] = frozenset()  # inputs that the caller asserts to be masks
         self.joined: dict[str, Joined | Causal] = {}  # tensors that only a replacement has
+        self.products: dict[str, tuple[tuple[Label, ...], Product]] = {}  # that nobody needs
         self.opaque = False  # True: index tensors are read as they are, without arithmetic
         self.tables = False  # True: but for constant tables of positions
 
@@ -114,6 +115,16 @@ class Tracer:
             shape = tuple(_size_in(sizes, self.sizes, x) for x in (*chunks.rows, chunks.whole))
             sizes.declare(name, shape, kind)
         return name
+
+    def product(self, a: Ref, b: Ref) -> Ref:
+        """An element of the product of two tensors, which no node of the graph makes."""
+        labels = tuple(sorted(a.labels | b.labels, key=str))
+        name = f"{self.stem}/product_{len(self.products)}"
+        self.products[name] = labels, Product(a, b)
+        for sizes in (self.sizes, self.other):
+            shape = tuple(_size_in(sizes, self.sizes, x) for x in labels)
+            sizes.declare(name, shape, int(onnx.TensorProto.FLOAT))
+        return Ref(name, tuple(map(Expr.of, labels)))
 
     def static(self, value: str, axis: int) -> bool:
         """Whether this dim has the same size whatever the symbols are."""
@@ -214,6 +225,9 @@ class Tracer:
     def step(self, ref: Ref) -> Step:
         """One step back from `ref`."""
         self.spend(ref.value)
+        if (made := self.products.get(ref.value)) is not None:
+            swap = dict(zip(made[0], ref.coords, strict=True))
+            return Product(made[1].a.substitute(swap), made[1].b.substitute(swap))
         node = self.index.maker(ref.value)
         if node is None or (rule := STEPS.get(node.op_type)) is None:
             return Leaf(ref)

@@ -16,6 +16,7 @@ from sfa_onnx.passes.bind.literals import Literal
 from sfa_onnx.passes.bind.mask import additive, boolean, conditions
 from sfa_onnx.passes.bind.site import AttentionRegion, Sinks, Statistic
 from sfa_onnx.passes.bind.statistics import statistics
+from sfa_onnx.passes.bind.tiles import Tile, join_tiles
 from sfa_onnx.passes.bind.unfit import unfit
 from sfa_onnx.passes.values.arithmetic import addends, coefficient
 from sfa_onnx.passes.values.attention import ALIKE, UnclearError, Weight, as_attention
@@ -152,9 +153,15 @@ def _scores(
 ) -> Scores:
     products = [name for names in reader.products.values() for name in names]
     found = Scores(axes=reader.axes, products=products)
+    tiles: list[Tile] = []
     for addend in addends(weight.exponent):
-        if (stop := _take(reader, found, addend)) is not None:
+        if (tile := Tile.of(addend, weight.label)) is not None:
+            tiles.append(tile)
+        elif (stop := _take(reader, found, addend)) is not None:
             raise unfit(reader, region, stop)
+    if tiles:
+        query, key, inner = join_tiles(reader.tracer, tiles)
+        found.terms.append(Product(query, key, inner, tiles[0].by, products[0]))
     if not found.terms:
         raise Stop(
             f"no product of queries and keys leads to the scores {region.scores}",

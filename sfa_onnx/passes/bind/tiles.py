@@ -1,0 +1,119 @@
+"""Scores that are computed tile by tile, the scale of a tile behind its product.
+
+The sum over tiles of scale[t] <q[t], x[t]> is <q, scale x>: one product of the query and of rows
+that are dequantised in front of it, which is what the operator reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sfa_onnx.passes.axes.expr import Expr, Label, fresh
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.bind.rows import deepen
+from sfa_onnx.passes.values.arithmetic import coefficient, factors
+from sfa_onnx.passes.values.terms import Term
+
+__all__ = ["Tile", "join_tiles"]
+
+_ALIKE = 1e-6
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`by` * `scale` * the sum over `label` of query * key; of all tiles, `over` runs over them."""
+
+    by: float
+    scale: Ref
+    query: Ref
+    key: Ref
+    label: Label
+    over: Label | None = None
+
+    @classmethod
+    def of(cls, addend: Term, keys: Label) -> Tile | None:
+        """A part of a score over `keys`; None: it is no product with a scale per key."""
+        by, rest = coefficient(addend)
+        over = rest.label if rest.op == "sum" else None
+        own = factors(rest.args[0] if rest.op == "sum" else rest)
+        dots = [f for f in own if f.op == "dot"]
+        scales = [f for f in own if f.op == "element"]
+        if len(own) != 2 or not dots or not scales or keys not in scales[0].labels:
+            return None
+        one, other, label = dots[0].factors
+        if (keys in one.labels) == (keys in other.labels):
+            return None
+        query, key = (other, one) if keys in one.labels else (one, other)
+        return cls(by, scales[0].ref, query, key, label, over)
+
+
+def join_tiles(tracer: Tracer, tiles: Sequence[Tile]) -> tuple[Ref, Ref, Label]:
+    """(query, dequantised key, label) of the product that all tiles make up.
+
+    Raises:
+        Stop: they are not the tiles of one row.
+    """
+    join = _Join(tracer, sorted(tiles, key=lambda t: _start(tracer, t)))
+    refs = [join.whole(part) for part in ("query", "key", "scale")]
+    alone = len(tiles) == 1 or all(t.over is None for t in tiles)
+    same = alone and all(abs(t.by - tiles[0].by) <= _ALIKE * abs(t.by) for t in tiles)
+    if None in refs or not same:
+        raise Stop(
+            f"scores are scaled by {tiles[0].scale.value} behind the product, and the products are"
+            " not those of the tiles of one row",
+            tiles[0].scale.value,
+            "dequantise the rows in front of the product",
+        )
+    query, key, scale = (r for r in refs if r is not None)
+    return query, tracer.product(key, scale), join.label
+
+
+def _start(tracer: Tracer, tile: Tile) -> int:
+    """The first column of a tile."""
+    deep = deepen(tracer, tile.key)[-1].ref
+    return next((c.const for c in deep.coords if (tile.label, 1) in c.terms), 0)
+
+
+class _Join:
+    """Puts tiles together over one label."""
+
+    def __init__(self, tracer: Tracer, tiles: Sequence[Tile]) -> None:
+        self.tracer, self.tiles = tracer, tiles
+        self.starts = [_start(tracer, t) for t in tiles]
+        self.label = fresh("d", sum(t.label.size * (t.over.size if t.over else 1) for t in tiles))
+
+    def whole(self, part: str) -> Ref | None:
+        """The element over all columns that every tile has a range of."""
+        paths = [
+            {s.ref.value: s for s in deepen(self.tracer, getattr(t, part))} for t in self.tiles
+        ]
+        for value in reversed(paths[0]):
+            states = [p[value] for p in paths if value in p]
+            if len(states) < len(paths) or any(s.factor != 1 for s in states):
+                continue
+            columns = zip(*(s.ref.coords for s in states), strict=True)
+            coords = [self._lifted(list(column)) for column in columns]
+            if None not in coords:
+                return Ref(value, tuple(c for c in coords if c is not None))
+        return None
+
+    def _lifted(self, parts: list[Expr]) -> Expr | None:
+        first, width = self.tiles[0], self.tiles[0].label.size
+        own = Expr.of(self.label)
+        swap = {first.label: own + -self.starts[0]}
+        if first.over is not None:
+            swap = {first.label: own.mod(width), first.over: own.floordiv(width)}
+        for whole in (parts[0].substitute(swap), own.floordiv(width), own):
+            here = [
+                whole.substitute({self.label: self._place(t, start)})
+                for t, start in zip(self.tiles, self.starts, strict=True)
+            ]
+            if here == parts:
+                return whole
+        return None
+
+    def _place(self, tile: Tile, start: int) -> Expr:
+        """The column of the whole that a column of a tile is."""
+        own = Expr.of(tile.label) + start
+        return own if tile.over is None else Expr.of(tile.over) * tile.label.size + own
