@@ -148,6 +148,23 @@ def behind(step: int = 0, twice: bool = False) -> Callable:
     return forward
 
 
+def values_behind(step: int = 0, turned: bool = False) -> Callable:
+    """Rows are weighted tile by tile, the tile's scale on the weights; `step`: another tile's."""
+
+    def forward(q, codes, scales, rope, indices):
+        ints, by = take(codes, indices).float(), take(scales, indices)
+        nope = (ints.unflatten(-1, (-1, TILE)) * by.unsqueeze(-1)).flatten(-2)
+        found, parts = torch.cat([nope, take(rope, indices)], -1), []
+        p = torch.softmax(torch.einsum("bnsd,bskd->bnsk", q, found) * SCALE, -1)
+        for t in range(C // TILE):
+            scale = by[..., (t + step) % (C // TILE)].unsqueeze(1)
+            rows = ints[..., t * TILE : (t + 1) * TILE]
+            parts.append(torch.einsum("bnsk,bskd->bnsd", p * scale, rows))
+        return torch.cat(parts[::-1] if turned else parts, -1)
+
+    return forward
+
+
 def behind_at_once(q, codes, scales, rope, indices):
     """Tiles on an axis of their own, summed behind their scales."""
     tiles, by = take(codes, indices).float().unflatten(-1, (-1, TILE)), take(scales, indices)
@@ -297,6 +314,9 @@ def _forms() -> Iterator[Form]:
     yield Form("int8", int8_lse, int8_rows, outputs=both)
     yield Form("behind", behind(), int8_rows, op=ANTIQUANT)
     yield Form("behind-at-once", behind_at_once, int8_rows, op=ANTIQUANT)
+    yield Form("values", values_behind(), int8_rows, op=ANTIQUANT)
+    yield Form("miss-values-next", values_behind(step=1), int8_rows, refuse=".")
+    yield Form("miss-values-turned", values_behind(turned=True), int8_rows, refuse=".")
     yield Form("miss-behind-next", behind(step=1), int8_rows, refuse=".")
     yield Form("miss-behind-twice", behind(twice=True), int8_rows, refuse=".")
     for name, soft in ONES.items():

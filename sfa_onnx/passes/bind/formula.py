@@ -16,10 +16,10 @@ from sfa_onnx.passes.bind.literals import Literal
 from sfa_onnx.passes.bind.mask import additive, boolean, conditions
 from sfa_onnx.passes.bind.site import AttentionRegion, Sinks, Statistic
 from sfa_onnx.passes.bind.statistics import statistics
-from sfa_onnx.passes.bind.tiles import Tile, join_tiles
+from sfa_onnx.passes.bind.tiles import Span, Tile, join_columns, join_tiles
 from sfa_onnx.passes.bind.unfit import unfit
 from sfa_onnx.passes.values.arithmetic import addends, coefficient
-from sfa_onnx.passes.values.attention import ALIKE, UnclearError, Weight, as_attention
+from sfa_onnx.passes.values.attention import ALIKE, Attention, UnclearError, Weight, as_attention
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
 from sfa_onnx.passes.values.terms import Term
@@ -81,12 +81,13 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.result} = {term}", *map(str, reader.n.fired)]
     try:
-        found = as_attention(term, region.result)
+        found = _by_columns(reader, term, region.result)
     except Stop as stop:
         raise unfit(reader, region, stop) from None
-    weight, value = found.parts[0]
-    if len(found.parts) > 1:
-        weight, value = join_chunks(tracer, found.parts, region.result)
+    parts = [(w, r[0] if len(r) == 1 else tracer.product(r[0], r[1])) for w, r in found.parts]
+    weight, value = parts[0]
+    if len(parts) > 1:
+        weight, value = join_chunks(tracer, parts, region.result)
     key = fresh("t", weight.label.size)
     swap = {weight.label: Expr.of(key)}
     flags = tuple(f.rename(swap) for f in weight.flags)
@@ -111,6 +112,33 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
         return _scores(reader, region, weight, found.conditions)
 
     return Parts(value, key, others, scores, sinks, told)
+
+
+def _by_columns(reader: Reader, term: Term, at: str) -> Attention:
+    """The attention that a term is, or that every range of its columns is.
+
+    Raises:
+        Stop: it is none.
+    """
+    if term.op != "pieces":
+        return as_attention(term, at)
+    label, ranges = term.ranges
+    spans = [Span(fresh("o", high - low), low) for low, high in ranges]
+    found = [
+        as_attention(part.rename({label: Expr.of(s.label) + s.start}, reader.n.make), at)
+        for s, part in zip(spans, term.args, strict=True)
+    ]
+    first, rows = found[0], None
+    same = all(replace(x, parts=()) == replace(first, parts=()) for x in found)
+    if same and all(len(x.parts) == 1 and x.parts[0][0] == first.parts[0][0] for x in found):
+        rows = join_columns(reader.tracer, [x.parts[0][1] for x in found], spans, label)
+    if rows is None:
+        raise Stop(
+            f"ranges of columns of {at} are weighted sums that differ in more than their columns",
+            at,
+            "weigh all columns of a row alike",
+        )
+    return replace(first, parts=((first.parts[0][0], rows),))
 
 
 def _sinks(tracer: Tracer, exponents: tuple[Term, ...], at: str) -> Sinks | None:

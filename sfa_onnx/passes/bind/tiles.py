@@ -1,4 +1,4 @@
-"""Scores that are computed tile by tile, the scale of a tile behind its product.
+"""Scores and rows that are computed tile by tile, the scale of a tile behind its product.
 
 The sum over tiles of scale[t] <q[t], x[t]> is <q, scale x>: one product of the query and of rows
 that are dequantised in front of it, which is what the operator reads.
@@ -15,9 +15,18 @@ from sfa_onnx.passes.bind.rows import deepen
 from sfa_onnx.passes.values.arithmetic import coefficient, factors
 from sfa_onnx.passes.values.terms import Term
 
-__all__ = ["Tile", "join_tiles"]
+__all__ = ["Span", "Tile", "join_columns", "join_tiles"]
 
 _ALIKE = 1e-6
+
+
+@dataclass(frozen=True)
+class Span:
+    """Columns from `start`, over which `label` runs; of all tiles, `over` runs over them."""
+
+    label: Label
+    start: int
+    over: Label | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,11 @@ def join_tiles(tracer: Tracer, tiles: Sequence[Tile]) -> tuple[Ref, Ref, Label]:
     Raises:
         Stop: they are not the tiles of one row.
     """
-    join = _Join(tracer, sorted(tiles, key=lambda t: _start(tracer, t)))
-    refs = [join.whole(part) for part in ("query", "key", "scale")]
+    tiles = sorted(tiles, key=lambda t: _start(tracer, t))
+    spans = [Span(t.label, _start(tracer, t), t.over) for t in tiles]
+    width = sum(t.label.size * (t.over.size if t.over else 1) for t in tiles)
+    join = _Join(tracer, spans, fresh("d", width))
+    refs = [join.whole([getattr(t, part) for t in tiles]) for part in ("query", "key", "scale")]
     alone = len(tiles) == 1 or all(t.over is None for t in tiles)
     same = alone and all(abs(t.by - tiles[0].by) <= _ALIKE * abs(t.by) for t in tiles)
     if None in refs or not same:
@@ -75,19 +87,27 @@ def _start(tracer: Tracer, tile: Tile) -> int:
     return next((c.const for c in deep.coords if (tile.label, 1) in c.terms), 0)
 
 
+def join_columns(
+    tracer: Tracer, rows: Sequence[tuple[Ref, ...]], spans: Sequence[Span], label: Label
+) -> tuple[Ref, ...] | None:
+    """Rows (and scales) of all columns, over `label`, for those of every range of columns."""
+    join = _Join(tracer, spans, label)
+    ordered = [sorted(own, key=lambda r: deepen(tracer, r)[-1].ref.value) for own in rows]
+    if len({len(own) for own in ordered}) > 1:
+        return None
+    found = [join.whole(list(refs)) for refs in zip(*ordered, strict=True)]
+    return None if None in found else tuple(r for r in found if r is not None)
+
+
 class _Join:
     """Puts tiles together over one label."""
 
-    def __init__(self, tracer: Tracer, tiles: Sequence[Tile]) -> None:
-        self.tracer, self.tiles = tracer, tiles
-        self.starts = [_start(tracer, t) for t in tiles]
-        self.label = fresh("d", sum(t.label.size * (t.over.size if t.over else 1) for t in tiles))
+    def __init__(self, tracer: Tracer, spans: Sequence[Span], label: Label) -> None:
+        self.tracer, self.spans, self.label = tracer, spans, label
 
-    def whole(self, part: str) -> Ref | None:
+    def whole(self, refs: Sequence[Ref]) -> Ref | None:
         """The element over all columns that every tile has a range of."""
-        paths = [
-            {s.ref.value: s for s in deepen(self.tracer, getattr(t, part))} for t in self.tiles
-        ]
+        paths = [{s.ref.value: s for s in deepen(self.tracer, r)} for r in refs]
         for value in reversed(paths[0]):
             states = [p[value] for p in paths if value in p]
             if len(states) < len(paths) or any(s.factor != 1 for s in states):
@@ -99,21 +119,18 @@ class _Join:
         return None
 
     def _lifted(self, parts: list[Expr]) -> Expr | None:
-        first, width = self.tiles[0], self.tiles[0].label.size
+        first, width = self.spans[0], self.spans[0].label.size
         own = Expr.of(self.label)
-        swap = {first.label: own + -self.starts[0]}
+        swap = {first.label: own + -first.start}
         if first.over is not None:
             swap = {first.label: own.mod(width), first.over: own.floordiv(width)}
         for whole in (parts[0].substitute(swap), own.floordiv(width), own):
-            here = [
-                whole.substitute({self.label: self._place(t, start)})
-                for t, start in zip(self.tiles, self.starts, strict=True)
-            ]
-            if here == parts:
+            if [whole.substitute({self.label: _place(s)}) for s in self.spans] == parts:
                 return whole
         return None
 
-    def _place(self, tile: Tile, start: int) -> Expr:
-        """The column of the whole that a column of a tile is."""
-        own = Expr.of(tile.label) + start
-        return own if tile.over is None else Expr.of(tile.over) * tile.label.size + own
+
+def _place(span: Span) -> Expr:
+    """The column of the whole that a column of a tile is."""
+    own = Expr.of(span.label) + span.start
+    return own if span.over is None else Expr.of(span.over) * span.label.size + own

@@ -71,13 +71,13 @@ class Attention:
     """A term taken apart.
 
     Attributes:
-        parts: weights and rows, one pair per range of keys.
+        parts: weights and rows (with a scale each, or without), one pair per range of keys.
         total: what the exponentials are divided by.
         sinks: exponents of what takes part in the sum without a row.
         conditions: what has to hold for the row not to be zero.
     """
 
-    parts: tuple[tuple[Weight, Ref], ...]
+    parts: tuple[tuple[Weight, tuple[Ref, ...]], ...]
     total: Term
     sinks: tuple[Term, ...] = ()
     conditions: tuple[Term, ...] = ()
@@ -94,7 +94,7 @@ def as_attention(term: Term, at: str) -> Attention:
         Stop: it is something else; the reason says what is missing or too much.
     """
     top, below, conditions = _fraction(term, at)
-    rows: list[tuple[Weight, Ref]] = []
+    rows: list[tuple[Weight, tuple[Ref, ...]]] = []
     masks = [f for b in addends(below) if b.op == "sum" for f in factors(b.args[0])]
     for part in addends(top):
         rows.append(_row(_of_one(part), masks, at))
@@ -240,15 +240,15 @@ def _too_much(total: Term, weights: list[Weight], at: str) -> Stop:
     return Stop(why, at, _SUM)
 
 
-def _row(part: Term, masks: list[Term], at: str) -> tuple[Weight, Ref]:
+def _row(part: Term, masks: list[Term], at: str) -> tuple[Weight, tuple[Ref, ...]]:
     """(weight, element of the value) of a sum of rows; `masks` weigh in the divisor too."""
     if part.op == "sum":
         own = factors(part.args[0])
         elements = [f for f in own if f.op == "element" and f not in masks]
         rest = [f for f in own if f not in elements]
         weight = Weight.of(Term("sum", (_product(rest),), part.data))
-        if weight is not None and len(elements) == 1:
-            return weight, elements[0].ref
+        if weight is not None and 1 <= len(elements) <= 2:
+            return weight, tuple(f.ref for f in elements)
         for f in rest:
             if f.op == "pow" and f.exponent < 0:
                 raise _sigmoid(f, at)
