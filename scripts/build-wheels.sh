@@ -16,8 +16,15 @@ export SOURCE_DATE_EPOCH
 
 # A clean copy: no build folder or cached object of the working tree comes in.
 mkdir "$work/tree"
-(cd "$root" && git ls-files -z | tar --null -T - -cf - 2>/dev/null || tar -cf - --exclude=build .) |
-  tar -xf - -C "$work/tree"
+copy() {
+  cd "$root"
+  if git rev-parse --git-dir >/dev/null 2>&1; then
+    git ls-files -z | tar --null -T - -cf -
+  else
+    tar -cf - --exclude=build .
+  fi
+}
+copy | tar -xf - -C "$work/tree"
 # One name for the folder in every build, whatever it is called here.
 export CXXFLAGS="-ffile-prefix-map=$work/tree=."
 
@@ -38,8 +45,11 @@ check() { # wheel, architecture
 }
 
 python3 -m pip install -q --target "$work/build-tools" build >/dev/null 2>&1 || true
-PYTHONPATH="$work/build-tools" python3 -m build --sdist -o "$out" "$work/tree" >/dev/null 2>&1
-echo "$(basename "$(ls -t "$out"/*.tar.gz | head -1)")"
+PYTHONPATH="$work/build-tools" python3 -m build --sdist -o "$work/sdist" "$work/tree" >/dev/null 2>&1
+for sdist in "$work"/sdist/*.tar.gz; do
+  basename "$sdist"
+  mv "$sdist" "$out"
+done
 
 for arch in x86_64 aarch64; do
   settings=()
@@ -50,7 +60,7 @@ for arch in x86_64 aarch64; do
   fi
   SFA_ONNX_PLATFORM="manylinux2014_$arch" \
     python3 -m pip wheel -q --no-deps -w "$work/wheels" "${settings[@]}" "$work/tree"
-  wheel=$(ls "$work"/wheels/*"manylinux2014_$arch.whl")
+  wheel=$(echo "$work"/wheels/*"manylinux2014_$arch.whl")
   check "$wheel" "$arch"
   mv "$wheel" "$out"
 done

@@ -24,6 +24,7 @@ rows() {
     echo "transformers-$v|python3|torch==2.13.0 onnxscript transformers==$v|$exports"
   done
   for v in 2.9.1 2.13.0; do echo "torch-$v|python3|torch==$v onnxscript transformers==5.23.0|$exports"; done
+  echo "torch-newest|python3|torch onnxscript transformers|$exports"
 }
 if [ "${1:-}" = --list ]; then rows | cut -d'|' -f1; exit 0; fi
 

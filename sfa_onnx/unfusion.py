@@ -13,6 +13,7 @@ from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.provenance import site_of
 from sfa_onnx.passes.graph.scope_index import body_views
 from sfa_onnx.passes.graph.scopes import count_nodes
 from sfa_onnx.report import FuseReport, SiteReport
@@ -55,7 +56,7 @@ def unfuse(
     main = GraphIndex.of(source)
     sites = [
         SiteReport(
-            site_id=index.place(i),
+            site_id=site_of(index.place(i)),
             anchor=index.label(i),
             status="unfused",
             op_type=index.nodes[i].op_type,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import write_reference
+from scripts import glossary_links, write_measured, write_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = re.compile(r"`((?:sfa_onnx|kernels|tests|scripts|benchmarks|examples)/[\w./]+)`")
@@ -20,6 +20,23 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 def test_reference_pages_are_current(page: str) -> None:
     stored = (write_reference.FOLDER / page).read_text()
     assert stored == write_reference.PAGES[page](), "run python -m scripts.write_reference"
+
+
+@pytest.mark.parametrize("page", write_measured.PAGES)
+def test_measured_tables_are_those_of_the_recorded_runs(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert text == write_measured.written(page), "run python -m scripts.write_measured"
+    for table in write_measured.PAGES[page]:
+        assert text.count(f"<!-- measured: {table} -->") == 1
+
+
+def test_terms_of_ours_lead_to_the_glossary() -> None:
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    known = {re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings}
+    assert set(glossary_links.TERMS.values()) <= known
+    text = "# A site\n\n`site` and [a site](x.md): the site, and the site again.\n```\nsite\n```\n"
+    linked = glossary_links.link(text, "contributing/a.md")
+    assert linked == text.replace("the site,", "the [site](../glossary.md#site),")
 
 
 def test_every_option_of_every_verb_is_explained() -> None:

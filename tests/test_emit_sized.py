@@ -57,7 +57,7 @@ def test_a_form_as_nodes_computes_what_it_says(form: Form) -> None:
 def test_what_only_a_run_tells_is_refused() -> None:
     e = emitter()
     unknown = Form.of(Call("size", (Form.of("x"), Form())))
-    with pytest.raises(Stop, match="can only be told by running the model"):
+    with pytest.raises(Stop, match="can only be known by running the model"):
         sized(e, e.tracer.sizes, unknown)
     with pytest.raises(Stop, match="no input shows the size other"):
         sized(e, e.tracer.sizes, Form.of("other"))

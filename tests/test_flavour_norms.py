@@ -377,4 +377,4 @@ def test_a_hand_over_has_them_unless_told_not_to(tmp_path: Path) -> None:
         report = handover.write(tmp_path / "m.onnx", tmp_path / str(norms),
                                 soc_version="Ascend910B2", norms=norms)  # fmt: skip
         assert ("NPURmsNorm" in ops(onnx.load(report.model))) == norms
-        assert ("1 norms fused to NPURmsNorm" in report.notes) == norms
+        assert ("1 norm fused to NPURmsNorm" in report.notes) == norms

@@ -118,6 +118,24 @@ def test_page_and_unpage_invert_each_other(batch, length, block_size, seed):
             assert not back[b, lengths[b] :].any()
 
 
+def test_a_cache_that_no_sequence_uses_has_one_page_and_one_column():
+    pages, table = kv_cache.page(np.zeros((2, 0, 1, 3), np.int8), 4)
+    assert pages.shape == (1, 4, 1, 3)
+    assert table.tolist() == [[-1], [-1]]
+    assert kv_cache.unpage(pages, table, np.array([0, 0])).shape == (2, 0, 1, 3)
+    rows = np.ones((1, 4, 1, 3), np.int8)
+    pages, table = kv_cache.page(rows, 4)  # one page, full to its last row
+    assert (pages.shape, table.tolist()) == ((1, 4, 1, 3), [[0]])
+    assert (kv_cache.unpage(pages, table, np.array([4])) == rows).all()
+
+
+def test_rows_without_a_rope_unpack_to_one_of_width_zero():
+    rows = kv_cache.pack(np.ones((2, 3, 128), np.float32))
+    nope, rope, scale = kv_cache.unpack(rows, PackedRow(nope=128, rope=0))
+    assert (nope.shape, rope.shape, scale.shape) == ((2, 3, 128), (2, 3, 0), (2, 3, 1))
+    assert (nope == 127).all()
+
+
 def test_write_slots_appends_and_drops_padding():
     pages = np.zeros((2, 4, 1, 3), np.int8)
     rows = np.arange(1, 10, dtype=np.int8).reshape(3, 1, 3)
@@ -157,6 +175,32 @@ def test_write_slots_appends_and_drops_padding():
                 np.zeros((1, 8, 1, 4)), 4, block_table=np.zeros((1, 2), np.int32)
             ),
             "distinct pages",
+        ),
+        (  # int8, but not as wide as the row
+            lambda: kv_cache.unpack(np.zeros((1, 655), np.int8), PackedRow()),
+            r"packed rows: expected int8 \[..., 656\], got int8 \(1, 655\)",
+        ),
+        (
+            lambda: kv_cache.unpack(np.zeros((1, 656), np.uint8), PackedRow()),
+            "packed rows: expected int8",
+        ),
+        (  # the first page past the cache
+            lambda: kv_cache.unpage(
+                np.zeros((2, 4, 1, 3), np.int8), np.array([[1, 2]], np.int32), np.array([8])
+            ),
+            r"block_table\[0\]: expected pages in \[0, 2\)",
+        ),
+        (
+            lambda: kv_cache.unpage(
+                np.zeros((2, 4, 1, 3), np.int8), np.array([[1, 0]], np.int32), np.array([9])
+            ),
+            r"lengths: expected values in \[0, 8\]",
+        ),
+        (  # the first slot past the cache
+            lambda: kv_cache.write_slots(
+                np.zeros((2, 4, 1, 3), np.int8), np.zeros((1, 1, 3), np.int8), np.array([8])
+            ),
+            "slot_mapping: expected slots < 8",
         ),
     ],
 )

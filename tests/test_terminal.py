@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import pty
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,6 +238,29 @@ def test_nothing_fused_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("this model holds no fused operator")
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".onnx") == ["a"]
+
+
+def test_a_site_has_one_name_in_every_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: object) -> dict[str, Any]:
+        main([*map(str, words), "--json"])
+        document: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return document
+
+    model = demo.materialise(tmp_path)
+    fused, page = tmp_path / "f.onnx", tmp_path / "page.md"
+    seen = told("inspect", model, "--no-verify", "--estimate", "--plan", tmp_path / "plan.yaml")
+    (name,) = (s["site_id"] for s in seen["sites"])
+    assert name == "node_softmax"
+    assert [s["node"] for s in seen["estimate"]["sites"] if "Index" not in s["op_type"]] == [name]
+    assert name in (tmp_path / "plan.yaml").read_text()
+    fusing = ("fuse", model, "-o", fused, "--no-verify", "--report", page)
+    assert [s["site_id"] for s in told(*fusing)["sites"]] == [name]
+    assert name in page.read_text()
+    row = told("compare", model, fused)["sites"][0]
+    assert (row["name"], row["layer"]) == (name, "layers.0.self_attn")
+    assert [s["site_id"] for s in told("unfuse", fused)["sites"]] == [name]
 
 
 def test_a_summary_names_what_the_file_holds(

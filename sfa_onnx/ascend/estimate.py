@@ -33,6 +33,7 @@ from sfa_onnx.ascend.layer import LayerLine, layer_costs
 from sfa_onnx.errors import UsageError
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import EXPANDED, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
+from sfa_onnx.passes.graph.provenance import site_of
 
 __all__ = ["LABEL", "CopyEstimate", "Estimate", "SiteEstimate", "estimate"]
 
@@ -60,7 +61,7 @@ class SiteEstimate:
     the die: ceil(tokens / cores) rounds of one token each.
     """
 
-    node: str
+    node: str  # the site's name, as `fuse` and `inspect` call it
     op_type: str
     tokens: int | None
     heads: int
@@ -223,7 +224,7 @@ def _made(
     if tokens is not None and tokens < chip.cube_cores:
         note = f"{tokens} tokens keep {tokens} of {chip.cube_cores} cores busy"
     return SiteEstimate(
-        site.node.name,
+        site_of(site.node.name),
         site.node.op_type,
         tokens,
         heads,

@@ -1,6 +1,6 @@
 """A whole layer on every CANN line: nodes per engine and cache copies, before and after.
 
-Before: the file as it is. After: fused, written for the line and mended as `sfa-onnx atc` does it.
+Before: the file as it is. After: fused, written for the line and repaired as `sfa-onnx atc` does.
 """
 
 from __future__ import annotations

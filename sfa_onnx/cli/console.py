@@ -17,7 +17,7 @@ from sfa_onnx.cli.progress import Bar, Lines, Watch
 from sfa_onnx.guard.text import printable
 from sfa_onnx.report import JSON_VERSION, to_json
 
-__all__ = ["Console", "human_bytes"]
+__all__ = ["Console", "count", "human_bytes"]
 
 _NO_WIDTH: Final = 1_000_000
 
@@ -29,6 +29,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def count(number: int, noun: str, plural: str = "s") -> str:
+    """'1 site', '2 sites', '2 classes'."""
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 class Console:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_onnx.cli import show, show_ascend
-from sfa_onnx.cli.console import Console
+from sfa_onnx.cli.console import Console, count
 from sfa_onnx.files.writing import check_outputs
 from sfa_onnx.fusion_options import spare_weights
 
@@ -101,10 +101,8 @@ def unfuse(args: argparse.Namespace, console: Console) -> int:
     output = _output(args)
     with console.progress("unfuse"):
         report = sfa_onnx.unfuse(args.model, output, rounding=args.rounding, force=args.force)
-    count = len(report.sites)
-    console.say(
-        "{} fused operator{} back to standard: {}", count, "s" if count != 1 else "", output
-    )
+    replaced = count(len(report.sites), "fused operator")
+    console.say("{} replaced by standard ones, written: [bold]{}[/bold]", replaced, output)
     console.result("unfuse", report)
     return 0
 

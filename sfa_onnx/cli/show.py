@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from sfa_onnx.cli.console import Console, human_bytes
+from sfa_onnx.cli.console import Console, count, human_bytes
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.writing import atomic_stream
 from sfa_onnx.operator.op import DOMAIN_NPU
@@ -162,8 +162,8 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
     """The outcome of fuse: the layer strip, refusals by reason, what was left alone."""
     strip = "".join("■" if s.status == "fused" else "□" for s in report.sites)
     console.say("{}/{} sites fused: [green]{}[/green]", len(report.fused), len(report.sites), strip)
-    for op_type, count in Counter(s.op_type for s in report.fused).items():
-        console.say("  {} x {}", count, op_type)
+    for op_type, times in Counter(s.op_type for s in report.fused).items():
+        console.say("  {} x {}", times, op_type)
     _verified(console, report)
     _selected(console, report)
     if console.verbose:
@@ -171,10 +171,10 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
         selections(console, report.selections, explain=True)
     for entry in report.assumed:
         console.say("  [yellow]assumed[/yellow], as the caller asserts: {}", entry)
-    for reason, count in Counter(s.reason for s in report.refused).most_common():
-        console.say("  [red]refused[/red] {} x {}", count, reason)
-    for limit, count in Counter(x for s in report.fused for x in s.npu_limits).items():
-        console.say("  [yellow]NPU limit[/yellow] {} x {}", count, limit)
+    for reason, times in Counter(s.reason for s in report.refused).most_common():
+        console.say("  [red]refused[/red] {} x {}", times, reason)
+    for limit, times in Counter(x for s in report.fused for x in s.npu_limits).items():
+        console.say("  [yellow]NPU limit[/yellow] {} x {}", times, limit)
     console.say(
         "nodes {} -> {}; weights read: {}",
         report.nodes_before,
@@ -198,10 +198,10 @@ def _selected(console: Console, report: FuseReport) -> None:
         done, total = len(report.indexers), len(report.selections)
         console.say("{}/{} selections are NPULightningIndexer now", done, total)
     refused = (s.reason for s in report.selections if s.status == "refused")
-    for reason, count in Counter(refused).most_common():
-        console.say("  [red]refused[/red] {} x {}", count, reason)
-    for limit, count in Counter(x for s in report.indexers for x in s.npu_limits).items():
-        console.say("  [yellow]NPU limit[/yellow] {} x {}", count, limit)
+    for reason, times in Counter(refused).most_common():
+        console.say("  [red]refused[/red] {} x {}", times, reason)
+    for limit, times in Counter(x for s in report.indexers for x in s.npu_limits).items():
+        console.say("  [yellow]NPU limit[/yellow] {} x {}", times, limit)
 
 
 def _verified(console: Console, report: FuseReport) -> None:
@@ -211,10 +211,9 @@ def _verified(console: Console, report: FuseReport) -> None:
         worst = max(p.error for p in probes)
         classes = sum(1 for r in records if not r.shared_with)
         console.say(
-            "  verified in float64: {} class{}, {} probes, worst relative error {}",
-            classes,
-            "es" if classes != 1 else "",
-            len(probes),
+            "  verified in float64: {}, {}, worst relative error {}",
+            count(classes, "class", "es"),
+            count(len(probes), "probe"),
             f"{worst:.1e}",
         )
     elif report.fused:
@@ -228,8 +227,8 @@ def _changed(report: FuseReport) -> list[str]:
 def kv_report(console: Console, report: Any) -> None:
     """The outcome of kv-cache."""
     kinds = Counter(n.op_type for n in report.model.graph.node if n.domain == DOMAIN_NPU)
-    told = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    console.say("{} site(s) -> {}, form {}", report.sites, told, report.form)
+    held = ", ".join(f"{times} x {kind}" for kind, times in kinds.items())
+    console.say("{} -> {}, form {}", count(report.sites, "site"), held, report.form)
     for label, old, new in (
         ("inputs", report.removed_inputs, report.added_inputs),
         ("outputs", report.removed_outputs, report.added_outputs),

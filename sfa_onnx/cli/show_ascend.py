@@ -7,7 +7,7 @@ from typing import Any
 from sfa_onnx.ascend.checks import CheckReport, Finding
 from sfa_onnx.ascend.checks.finding import leading
 from sfa_onnx.ascend.estimate import Estimate
-from sfa_onnx.cli.console import Console, human_bytes
+from sfa_onnx.cli.console import Console, count, human_bytes
 
 __all__ = ["check_report", "estimate_report", "handover_report"]
 
@@ -41,7 +41,8 @@ def check_report(console: Console, report: CheckReport) -> None:
     if not rows and report.support:
         console.say("-v lists where each operator would run, as far as that is known", style="dim")
     if report.fixable:
-        console.say("{} finding(s) can be mended: add --fix", len(report.fixable), style="dim")
+        found = count(len(report.fixable), "finding")
+        console.say("{} can be fixed: run again with --fix", found, style="dim")
 
 
 def _engines(row: Any) -> list[str]:

@@ -9,7 +9,17 @@ from sfa_onnx.runtime.compare.difference import CompareReport, Difference, Outpu
 
 __all__ = ["compare_report"]
 
-COLUMNS = ("", "tensor", "how", "max |diff|", "relative", "1 - cosine", "x own rounding", "")
+COLUMNS = (
+    "",
+    "site or output",
+    "where",
+    "how",
+    "max |diff|",
+    "relative",
+    "1 - cosine",
+    "x own rounding",
+    "",
+)
 
 
 def compare_report(console: Console, report: CompareReport) -> None:
@@ -17,12 +27,12 @@ def compare_report(console: Console, report: CompareReport) -> None:
     rows: list[tuple[object, ...]] = []
     rows += [_site(row) for row in report.sites]
     rows += [_output(row) for row in report.outputs]
-    console.table(COLUMNS, rows, right=(3, 4, 5, 6))
+    console.table(COLUMNS, rows, right=(4, 5, 6, 7))
     for site in report.sites:
         _trouble(console, site)
         if site.loss is not None:
             console.say(
-                "{}: int8 costs {} relative, told, not judged", site.name, f"{site.loss:.1e}"
+                "{}: relative loss by int8 {} (informational)", site.name, f"{site.loss:.1e}"
             )
     for output in report.outputs:
         _trouble(console, output)
@@ -46,14 +56,15 @@ def _in_full(console: Console, report: CompareReport) -> None:
 
 
 def _site(row: SiteRow) -> tuple[object, ...]:
+    who = (row.name, row.layer, row.method)
     if row.difference is None:
-        return ("site", row.name, row.method, "", "", "", "", row.reason or _mark(row.passed))
-    return ("site", row.name, row.method, *_numbers(row.difference), _mark(row.passed))
+        return ("site", *who, *("",) * 4, row.reason or _mark(row.passed))
+    return ("site", *who, *_numbers(row.difference), _mark(row.passed))
 
 
 def _output(row: OutputRow) -> tuple[object, ...]:
-    mark = _mark(row.passed) if row.judged else Text("told only", "dim")
-    return ("output", row.name, row.difference.dtype, *_numbers(row.difference), mark)
+    mark = _mark(row.passed) if row.judged else Text("informational", "dim")
+    return ("output", row.name, "", row.difference.dtype, *_numbers(row.difference), mark)
 
 
 def _numbers(found: Difference) -> tuple[str, str, str, str]:

@@ -44,7 +44,7 @@ def assert_sound(model: ModelProto, what: str) -> None:
     raise ModelError(
         printable(
             f"{what}: not a sound ONNX model: {'; '.join(found[:_SHOWN])}{more}. Export it again,"
-            " or mend it; nothing was done with it"
+            " or repair it; nothing was done with it"
         )
     )
 

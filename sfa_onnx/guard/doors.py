@@ -79,7 +79,7 @@ def as_ours(error: Exception, where: str) -> SfaError:
         return ModelError(f"{where}: the model is nested too deeply; flatten it and try again")
     text = printable(str(error)).strip() or "no further text"
     if isinstance(error, _MODEL_ERRORS):
-        return ModelError(f"{where}: onnx rejects the model: {text}; export it again, or mend it")
+        return ModelError(f"{where}: onnx rejects the model: {text}; export it again, or repair it")
     _log.debug("unforeseen in %s", where, exc_info=error)
     return FaultError(
         f"{where}: stopped by {type(error).__name__}: {text}. Either the model breaks a rule that"

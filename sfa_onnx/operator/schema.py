@@ -1,4 +1,4 @@
-"""The contract told to onnx: op schemas with types, attributes and shape inference.
+"""The contract as onnx schemas: op schemas with types, attributes and shape inference.
 
 Importing `sfa_onnx` registers them, so `onnx.checker`, `onnx.shape_inference` and torch's exporter
 know our operators. onnx before 1.19 cannot take an inference function from Python and crashes on a

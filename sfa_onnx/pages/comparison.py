@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from sfa_onnx.guard.text import printable
 from sfa_onnx.pages import html
-from sfa_onnx.runtime.compare.difference import DECADES, CompareReport, Difference
+from sfa_onnx.runtime.compare.difference import (
+    DECADES,
+    CompareReport,
+    Difference,
+    SiteRow,
+)
 
 __all__ = ["markdown", "sections"]
 
@@ -13,7 +18,7 @@ _HEAD = ("what", "type", "max error", "relative", "outside", "verdict")
 
 def sections(report: CompareReport) -> list[str]:
     """The page's parts, in reading order."""
-    rows = [(r.name, r.difference, r.passed, r.reason) for r in report.sites]
+    rows = [(_place(r), r.difference, r.passed, r.reason) for r in report.sites]
     outs = [(r.name, r.difference, r.passed, "") for r in report.outputs]
     return [
         html.strip([("fused" if ok else "refused", name) for name, _, ok, _ in (*rows, *outs)]),
@@ -23,6 +28,10 @@ def sections(report: CompareReport) -> list[str]:
         html.section("Inputs", html.facts(list(report.inputs.items()))),
         html.section("Notes", html.table(("note",), [(n,) for n in report.notes])),
     ]
+
+
+def _place(row: SiteRow) -> str:
+    return f"{row.name} ({row.layer})" if row.layer else row.name
 
 
 def _row(name: str, found: Difference | None, passed: bool, reason: str) -> tuple[object, ...]:
@@ -47,7 +56,7 @@ def _histogram(name: str, found: Difference | None) -> str:
 
 def markdown(title: str, report: CompareReport) -> str:
     """The same in short, for a pull request."""
-    rows = [_row(r.name, r.difference, r.passed, r.reason) for r in report.sites]
+    rows = [_row(_place(r), r.difference, r.passed, r.reason) for r in report.sites]
     rows += [_row(r.name, r.difference, r.passed, "") for r in report.outputs]
     lines = [f"# {title}", "", f"{report.verdict}.", "", f"| {' | '.join(_HEAD)} |"]
     lines += [f"|{' --- |' * len(_HEAD)}"]

@@ -32,11 +32,13 @@ def sections(report: FuseReport, before: Graphs, after: Graphs, memory: str) -> 
         html.section("Limits of the NPU kernel", html.table(("limit", "sites"), _limits(report))),
         html.section("Every site", html.table(_SITES, [_row(s) for s in report.sites])),
         html.section("Selections", html.table(_SITES, [_selection(s) for s in report.selections])),
-        html.section("Left as it was", html.table(("note",), [(n,) for n in report.notes])),
+        html.section("Certificate in short", html.facts(_certificate(report))),
+        html.section("Notes", html.table(("note",), [(n,) for n in _others(report)])),
         html.section("Time and memory", html.facts(_costs(report, memory))),
     ]
 
 
+_UNTOUCHED = "untouched:"
 _REFUSED = ("reason", "what would help", "sites")
 _SITES = ("site", "where", "status", "operator", "form", "probes", "largest error")
 
@@ -81,6 +83,22 @@ def _selection(site: SiteReport) -> tuple[object, ...]:
     return (*where[:4], form, *where[5:])
 
 
+def _certificate(report: FuseReport) -> list[tuple[str, object]]:
+    """What changed and what did not; `fuse --certificate` writes the hashes behind it."""
+    fused = report.fused
+    interface = [*report.changed_inputs, *report.changed_outputs]
+    return [
+        ("replaced", f"{sum(len(s.removed) for s in fused)} nodes in {len(fused)} sites"),
+        ("in their place", f"{sum(len(s.added) for s in fused)} nodes"),
+        ("everything else", "; ".join(n for n in report.notes if n.startswith(_UNTOUCHED))),
+        ("inputs and outputs", "; ".join(interface) or "as they were"),
+    ]
+
+
+def _others(report: FuseReport) -> list[str]:
+    return [n for n in report.notes if not n.startswith(_UNTOUCHED)]
+
+
 def _limits(report: FuseReport) -> list[tuple[str, int]]:
     return Counter(x for s in report.fused for x in s.npu_limits).most_common()
 
@@ -98,7 +116,8 @@ def markdown(title: str, report: FuseReport) -> str:
     lines += _md_table(_SITES, [_selection(s) for s in report.selections])
     lines += _md_table(_REFUSED, _reasons(report))
     lines += _md_table(("assumption", "sites"), _assumptions(report))
-    return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])
+    lines += _md_table(("certificate in short", ""), _certificate(report))
+    return "\n".join([*lines, *(f"- {note}" for note in _others(report)), ""])
 
 
 def _md_table(head: tuple[str, ...], rows: object) -> list[str]:

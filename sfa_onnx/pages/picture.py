@@ -17,7 +17,8 @@ __all__ = ["MOST", "Box", "draw"]
 
 MOST: Final = 60  # boxes of one picture
 _WIDTH, _HEIGHT, _GAP, _STEP = 132, 34, 14, 70
-_LETTERS: Final = 18  # of a box's second line
+_LETTERS: Final = 18  # of a box's second line, and of its title before it is squeezed
+_TITLE: Final = 36  # of its title
 
 
 @dataclass
@@ -67,7 +68,7 @@ def _layers(boxes: list[Box]) -> list[list[Box]]:
     """Boxes by the longest path from a source; what closes a circle is put where it is met."""
     known = {b.key: b for b in boxes}
     depth: dict[str, int] = {}
-    for box in boxes:  # inputs come first where nodes are in order; a second look mends the rest
+    for box in boxes:  # inputs come first where nodes are in order; a second pass corrects the rest
         depth[box.key] = 0
     for _ in range(len(boxes)):
         changed = False
@@ -129,11 +130,13 @@ def _edge(a: tuple[float, float], b: tuple[float, float]) -> str:
 def _box(box: Box, x: float, y: float) -> str:
     name = printable(box.text)
     short = name if len(name) <= _LETTERS else "…" + name[-(_LETTERS - 1) :]
-    title = printable(box.title)
+    title = printable(box.title)[:_TITLE]
+    squeezed = f' textLength="{_WIDTH - 8}"' if len(title) > _LETTERS else ""
     return (
         f'<g class="box {escape(box.role)}" transform="translate({x:.0f} {y:.0f})">'
         f"<title>{escape(f'{title} {name}')}</title>"
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="6"/>'
-        f'<text x="{_WIDTH / 2}" y="14">{escape(title[:_LETTERS])}</text>'
+        f'<text x="{_WIDTH / 2}" y="14"{squeezed} lengthAdjust="spacingAndGlyphs">'
+        f"{escape(title)}</text>"
         f'<text class="name" x="{_WIDTH / 2}" y="27">{escape(short)}</text></g>'
     )

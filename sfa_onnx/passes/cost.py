@@ -31,7 +31,7 @@ _CONTRACTIONS = frozenset(("MatMul", "FusedMatMul", "Gemm"))
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of a set of nodes; `unknown` counts nodes whose shapes could not be told."""
+    """Work of a set of nodes; `unknown` counts nodes whose shapes are unknown."""
 
     flops: float = 0.0
     bytes: float = 0.0

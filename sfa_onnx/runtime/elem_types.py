@@ -22,7 +22,7 @@ class ElemTypes:
         self._inferred: dict[str, int] | None = None
 
     def of(self, value: str) -> int | None:
-        """The type of `value`; None when it cannot be told."""
+        """The type of `value`; None when it is unknown."""
         if value not in self._declared and self._inferred is None:
             self._inferred = self._infer()
         return self._declared.get(value) or (self._inferred or {}).get(value)

@@ -78,7 +78,7 @@ def check(
 
     Raises:
         UsageError: unknown CANN version, SoC or plug-in key, or no such file.
-        ModelError: not an ONNX model. One that breaks the format's rules is told by findings.
+        ModelError: not an ONNX model. One that breaks the format's rules is reported as findings.
     """
     if not isinstance(model, onnx.ModelProto):
         base_dir = Path(model).parent if base_dir is None else base_dir

@@ -97,7 +97,7 @@ def _found(node: str, message: str, severity: Severity = "error") -> Finding:
         "graph",
         message,
         node,
-        hint="see what the parser loses there, or mend the declared shape",
+        hint="see what the parser loses there, or correct the declared shape",
         evidence="source",
     )
 

@@ -14,7 +14,7 @@ from sfa_onnx.files.sound import problems
 __all__ = ["broken", "inferred"]
 
 _TOLD: Final = 8  # problems that get a finding of their own
-_AGAIN: Final = "export the model again, or mend it: no runtime loads it either"
+_AGAIN: Final = "export the model again, or repair it: no runtime loads it either"
 
 
 def broken(model: onnx.ModelProto) -> Iterator[Finding]:

@@ -158,7 +158,9 @@ def _rewrite(
         readable_scatters(cann),
         readable_reductions(cann),
     )
-    _note(result, apply(work, repairs, facts, names, target), "nodes the parser misreads rewritten")
+    if rewritten := apply(work, repairs, facts, names, target):
+        nodes = "1 node" if rewritten == 1 else f"{rewritten} nodes"
+        result.notes.append(f"rewrote {nodes} that the parser would misread")
     behind = apply(work, (sinks_behind,), facts, names, target)
     _note(result, behind, "sinks written as a factor behind the operator")
     heads = apply(work, (padded_indexer,), facts, names, target)

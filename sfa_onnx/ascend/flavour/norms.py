@@ -53,7 +53,7 @@ def fuse_norms(model: ModelProto, names: Names, facts: Facts, opset: int) -> lis
                 fusions.append(_Fusion(scope, node, found, view if scope.parent is None else None))
         if fusions:
             _apply(scope, fusions, counts)
-    notes = [f"{n} norms fused to {kind}" for kind, n in counts.items() if n]
+    notes = [f"{n} norm{'s' * (n != 1)} fused to {kind}" for kind, n in counts.items() if n]
     return [*notes, *(f"norm kept as it is: {text}" for text in left)]
 
 

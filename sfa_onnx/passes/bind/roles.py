@@ -55,7 +55,7 @@ def bind(tracer: Tracer, region: AttentionRegion, bound: list[str]) -> Site:
             return site
         coords = tuple(c.substitute(swap) for c in coords)
     raise Stop(
-        "the axes of the attention cannot be told apart",
+        "the axes of the attention cannot be distinguished",
         out,
         "keep batch, tokens, heads and width on axes of their own around the attention",
     )

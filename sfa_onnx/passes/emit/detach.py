@@ -88,7 +88,7 @@ class _Detach:
     def _sizes(self, node: onnx.NodeProto) -> str:
         groups = [axis_labels(c) for c in self.site.score_axes[node.input[0]]]
         if any(g is None for g in groups):
-            raise Stop(f"the size of {node.input[0]} cannot be told", node.input[0])
+            raise Stop(f"the size of {node.input[0]} cannot be determined", node.input[0])
         a = attributes(node)
         start, end = a.get("start", 0), a.get("end", len(groups))
         return self.e.dims([g or [] for g in groups][start:end])

@@ -58,7 +58,7 @@ def _atom(e: Making, sizes: Concrete, atom: Atom) -> str:
         return e.dim_of(*_shown(sizes, atom))
     operator = _OPERATORS.get(atom.name)
     if operator is None:
-        raise Stop(f"the size {atom} can only be told by running the model", e.stem)
+        raise Stop(f"the size {atom} can only be known by running the model", e.stem)
     return e.emit(operator, [sized(e, sizes, a) for a in atom.arguments], "size", _INT64)
 
 

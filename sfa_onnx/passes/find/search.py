@@ -25,6 +25,7 @@ from sfa_onnx.passes.find.fed import Seen, fed_by_selection
 from sfa_onnx.passes.find.others import other_attention
 from sfa_onnx.passes.find.regions import attention_regions
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.provenance import SITE
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 
 __all__ = ["INVALID", "FindOptions", "find_candidates", "plain"]
@@ -218,7 +219,7 @@ def _finished(tracer: Tracer, region: AttentionRegion, bound: list[str]) -> Cand
         tracer.opaque = False  # nothing is followed any more: what the reads are is known
         check_heads(site)
         tracer.opaque = True
-        built = build_site(site, f"{tracer.stem}/sfa")
+        built = build_site(site, tracer.stem + SITE)
         if built is None:
             raise Stop("the keys' gather is not understood", site.nope.deep.ref.value)
         return _candidate(site, site, built)
@@ -230,7 +231,7 @@ def _bind_and_build(
     tracer: Tracer, region: AttentionRegion, options: FindOptions, bound: list[str]
 ) -> tuple[Site, Site, Built]:
     """(the site with indices followed to their source, the site as built, its replacement)."""
-    stem = f"{tracer.stem}/sfa"
+    stem = tracer.stem + SITE
     named: Site | None = None
     for tracer.opaque in (False, True):
         del bound[1:]

@@ -7,7 +7,6 @@ well under a second. Weights are never read: `constant` serves structural consta
 
 from __future__ import annotations
 
-import ast
 import functools
 import math
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from sfa_onnx.passes.graph.provenance import layer_of
 from sfa_onnx.passes.graph.sub_graphs import Dim, bodies, captured, declared_dims, returned_info
 
 __all__ = ["READ_LIMIT", "Dim", "ExternalReader", "GraphIndex"]
@@ -351,26 +351,8 @@ class GraphIndex:
     # -- provenance -------------------------------------------------------------------------------
 
     def layer(self, node: int) -> str:
-        """The torch module a node came from ("model.layers.3.self_attn"); "" when unknown.
-
-        dynamo exports tell in `metadata_props`, TorchScript exports in node-name paths.
-        """
-        proto = self.nodes[node]
-        props = {p.key: p.value for p in proto.metadata_props}
-        if scopes := props.get("pkg.torch.onnx.name_scopes"):
-            return _module_of_scopes(scopes)
-        if namespace := props.get("namespace"):
-            parts = [p.split(":")[0].strip() for p in namespace.split("/")[:-1]]
-            return parts[-1] if parts else ""
-        return ".".join(proto.name.strip("/").split("/")[:-1]) if "/" in proto.name else ""
-
-
-def _module_of_scopes(scopes: str) -> str:
-    try:
-        parts = ast.literal_eval(scopes)
-    except (ValueError, SyntaxError):
-        return ""
-    return str(parts[-2]) if isinstance(parts, list) and len(parts) > 1 else ""
+        """The torch module a node came from (`layer_of`)."""
+        return layer_of(self.nodes[node])
 
 
 def _is_structural(tensor: onnx.TensorProto) -> bool:

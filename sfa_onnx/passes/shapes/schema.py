@@ -20,7 +20,7 @@ class Known(Protocol):
     index: GraphIndex
 
     def look_up(self, value: str) -> Shape | None:
-        """The shape of a value; None when it cannot be told."""
+        """The shape of a value; None when it is unknown."""
 
     def value(self, value: str) -> np.ndarray | None:
         """A constant, or what a chain of sizes evaluates to."""

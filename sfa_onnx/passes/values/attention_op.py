@@ -105,7 +105,7 @@ class _Heads:
         heads = int(a.get("kv_num_heads" if position else "q_num_heads", 0))
         if len(shape) != 3 or not heads or shape[2] % heads:
             raise Stop(
-                f"the heads of the Attention input {name} {list(shape)} are not told",
+                f"the heads of the Attention input {name} {list(shape)} are not stated",
                 name,
                 "set q_num_heads and kv_num_heads to divisors of the width",
             )

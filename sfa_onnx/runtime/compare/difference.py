@@ -56,7 +56,7 @@ class Difference:
     worst_before: float
     worst_after: float
     noise: float | None = None  # what `before` loses to its own rounding, at most
-    undefined: int = 0  # rows that are NaN throughout in `before` alone; told, not judged
+    undefined: int = 0  # rows that are NaN throughout in `before` alone; informational
     decades: tuple[int, ...] = ()  # elements that are equal, then per decade of error over bound
 
     @property
@@ -77,12 +77,12 @@ class Difference:
 class SiteRow:
     """One fused site alone: the replaced region against what replaced it."""
 
-    name: str  # the value that both models make
+    name: str  # as `fuse` and `inspect` call the site
     op_type: str
     layer: str
     method: Literal["captured", "random", "rounded", "reference", "skipped"]
     difference: Difference | None = None
-    loss: float | None = None  # relative loss by int8 quantisation; told, not judged
+    loss: float | None = None  # relative loss by int8 quantisation; informational
     reason: str = ""  # why it was skipped or cannot pass
 
     @property
@@ -97,7 +97,7 @@ class OutputRow:
 
     name: str
     difference: Difference
-    judged: bool = True  # False: told only (an int8 cache is no equivalence)
+    judged: bool = True  # False: informational (int8 caches change values)
 
     @property
     def passed(self) -> bool:

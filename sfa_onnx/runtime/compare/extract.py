@@ -24,6 +24,7 @@ from sfa_onnx.operator.op import (
     find_op,
 )
 from sfa_onnx.passes.graph.order import reads
+from sfa_onnx.passes.graph.provenance import layer_of, site_of
 from sfa_onnx.passes.graph.sub_graphs import bodies
 
 __all__ = [
@@ -61,7 +62,7 @@ class _Maker:
 class Site:
     """One fused site: what both models make, and where their regions begin."""
 
-    node: str
+    name: str  # as `fuse` and `inspect` call it
     op_type: str
     layer: str
     outputs: tuple[str, ...]  # values that both models make
@@ -84,9 +85,9 @@ def find_sites(before: ModelProto, after: ModelProto) -> list[Site]:
         region_a, border_a = _walk(second, outputs, same.value)
         region_b, border_b = _walk(first, outputs, same.value) if outputs else ((), set())
         border = tuple(sorted(border_a | border_b))
-        layer = next((p.value for p in node.metadata_props if "namespace" in p.key), "")
+        name = site_of(node.name or node.output[0])
         sites.append(
-            Site(node.name or node.output[0], node.op_type, layer, outputs, border, region_b,
+            Site(name, node.op_type, layer_of(node), outputs, border, region_b,
                  region_a, position)
         )  # fmt: skip
     return sites

@@ -4,7 +4,7 @@ Sites first: the first model is run once and the values at every site's border a
 replaced region and its replacement then run on the same values ("captured"). Where the whole model
 cannot run, both regions run on random values that share one graph above them ("random"). Where the
 cache was quantised on purpose, the site is judged against the original's on int8-rounded latents
-("rounded"), and what int8 costs is told.
+("rounded"), and the loss by int8 is reported.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class _Comparison:
         self._note(f"the whole models were not run: {reason}")
         self.report.missing = f"the whole models were not run: {reason}"
         done = {row.name for row in self.report.sites}
-        rest = [s for s in sites if not self.lossy and _title(s) not in done]
+        rest = [s for s in sites if not self.lossy and s.name not in done]
         self.report.sites += [self._random(site, feeds) for site in rest]
         return self.report
 
@@ -225,7 +225,7 @@ class _Comparison:
             got = float_outputs(self.interface, got, adapted, length=room)
         exact = self._exact_outputs(feeds)
         if self.lossy:
-            self._note("int8 caches are no equivalence: outputs are told, sites are judged")
+            self._note("int8 caches change values: outputs are informational, sites decide")
         for name in (n for n in want if n in got):
             if want[name].shape != got[name].shape:
                 self._note(f"output {name}: {want[name].shape} became {got[name].shape}")
@@ -312,7 +312,7 @@ class _Comparison:
         plausible = loss <= (_PLAUSIBLE_FLIPS if selects else _PLAUSIBLE_LOSS)
         limit = "" if plausible else f"{loss:.0%} is more than int8 can explain"
         return SiteRow(
-            _title(site), site.op_type, site.layer, "reference", difference, loss, reason=limit
+            site.name, site.op_type, site.layer, "reference", difference, loss, reason=limit
         )
 
     def _row(
@@ -326,7 +326,7 @@ class _Comparison:
         """The worst of the site's outputs."""
         rows = [self._measure(want[n], got[n], exact.get(n)) for n in want]
         worst = max(rows, key=lambda d: (not d.passed, d.relative))
-        return SiteRow(_title(site), site.op_type, site.layer, method, worst)
+        return SiteRow(site.name, site.op_type, site.layer, method, worst)
 
     def _exact_region(self, region: ModelProto, feeds: dict[str, Array]) -> dict[str, Array]:
         """A site's region in another precision; {} when too large, or it cannot run."""
@@ -377,11 +377,7 @@ def _name(model: Model) -> str:
 
 
 def _skipped(site: Site, reason: str) -> SiteRow:
-    return SiteRow(_title(site), site.op_type, site.layer, "skipped", reason=reason)
-
-
-def _title(site: Site) -> str:
-    return site.outputs[0] if site.outputs else site.node
+    return SiteRow(site.name, site.op_type, site.layer, "skipped", reason=reason)
 
 
 def _folder(model: Model) -> Path | None:

@@ -26,6 +26,7 @@ from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.files.onnx_attrs import graphs
 from sfa_onnx.passes.graph.functions import inline_functions
 from sfa_onnx.passes.graph.order import reads
+from sfa_onnx.passes.graph.provenance import site_of
 from sfa_onnx.report import SiteReport, VerifyRecord
 from sfa_onnx.runtime.portable.hints import read_hint
 from sfa_onnx.runtime.portable.model import OPS, Signature, Style, has_body, write_body
@@ -75,7 +76,7 @@ def restored_sites(model: ModelProto, found: list[str]) -> list[SiteReport]:
     )
     return [
         SiteReport(
-            site_id=nodes[name].name,
+            site_id=site_of(nodes[name].name),
             anchor=nodes[name].name,
             status="fused",
             op_type=nodes[name].op_type,

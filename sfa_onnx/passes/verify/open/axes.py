@@ -42,7 +42,7 @@ class OpenAxes:
         """Name the sizes of `candidate`; those in `stay` keep their numbers.
 
         Raises:
-            UnverifiableError: an operand's shape cannot be told.
+            UnverifiableError: an operand's shape is unknown.
         """
         found = cls()
         sizes = Concrete(index)

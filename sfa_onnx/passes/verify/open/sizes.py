@@ -67,7 +67,7 @@ def open_sizes(
         stuck: takes the names of tables that follow no rule.
 
     Raises:
-        UnverifiableError: an operand's shape cannot be told.
+        UnverifiableError: an operand's shape is unknown.
     """
     axes = OpenAxes.of(index, candidate)
     both = frozenset(n for n in axes.forms.sizes.values() if n in _fixed(axes))

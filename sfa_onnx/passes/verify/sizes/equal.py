@@ -63,7 +63,7 @@ def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:
         if shape is None or len(shape) != len(operand.axes):
             raise UnverifiableError(
                 Refusal(
-                    f"the shape of {operand.value!r} cannot be told without running the model",
+                    f"the shape of {operand.value!r} cannot be known without running the model",
                     operand.value,
                     "export with shapes, or run onnx.shape_inference on the file first",
                 )

@@ -1,0 +1,77 @@
+"""How far two tensors are apart: bounds, directions, what must be equal."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sfa_onnx.runtime.compare.difference import measure
+
+
+def test_nonfinite_values_must_stand_in_the_same_places():
+    a = np.array([1.0, np.nan, np.inf, -np.inf], np.float32)
+    assert measure(a, a).passed
+    for i, wrong in ((1, 0.0), (2, -np.inf), (3, np.nan), (0, np.nan)):
+        b = a.copy()
+        b[i] = wrong
+        assert not measure(a, b).passed
+
+
+def test_absolute_or_relative_is_enough():
+    a = np.array([1e-6, 1000.0], np.float32)
+    assert measure(a, a + np.array([1e-4, 0.0]), atol=1e-3, rtol=0).passed
+    assert measure(a, a * np.array([1, 1.0005]), atol=0, rtol=1e-3).passed
+    worst = measure(a, a + np.array([2e-3, 5.0]), atol=1e-3, rtol=1e-3)
+    assert (worst.outside, worst.worst_index, worst.worst_before) == (2, (1,), 1000.0)
+    assert worst.worst_after == 1005.0
+
+
+def test_the_noise_floor_widens_the_bound_but_not_without_limit():
+    r = np.random.default_rng(0)
+    exact = r.standard_normal(1000)
+    noisy = (exact + 1e-3 * r.standard_normal(1000)).astype(np.float32)
+    other = (exact + 1e-3 * r.standard_normal(1000)).astype(np.float32)
+    assert not measure(noisy, other).passed
+    told = measure(noisy, other, exact=exact)
+    assert told.passed
+    assert 0.5 < told.multiple < 2
+    wild = (exact + 3 * r.standard_normal(1000)).astype(np.float32)
+    assert not measure(wild, exact.astype(np.float32), exact=exact).passed
+
+
+def test_a_small_turn_of_direction_is_caught_where_elements_are_not():
+    a = np.ones(10_000, np.float32)
+    b = a.copy()
+    b[::2] += 1.5e-5
+    assert measure(a, b).passed
+    turned = dataclasses.replace(measure(a, b), cosine=1e-3)
+    assert not turned.passed
+
+
+def test_zero_agrees_in_direction_with_zero_only():
+    zero, one = np.zeros(8, np.float32), np.ones(8, np.float32)
+    assert measure(zero, zero).cosine == 0.0
+    assert measure(zero, zero).passed
+    for a, b in ((zero, one), (one, zero)):
+        assert measure(a, b).cosine == 1.0
+        assert not measure(a, b).passed
+    assert measure(one, -one).cosine == pytest.approx(2.0)
+    assert measure(zero, one, atol=2.0, rtol=0.0).passed, "the caller's bounds hold alone"
+
+
+def test_rows_without_a_softmax_are_told_not_judged():
+    a = np.ones((3, 4), np.float32)
+    b = a.copy()
+    a[1], b[1] = np.nan, 0
+    found = measure(a, b)
+    assert found.passed
+    assert found.undefined == 1
+    assert not measure(np.full((2, 4), np.nan, np.float32), np.zeros((2, 4), np.float32)).passed
+    half = a.copy()
+    half[0, 0] = np.nan
+    assert not measure(half, b).passed
+
+
+# ------------------------------------------------------------------ twins
