@@ -136,6 +136,9 @@ def _masked(s: Spelling, x: Any, more: tuple[Any, ...]) -> Any:
         return torch.where(seen, x, torch.tensor(s.low))
     if s.mask == "tril":
         return x.masked_fill(torch.ones(x.shape[1:]).tril(x.shape[-1] - x.shape[1]) == 0, s.low)
+    if s.mask == "table":  # a constant, once per sequence
+        table = torch.ones(2, 4, 12, dtype=torch.bool).tril(8)
+        return x.masked_fill(~table, s.low)
     if s.mask == "triu":
         return x + torch.full(x.shape[1:], s.low).triu(1 + x.shape[-1] - x.shape[1])
     if s.mask == "padding":

@@ -136,3 +136,14 @@ def test_the_npu_takes_no_padding() -> None:
     (site,) = sfa_onnx.fuse(spelt(replace(BASE, mask="padding")), target="ascend").selections
     assert site.status == "refused"
     assert "the NPU has no such mask" in site.reason
+
+
+def test_a_mask_that_the_file_holds_as_a_table_is_read() -> None:
+    model = spelt(replace(BASE, mask="table"), fixed=True)
+    report = sfa_onnx.fuse(model)
+    assert [s.reason for s in report.selections] == [""]
+    (node,) = nodes(report.model, "NPULightningIndexer")
+    assert next(a.i for a in node.attribute if a.name == "sparse_mode") == 3
+    feeds = arrays(inputs(BASE))
+    want, got = (runtime.run(m, feeds)["indices"] for m in (model, report.model))
+    np.testing.assert_array_equal(want, got)

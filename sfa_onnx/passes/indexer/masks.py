@@ -148,7 +148,8 @@ def _unknown(tracer: Tracer, literal: Visible, keys: Label) -> Stop:
         hint = "leave rows of padding to the attention's own mask"
     else:
         made = tracer.index.maker(value)
-        op = "a graph input" if made is None else f"made by {made.op_type}"
+        given = "a table of the file" if value in tracer.index.initializers else "a graph input"
+        op = given if made is None else f"made by {made.op_type}"
         text = (
             f"the mask {value} ({op}) depends on query row and key, and no order between them"
             " bounds it: a window, sequence ids, or a mask that is handed in"
@@ -315,9 +316,12 @@ def _table(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
     table = tracer.index.constant(ref.value)
     if table is None and ref.value in tracer.index.initializers and not literal.is_bool:
         table = tracer.index.mask_table(ref.value)
-    if table is None or any(n != 1 for n in table.shape[:-2]):
+    if table is None or table.size == 0:
         return None
-    grid: NDArray[Any] = np.asarray(table).reshape(table.shape[-2:])
+    every: NDArray[Any] = np.asarray(table).reshape(-1, *table.shape[-2:])
+    grid = every[0]
+    if not bool((every == grid).all()):  # of each sequence the same
+        return None
     shown = (grid != 0) == literal.positive if literal.is_bool else grid > HIDDEN
     counts = shown.sum(axis=-1)
     if not bool((shown == (np.arange(grid.shape[1]) < counts[:, None])).all()):
