@@ -2,7 +2,7 @@
 # libFuzzer on the core's C ABI and on the binding inside onnxruntime, under AddressSanitizer and
 # UndefinedBehaviorSanitizer, then the core's threads under ThreadSanitizer.
 #
-#     scripts/fuzz-kernels.sh [SECONDS]     each target; default 60; corpus: kernels/tests/fuzz/*.tar
+#     scripts/fuzz-kernels.sh [SECONDS]     each target; default 60; corpus: kernels/tests/fuzz/*.tar.gz
 #
 # CLANG: the compiler (default: clang++-19, else clang++), installed from Debian where it is missing
 # and we may; PYTHON: an interpreter with onnxruntime (default: python3). CORPUS: a folder for what
@@ -41,7 +41,7 @@ build() {  # NAME SANITIZERS TARGETS
 
 fuzz() {  # NAME TARGET OPTIONS
   mkdir -p "$corpus/$2" "$work/found"
-  tar -xf "$root/kernels/tests/fuzz/$2.tar" -C "$corpus/$2"
+  tar -xf "$root/kernels/tests/fuzz/$2.tar.gz" -C "$corpus/$2"
   echo "== fuzzing, $2, $1: $seconds seconds"
   if ! "$work/$1/kernels/tests/$2" -max_total_time="$seconds" -max_len=600 -timeout=60 \
     -print_final_stats=1 -verbosity=0 -artifact_prefix="$work/found/" "${@:3}" "$corpus/$2" \

@@ -31,6 +31,9 @@ VERBS = {
         *("fuse", "m.onnx", "-o", "out.onnx", "--materialize-absorbed", "--force")
     ],
     "fuse --weights copy": ["fuse", "m.onnx", "-o", "far/out.onnx", "--weights", "copy", "--force"],
+    "fuse --report": ["fuse", "m.onnx", "-o", "out.onnx", "--report", "page.html", "--force"],
+    "fuse, in place": ["fuse", "m.onnx", "-o", "m.onnx", "--force"],
+    "compare --report": ["compare", "m.onnx", "fused.onnx", "--report", "page.html", "--force"],
     "unfuse": ["unfuse", "fused.onnx", "-o", "out.onnx", "--force"],
     "kv-cache": ["kv-cache", "m.onnx", "-o", "out.onnx", "--to", "int8", "--force"],
     "check --fix": ["check", "m.onnx", "--fix", "-o", "out.onnx", "--force"],
@@ -39,6 +42,14 @@ VERBS = {
     "atc": [
         *("atc", "fused.onnx", "-o", "atc", "--soc-version", "Ascend910B2", "--no-run", "--force")
     ],
+    "demo": ["demo", "-o", "tour"],
+}
+
+# What stood there before, where the verb itself would only write the same again.
+OLDER = {
+    "fuse, in place": ["inspect", "m.onnx", "--no-verify"],
+    "demo": ["inspect", "m.onnx", "--no-verify"],
+    "atc": [word.replace("910B2", "910B3") for word in VERBS["atc"]],
 }
 
 
@@ -68,9 +79,13 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file that is not a hidden temporary one."""
-    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    """Every file that is neither hidden nor in a hidden folder: those are temporary."""
+    found = {}
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") for part in parts):
+            found["/".join(parts)] = path.read_bytes()
+    return found
 
 
 def broken(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
@@ -100,9 +115,13 @@ def broken(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> l
                 if all(arrays[n].size >= 0 for n in arrays.files):
                     continue
             found.append(f"{name}: does not open")
+        elif name.endswith(".html"):  # it holds the time and memory that the run took
+            if not data.rstrip().endswith(b"</html>"):
+                found.append(f"{name}: cut off")
         elif name in before:
             found.append(f"{name}: neither the old content nor the new one")
     found += [f"{name}: gone" for name in before if not (folder / name).exists()]
+    found += _mixed(contents(folder), before, after)
     # An old model whose weights changed under it opens, and computes something else.
     for name, data in before.items():
         if name.endswith(".onnx") and (folder / name).read_bytes() == data:
@@ -114,6 +133,13 @@ def broken(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> l
     return found
 
 
+def _mixed(now: dict[str, bytes], before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
+    """A hand-over of which one file is old and another is new."""
+    files = [n for n in before if n.startswith("atc/") and before[n] != after.get(n)]
+    old = [n for n in files if now.get(n) == before[n]]
+    return [f"atc: {n} is old, others are new" for n in old] if len(old) < len(files) else []
+
+
 def trial(verb: str, times: int, seed: int) -> dict[str, object]:
     """Kill one verb `times` times."""
     r = random.Random(seed)
@@ -122,7 +148,7 @@ def trial(verb: str, times: int, seed: int) -> dict[str, object]:
         base.mkdir()
         prepare(base)
         begin = time.monotonic()
-        code = start(VERBS[verb], base).wait()
+        code = start(OLDER.get(verb, VERBS[verb]), base).wait()
         seconds = time.monotonic() - begin
         before = contents(base)
         again = Path(name) / "again"

@@ -293,7 +293,7 @@ def test_old_opsets(opset, ours_too, passes):
 
 def test_values_nobody_produces_are_refused():
     node = helper.make_node("Add", ["x", "nowhere"], ["y"], "add")
-    with pytest.raises(ModelError, match="'add' reads 'nowhere', which nothing produces"):
+    with pytest.raises(ModelError, match="'add' reads 'nowhere', which nothing makes"):
         flavour.to_atc(build([node], [("x", 1, [2])], [("y", 1, [2])]))
 
 

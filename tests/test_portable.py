@@ -249,6 +249,7 @@ def test_old_opsets_and_unknown_types_are_refused():
         make_portable(op_model(case, opset=13))
     model = op_model(case)
     model.graph.node[0].input[0] = "mystery"
+    model.graph.node.insert(0, helper.make_node("Maker", [], ["mystery"], domain="theirs"))
     with pytest.raises(ModelError, match="type of 'mystery', input query"):
         make_portable(model)
 

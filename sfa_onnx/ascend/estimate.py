@@ -31,6 +31,7 @@ from sfa_onnx.ascend.chips import Chip, chip_of
 from sfa_onnx.ascend.copies import CopyEstimate, copies, dim_size, dims_product
 from sfa_onnx.ascend.layer import LayerLine, layer_costs
 from sfa_onnx.errors import UsageError
+from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.op import EXPANDED, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from sfa_onnx.passes.graph.provenance import site_of
@@ -119,6 +120,7 @@ def estimate(
 
     Raises:
         UsageError: an unknown chip, or one without public figures.
+        ModelError: the model breaks the format's rules.
     """
     soc = soc_version or DEFAULT_SOC
     chip = chip_of(soc)
@@ -126,6 +128,7 @@ def estimate(
         raise UsageError(
             f"no public figures for {soc}: estimates exist for Ascend910B1 to B4 and Ascend910_93xx"
         )
+    model = load_model(model)
     ctx = Context(ModelView(model), cann(DEFAULT_CANN), OWN_PLUGINS, soc)
     bound = dict(dims or {})
     sites = [s for node in ctx.nodes() if (s := _site(ctx, node, chip, bound)) is not None]

@@ -31,7 +31,7 @@ from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
 from sfa_onnx.ascend.flavour.sinks import sinks_behind
 from sfa_onnx.errors import ModelError, UsageError
-from sfa_onnx.files.model import paused_gc
+from sfa_onnx.files.model import load_model, paused_gc
 from sfa_onnx.guard.doors import door
 from sfa_onnx.guard.guarded import inline
 from sfa_onnx.operator.op import ALL_OPS, DOMAIN_NPU, DOMAIN_OWN
@@ -96,10 +96,12 @@ def convert(
             given, as all its lines have them.
 
     Raises:
-        ModelError: something in the graph has no form CANN's parser understands, named.
+        ModelError: the model breaks the format's rules, or something in the graph has no form
+            that CANN's parser understands, named.
         ContractError: one of our nodes breaks its contract.
         UsageError: unknown binding, dtype, opset or CANN line.
     """
+    model = load_model(model)
     _check_limit(MAX_OPSET if opset is None else opset, model)
     if cann is not None:
         line_of(cann)
@@ -189,7 +191,7 @@ def from_atc(model: ModelProto) -> ModelProto:
         ModelError: the model imports no default domain.
         ContractError: a node of ours carries what has no canonical form.
     """
-    from sfa_onnx.runtime.portable.model import make_portable
+    from sfa_onnx.runtime.portable.model import with_bodies
     from sfa_onnx.runtime.portable.norms import add_norm_bodies
 
     work, stash = _without_weights(model)
@@ -205,7 +207,7 @@ def from_atc(model: ModelProto) -> ModelProto:
     work.ir_version = story.get("ir_version_before", work.ir_version)
     _set_metadata(work, None)
     if story.get("portable"):
-        work = make_portable(work)
+        work = with_bodies(work)
     add_norm_bodies(work)
     _restore(work, stash)
     return work

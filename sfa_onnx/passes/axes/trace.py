@@ -241,9 +241,9 @@ class Tracer:
         """What is said where ranks and sizes around a node cannot be those of its operator."""
         known = ((n, self.index.shape(n)) for n in (*node.input, *node.output) if n)
         shapes = ", ".join(f"{n!r} {list(s)}" for n, s in known if s is not None)
+        name = node.name or node.output[0]
         return Stop(
-            f"the shapes around {node.op_type} {self.index.label(node)} contradict each other:"
-            f" {shapes}",
+            f"the shapes around {node.op_type} {name!r} contradict each other: {shapes}",
             node.output[0],
             "export the model again, or drop its declared shapes and infer them anew",
         )

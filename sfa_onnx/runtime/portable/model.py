@@ -14,6 +14,7 @@ import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, helper
 
 from sfa_onnx.errors import ModelError
+from sfa_onnx.files.model import load_model
 from sfa_onnx.files.onnx_attrs import attributes, graphs, subgraphs
 from sfa_onnx.guard.doors import door
 from sfa_onnx.operator.contract import OpContract, Rounding
@@ -32,7 +33,16 @@ from sfa_onnx.runtime.portable.hints import write_hint
 from sfa_onnx.runtime.portable.indexer import indexer_body
 from sfa_onnx.runtime.portable.pack import pack_body
 
-__all__ = ["OPS", "Signature", "Style", "has_body", "make_portable", "unfuse", "write_body"]
+__all__ = [
+    "OPS",
+    "Signature",
+    "Style",
+    "has_body",
+    "make_portable",
+    "unfuse",
+    "with_bodies",
+    "write_body",
+]
 
 OPS: Final[dict[tuple[str, str], OpContract]] = {op.key: op for op in ALL_OPS}
 _OVERLOAD_IR: Final = 10  # IR version that brought FunctionProto.overload
@@ -111,9 +121,15 @@ def make_portable(model: ModelProto, *, rounding: Rounding = "exact") -> ModelPr
         rounding: of the functions; the kernels take the session's (`runtime.session`).
 
     Raises:
-        ModelError: the model's opset is too old, or the type of an operator's input is unknown.
+        ModelError: the model breaks the format's rules, its opset is too old, or the type of an
+            operator's input is unknown.
         ContractError: a node's attributes are illegal.
     """
+    return with_bodies(load_model(model), rounding)
+
+
+def with_bodies(model: ModelProto, rounding: Rounding = "exact") -> ModelProto:
+    """`make_portable` for a model that was looked at already."""
     out, opset, types = _prepared(model)
     known: dict[Signature, str] = {}
     for node in (n for graph in graphs(out.graph) for n in graph.node if has_body(n)):
