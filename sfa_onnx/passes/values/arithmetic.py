@@ -153,6 +153,8 @@ def _common(n: Normal, term: Term) -> Term | None:
 
 def _expanded(n: Normal, term: Term) -> Term | None:
     """(a + b) c - b c + d = a c + d: a product of a sum meets what takes a part of it away."""
+    if not any(f.op == "add" for a in term.args if a.op == "mul" for f in a.args):
+        return None
     parts: list[Term] = []
     for a in term.args:
         sums = [f for f in factors(a) if f.op == "add"]
