@@ -13,6 +13,7 @@ import sfa_onnx.torch as sfa_torch  # noqa: E402
 from sfa_onnx import runtime  # noqa: E402
 from sfa_onnx.errors import UsageError  # noqa: E402
 from tests.zoo.hf import Spec, make_model  # noqa: E402
+from tests.zoo.kin import Kin, cache_name, make  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -110,8 +111,43 @@ def test_the_export_has_the_operator_inside(tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def decode(model, cache=None, steps=3):
+    """The last state after a padded prompt of two, and after each of some more tokens."""
+    ids, mask = prompt()
+    name, states = cache_name(model), []
+    kw = {} if cache is None else {name: cache}
+    with torch.no_grad():
+        for step in range(steps + 1):
+            out = model(input_ids=ids, attention_mask=mask, use_cache=True, **kw)
+            states.append((out.logits if hasattr(out, "logits") else out[0])[:, -1])
+            kw, ids = {name: getattr(out, name)}, torch.tensor([[5 + step], [9]])
+            mask = torch.cat((mask, torch.ones_like(ids)), 1)
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "kin", [Kin("axk2"), Kin("dots3_note"), Kin("mistral_large4", nope=True)], ids=str
+)
+def test_the_other_families_have_the_originals_states(kin, attention):
+    model = make(kin)
+    model.config._attn_implementation = attention
+    want = decode(model)
+    assert sfa_torch.patch_attention(model)
+    got = decode(model)
+    assert (got - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+    sfa_torch.unpatch_attention(model)
+    assert torch.equal(decode(model), want)
+    sfa_torch.patch_attention(model, cache="paged-int8")
+    packed = decode(model)
+    np.testing.assert_allclose(
+        decode(model, sfa_torch.PagedInt8Cache(block_size=16)), packed, rtol=1e-4, atol=1e-4
+    )
+    assert 1e-5 < (packed - want).norm() / want.norm() < 0.15
+
+
 def test_what_cannot_be_patched_is_refused():
-    with pytest.raises(UsageError, match="model: expected one with DeepseekV32Attention or"):
+    with pytest.raises(UsageError, match="model: expected one with an indexer in AXK2Attention"):
         sfa_torch.patch_attention(torch.nn.Linear(2, 2))
     model = tiny()
     with pytest.raises(UsageError, match="expected one that patch_attention changed"):

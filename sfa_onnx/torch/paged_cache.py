@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 
 from sfa_onnx.errors import UsageError
-from sfa_onnx.torch.patch import tile_of
+from sfa_onnx.torch.patch import pack_rows
 
 __all__ = ["PagedInt8Cache", "PagedInt8Layer"]
 
@@ -43,11 +43,7 @@ class PagedInt8Layer(DynamicIndexedLayer):  # type: ignore[misc]
             raise UsageError(
                 f"latents: expected one head, as sparse attention caches them, got {latent.shape}"
             )
-        rows = torch.ops.sfa_onnx.kv_cache_pack(
-            latent.transpose(1, 2).detach().contiguous(),
-            rope=rope.transpose(1, 2).detach().contiguous(),
-            tile_size=tile_of(latent.shape[-1]),
-        )  # [B, S, 1, D]
+        rows = pack_rows(latent, rope)  # [B, S, 1, D]
         if not self.is_initialized:
             self.batch = rows.shape[0]
             self.keys = rows.new_zeros((0, self.block_size, 1, rows.shape[-1]))

@@ -8,6 +8,7 @@ operator attends to the latents themselves (absorbed form). Weights are not touc
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Final, Literal
 
 import torch
@@ -19,7 +20,14 @@ __all__ = ["patch_attention", "unpatch_attention"]
 Cache = Literal["float", "paged-int8"]
 
 # Attention classes whose forward hands the interface the indexer's choice and calls expand_kv once.
-_CLASSES: Final = ("DeepseekV32Attention", "GlmMoeDsaAttention")
+_CLASSES: Final = (
+    "AXK2Attention",
+    "DeepseekV32Attention",
+    "Dots3NoteTextAttention",
+    "GlmMoeDsaAttention",
+    "HYV4Attention",
+    "MistralLarge4TextAttention",
+)
 _BASES: Final = ("eager", "sdpa")
 _MARK: Final = "_sfa_onnx_patched"
 
@@ -32,7 +40,9 @@ def patch_attention(
     The model is changed in place; `unpatch_attention` undoes it. Inference only.
 
     Args:
-        model: of `transformers`' deepseek_v32 or glm_moe_dsa, loaded with "eager" or "sdpa".
+        model: of `transformers`' axk2, deepseek_v32, dots3_note, glm_moe_dsa, hy_v4 or
+            mistral_large4, loaded with "eager" or "sdpa". Layers that attend to a window or to all
+            keys stay as they are.
         cache: "float": latents as they are, the original's results but for float sums.
             "paged-int8": latents quantised to packed int8 rows; give `generate` a `PagedInt8Cache`
             as `past_key_values` to keep them so (another cache is quantised anew at every step).
@@ -47,11 +57,12 @@ def patch_attention(
     """
     if cache not in ("float", "paged-int8"):
         raise UsageError(f"cache: expected 'float' or 'paged-int8', got {cache!r}")
-    found = {name: m for name, m in model.named_modules() if type(m).__name__ in _CLASSES}
+    found = {name: m for name, m in model.named_modules() if _is_sparse(m)}
     if not found:
         kinds = sorted({type(m).__name__ for m in model.modules() if "Attention" in str(type(m))})
         raise UsageError(
-            f"model: expected one with {' or '.join(_CLASSES)}, got {', '.join(kinds) or 'none'}"
+            f"model: expected one with an indexer in {' or '.join(_CLASSES)},"
+            f" got {', '.join(kinds) or 'none'}"
         )
     configs = {id(m.config): m.config for m in found.values()}
     for name, module in found.items():
@@ -78,6 +89,12 @@ def unpatch_attention(model: torch.nn.Module) -> None:
         delattr(module, _MARK)
         base = module.config._attn_implementation
         module.config._attn_implementation = base.removeprefix("sfa_onnx_")
+
+
+def _is_sparse(module: Any) -> bool:
+    """Whether a layer attends to an indexer's choice, its own or an earlier layer's."""
+    chooses = getattr(module, "indexer", None) is not None or getattr(module, "skip_topk", False)
+    return type(module).__name__ in _CLASSES and chooses
 
 
 def _check(name: str, module: Any) -> None:
@@ -120,37 +137,64 @@ def _attention(
     attention_mask: torch.Tensor,
     *,
     scaling: float,
-    indices: torch.Tensor,
-    **_kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    indices: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
     """The attention interface: [B, N1, S1, nope+R] -> [B, S1, N1, v].
 
     `latent` [B, 1, S2, C] and `rope` [B, 1, S2, R] as the model caches them, or the pages and the
-    block table of a `PagedInt8Cache`.
+    block table of a `PagedInt8Cache`. `s_aux` [N1] are sinks. A layer that was not patched gets
+    what it had.
     """
+    if not hasattr(module, _MARK):
+        kwargs |= {} if s_aux is None else {"s_aux": s_aux}
+        return _unpatched(module)(
+            module, query, latent, rope, attention_mask, scaling=scaling, **kwargs
+        )
+    assert indices is not None
+    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
     nope, width = module.qk_nope_head_dim, module.kv_lora_rank
     weight = module.kv_b_proj.weight.view(module.num_heads, -1, width)  # [N1, nope+v, C]
     q = query.transpose(1, 2)  # [B, S1, N1, nope+R]
     absorbed = torch.einsum("bshd,hdc->bshc", q[..., :nope], weight[:, :nope]).contiguous()
-    q_rope = q[..., nope:].contiguous()
+    q_rope = q[..., nope:].contiguous() if query.shape[-1] > nope else None
     cache, rounding = getattr(module, _MARK)
     chosen = _visible(indices, attention_mask)
     if latent.dtype == torch.int8:
         keys = attention_mask.shape[-1]
-        out = _packed(absorbed, q_rope, latent, chosen, scaling, rounding, (rope, keys))
+        out = _packed(absorbed, q_rope, latent, chosen, scaling, rounding, sinks, (rope, keys))
     elif cache == "paged-int8":
-        rows = torch.ops.sfa_onnx.kv_cache_pack(
-            latent.transpose(1, 2).contiguous(), rope=rope.transpose(1, 2).contiguous(),
-            tile_size=tile_of(width),
-        )  # fmt: skip
-        out = _packed(absorbed, q_rope, rows, chosen, scaling, rounding, None)
+        rows = pack_rows(latent, rope)
+        out = _packed(absorbed, q_rope, rows, chosen, scaling, rounding, sinks, None)
     else:
         key = latent.transpose(1, 2).contiguous()  # [B, S2, 1, C]
+        key_rope = None if q_rope is None else rope.transpose(1, 2).contiguous()
         out = torch.ops.sfa_onnx.npu_sparse_flash_attention(
-            absorbed, key, key, chosen, scaling, query_rope=q_rope,
-            key_rope=rope.transpose(1, 2).contiguous(), sparse_mode=0, attention_mode=2,
+            absorbed, key, key, chosen, scaling, query_rope=q_rope, key_rope=key_rope,
+            sinks=sinks, sparse_mode=0, attention_mode=2,
         )  # fmt: skip
     return torch.einsum("bshc,hvc->bshv", out, weight[:, nope:]), None
+
+
+def _unpatched(module: Any) -> Any:
+    """The attention that a layer of the model had, by its configuration."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    base = module.config._attn_implementation.removeprefix("sfa_onnx_")
+    if base == "eager":  # every model's own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def pack_rows(latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Latents [B, 1, S, C] and ropes [B, 1, S, R], R >= 0, as packed rows [B, S, 1, D]."""
+    rows: torch.Tensor = torch.ops.sfa_onnx.kv_cache_pack(
+        latent.transpose(1, 2).detach().contiguous(),
+        rope=rope.transpose(1, 2).detach().contiguous() if rope.shape[-1] else None,
+        tile_size=tile_of(latent.shape[-1]),
+    )
+    return rows
 
 
 def _visible(indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -168,11 +212,12 @@ def tile_of(width: int) -> int:
 
 def _packed(
     absorbed: torch.Tensor,
-    q_rope: torch.Tensor,
+    q_rope: torch.Tensor | None,
     rows: torch.Tensor,
     chosen: torch.Tensor,
     scaling: float,
     rounding: str,
+    sinks: torch.Tensor | None,
     pages: tuple[torch.Tensor, int] | None,
 ) -> torch.Tensor:
     """The int8 operator over rows [B, S2, 1, D], or over pages with (block_table, keys in use)."""
@@ -181,10 +226,12 @@ def _packed(
         table, keys = pages
         lengths = torch.full((table.shape[0],), keys, dtype=torch.int32)
         paged = {"block_table": table, "actual_seq_lengths_kv": lengths, "layout_kv": "PA_BSND"}
+    width = 0 if q_rope is None else q_rope.shape[-1]
+    query = absorbed if q_rope is None else torch.cat((absorbed, q_rope), -1)
     out: torch.Tensor = torch.ops.sfa_onnx.npu_sparse_flash_attention_antiquant(
-        torch.cat((absorbed, q_rope), -1), rows, rows, chosen, scaling, 1, 2, 2,
-        sparse_mode=0, attention_mode=2, quant_scale_repo_mode=1,
-        tile_size=tile_of(absorbed.shape[-1]), rope_head_dim=q_rope.shape[-1],
+        query, rows, rows, chosen, scaling, 1, 2, 2,
+        sparse_mode=0, attention_mode=2, quant_scale_repo_mode=1, sinks=sinks,
+        tile_size=tile_of(absorbed.shape[-1]), rope_head_dim=width,
         rounding=rounding, **paged,
     )  # fmt: skip
     return out
