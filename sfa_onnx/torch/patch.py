@@ -149,9 +149,11 @@ def _attention(
     """
     if not hasattr(module, _MARK):
         kwargs |= {} if s_aux is None else {"s_aux": s_aux}
-        return _unpatched(module)(
+        before = _unpatched(module)
+        out, weights = before(
             module, query, latent, rope, attention_mask, scaling=scaling, **kwargs
-        )
+        )  # fmt: skip
+        return out, weights
     assert indices is not None
     sinks = None if s_aux is None else s_aux.detach().float().contiguous()
     nope, width = module.qk_nope_head_dim, module.kv_lora_rank
