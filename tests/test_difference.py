@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sfa_onnx.runtime.compare.difference import measure
+from sfa_onnx.runtime.compare.difference import DECADES, CompareReport, OutputRow, measure
 
 
 def test_nonfinite_values_must_stand_in_the_same_places():
@@ -74,4 +74,35 @@ def test_rows_without_a_softmax_are_told_not_judged():
     assert not measure(half, b).passed
 
 
-# ------------------------------------------------------------------ twins
+def test_a_comparison_passes_only_when_it_was_made_and_all_agreed():
+    good, bad = measure(np.ones(4), np.ones(4)), measure(np.ones(4), np.zeros(4))
+    report = CompareReport("a", "b", outputs=[OutputRow("y", good)])
+    assert report.passed
+    assert not dataclasses.replace(report, missing="no weights").passed
+    assert not dataclasses.replace(report, outputs=[]).passed
+    assert not dataclasses.replace(report, outputs=[*report.outputs, OutputRow("z", bad)]).passed
+    told = [*report.outputs, OutputRow("z", bad, judged=False)]
+    assert dataclasses.replace(report, outputs=told).passed
+
+
+def test_a_single_float_beyond_its_bound_and_one_index_in_two_hundred():
+    a = np.ones(200, np.float32)
+    b = a.copy()
+    b[7] = 2
+    assert not measure(a, b).passed
+    indices = np.arange(200)
+    turned = indices.copy()
+    turned[7] = 8
+    assert measure(indices, turned).passed, "a selection may differ where scores tie"
+    turned[:9] = 100
+    assert not measure(indices, turned).passed
+
+
+def test_errors_are_counted_by_size_in_units_of_the_bound():
+    a = np.ones(6)
+    b = a + np.array([0, 0.5e-3, 5e-3, 0.5, 1e-12, 1e9])
+    counts = measure(a, b, atol=1e-3, rtol=0.0).decades
+    assert sum(counts) == 6
+    assert counts[0] == 1
+    seen = {DECADES[i]: n for i, n in enumerate(counts[1:]) if n}
+    assert seen == {-8: 1, -1: 1, 0: 1, 2: 1, 3: 1}
