@@ -173,6 +173,13 @@ def test_normal_forms_keep_their_numbers(row: Identity, seed: int) -> None:
         assert same(read(text), normal().again(read(text)), seed)
 
 
+def test_above_a_low_is_where_the_mask_keeps() -> None:
+    whole = normal()
+    for low, kept in (("-1e5", True), ("-5", False)):
+        found = whole.again(read(f"{low} < where(c, dot(a), -inf)"))
+        assert (found == whole.again(read("c"))) == kept
+
+
 def test_every_name_stands_once() -> None:
     assert len({row.name for row in TABLE}) == len(TABLE)
 
