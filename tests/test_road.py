@@ -120,7 +120,7 @@ def test_every_verb_after_every_other(road: tuple[Kin, Path, Path], tmp_path: Pa
     ours = _ours(onnx.load(after))
     assert len(sfa_onnx.unfuse(after, plain).sites) == len(ours)
     assert compare(before, plain).passed
-    again = sfa_onnx.fuse(plain, expect_sites=kin.layers).model
+    again = sfa_onnx.fuse(plain, expect_sites=len(ours)).model
     assert [n.op_type for n in again.graph.node] == [n.op_type for n in onnx.load(after).graph.node]
     found = checks.check(after, cann="9.1", soc_version=SOC)
     assert not any(f.rule == "not-sound" for f in found.findings)
@@ -152,8 +152,9 @@ def _converted(kin: Kin, form: str, before: Path, after: Path, path: Path) -> No
     convert(after, path, to=form, block_size=BLOCK)
     report = compare(before, path)
     assert report.passed, (form, report.verdict, report.notes)
-    assert len(report.sites) == kin.layers
-    assert all(site.loss is not None and site.loss < 0.05 for site in report.sites)
+    attention = [site for site in report.sites if site.op_type != "NPULightningIndexer"]
+    assert len(attention) == kin.layers
+    assert all(site.loss is not None and site.loss < 0.05 for site in attention)
     runs(path)
 
 

@@ -30,6 +30,7 @@ from sfa_onnx.passes.graph.sub_graphs import bodies
 __all__ = [
     "AFTER",
     "Site",
+    "attending",
     "find_sites",
     "joined_model",
     "region_above",
@@ -91,6 +92,18 @@ def find_sites(before: ModelProto, after: ModelProto) -> list[Site]:
                  region_a, position)
         )  # fmt: skip
     return sites
+
+
+def attending(after: ModelProto, site: Site) -> int:
+    """Position of the operator that makes the values of a site which are no selection.
+
+    Where the file keeps no value of a selection, an indexer and the attention that reads it meet
+    the original in the same values.
+    """
+    nodes = after.graph.node
+    found = [i for i in site.after if nodes[i].domain and nodes[i].op_type not in _INDEXERS]
+    ours = [i for i in found if find_op(nodes[i].domain, nodes[i].op_type) not in (None, *EXPANDED)]
+    return max(ours, default=site.own)
 
 
 def sites_in_bodies(graph: GraphProto) -> int:

@@ -32,6 +32,7 @@ from sfa_onnx.runtime.compare.difference import CompareReport, OutputRow, SiteRo
 from sfa_onnx.runtime.compare.extract import (
     AFTER,
     Site,
+    attending,
     find_sites,
     joined_model,
     region_above,
@@ -285,8 +286,8 @@ class _Comparison:
         got: dict[str, Array],
     ) -> SiteRow:
         """A converted site: judged against the original's on int8-rounded latents."""
-        node = self.second.graph.node[site.own]
         selects = is_selection(plain)
+        node = self.second.graph.node[site.own if selects else attending(self.second, site)]
         if selects and node.op_type == LIGHTNING_INDEXER.name:  # its keys are not rounded
             return self._row(site, "captured", plain, got, {})
         distance = other_keys if selects else relative_distance
