@@ -227,3 +227,21 @@ def test_pages_of_a_converted_model_agree(fixed):
     assert (last // 16 == table[np.arange(len(table)), (lengths - 1) // 16]).all()
     got = runtime.run(model, feeds)
     assert all(np.isfinite(a).all() for a in got.values() if a.dtype.kind == "f")
+
+
+def test_a_mask_laid_beside_the_keys_is_as_long_as_they_are() -> None:
+    """An indexer takes hidden keys as one more column: past + 1 rows of it."""
+    nodes = [
+        helper.make_node("Concat", ["past_key", "new_key"], ["keys"], axis=1),
+        helper.make_node("Unsqueeze", ["attention_mask", "last"], ["column"]),
+        helper.make_node("Concat", ["keys", "column"], ["y"], axis=-1),
+    ]
+    given = {"past_key": ["s1", "s2", 8], "new_key": ["s1", 1, 8], "attention_mask": ["s3", "s4"]}
+    inputs = [helper.make_tensor_value_info(n, 1, d) for n, d in given.items()]
+    outputs = [helper.make_tensor_value_info("y", 1, None)]
+    last = numpy_helper.from_array(np.array([-1]), "last")
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [last])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    feeds = random_feeds(model)
+    batch, past, _ = feeds["past_key"].shape
+    assert feeds["attention_mask"].shape == (batch, past + 1)

@@ -166,6 +166,8 @@ def _misfits(index: GraphIndex, sizes: dict[str, int]) -> Iterator[_Short]:
             yield from _slots_meeting(known, node)
         elif node.op_type in _MEETS:
             yield from _meeting(known, node)
+        elif node.op_type == "Concat":
+            yield from _joining(known, node)
         elif node.op_type in _INDEXES:
             yield from _leaving(known, node)
         elif node.op_type == "TopK":
@@ -197,6 +199,20 @@ def _meeting(known: Concrete, node: NodeProto) -> Iterator[_Short]:
         here = [(s[-i], n, len(s) - i) for n, s in told if len(s) >= i and s[-i] != 1]
         if here and min(here)[0] != max(here)[0]:
             size, name, axis = min(here)
+            yield _Short(name, axis, max(here)[0] - size, "")
+
+
+def _joining(known: Concrete, node: NodeProto) -> Iterator[_Short]:
+    """Sizes beside the joined axis that differ (a mask laid beside the keys it hides)."""
+    shapes = [(shape, name) for name in node.input if (shape := _shape(known, name))]
+    ranks = {len(shape) for shape, _ in shapes}
+    if len(ranks) != 1:
+        return
+    rank = ranks.pop()
+    for axis in set(range(rank)) - {int(attribute(node, "axis", 0)) % rank}:
+        here = [(shape[axis], name) for shape, name in shapes]
+        if min(here)[0] != max(here)[0]:
+            size, name = min(here)
             yield _Short(name, axis, max(here)[0] - size, "")
 
 
