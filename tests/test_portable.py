@@ -217,6 +217,16 @@ def test_unfuse_leaves_standard_operators_and_everything_else_alone():
     close(-got["after"], case, 3e-6)
 
 
+def test_nodes_of_a_body_are_named_apart_whatever_its_result_is_called():
+    """A result called "indices_16" once shared its number with the body's sixteenth value."""
+    model = op_model(make_case())
+    for number in range(100):
+        model.graph.output[0].name = f"result_{number}"
+        model.graph.node[0].output[0] = f"result_{number}"
+        names = [node.name for node in unfuse(model).graph.node]
+        assert len(set(names)) == len(names)
+
+
 def test_sites_inside_control_flow_are_rewritten():
     case = make_case(dtype=np.float32)
     model = op_model(case)

@@ -308,10 +308,11 @@ def _expanded(
     inner |= {r: n for r, n in zip(results, node.output, strict=False) if n}
     scale = next((a.f for a in node.attribute if a.name in _AT_RUN_TIME), 0.0)
     for copy in body:
+        # The body numbers its values; the model's own names of results may end alike.
+        copy.name = prefix + copy.op_type + "_" + copy.output[0].rsplit("_", 1)[-1]
         for names in (copy.input, copy.output):
             for i, name in enumerate(names):
                 names[i] = inner.get(name, prefix + name)
-        copy.name = prefix + copy.op_type + "_" + copy.output[0].rsplit("_", 1)[-1]
         for attribute in copy.attribute:
             if attribute.ref_attr_name:
                 attribute.CopyFrom(helper.make_attribute(attribute.name, float(scale)))
