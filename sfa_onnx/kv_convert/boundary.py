@@ -41,6 +41,7 @@ class Boundary:
         self.ropes: dict[str, tuple[Translator, Translated]] = {}
         self.old_inputs: set[str] = set()
         self.caches: list[CacheInput] = []
+        self.counters: set[str] = set()  # inputs that count the same rows, one per layer
 
     def convert(self, translators: list[Translator]) -> list[CacheEntry]:
         """Change inputs, outputs and shape readers; returns the new interface's entries."""
@@ -73,7 +74,9 @@ class Boundary:
             )
         for name, write in writes[1:]:
             first, known = writes[0]
-            if write.kind == known.kind and same_value(self.index, write.places, known.places):
+            if write.kind == known.kind and same_value(
+                self.index, write.places, known.places, self.counters
+            ):
                 continue
             raise ModelError(
                 f"the caches {first} and {name} are written at places that are not seen to be the"

@@ -176,7 +176,13 @@ def adapt_feeds(
             adapted |= parts
             continue
         rows = parts[cache.packed_in]
-        where = _places(cache, feeds, rows, new_tokens, start)
+        places = _places(cache, feeds, rows, new_tokens, start)
+        if where is not None and not np.array_equal(places, where):
+            raise UsageError(
+                f"{cache.packed_in}: its rows go to {places.tolist()} and those of another cache to"
+                f" {where.tolist()}, and pages have one slot_mapping; feed equal positions"
+            )
+        where = places
         used = _used(cache, rows, where, start)
         room = max(rows.shape[1], int(used.max(initial=0)))
         for name, part in parts.items():

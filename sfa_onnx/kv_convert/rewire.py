@@ -100,6 +100,7 @@ class Conversion:
             boundary = Boundary(self.graph, self.index, self.emit, self.form, self.block_size)
             translators = (*self.translators.values(), *self.keys.translators.values())
             self.entries = boundary.convert(list(translators))
+            self._note_counters(sorted(boundary.counters))
         arrange.settle(self.emit)
         if self.form != "int8":
             boundary.check_readers()
@@ -114,6 +115,13 @@ class Conversion:
             "bytes_per_token_after": sum(e.bytes_after for e in self.entries),
             "notes": self.notes,
         }
+
+    def _note_counters(self, names: list[str]) -> None:
+        """What one `slot_mapping` takes for granted of a counter that each layer has."""
+        if names:
+            self.notes.append(
+                f"one slot_mapping stands for {', '.join(names)}: they are taken to be equal"
+            )
 
     @property
     def tokens(self) -> str:

@@ -6,6 +6,7 @@ be overwritten: bytes do not add up. What is not so is refused, never converted 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["Write", "Writes", "position_input", "same_value"]
 
+_NUMBER = re.compile(r"\d+")
 _DEEP = 200  # nodes above two values that are compared
 _SOURCE = {"B": 0, "S": 1, "1": 2, "C": 3}  # axes of packed rows [B, S, 1, D]
 
@@ -136,12 +138,25 @@ def _label(node: onnx.NodeProto) -> str:
     return f"{node.name or node.output[0]} ({node.op_type})"
 
 
-def same_value(index: GraphIndex, one: str, other: str) -> bool:
-    """Whether two values are computed alike from the same values (an exporter repeats itself)."""
+def same_value(
+    index: GraphIndex, one: str, other: str, counters: set[str] | None = None
+) -> bool:
+    """Whether two values are computed alike from the same values (an exporter repeats itself).
+
+    Args:
+        index: the graph.
+        one: a value.
+        other: another one.
+        counters: takes the inputs that are one counter kept once per layer, which then are the
+            same; None: other inputs are other values.
+    """
     stack, seen = [(one, other)], set[tuple[str, str]]()
     while stack:
         pair = stack.pop()
         if pair[0] == pair[1] or pair in seen:
+            continue
+        if counters is not None and _one_counter(index, *pair):
+            counters.update(pair)
             continue
         seen.add(pair)
         if len(seen) > _DEEP:
@@ -156,6 +171,16 @@ def same_value(index: GraphIndex, one: str, other: str) -> bool:
             return False
         stack += zip(mine.input, theirs.input, strict=True)
     return True
+
+
+def _one_counter(index: GraphIndex, one: str, other: str) -> bool:
+    """Whether two inputs differ by the layer's number in their names alone."""
+    return (
+        index.is_graph_input(one)
+        and index.is_graph_input(other)
+        and index.shape(one) == index.shape(other)
+        and _NUMBER.sub("#", one) == _NUMBER.sub("#", other)
+    )
 
 
 def _alike(a: onnx.NodeProto, b: onnx.NodeProto, pair: tuple[str, str]) -> bool:
