@@ -68,6 +68,27 @@ def test_float_pages_are_written_at_one_place() -> None:
         convert(source, to="paged")
 
 
+def test_a_counter_that_each_layer_keeps_is_one() -> None:
+    """transformers' static caches: every layer has an input of its own, all fed alike."""
+    source = static_cache("hf")
+    feeds = feeds_for(source)
+    source.graph.input.append(vi("layers.1.pos", ["s", 1], TensorProto.INT64))
+    node(source.graph, "scr").input[1] = "layers.1.pos"
+    for known in (n for n in source.graph.node if "pos" in n.input):
+        known.input[list(known.input).index("pos")] = "layers.0.pos"
+    next(v for v in source.graph.input if v.name == "pos").name = "layers.0.pos"
+    report = convert(source, to="paged", block_size=16)
+    assert any("stands for layers.0.pos, layers.1.pos" in note for note in report.notes)
+    interface = read_interface(report.model)
+    assert interface is not None
+    feeds["layers.0.pos"] = feeds["layers.1.pos"] = feeds.pop("pos")
+    mine = adapt_feeds(interface, feeds)
+    np.testing.assert_array_equal(run(report.model, mine)["o"], run(source, feeds)["o"])
+    feeds["layers.1.pos"] = feeds["layers.0.pos"] + 1
+    with pytest.raises(UsageError, match="feed equal positions"):
+        adapt_feeds(interface, feeds)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_index_keys_of_a_fixed_buffer(same: bool) -> None:
     """Written where the latents are they become pages; elsewhere they stay."""
