@@ -162,9 +162,12 @@ def adapt_feeds(
             says for a cache that is written in place.
 
     Raises:
-        UsageError: a cache is written in place and nothing says where.
+        UsageError: a cache is written in place and nothing says where, or two are at places of
+            their own.
     """
     adapted = dict(feeds)
+    if interface.paged:
+        _check_one_place(interface, feeds)
     where: Array | None = None  # [B, new rows]
     for cache in interface.caches:
         parts = _converted_rows(cache, feeds)  # [B, S, 1, D] each
@@ -176,13 +179,7 @@ def adapt_feeds(
             adapted |= parts
             continue
         rows = parts[cache.packed_in]
-        places = _places(cache, feeds, rows, new_tokens, start)
-        if where is not None and not np.array_equal(places, where):
-            raise UsageError(
-                f"{cache.packed_in}: its rows go to {places.tolist()} and those of another cache to"
-                f" {where.tolist()}, and pages have one slot_mapping; feed equal positions"
-            )
-        where = places
+        where = _places(cache, feeds, rows, new_tokens, start)
         used = _used(cache, rows, where, start)
         room = max(rows.shape[1], int(used.max(initial=0)))
         for name, part in parts.items():
@@ -191,6 +188,19 @@ def adapt_feeds(
     if where is not None:
         adapted[SLOT_MAPPING] = _slots(adapted[BLOCK_TABLE], where, interface.block_size)
     return adapted
+
+
+def _check_one_place(interface: Interface, feeds: dict[str, Array]) -> None:
+    """Caches that are written by counters of their own are written at one place."""
+    given = {c.position: np.asarray(feeds[c.position]) for c in interface.caches
+             if c.in_place and c.position in feeds}  # fmt: skip
+    first, *others = given or ("",)
+    for name in others:
+        if not np.array_equal(given[name], given[first]):
+            raise UsageError(
+                f"{name} is {given[name].tolist()} and {first} is {given[first].tolist()}, and"
+                " pages have one slot_mapping; feed equal positions"
+            )
 
 
 def _places(

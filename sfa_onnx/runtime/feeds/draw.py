@@ -8,6 +8,7 @@ is decided by the input's name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
@@ -190,10 +191,20 @@ class _Feeds:
             n: a for n, a in self.made.items() if a.dtype.kind in "iu" and n not in self.given
         }
         places = [n for n in numbers if self._is_position(n)]
+        self._same_counters(numbers, places)
         if places:
             fitted = fit_positions(self.model, self.sizes.sizes, self.made, places)
             self.made |= {n: fitted[n] for n in places}
         return {name: self.made[name] for name in self.inputs}
+
+    def _same_counters(self, numbers: dict[str, Array], places: list[str]) -> None:
+        """One number for a counter that each layer keeps (names but for the layer's number)."""
+        first: dict[str, str] = {}
+        for name in (*places, *numbers):
+            if numbers[name].size == 1:
+                one = first.setdefault(re.sub(r"\d+", "#", name), name)
+                if numbers[name].shape == numbers[one].shape:
+                    self.made[name] = numbers[one].astype(numbers[name].dtype)
 
     def _get(self, name: str) -> Array:
         """The array of an input, drawn at its first use."""
