@@ -72,10 +72,28 @@ def attention_regions(index: GraphIndex, sizes: Concrete) -> list[AttentionRegio
             start(i)
     for i in index.own:
         node = index.nodes[i]
-        if node.op_type in _SOFTMAX and node.output[0] not in inner:
+        if node.op_type in _SOFTMAX and node.output[0] not in inner and not _routes(index, i):
             start(i, softmax=True)
     found = [_joined(index, result, group) for result, group in sweeps.items()]
     return sorted((r for r in found if r is not None), key=lambda r: r.anchor)
+
+
+def _routes(index: GraphIndex, softmax: int) -> bool:
+    """Whether a softmax is over the best of numbers that no query and key made: a router's."""
+    best, stack, seen = False, [softmax], {softmax}
+    while stack:
+        node = index.nodes[stack.pop()]
+        if is_product(index, node):
+            return False
+        best = best or node.op_type == "TopK"
+        if len(seen) > _MOST or not (node.op_type in FOLLOWED | _SOFTMAX | {"TopK"}):
+            continue
+        for name in filter(None, node.input):
+            made = index.producer.get(name)
+            if made is not None and made not in seen:
+                seen.add(made)
+                stack.append(made)
+    return best
 
 
 def _joined(index: GraphIndex, result: str, group: list[_Sweep]) -> AttentionRegion | None:
