@@ -128,7 +128,7 @@ def test_a_wrong_site_is_named(dtype):
     assert [s.passed for s in report.sites] == [True, False]
     assert not report.passed
     assert report.verdict.startswith("different")
-    assert "attn1" in report.verdict
+    assert "site1" in report.verdict
 
 
 @needs_library
