@@ -31,6 +31,10 @@ fi
 # The AVX-512 paths take minutes to compile with checks: without, unless AVX512=1 asks for them.
 plain=ON
 [ "${AVX512:-0}" = 1 ] && plain=OFF
+if [ "$plain" = ON ]; then
+  export SFA_FUZZ_UNCHECKED=avx512
+  if grep -q avx512f /proc/cpuinfo; then export SFA_ONNX_ISA=avx2; fi
+fi
 
 build() {  # NAME SANITIZERS TARGETS
   cmake -S "$root" -B "$work/$1" -DCMAKE_CXX_COMPILER="$clang" -DSFA_ONNX_TESTS=ON \
