@@ -344,7 +344,8 @@ def test_compare_judges_selection_and_attention_apart(tmp_path: Path, index_cach
     assert report.passed, report.verdict
     methods = {row.name: row.method for row in report.sites}
     judge = "captured" if index_cache == "float" else "reference"
-    assert methods == {"l0.idx": judge, "l0.o": "rounded", "l1.idx": judge, "l1.o": "rounded"}
+    judged = {"indexer": judge, "attn": "rounded"}
+    assert methods == {f"l{n}.{part}": how for n in (0, 1) for part, how in judged.items()}
     assert not any("float16" in note for note in report.notes), "scales are no precision"
 
 
@@ -361,7 +362,7 @@ def test_compare_sees_an_indexer_that_selects_otherwise(tmp_path: Path) -> None:
         node.input[2] = "negative"
         onnx.save(wrong, tmp_path / "b.onnx")
         report = compare(tmp_path / "a.onnx", tmp_path / "b.onnx")
-        (row,) = (row for row in report.sites if row.name == "l0.idx")
+        (row,) = (row for row in report.sites if row.name == "l0.indexer")
         assert not row.passed
         assert index_cache == "float" or "more than int8 can explain" in row.reason
 

@@ -374,22 +374,18 @@ def test_packing_is_bit_exact(opset, dtype, clip):
     arrays = {"nope": nope, "rope": awkward((3, 5, 8), dtype)}
     if clip is not None:
         arrays["clip"] = np.array(clip, np.float32)
+    got = runtime.run(plain(make_portable(pack_model(arrays, opset, tile_size=16))), arrays)
     want = kv_cache.pack(nope, arrays["rope"], clip=clip, tile_size=16)
-    model = make_portable(pack_model(arrays, opset, tile_size=16))
-    assert (runtime.run(plain(model), arrays)["packed"] == want).all()
+    assert (got["packed"] == want).all()
 
 
 def test_int8_rows_are_copied_exactly():
     r = np.random.default_rng(4)
-    arrays = {
-        "nope": r.integers(-128, 128, (7, 32)).astype(np.int8),
-        "rope": awkward((7, 4), BF16),
-        "scale": awkward((7, 2), np.float32),
-    }
-    want = kv_cache.pack(arrays["nope"], arrays["rope"], arrays["scale"], tile_size=16)
+    arrays = {"nope": r.integers(-128, 128, (7, 32)).astype(np.int8)}
+    arrays |= {"rope": awkward((7, 4), BF16), "scale": awkward((7, 2), np.float32)}
+    want, model = kv_cache.pack(*arrays.values(), tile_size=16), pack_model(arrays, tile_size=16)
     for rewrite in (make_portable, unfuse):
-        got = runtime.run(plain(rewrite(pack_model(arrays, tile_size=16))), arrays)["packed"]
-        assert (got == want).all()
+        assert (runtime.run(plain(rewrite(model)), arrays)["packed"] == want).all()
 
 
 @needs_library

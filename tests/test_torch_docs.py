@@ -25,7 +25,7 @@ def run(text: str, folder: Path) -> str:
 
 def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torch.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     printed = run("\n".join(blocks), tmp_path)
     assert "float8 moved the latents by 2." in printed
     assert (tmp_path / "model.onnx").is_file()

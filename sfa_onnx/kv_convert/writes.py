@@ -138,9 +138,7 @@ def _label(node: onnx.NodeProto) -> str:
     return f"{node.name or node.output[0]} ({node.op_type})"
 
 
-def same_value(
-    index: GraphIndex, one: str, other: str, counters: set[str] | None = None
-) -> bool:
+def same_value(index: GraphIndex, one: str, other: str, counters: set[str] | None = None) -> bool:
     """Whether two values are computed alike from the same values (an exporter repeats itself).
 
     Args:

@@ -86,7 +86,7 @@ def _routes(index: GraphIndex, softmax: int) -> bool:
         if is_product(index, node):
             return False
         best = best or node.op_type == "TopK"
-        if len(seen) > _MOST or not (node.op_type in FOLLOWED | _SOFTMAX | {"TopK"}):
+        if len(seen) > _MOST or node.op_type not in FOLLOWED | _SOFTMAX | {"TopK"}:
             continue
         for name in filter(None, node.input):
             made = index.producer.get(name)

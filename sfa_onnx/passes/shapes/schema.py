@@ -13,6 +13,8 @@ from sfa_onnx.passes.shapes.rules import Shape
 
 __all__ = ["infer_by_schema"]
 
+_LARGEST = 1 << 63  # sizes beyond are no sizes to onnx
+
 
 class Known(Protocol):
     """What is asked of the values around a node."""
@@ -39,7 +41,7 @@ def infer_by_schema(sizes: Known, node: onnx.NodeProto) -> list[Shape | None]:
         if not name:
             continue
         shape = sizes.look_up(name)
-        if shape is None:
+        if shape is None or any(size >= _LARGEST for size in shape):
             return nothing
         elem = sizes.elem_type(name) or onnx.TensorProto.FLOAT
         types[name] = onnx.helper.make_tensor_type_proto(elem, shape)
