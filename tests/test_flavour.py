@@ -87,6 +87,9 @@ def fused(contract=op.SPARSE_FLASH_ATTENTION_ANTIQUANT, node=None, qtype=TensorP
     kinds = {"tensor(int8)": TensorProto.INT8, "tensor(int32)": TensorProto.INT32}
     kinds |= {"tensor(float)": TensorProto.FLOAT, "tensor(float16)": TensorProto.FLOAT16}
     shapes = {"query": [1, 1, 16, 576], "key": [8, 128, 1, 656], "value": [8, 128, 1, 656]}
+    if contract in (op.LIGHTNING_INDEXER, op.QUANT_LIGHTNING_INDEXER):  # the kernel's own sizes
+        shapes = {"query": [1, 1, 64, 128], "key": [1, 128, 1, 128], "weights": [1, 1, 64]}
+        shapes |= {"query_dequant_scale": [1, 1, 64], "key_dequant_scale": [1, 128, 1]}
     inputs = []
     for tensor, name in zip(contract.inputs, node.input, strict=False):
         types = contract.types_of(tensor)

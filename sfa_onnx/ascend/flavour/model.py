@@ -20,7 +20,7 @@ from sfa_onnx.ascend.checks.rewrites import PARSER_REPAIRS
 from sfa_onnx.ascend.flavour import form
 from sfa_onnx.ascend.flavour.cache_writes import PaddedWrites
 from sfa_onnx.ascend.flavour.downlevel import MAX_OPSET, MIN_OPSET, to_opset
-from sfa_onnx.ascend.flavour.index_padding import padded_indexer
+from sfa_onnx.ascend.flavour.index_padding import padded_indexer, unpad_indexers
 from sfa_onnx.ascend.flavour.nodes import FromAtc, ToAtc, is_ours
 from sfa_onnx.ascend.flavour.norms import fuse_norms, readable_norms
 from sfa_onnx.ascend.flavour.padding import pad_attention
@@ -184,8 +184,9 @@ def _rewrite(
 def from_atc(model: ModelProto) -> ModelProto:
     """The canonical flavour of an ATC model: our operators back in their own domains.
 
-    Rewrites made for the parser stay (they mean the same); every attribute is written, the exact
-    scale included. A model that shipped our operators' bodies gets them again.
+    Rewrites made for the parser stay (they mean the same), but for the zeros around indexers; every
+    attribute is written, the exact scale included. A model that shipped our operators' bodies gets
+    them again.
 
     Raises:
         ModelError: the model imports no default domain.
@@ -197,7 +198,9 @@ def from_atc(model: ModelProto) -> ModelProto:
     work, stash = _without_weights(model)
     form.one_domain(work.graph)
     opset = _opset(work)
-    apply(work, (FromAtc(),), Facts(), Names(work), opset)
+    names = Names(work)
+    apply(work, (FromAtc(),), Facts(), names, opset)
+    unpad_indexers(work, names, opset)
     domains = {d: 1 for d in (DOMAIN_NPU, DOMAIN_OWN) if d in _domains(work.graph)}
     kept = {i.domain: i.version for i in work.opset_import if i.domain not in ("", "ai.onnx")}
     del work.opset_import[:]
