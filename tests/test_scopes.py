@@ -147,7 +147,9 @@ def test_an_inner_value_that_is_a_body_output():
         body.output.append(helper.make_tensor_value_info(p, TensorProto.FLOAT, None))
     found = reasons(model)
     assert set(found) == {"then_branch", "else_branch"}
-    assert all("weights" in r and "output" in r for r in found.values()), found
+    for branch, reason in found.items():
+        p = node_of(body_of(model, branch), "Softmax").output[0]
+        assert reason == f"the inner value {p} is a graph output"
 
 
 def test_an_inner_value_that_a_nested_body_captures():
@@ -175,7 +177,8 @@ def test_an_inner_value_that_a_nested_body_captures():
     body.output[0].name = "with leak"
     found = reasons(model)
     assert set(found) == {"then_branch"}
-    assert "also used by If reader" in found["then_branch"]
+    wanted = f"the inner value {p} is used outside the attention by reader"
+    assert found["then_branch"] == wanted
 
 
 def test_what_lies_outside_must_be_an_operand():
@@ -188,9 +191,32 @@ def test_what_lies_outside_must_be_an_operand():
         for b, r in found.items()
     )
     assert len(found) == 2
+    softmax = model.graph.node[at].name
     outside = scopes.in_if(model, first=at + 1)
-    (reason,) = reasons(outside).values()
-    assert "the attention weights are also used by If decoder_if" in reason
+    assert reasons(outside) == {
+        "": f"the attention weights of Softmax {softmax} are used in a body of If decoder_if,"
+        " and the softmax lies outside"
+    }
+
+
+DENSE = """
+<ir_version: 10, opset_import: ["": 20]>
+dense (float[B,4,8] q, float[B,6,8] kv) => (float[B,4,8] out) {
+    keys = Transpose <perm = [0, 2, 1]> (kv)
+    scores = MatMul (q, keys)
+    p = Softmax <axis = -1> (scores)
+    out = MatMul (p, kv)
+}
+"""
+
+
+def test_weights_that_select_nothing_may_go_into_a_body():
+    """Attention to all keys is no site, whichever graph its softmax lies in."""
+    dense = onnx.parser.parse_model(DENSE)
+    for first in (0, 2, 3):  # everything inside; products outside; the softmax outside
+        split = scopes.in_if(dense, first=first, suffix="/else")
+        onnx.checker.check_model(split)
+        assert sfa_onnx.fuse(split).sites == []
 
 
 @pytest.mark.parametrize(
@@ -212,6 +238,20 @@ def test_the_border_may_lie_anywhere(name, step):
         else:
             assert all("computed outside of" in s.reason for s in report.refused), first
             assert {"MatMul", "Einsum", "ReduceSum"} & set(kinds[:first])
+
+
+def test_the_border_may_lie_anywhere_before_or_behind_an_indexer():
+    """In each branch, or once outside: what selects is fused where its TopK lies."""
+    hf = case("hf-eager-decode-dynamo")
+    model = hf.build()
+    at = [n.op_type for n in model.graph.node].index("TopK")
+    for first in (0, at - 1, at, at + 1):
+        split = scopes.in_if(model, first=first, suffix="/else")
+        report = fused(split, 2)
+        where = ["decoder_if.else_branch", "decoder_if.then_branch"] if first <= at else [""]
+        assert sorted(s.scope for s in report.selections if s.status == "fused") == where
+        for branch in (True, False):
+            alike(split, report.model, hf.feeds(0) | {scopes.COND: np.array(branch)})
 
 
 def test_values_that_only_a_replaced_body_read_go_too():
@@ -291,10 +331,12 @@ def test_branches_of_other_sizes():
 def test_comparing_and_converting_say_that_sites_lie_in_bodies():
     name = "hf-eager-decode-dynamo"
     model = scopes.in_if(case(name).build(), suffix="/else")
-    after = fused(model, 2).model
+    report = fused(model, 2)
+    after = report.model
+    assert [s.status for s in report.selections] == ["fused"] * 2  # an indexer in each branch
     compared = compare(model, after)
     assert compared.passed
-    assert any(n.startswith("2 fused operators lie in bodies") for n in compared.notes)
+    assert any(n.startswith("4 fused operators lie in bodies") for n in compared.notes)
     assert not any("no fused site" in n for n in compared.notes)
     with pytest.raises(ModelError, match=r"lie in bodies of If.*decoder_if\.\w+_branch/"):
         convert(after, to="packed-int8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -22,7 +22,7 @@ from sfa_onnx.passes.find.fed import (
 )
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["is_product", "operands", "other_attention"]
+__all__ = ["is_product", "operands", "other_attention", "products_above"]
 
 _NEAR, _FAR = 48, 256  # nodes between two products; nodes behind a selection
 _ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK", "Attention")) | GATHERS
@@ -83,6 +83,9 @@ def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Itera
             yield _of_weights(index, i, *best)
     if not products:
         return
+    for i in [i for i, kind in kinds.items() if kind == "Softmax" and i not in taken | anchors]:
+        if (body := _reader_in_body(index, i)) is not None and _is_selective(tracer, i):
+            yield _weighed_in_body(index, i, body)
     for i in [i for i, kind in kinds.items() if kind == "TopK"]:
         node = index.nodes[i]
         if _is_indexer(index, node) and not _is_read(index, node):
@@ -98,6 +101,37 @@ def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Itera
                 ),
                 (f"selection {label}",),
             )
+
+
+def _reader_in_body(index: GraphIndex, softmax: int) -> int | None:
+    """The node with a body that reads the weights of a softmax, which may be cut or cast first."""
+    stack, seen = list(index.nodes[softmax].output), set[int]()
+    while stack and len(seen) < _NEAR:
+        for i, position in index.uses(stack.pop()):
+            if position < 0:
+                return i
+            if i not in seen and index.nodes[i].op_type in _QUIET:
+                seen.add(i)
+                stack += [o for o in index.nodes[i].output if o]
+    return None
+
+
+def _is_selective(tracer: Tracer, softmax: int) -> bool:
+    """Whether a softmax is one of products with keys of which some are selected."""
+    scores = tracer.index.nodes[softmax].input[0]
+    products, _ = products_above(tracer.index, scores) or (set(), set())
+    return bool(products) and reaches_selection(tracer, [(scores, 0)]) is Seen.SELECTION
+
+
+def _weighed_in_body(index: GraphIndex, softmax: int, body: int) -> RefusedSite:
+    kind, label = index.nodes[body].op_type, index.label(softmax)
+    refusal = Refusal(
+        f"the attention weights of Softmax {label} are used in a body of {kind}"
+        f" {index.label(body)}, and the softmax lies outside",
+        index.nodes[softmax].output[0],
+        "compute scores, softmax and weighted sum in one graph",
+    )
+    return RefusedSite(softmax, index.layer(softmax), refusal, (f"Softmax {label}",))
 
 
 def _is_contrib(node: onnx.NodeProto) -> bool:
@@ -143,7 +177,7 @@ def _pair(index: GraphIndex, weighted: int, taken: set[int]) -> _Pair | None:
     """The product of which the operand of another one is made, without softmax between them."""
     factors = operands(index, index.nodes[weighted])
     for own, other in zip(factors, factors[::-1], strict=True):
-        found = _upstream(index, own, taken)
+        found = products_above(index, own, taken)
         if found is None:
             return None
         products, nodes = found
@@ -152,7 +186,9 @@ def _pair(index: GraphIndex, weighted: int, taken: set[int]) -> _Pair | None:
     return None
 
 
-def _upstream(index: GraphIndex, value: str, taken: set[int]) -> tuple[set[int], set[int]] | None:
+def products_above(
+    index: GraphIndex, value: str, taken: Collection[int] = ()
+) -> tuple[set[int], set[int]] | None:
     """(products, nodes passed) upstream of a value; None where an anchor is among them."""
     products: set[int] = set()
     nodes: set[int] = set()
@@ -245,7 +281,7 @@ def _best_weights(index: GraphIndex, weighted: int, taken: set[int]) -> tuple[in
                 made = index.producer.get(index.nodes[made].input[0])
             soft = made is not None and (made in taken or index.nodes[made].op_type == "Softmax")
             if made is not None and soft:
-                scores = _upstream(index, index.nodes[made].input[0], set())
+                scores = products_above(index, index.nodes[made].input[0], set())
                 return (made, i) if scores is not None and scores[0] else None
         elif node.op_type not in PRODUCTS | GATHERS | {"Softmax", "Shape"} and i not in taken:
             stack += [n for n in node.input if n]
@@ -267,14 +303,16 @@ def _of_weights(index: GraphIndex, weighted: int, softmax: int, best: int) -> Re
 
 def _is_indexer(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether the best of relu(q.k), or of a sum of q.k over heads, are taken."""
-    products, nodes = _upstream(index, node.input[0], set()) or (set(), set())
+    products, nodes = products_above(index, node.input[0], set()) or (set(), set())
     telling = {index.nodes[i].op_type for i in nodes}
     summed = "ReduceSum" in telling or any(_upstream_of(index, i) for i in products)
     return bool(products) and ("Relu" in telling or summed)
 
 
 def _upstream_of(index: GraphIndex, product: int) -> bool:
-    return any((_upstream(index, n, set()) or (set(),))[0] for n in index.nodes[product].input if n)
+    return any(
+        (products_above(index, n, set()) or (set(),))[0] for n in index.nodes[product].input if n
+    )
 
 
 def _is_read(index: GraphIndex, node: onnx.NodeProto) -> bool:

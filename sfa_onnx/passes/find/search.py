@@ -22,7 +22,7 @@ from sfa_onnx.passes.emit.open import check_open_sizes
 from sfa_onnx.passes.emit.plan import Built
 from sfa_onnx.passes.emit.site import build_site
 from sfa_onnx.passes.find.fed import Seen, fed_by_selection
-from sfa_onnx.passes.find.others import other_attention
+from sfa_onnx.passes.find.others import other_attention, products_above
 from sfa_onnx.passes.find.regions import attention_regions
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.provenance import SITE
@@ -131,9 +131,9 @@ def _one(
     except NotASite as none:
         if none.refusal is None or not surely:
             return None
-        refusal = Refusal(plain(none.refusal.reason), none.refusal.at, none.refusal.hint)
+        refusal = _told(index, region, none.refusal)
     except Stop as stop:
-        refusal = Refusal(plain(stop.reason), stop.at, stop.hint)
+        refusal = _told(index, region, stop)
     except SizesMeetError as meet:
         refusal = Refusal(str(meet), region.scores, "export with these sizes fixed, or as one name")
     except BudgetError as over:
@@ -146,6 +146,27 @@ def _one(
         text = f"recognition itself failed ({type(e).__name__}: {e})"
         refusal = Refusal(text, region.scores, "check the model with onnx.checker, then report it")
     return RefusedSite(region.anchor, layer, refusal, tuple(bound))
+
+
+def _told(index: GraphIndex, region: AttentionRegion, stop: Stop) -> Refusal:
+    outside = _scores_outside(index, region)
+    return outside or Refusal(plain(stop.reason), stop.at, stop.hint)
+
+
+def _scores_outside(index: GraphIndex, region: AttentionRegion) -> Refusal | None:
+    """What is wrong where a body holds the softmax, but no product that makes its scores."""
+    begins = min(index.producer[v] for v in region.inner)
+    if begins < region.anchor or "Softmax" not in index.nodes[begins].op_type:
+        return None  # at a product, or an operator that holds one
+    products, _ = products_above(index, region.scores) or (set(), set())
+    if not products or max(products) >= index.first:
+        return None
+    value = index.nodes[max(products)].output[0]
+    return Refusal(
+        f"the scores {value} are computed outside of {index.path}, the body that holds the softmax",
+        value,
+        "compute scores, softmax and weighted sum in one graph",
+    )
 
 
 def plain(reason: str) -> str:
