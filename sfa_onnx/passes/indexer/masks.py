@@ -24,7 +24,7 @@ from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import HIDDEN, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.emit.places import single
-from sfa_onnx.passes.indexer.runs import at_sizes, evaluated, of_sizes
+from sfa_onnx.passes.indexer.runs import at_sizes, evaluated, largest_number, of_sizes
 
 __all__ = ["Masks", "Prefix", "all_seen", "compared", "sort_masks"]
 
@@ -41,6 +41,7 @@ _SWAPPED: Final = {  # a op b = b swapped a
     "GreaterOrEqual": "LessOrEqual",
 }
 _MOST_STEPS: Final = 32
+_MOST_TRIED: Final = 128  # sizes at which a mask made of sizes alone is looked at
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,10 @@ def _of_sizes(
         return None
     own = [x for x in axes if x is not None and x in rows]
     steps = []
-    for first in ((3, 5), (4, 3)):
+    beyond = largest_number(tracer.index, literal.ref.value)
+    if beyond > _MOST_TRIED and tracer.sizes.symbols:
+        return None  # a window of so many keys shows at sizes beyond it only
+    for first in ((3, 5), (4, 3), (beyond + 3, beyond + 5), (beyond + 5, beyond + 2)):
         names = sorted(tracer.sizes.symbols)
         chosen = {n: first[i % 2] + 4 * (i // 2) for i, n in enumerate(names)}
         steps.append(at_sizes(tracer.sizes, chosen))

@@ -19,6 +19,8 @@ from sfa_onnx.passes.verify.extract import UnverifiableError, embedded_constant
 __all__ = ["at_sizes", "evaluated", "of_sizes"]
 
 _T = onnx.TensorProto
+_ENDS = 2.0**31 - 1  # what ends a slice that has no end
+_LOW = -1e4  # what hides a key
 _MOST = 200  # nodes of a mask that sizes alone decide
 
 
@@ -56,6 +58,22 @@ def of_sizes(index: GraphIndex, value: str) -> tuple[list[int], list[str]] | Non
         seen.update(new)
         stack += new
     return sorted(nodes), list(shaped)
+
+
+def largest_number(index: GraphIndex, value: str) -> int:
+    """The largest number that takes part in making `value`; lows and ends of slices are none."""
+    found = of_sizes(index, value)
+    read = {} if found is None else {n: None for i in found[0] for n in index.nodes[i].input if n}
+    made = {o for i in (found[0] if found else ()) for o in index.nodes[i].output}
+    largest = 0.0
+    for name in (*read, *made):
+        array = index.constant(name)
+        if array is None or array.size == 0 or array.dtype.kind not in "iuf":
+            continue
+        size = np.abs(array.astype(np.float64))
+        kept = size[(size < _ENDS) & ((array > _LOW) | (array.dtype.kind in "iu"))]
+        largest = max(largest, float(kept.max(initial=0.0)))
+    return int(largest)
 
 
 def evaluated(

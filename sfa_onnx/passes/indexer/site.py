@@ -243,8 +243,11 @@ def _order(site: Selection) -> None:
         return
     rest = left[0].bound - (Expr.of(row) if row is not None else Expr())
     site.mode = 3 if row is not None else 0
-    if rest != Expr(keys.size - (row.size if row is not None else 1)):
-        site.lengths = left
+    if rest == Expr(keys.size - (row.size if row is not None else 1)):
+        return
+    site.lengths = left
+    if row is not None and not rest.terms:  # the last row's bound may lie behind the last key
+        site.mode, site.by_row = 0, True
 
 
 def _row_in(bound: Expr, tokens: Sequence[Label]) -> Label | None:

@@ -195,7 +195,9 @@ class _Case:
         keys = self.sizes.get("S2", 1)
         found = {"few" if keys < count else "many" if keys > count else "equal"}
         found |= {"batch"} if self.sizes.get("B", 1) > 1 else set()
-        return found | ({"rows"} if self.sizes.get("S1", 1) > 1 else set())
+        rows = self.sizes.get("S1", 1)
+        found |= {"short"} if rows > keys - count + 2 else set()  # causal rows of two hidden keys
+        return found | ({"rows"} if rows > 1 else set())
 
 
 def _cases(candidate: Candidate, sizes: Concrete) -> list[_Case]:
@@ -231,6 +233,8 @@ def _cases(candidate: Candidate, sizes: Concrete) -> list[_Case]:
 def _first(free: list[str], count: int) -> Iterator[dict[str, int]]:
     yield {name: (3, count + 4)[i % 2] for i, name in enumerate(free)}
     yield {name: (count + 4, 3)[i % 2] for i, name in enumerate(free)}
+    yield {name: (2, count + 1, count + 1)[i % 3] for i, name in enumerate(free)}
+    yield dict.fromkeys(free, count + 1)
 
 
 def _drawn(free: list[str], pool: list[int], rng: random.Random) -> Iterator[dict[str, int]]:

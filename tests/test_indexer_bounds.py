@@ -1,0 +1,88 @@
+"""Selections whose masks look like causality at small sizes, or whose hidden keys somebody reads.
+
+Whatever is decided, the model that `fuse` gives must select and attend as the original does.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+import sfa_onnx
+from sfa_onnx import runtime
+from tests.op_models import needs_library
+
+pytestmark = pytest.mark.torch
+K, HEADS, WIDTH, LATENT = 5, 3, 8, 16
+NAMES = ["q", "k", "w", "query", "latent"]
+DYNAMIC = {n: {0: "b", 1: "t" if n in ("k", "latent") else "s"} for n in NAMES}
+
+
+class Layer(torch.nn.Module):
+    """A selection under a mask, and attention to all that was selected."""
+
+    def __init__(self, hide: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hide = hide
+
+    def forward(self, q: Tensor, k: Tensor, w: Tensor, query: Tensor, latent: Tensor) -> Tensor:
+        scores = torch.relu(torch.matmul(q, k.transpose(1, 2).unsqueeze(1)))  # [B, S1, H, S2]
+        scores = torch.matmul(w.unsqueeze(-2), scores).squeeze(-2)
+        rows, keys = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None]
+        indices = self.hide(scores, rows + (k.shape[1] - q.shape[1]), keys).topk(K, -1)[1]
+        at = indices.reshape(indices.shape[0], -1, 1).expand(-1, -1, LATENT)
+        rows_read = torch.gather(latent, 1, at).reshape(*indices.shape, LATENT)
+        own = torch.einsum("bsnc,bskc->bsnk", query, rows_read) * 0.3
+        return torch.einsum("bsnk,bskc->bsnc", torch.softmax(own, -1), rows_read)
+
+
+def _past(scores: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    first = rows - rows[:1]
+    return scores.masked_fill(keys > first + 1, -torch.inf)
+
+
+HIDING = {
+    "window of 64": lambda x, r, c: x.masked_fill(~((r - c >= 0) & (r - c < 64)), -torch.inf),
+    "chunks of 64": lambda x, r, c: x.masked_fill(~((c <= r) & (c // 64 == r // 64)), -torch.inf),
+    "one key": lambda x, r, c: x.masked_fill(c == 70, -torch.inf),
+    "a past of one": _past,
+    "a low that is added": lambda x, r, c: x + torch.where(c <= r, 0.0, -1e4),
+    "two lows": lambda x, r, c: x.masked_fill(c > r, -1e9).masked_fill(c == 0, -torch.inf),
+}
+
+
+def _feeds(batch: int, rows: int, keys: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(rows * keys)
+    shapes = {
+        "q": (batch, rows, HEADS, WIDTH), "k": (batch, keys, WIDTH), "w": (batch, rows, HEADS),
+        "query": (batch, rows, 2, LATENT), "latent": (batch, keys, LATENT),
+    }  # fmt: skip
+    return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+
+
+@needs_library
+@pytest.mark.parametrize("kind", HIDING)
+def test_what_fuse_gives_selects_as_the_original(kind: str) -> None:
+    stream = io.BytesIO()
+    given = tuple(torch.from_numpy(a) for a in _feeds(2, 3, 12).values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Layer(HIDING[kind]), given, stream, input_names=NAMES, output_names=["o"],
+            opset_version=17, dynamo=False, dynamic_axes=DYNAMIC,
+        )  # fmt: skip
+    report = sfa_onnx.fuse(onnx.load_from_string(stream.getvalue()))
+    before = ort.InferenceSession(stream.getvalue())
+    after = runtime.session(report.model)
+    for sizes in ((2, 3, 12), (2, 6, 6), (2, 4, 150)):
+        feeds = _feeds(*sizes)
+        (want,), (got,) = before.run(None, feeds), after.run(None, feeds)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=str(sizes))
