@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from sfa_onnx.passes.values.identity import Identity, Normal
+from sfa_onnx.passes.values.identity import Normal, row
 from sfa_onnx.passes.values.terms import ONE, ZERO, Term, number
 
 __all__ = ["LOW", "ROWS", "addends", "all_flags", "coefficient", "factors", "over_pieces"]
@@ -265,51 +265,45 @@ _EVERYWHERE: Final = (
 )
 
 
-def _row(
-    name: str, ops: Sequence[str], left: str, right: str, rule: _Rule, *unless: str
-) -> Identity:
-    return Identity(name, tuple(ops), left, right, rule, (unless[0], unless[1]) if unless else None)
-
-
 ROWS: Final = (
     # what is computed from parts of a Concat is a Concat of what is computed from each
-    _row("pieces", _EVERYWHERE, "exp(pieces(x, y))", "pieces(exp(x), exp(y))", over_pieces),
+    row("pieces", _EVERYWHERE, "exp(pieces(x, y))", "pieces(exp(x), exp(y))", over_pieces),
     # parts that are all alike are no parts
-    _row("one piece", ("pieces",), "pieces(a, a)", "a", _pieces, "pieces(x, y)", "x"),
+    row("one piece", ("pieces",), "pieces(a, a)", "a", _pieces, "pieces(x, y)", "x"),
     # sums of sums and products of products have no order
-    _row("nested", ("add", "mul"), "(a + b) + c0", "a + (b + c0)", _flat),
+    row("nested", ("add", "mul"), "(a + b) + c0", "a + (b + c0)", _flat),
     # an exponential of -inf is 0, whatever else is added to it (a number)
-    _row("-inf absorbs", ("add",), "-inf + a", "-inf", _absorbed, "-inf + inf", "inf"),
+    row("-inf absorbs", ("add",), "-inf + a", "-inf", _absorbed, "-inf + inf", "inf"),
     # 0 x = 0: weights of hidden keys, accumulators before the first chunk
-    _row("0 absorbs", ("mul",), "0 * a", "0", _nothing, "0 * inf", "0"),
+    row("0 absorbs", ("mul",), "0 * a", "0", _nothing, "0 * inf", "0"),
     # numbers are combined; 0 is no addend and 1 no factor
-    _row("numbers", ("add", "mul"), "2 * a * 3", "6 * a", _numbers),
+    row("numbers", ("add", "mul"), "2 * a * 3", "6 * a", _numbers),
     # what was added is taken away again: shifts and their inverse
-    _row("like terms", ("add",), "2 * a + b - 2 * a", "b", _like),
+    row("like terms", ("add",), "2 * a + b - 2 * a", "b", _like),
     # a mask in front of a shift or a second mask
-    _row("masked sum", ("add",), "where(c, a, -inf) + b", "where(c, a + b, -inf)", _masked),
+    row("masked sum", ("add",), "where(c, a, -inf) + b", "where(c, a + b, -inf)", _masked),
     # 1 - mask
-    _row("opposite flag", ("add",), "2 - 2 * flag(c)", "2 * flag(not c)", _opposite),
+    row("opposite flag", ("add",), "2 - 2 * flag(c)", "2 * flag(not c)", _opposite),
     # x * visible + low * (not visible), as some exporters spell where
-    _row(
+    row(
         *("switch", ("add",), "exp(flag(c) * a - 1e30 * flag(not c))", "flag(c) * exp(a)"),
         *(_switched, "exp(flag(c) * a - 2 * flag(not c))", "flag(c) * exp(a)"),
     ),
     # quotients are brought to one divisor, and shifts in front of the sum
-    _row("common factor", ("add",), "a * b + c0 * b", "b * (a + c0)", _common),
+    row("common factor", ("add",), "a * b + c0 * b", "b * (a + c0)", _common),
     # weights of partial softmaxes that are interpolated
-    _row(
+    row(
         *("multiplied out", ("add",), "(a + b) * p + a * c0 - b * p", "a * (p + c0)", _expanded),
         *("(a + b) * p + a * c0 - 2 * b * p", "a * (p + c0)"),
     ),
     # a power once
-    _row("powers", ("mul",), "a * a * b", "a ** 2 * b", _collected),
+    row("powers", ("mul",), "a * a * b", "a ** 2 * b", _collected),
     # e^a e^b = e^(a + b): a shift meets the next one
-    _row("exponentials", ("mul",), "exp(a) * exp(b)", "exp(a + b)", _exponentials),
+    row("exponentials", ("mul",), "exp(a) * exp(b)", "exp(a + b)", _exponentials),
     # a key is not visible and hidden
-    _row("contrary flags", ("mul",), "flag(c) * flag(not c)", "0", _contrary),
+    row("contrary flags", ("mul",), "flag(c) * flag(not c)", "0", _contrary),
     # factors meet scores
-    _row("distribute", ("mul",), "2 * (a + b)", "2 * a + 2 * b", _distributed),
+    row("distribute", ("mul",), "2 * (a + b)", "2 * a + 2 * b", _distributed),
     # (a b^2)^-1 = a^-1 b^-2; flags are their own powers
-    _row("power", ("pow",), "(a * b ** 2) ** -1", "a ** -1 * b ** -2", _power),
+    row("power", ("pow",), "(a * b ** 2) ** -1", "a ** -1 * b ** -2", _power),
 )

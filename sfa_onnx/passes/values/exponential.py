@@ -8,7 +8,7 @@ from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.values.arithmetic import LOW, addends, all_flags, coefficient, factors
-from sfa_onnx.passes.values.identity import Identity, Normal
+from sfa_onnx.passes.values.identity import Identity, Normal, row
 from sfa_onnx.passes.values.terms import ZERO, Term, number
 
 __all__ = ["ROWS", "is_positive", "reaches_one", "weighed"]
@@ -278,10 +278,6 @@ def _of_flags(n: Normal, term: Term) -> Term | None:
 
 
 def _rows() -> Iterable[Identity]:
-    def row(name: str, ops: str, left: str, right: str, rule, *unless: str) -> Identity:  # type: ignore[no-untyped-def]
-        pair = (unless[0], unless[1]) if unless else None
-        return Identity(name, tuple(ops.split()), left, right, rule, pair)
-
     # numbers; exp(-inf) = 0: a hidden key has no weight
     yield row("exp of a number", "exp", "exp(-inf)", "0", _exp)
     # a mask in front of the exponential is a flag behind it

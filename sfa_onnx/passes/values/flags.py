@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from sfa_onnx.passes.values.arithmetic import addends, coefficient, factors
-from sfa_onnx.passes.values.identity import Identity, Normal
+from sfa_onnx.passes.values.identity import Normal, row
 from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, Term
 
 __all__ = ["COMPARE", "ROWS", "truth"]
@@ -106,30 +106,18 @@ def _counted(n: Normal, term: Term) -> Term | None:
     return None
 
 
-def _row(
-    name: str,
-    ops: str,
-    left: str,
-    right: str,
-    rule: Callable[[Normal, Term], Term | None],
-    *unless: str,
-) -> Identity:
-    pair = (unless[0], unless[1]) if unless else None
-    return Identity(name, tuple(ops.split()), left, right, rule, pair)
-
-
 ROWS: Final = (
     # flags that are added and compared: all of them, any of them
-    _row(
+    row(
         *("flags compared", "eq lt le", "2 == flag(c) + flag(d)", "c and d", _flag_compared),
         *("1 == flag(c) + flag(d)", "c and d"),
     ),
     # a float mask is asked where it hides
-    _row("choice compared", "eq lt le", "where(c, 0, -5) < -1", "not c", _choice_compared),
+    row("choice compared", "eq lt le", "where(c, 0, -5) < -1", "not c", _choice_compared),
     # min and max as and and or
-    _row("flags bounded", "min max", "min(flag(c), flag(d))", "flag(c and d)", _flags_bounded),
+    row("flags bounded", "min max", "min(flag(c), flag(d))", "flag(c and d)", _flags_bounded),
     # flags that are counted, cast and compared again
-    _row(
+    row(
         *("count compared", "eq lt le", "0 < sum(t, flag(ct))", "any(t, ct)", _counted),
         *("1 < sum(t, flag(ct))", "any(t, ct)"),
     ),

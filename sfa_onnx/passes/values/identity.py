@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sfa_onnx.passes.values.terms import REDUCTIONS, Term
 
-__all__ = ["Fired", "Identity", "Normal"]
+__all__ = ["Fired", "Identity", "Normal", "row"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,21 @@ class Identity:
     right: str
     rule: Callable[[Normal, Term], Term | None]
     unless: tuple[str, str] | None = None
+
+
+def row(
+    name: str,
+    ops: str | Iterable[str],
+    left: str,
+    right: str,
+    rule: Callable[[Normal, Term], Term | None],
+    *unless: str,
+) -> Identity:
+    """A row of the table; operators may be given as words, `unless` as its two sides."""
+    words = ops.split() if isinstance(ops, str) else ops
+    return Identity(
+        name, tuple(words), left, right, rule, (unless[0], unless[1]) if unless else None
+    )
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Final
 
 from sfa_onnx.passes.values.arithmetic import LOW, factors
 from sfa_onnx.passes.values.exponential import is_positive, reaches_one
 from sfa_onnx.passes.values.flags import COMPARE, truth
-from sfa_onnx.passes.values.identity import Identity, Normal
+from sfa_onnx.passes.values.identity import Normal, row
 from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, ZERO, Term, number
 
 __all__ = ["ROWS", "seen"]
@@ -255,46 +254,34 @@ def _flag(n: Normal, term: Term) -> Term | None:
     return None if known is None else ONE if known else ZERO
 
 
-def _row(
-    name: str,
-    ops: str,
-    left: str,
-    right: str,
-    rule: Callable[[Normal, Term], Term | None],
-    *unless: str,
-) -> Identity:
-    pair = (unless[0], unless[1]) if unless else None
-    return Identity(name, tuple(ops.split()), left, right, rule, pair)
-
-
 ROWS: Final = (
-    _row("not", "not", "not (c and d)", "(not c) or (not d)", _not),
-    _row("and, or", "and or", "c and c and true", "c", _joined),
-    _row("numbers compared", "eq lt le", "2 < 3", "true", _compared),
+    row("not", "not", "not (c and d)", "(not c) or (not d)", _not),
+    row("and, or", "and or", "c and c and true", "c", _joined),
+    row("numbers compared", "eq lt le", "2 < 3", "true", _compared),
     # scores are tested where the mask hid them
-    _row(
+    row(
         *("hidden score", "eq lt le", "where(c, dot, -inf) == -inf", "not c", _hidden),
         *("where(c, dot, 2) == 2", "c"),
     ),
     # choices among conditions are conditions
-    _row("choice of conditions", "where", "where(c, d, false)", "c and d", _of_conditions),
-    _row("choice", "where", "where(not c, a, b)", "where(c, b, a)", _chosen),
+    row("choice of conditions", "where", "where(c, d, false)", "c and d", _of_conditions),
+    row("choice", "where", "where(not c, a, b)", "where(c, b, a)", _chosen),
     # nan_to_num, x != x
-    _row("NaN scrubbed", "where", "where(isnan(a), b, a)", "a", _scrubbed),
+    row("NaN scrubbed", "where", "where(isnan(a), b, a)", "a", _scrubbed),
     # softplus, as torch computes it
-    _row(
+    row(
         *("softplus", "where", "where(20 < 40 * p, 40 * p, log(1 + exp(40 * p)))"),
         *("log(1 + exp(40 * p))", _softplus),
         *("where(0.1 < p, p, log(1 + exp(p)))", "log(1 + exp(p))"),
     ),
     # max == -inf, sum == 0, log-sum-exp == -inf: rows that see no key
-    _row(
+    row(
         *("empty row", "where", "where(sum(t, exp(s - maximum(t, s))) == 0, a, b)", "b", _guard),
         *("where(sum(t, v) == 0, a, b)", "a"),
     ),
-    _row("low", "where", "where(c, dot, -1e30) <= -1e20", "not c", _low),
-    _row("mask twice", "where", "where(c, where(d, a, b), b)", "where(c and d, a, b)", _nested),
+    row("low", "where", "where(c, dot, -1e30) <= -1e20", "not c", _low),
+    row("mask twice", "where", "where(c, where(d, a, b), b)", "where(c and d, a, b)", _nested),
     # a choice between a value and nothing
-    _row("choice of 0", "where", "where(c, a, 0)", "flag(c) * a", _flagged),
-    _row("flag", "flag", "flag(c and d)", "flag(c) * flag(d)", _flag),
+    row("choice of 0", "where", "where(c, a, 0)", "flag(c) * a", _flagged),
+    row("flag", "flag", "flag(c and d)", "flag(c) * flag(d)", _flag),
 )
