@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from sfa_onnx.errors import BudgetError
 from sfa_onnx.passes.axes.trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind.finished import by_finished_indices
 from sfa_onnx.passes.bind.heads import check_heads
@@ -21,26 +17,15 @@ from sfa_onnx.passes.emit.detach import detach
 from sfa_onnx.passes.emit.open import check_open_sizes
 from sfa_onnx.passes.emit.plan import Built
 from sfa_onnx.passes.emit.site import build_site
+from sfa_onnx.passes.find.attempt import FAULTS, plain, refused, unified
 from sfa_onnx.passes.find.fed import Seen, fed_by_selection
 from sfa_onnx.passes.find.others import other_attention, products_above
 from sfa_onnx.passes.find.regions import attention_regions
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.provenance import SITE
-from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.shapes.concrete import Concrete
 
-__all__ = ["INVALID", "FindOptions", "find_candidates", "plain"]
-
-_log = logging.getLogger("sfa_onnx")
-
-# What a graph that contradicts itself (ranks, shapes) makes recognition raise.
-INVALID = (
-    *(ArithmeticError, AssertionError, AttributeError),
-    *(LookupError, TypeError, ValueError),
-)
-
-
-# Labels of tracing, which are numbered over all sites that this process has looked at.
-_LABEL = re.compile(r"(?<![\w#])(axis\d+|column|d|n|part|slot|t|v|w)(#\d+)")
+__all__ = ["FindOptions", "find_candidates"]
 
 
 @dataclass(frozen=True)
@@ -134,17 +119,8 @@ def _one(
         refusal = _told(index, region, none.refusal)
     except Stop as stop:
         refusal = _told(index, region, stop)
-    except SizesMeetError as meet:
-        refusal = Refusal(str(meet), region.scores, "export with these sizes fixed, or as one name")
-    except BudgetError as over:
-        refusal = Refusal(str(over), region.scores)
-    except RecursionError:
-        refusal = Refusal("the graph is nested too deeply to be traced", region.scores)
-    except INVALID as e:
-        # An invalid graph (ranks or shapes that contradict each other) must not stop the others.
-        _log.warning("recognition of %s failed", bound[0], exc_info=True)
-        text = f"recognition itself failed ({type(e).__name__}: {e})"
-        refusal = Refusal(text, region.scores, "check the model with onnx.checker, then report it")
+    except FAULTS as fault:
+        refusal = refused(fault, region.scores, bound[0])
     return RefusedSite(region.anchor, layer, refusal, tuple(bound))
 
 
@@ -169,20 +145,6 @@ def _scores_outside(index: GraphIndex, region: AttentionRegion) -> Refusal | Non
     )
 
 
-def plain(reason: str) -> str:
-    """A reason with index labels for people: d, and d2, d3 where there are several."""
-    seen: dict[str, list[str]] = {}
-
-    def short(found: re.Match[str]) -> str:
-        numbers = seen.setdefault(found[1], [])
-        if found[2] not in numbers:
-            numbers.append(found[2])
-        place = numbers.index(found[2]) + 1
-        return found[1] if place == 1 else f"{found[1]}{place}"
-
-    return _LABEL.sub(short, reason)
-
-
 def _bound(
     tracer: Tracer, region: AttentionRegion, options: FindOptions, bound: list[str]
 ) -> Candidate:
@@ -192,13 +154,18 @@ def _bound(
     def otherwise() -> Candidate | None:
         tracer.budget = budget
         try:
-            return _unified(tracer, region, lambda: _finished(tracer, region, bound[:1]))
-        except (Stop, NotASite, SizesMeetError, BudgetError, RecursionError, *INVALID):
+            return unified(
+                tracer, region.scores, "attention", lambda: _finished(tracer, region, bound[:1])
+            )
+        except (Stop, NotASite, *FAULTS):
             return None
 
     try:
-        candidate = _unified(
-            tracer, region, lambda: _candidate(*_bind_and_build(tracer, region, options, bound))
+        candidate = unified(
+            tracer,
+            region.scores,
+            "attention",
+            lambda: _candidate(*_bind_and_build(tracer, region, options, bound)),
         )
         candidate.otherwise = otherwise
         return candidate
@@ -212,18 +179,6 @@ def _bound(
         if again is None:
             raise
         return again
-
-
-def _unified(tracer: Tracer, region: AttentionRegion, make: Callable[[], Candidate]) -> Candidate:
-    """What `make` makes; symbols that turn out to be one size are made so, and it starts again."""
-    for _ in range(len(tracer.sizes.symbols) + 1):
-        try:
-            return make()
-        except UnifyError as same:
-            tracer.sizes.unify(*same.pair)
-            for pair in tracer.sizes.equal:
-                tracer.other.unify(*pair)
-    raise Stop("the dynamic sizes of the attention contradict each other", region.scores)
 
 
 def _finished(tracer: Tracer, region: AttentionRegion, bound: list[str]) -> Candidate:

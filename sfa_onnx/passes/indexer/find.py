@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 
-from sfa_onnx.errors import BudgetError
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
-from sfa_onnx.passes.axes.trace import Stop, Tracer, UnifyError
+from sfa_onnx.passes.axes.trace import Stop, Tracer
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
-from sfa_onnx.passes.find.search import INVALID, FindOptions, plain
+from sfa_onnx.passes.find.attempt import FAULTS, plain, refused, unified
+from sfa_onnx.passes.find.search import FindOptions
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.build import Replacement, build
 from sfa_onnx.passes.indexer.cover import Cover, cover
 from sfa_onnx.passes.indexer.regions import SelectionRegion, selection_regions
 from sfa_onnx.passes.indexer.rows import Entries, entries_of, read_by_attention
 from sfa_onnx.passes.indexer.site import Selection, bind_selection
-from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.shapes.concrete import Concrete
 
 __all__ = ["find_selections"]
-
-_log = logging.getLogger("sfa_onnx")
 
 
 def find_selections(
@@ -47,37 +45,15 @@ def _one(tracer: Tracer, region: SelectionRegion, read: list[str]) -> Candidate 
     index = tracer.index
     bound = [f"TopK {index.label(region.node)}"]
     try:
-        return _unified(tracer, region, bound, read)
+        make = functools.partial(_candidate, tracer, region, bound, read)
+        return unified(tracer, region.scores, "selection", make)
     except Stop as stop:
         refusal = Refusal(plain(stop.reason), stop.at, stop.hint)
-    except SizesMeetError as meet:
-        refusal = Refusal(str(meet), region.scores, "export with these sizes fixed, or as one name")
-    except BudgetError as over:
-        refusal = Refusal(str(over), region.scores)
-    except RecursionError:
-        refusal = Refusal("the graph is nested too deeply to be traced", region.scores)
-    except INVALID as e:
-        _log.warning("recognition of %s failed", bound[0], exc_info=True)
-        text = f"recognition itself failed ({type(e).__name__}: {e})"
-        refusal = Refusal(text, region.scores, "check the model with onnx.checker, then report it")
+    except FAULTS as fault:
+        refusal = refused(fault, region.scores, bound[0])
     terms = tuple(tracer.terms or ())
     layer = index.layer(region.node)
     return RefusedSite(region.node, layer, refusal, tuple(bound), "indexer", terms)
-
-
-def _unified(
-    tracer: Tracer, region: SelectionRegion, bound: list[str], read: list[str]
-) -> Candidate:
-    """The candidate; symbols that turn out to be one size are made so, and it starts again."""
-    for _ in range(len(tracer.sizes.symbols) + 1):
-        try:
-            del bound[1:]
-            return _candidate(tracer, region, bound, read)
-        except UnifyError as same:
-            tracer.sizes.unify(*same.pair)
-            for pair in tracer.sizes.equal:
-                tracer.other.unify(*pair)
-    raise Stop("the dynamic sizes of the selection contradict each other", region.scores)
 
 
 def _delivered(
@@ -94,6 +70,7 @@ def _candidate(
     tracer: Tracer, region: SelectionRegion, bound: list[str], read: list[str]
 ) -> Candidate:
     index, node = tracer.index, tracer.index.nodes[region.node]
+    del bound[1:]  # of an attempt before
     site = bind_selection(tracer, region, bound)
     values, indices = node.output[0], node.output[1]
     stem = f"{tracer.stem}/sfa"
