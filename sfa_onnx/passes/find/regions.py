@@ -49,6 +49,7 @@ FOLLOWED: Final = (
     | frozenset(("Pad", "ScatterElements", "ScatterND", "Unsqueeze", "ReduceL1", "ReduceLogSum"))
     | frozenset(("ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceSum"))
 )
+_ROUTED: Final = FOLLOWED | {"TopK"}  # between a softmax and the scores it is over
 
 
 def attention_regions(index: GraphIndex, sizes: Concrete) -> list[AttentionRegion]:
@@ -86,7 +87,7 @@ def _routes(index: GraphIndex, softmax: int) -> bool:
         if is_product(index, node):
             return False
         best = best or node.op_type == "TopK"
-        if len(seen) > _MOST or node.op_type not in FOLLOWED | _SOFTMAX | {"TopK"}:
+        if len(seen) > _MOST or node.op_type not in _ROUTED:
             continue
         for name in filter(None, node.input):
             made = index.producer.get(name)

@@ -268,11 +268,12 @@ def _of_sizes(
     axes = [single(c) for c in literal.ref.coords]
     if any(c.terms and a is None for c, a in zip(literal.ref.coords, axes, strict=True)):
         return None
-    if keys not in axes or of_sizes(tracer.index, literal.ref.value) is None:
+    made = of_sizes(tracer.index, literal.ref.value)
+    if keys not in axes or made is None:
         return None
     own = [x for x in axes if x is not None and x in rows]
     steps = []
-    beyond = largest_number(tracer.index, literal.ref.value)
+    beyond = largest_number(tracer.index, made[0])
     if beyond > _MOST_TRIED and tracer.sizes.symbols:
         return None  # a window of so many keys shows at sizes beyond it only
     for first in ((3, 5), (4, 3), (beyond + 3, beyond + 5), (beyond + 5, beyond + 2)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,11 @@ def of_sizes(index: GraphIndex, value: str) -> tuple[list[int], list[str]] | Non
     return sorted(nodes), list(shaped)
 
 
-def largest_number(index: GraphIndex, value: str) -> int:
-    """The largest number that takes part in making `value`; lows and ends of slices are none."""
-    found = of_sizes(index, value)
-    read = {} if found is None else {n: None for i in found[0] for n in index.nodes[i].input if n}
-    made = {o for i in (found[0] if found else ()) for o in index.nodes[i].output}
+def largest_number(index: GraphIndex, nodes: Sequence[int]) -> int:
+    """The largest number that these nodes read or make; lows and ends of slices are none."""
+    names = {n for i in nodes for n in (*index.nodes[i].input, *index.nodes[i].output) if n}
     largest = 0.0
-    for name in (*read, *made):
+    for name in names:
         array = index.constant(name)
         if array is None or array.size == 0 or array.dtype.kind not in "iuf":
             continue
