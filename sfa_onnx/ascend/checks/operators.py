@@ -340,12 +340,22 @@ def _indexer(site: Site) -> Iterator[Finding]:
     heads, dim = site.dim("query", -2), site.dim("query", -1)
     if heads is not None and heads != NPU.indexer_heads:
         message = f"{heads} index heads: expected {NPU.indexer_heads}"
-        yield site.error("heads", message, "pad the heads with zero weights, which is exact")
+        yield site.error("heads", message, _pad_or_leave(heads, NPU.indexer_heads))
     for name in ("query", "key"):
         dim = site.dim(name, -1)
         if dim is not None and dim != NPU.indexer_dim:
             message = f"{name} rows have {dim} elements: expected {NPU.indexer_dim}"
-            yield site.error("row-size", message, "pad the rows with zeros, which is exact")
+            yield site.error("row-size", message, _pad_or_leave(dim, NPU.indexer_dim))
+
+
+def _pad_or_leave(size: int, most: int) -> str:
+    """What to do with an indexer of other sizes than the kernel's."""
+    if size < most:
+        return "pad with zeros (of weight zero), which is exact"
+    return (
+        "the kernel has no more (a mask of padding takes one): `sfa-onnx fuse --no-indexer` or"
+        " `--target ascend` keeps the selection in standard operators"
+    )
 
 
 def _pack(site: Site) -> Iterator[Finding]:

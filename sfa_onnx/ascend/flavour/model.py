@@ -170,7 +170,7 @@ def _rewrite(
     result.notes += pad_attention(work, facts, names, target, narrow=npu_dtype is not None)
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
-    result.notes += narrow_rows(work, ours.wide, facts)
+    result.notes += narrow_rows(work, ours.wide, facts, names)
     padded = apply(work, (PaddedWrites(),), facts, names, target)
     _note(result, padded, "cache writes whose padding repeats a token that has a slot")
     _move_vendor_nodes(work.graph)

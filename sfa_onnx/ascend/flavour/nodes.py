@@ -40,7 +40,8 @@ _ROPE_NAMES: dict[int, str] = {
 }
 _ATC_NAMES = frozenset({b.atc_type for b in BINDINGS} | {op.name for op in ALL_OPS})
 # Inputs that carry the query's type and are cast with it.
-_FLOAT_INPUTS = ("query", "key", "value", "query_rope", "key_rope")
+_FLOAT_INPUTS = ("query", "key", "value", "query_rope", "key_rope", "weights")
+_HALF_MAX = 65504.0
 
 
 def is_ours(node: NodeProto) -> bool:
@@ -193,33 +194,71 @@ class ToAtc:
                 raise ContractError(f"{where}: required input {i} ({tensor.name}) is missing")
 
     def _cast(self, scope: Scope, node: NodeProto, contract: OpContract) -> list[NodeProto]:
-        """Cast float32 inputs to the NPU's type and the result back."""
+        """Cast float32 inputs to the NPU's type and results back."""
         if self.npu_dtype not in NPU_DTYPES:
             raise UsageError(f"--npu-dtype {self.npu_dtype}: expected bf16 or fp16")
-        to = NPU_DTYPES[self.npu_dtype]
-        if scope.dtype(node.input[0]) != TensorProto.FLOAT:
-            return [node]
-        row = (
-            wide_row(node, scope.facts) if scope.dtype(node.input[1]) == TensorProto.INT8 else None
-        )
+        own = scope.dtype(node.input[0])
+        to = own if own in NPU_DTYPES.values() else NPU_DTYPES[self.npu_dtype]
+        int8_rows = own == TensorProto.FLOAT and scope.dtype(node.input[1]) == TensorProto.INT8
+        row = wide_row(node, scope.facts) if int8_rows else None
         if row is not None:
             self.wide[node.input[1]] = row
-        nodes, done = [], {}
+        nodes = self._cast_inputs(scope, node, contract, to)
+        if own != TensorProto.FLOAT:
+            return [*nodes, node]
+        return [*nodes, node, *self._cast_outputs(scope, node, contract, to)]
+
+    def _cast_outputs(
+        self, scope: Scope, node: NodeProto, contract: OpContract, to: int
+    ) -> list[NodeProto]:
+        """Casts behind the outputs that have the query's type."""
+        after = []
+        for i, tensor in enumerate(contract.outputs[: len(node.output)]):
+            if tensor.types != contract.inputs[0].types or not node.output[i]:
+                continue  # indices; maxima and sums, which the kernel gives in float32
+            inner = scope.value(f"{node.name}/npu_out", to)
+            label = f"{node.name}/out_cast"
+            after.append(
+                scope.node("Cast", [inner], label, outputs=[node.output[i]], to=TensorProto.FLOAT)
+            )
+            node.output[i] = inner
+        self.notes.append(f"{node.name}: query and result cast float32 <-> {self.npu_dtype}")
+        return after
+
+    def _cast_inputs(
+        self, scope: Scope, node: NodeProto, contract: OpContract, to: int
+    ) -> list[NodeProto]:
+        """Casts in front of a node's float32 inputs; equal ones are shared."""
+        nodes, done = [], dict[str, str]()
         for i, tensor in enumerate(contract.inputs[: len(node.input)]):
             name = node.input[i]
-            if tensor.name in _FLOAT_INPUTS and scope.dtype(name) == TensorProto.FLOAT:
-                if name not in done:
-                    cast = scope.node("Cast", [name], f"{node.name}/{tensor.name}_cast", to=to)
-                    nodes.append(cast)
-                    done[name] = cast.output[0]
-                node.input[i] = done[name]
-        inner = scope.value(f"{node.name}/npu_out", to)
-        back = scope.node(
-            "Cast", [inner], f"{node.name}/out_cast", outputs=[node.output[0]], to=TensorProto.FLOAT
-        )
-        node.output[0] = inner
-        self.notes.append(f"{node.name}: query and result cast float32 <-> {self.npu_dtype}")
-        return [*nodes, node, back]
+            if tensor.name not in _FLOAT_INPUTS or scope.dtype(name) != TensorProto.FLOAT:
+                continue
+            if tensor.name == "weights" and to == TensorProto.FLOAT16 and _huge(scope, name):
+                self.notes.append(
+                    f"{node.name}: weights stay float32: they hide padding by a number that fp16"
+                    " cannot hold; --npu-dtype bf16 can"
+                )
+                continue
+            if name not in done:
+                cast = scope.node("Cast", [name], f"{node.name}/{tensor.name}_cast", dtype=to,
+                                  dims=scope.dims(name), to=to)  # fmt: skip
+                nodes.append(cast)
+                done[name] = cast.output[0]
+            node.input[i] = done[name]
+        return nodes
+
+
+def _huge(scope: Scope, name: str, depth: int = 6) -> bool:
+    """Whether a constant that is part of a value is beyond fp16."""
+    array = scope.array(name)
+    if array is not None:
+        return array.dtype.kind == "f" and bool(np.any(np.abs(array) > _HALF_MAX))
+    node = scope.producer(name)
+    if node is None or not depth or node.op_type not in ("Concat", "Expand", "Pad", "Reshape"):
+        return False
+    parts = node.input if node.op_type == "Concat" else node.input[:1]
+    return any(_huge(scope, part, depth - 1) for part in parts)
 
 
 def _exact(node: NodeProto, spec: Attribute, op: OpContract) -> float:

@@ -52,7 +52,7 @@ def pad_attention(
     padding = _PaddedAttention(notes, narrow)
     apply(model, (padding,), facts, names, opset)
     if padding.rows:
-        written, carriers = widen_rows(model, padding.rows, facts)
+        written, carriers = widen_rows(model, padding.rows, facts, names)
         notes += written
         apply(model, (_PaddedRows(padding, carriers),), facts, names, opset)
     return notes

@@ -7,22 +7,17 @@ bytes). Rows without a rope get one of zeros (528 -> 656 bytes). Names and order
 
 from __future__ import annotations
 
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto
 
-from sfa_onnx.ascend.flavour.scope import Facts
+from sfa_onnx.ascend.flavour.carriers import Carriers
+from sfa_onnx.ascend.flavour.scope import Facts, Names
 from sfa_onnx.errors import ContractError
 from sfa_onnx.files.onnx_attrs import find_attribute
 from sfa_onnx.operator.contract import PackedRow
-from sfa_onnx.operator.op import BINDINGS, KV_CACHE_PACK, KV_CACHE_WRITE
 
 __all__ = ["narrow_rows", "wide_row", "widen_rows"]
 
 _FLOAT32 = 4  # bytes
-# What may lie between a cache input and our operator without looking into the rows.
-_CARRIERS = frozenset(
-    {"Concat", "ScatterND", "ScatterElements", "Identity", "Gather", KV_CACHE_WRITE.name}
-)
-_OURS = frozenset({b.atc_type for b in BINDINGS} | {KV_CACHE_PACK.name})
 
 
 def wide_row(node: NodeProto, facts: Facts) -> PackedRow | None:
@@ -40,28 +35,30 @@ def wide_row(node: NodeProto, facts: Facts) -> PackedRow | None:
     return row if row.itemsize == _FLOAT32 else None
 
 
-def narrow_rows(model: ModelProto, starts: dict[str, PackedRow], facts: Facts) -> list[str]:
+def narrow_rows(
+    model: ModelProto, starts: dict[str, PackedRow], facts: Facts, names: Names
+) -> list[str]:
     """Write the narrow width into every value that carries the rows; returns notes.
 
     Args:
         model: the ATC flavour in the making.
         starts: key inputs of our nodes and their (wide) layout.
-        facts: element types of values.
+        facts: element types and dims of values; the dims follow.
+        names: of its values and nodes.
 
     Raises:
         ContractError: an operator on the way looks into the rows, so their width cannot change.
     """
-    widths: dict[str, tuple[int, int]] = {}
-    for start, row in starts.items():
-        narrow = PackedRow(row.nope, row.rope, row.tile, 2).bytes
-        for name in _carrying(model, start, facts, "width changes with --npu-dtype; export the"
-                              " model in bf16 or fp16 instead"):  # fmt: skip
-            widths.setdefault(name, (row.bytes, narrow))
-    return _write(model, widths, "16-bit rope")
+    changes = {
+        start: (row.bytes, PackedRow(row.nope, row.rope, row.tile, 2).bytes)
+        for start, row in starts.items()
+    }
+    hint = "width changes with --npu-dtype; export the model in bf16 or fp16 instead"
+    return _resize(changes, Carriers(model, facts, names, hint), "16-bit rope")[0]
 
 
 def widen_rows(
-    model: ModelProto, starts: dict[str, PackedRow], facts: Facts
+    model: ModelProto, starts: dict[str, PackedRow], facts: Facts, names: Names
 ) -> tuple[list[str], set[str]]:
     """Write the width of rows with a rope into every value that carries rows without.
 
@@ -69,6 +66,7 @@ def widen_rows(
         model: the ATC flavour in the making.
         starts: key inputs of our nodes, now of these layouts, and before without the rope.
         facts: element types and dims of values; the dims follow.
+        names: of its values and nodes.
 
     Returns:
         Notes, and the values that carry the rows.
@@ -76,36 +74,29 @@ def widen_rows(
     Raises:
         ContractError: an operator on the way looks into the rows.
     """
+    changes = {
+        start: (PackedRow(row.nope, 0, row.tile, row.itemsize).bytes, row.bytes)
+        for start, row in starts.items()
+    }
+    hint = "width changes for the rope that the NPU's kernel wants; keep the cache in floats for it"
+    return _resize(changes, Carriers(model, facts, names, hint), "a rope of zeros")
+
+
+def _resize(
+    changes: dict[str, tuple[int, int]], carriers: Carriers, why: str
+) -> tuple[list[str], set[str]]:
+    """Other widths for all that carries the rows of some values: value -> (old, new) bytes."""
     widths: dict[str, tuple[int, int]] = {}
-    for start, row in starts.items():
-        bare = PackedRow(row.nope, 0, row.tile, row.itemsize).bytes
-        for name in _carrying(model, start, facts, "width changes for the rope that the NPU's"
-                              " kernel wants; keep the cache in floats for it"):  # fmt: skip
-            widths.setdefault(name, (bare, row.bytes))
-            dims = facts.dims.get(name)
-            if dims:
-                facts.dims[name] = (*dims[:-1], row.bytes)
-    return _write(model, widths, "a rope of zeros"), set(widths)
-
-
-def _carrying(model: ModelProto, start: str, facts: Facts, hint: str) -> list[str]:
-    """Every value that holds the rows `start` holds, up and down the graph."""
-    readers: dict[str, list[NodeProto]] = {}
-    producers = {out: node for node in model.graph.node for out in node.output}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found: dict[str, None] = {}
-    queue = [start]
-    while queue:
-        name = queue.pop()
-        if name in found or facts.types.get(name) != TensorProto.INT8:
-            continue
-        found[name] = None
-        around = [*readers.get(name, ()), producers.get(name)]
-        for node in (n for n in around if n is not None):
-            queue += _beside(node, name, hint)
-    return list(found)
+    for change in dict.fromkeys(changes.values()):
+        for start in (n for n, c in changes.items() if c == change):
+            for name in carriers.of(start, change[0]):
+                widths.setdefault(name, change)
+        carriers.respell(change[1])
+    dims = carriers.facts.dims
+    for name, (_, new) in widths.items():
+        if known := dims.get(name):
+            dims[name] = (*known[:-1], new)
+    return _write(carriers.model, widths, why), set(widths)
 
 
 def _write(model: ModelProto, widths: dict[str, tuple[int, int]], why: str) -> list[str]:
@@ -119,14 +110,3 @@ def _write(model: ModelProto, widths: dict[str, tuple[int, int]], why: str) -> l
             if value.name in outer:
                 notes.append(f"{value.name}: rows of {old} bytes become {new} ({why})")
     return notes
-
-
-def _beside(node: NodeProto, name: str, hint: str) -> list[str]:
-    if node.op_type in _OURS:
-        return []
-    if node.op_type not in _CARRIERS:
-        raise ContractError(
-            f"node {node.name!r} ({node.op_type}) looks into the packed rows of {name!r}, whose"
-            f" {hint}"
-        )
-    return [*node.input, *node.output]
