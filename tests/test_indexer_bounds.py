@@ -68,19 +68,37 @@ def _feeds(batch: int, rows: int, keys: int) -> dict[str, np.ndarray]:
     return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
 
-@needs_library
-@pytest.mark.parametrize("kind", HIDING)
-def test_what_fuse_gives_selects_as_the_original(kind: str) -> None:
+def _exported(layer: Layer, batch: int = 2) -> bytes:
     stream = io.BytesIO()
-    given = tuple(torch.from_numpy(a) for a in _feeds(2, 3, 12).values())
+    given = tuple(torch.from_numpy(a) for a in _feeds(batch, 3, 12).values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Layer(HIDING[kind]), given, stream, input_names=NAMES, output_names=["o"],
+            layer, given, stream, input_names=NAMES, output_names=["o"],
             opset_version=17, dynamo=False, dynamic_axes=DYNAMIC,
         )  # fmt: skip
-    report = sfa_onnx.fuse(onnx.load_from_string(stream.getvalue()))
-    before = ort.InferenceSession(stream.getvalue())
+    return stream.getvalue()
+
+
+def _rows_of_batch(scores: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    """As many rows as there are sequences: it runs at one sequence too, and hides nothing then."""
+    counted = torch.arange(scores.shape[0])[:, None] + (scores.shape[2] - scores.shape[0])
+    return scores.masked_fill(keys > counted, -torch.inf)
+
+
+def test_axes_of_one_input_are_not_made_one_by_broadcasting() -> None:
+    report = sfa_onnx.fuse(onnx.load_from_string(_exported(Layer(_rows_of_batch), batch=3)))
+    (selection,) = report.selections
+    assert selection.status == "refused"
+    assert selection.reason.startswith("sizes b and s are broadcast to each other")
+
+
+@needs_library
+@pytest.mark.parametrize("kind", HIDING)
+def test_what_fuse_gives_selects_as_the_original(kind: str) -> None:
+    model = _exported(Layer(HIDING[kind]))
+    report = sfa_onnx.fuse(onnx.load_from_string(model))
+    before = ort.InferenceSession(model)
     after = runtime.session(report.model)
     for sizes in ((2, 3, 12), (2, 6, 6), (2, 4, 150)):
         feeds = _feeds(*sizes)

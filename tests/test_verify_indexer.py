@@ -121,3 +121,18 @@ def test_rows_may_have_a_longer_tail_but_no_other_keys() -> None:
     assert compare_entries(SCORES, want, np.array([[4, 0, -1, -1]]), exact=True).error == 0.0
     assert compare_entries(SCORES, want, np.array([[0, 4, 1]]), exact=True).reason
     assert compare_entries(SCORES, want, np.array([[0, 1, -1]]), exact=False).error > 0.1
+
+
+def test_record_names_sizes_that_were_taken_for_equal() -> None:
+    """The batch of the keys may be 1 where the file names it apart: nobody has promised that."""
+    model = spelt(Spelling(mask="both"))
+    del model.graph.value_info[:]
+    keys = next(v for v in model.graph.input if v.name == "k")
+    keys.type.tensor_type.shape.dim[0].dim_param = "sequences"
+    index = GraphIndex.of(model)
+    (found,) = find_selections(index)
+    assert isinstance(found, Candidate)
+    record = SelectionVerifier(index).verify(found)
+    assert isinstance(record, VerifyRecord)
+    equal = "the sizes batch and sequences are equal: discharged by nobody: the caller of the model"
+    assert equal in record.assumptions

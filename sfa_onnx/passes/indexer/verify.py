@@ -25,6 +25,7 @@ from sfa_onnx.passes.indexer.draws import Question, draw
 from sfa_onnx.passes.indexer.runs import at_sizes
 from sfa_onnx.passes.indexer.same import Difference, compare_entries, compare_indices
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.verify.assumptions import assumptions_of
 from sfa_onnx.passes.verify.classes import fingerprint
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import (
@@ -93,9 +94,11 @@ class SelectionVerifier:
                 result = dataclasses.replace(result, seconds=time.monotonic() - begin)
             self._known[key] = (label, result)
         first, known = self._known[key]
-        if isinstance(known, Refusal) or not shared:
+        if isinstance(known, Refusal):
             return known
-        return dataclasses.replace(known, shared_with=first, seconds=0.0)
+        assumptions = (*assumptions_of(index, candidate), *known.assumptions)
+        known = dataclasses.replace(known, assumptions=assumptions)
+        return dataclasses.replace(known, shared_with=first, seconds=0.0) if shared else known
 
     def _at(self, equal: tuple[tuple[str, str], ...]) -> Concrete:
         """Sizes of the graph, with these made one."""
@@ -145,7 +148,7 @@ class SelectionVerifier:
             probes=_merged(results),
             sizes=sized,
             shrunk=(),
-            assumptions=(*_assumptions(candidate), *edges, *flips),
+            assumptions=(*edges, *flips),
             constants_read=tuple(dict.fromkeys(self._index.constants_read)),
             own_rounding=share,
         )
@@ -160,14 +163,6 @@ def _merged(results: list[ProbeResult]) -> tuple[ProbeResult, ...]:
         draws = r.draws if old is None else old.draws + r.draws
         found[r.name] = ProbeResult(r.name, error, BOUND, draws)
     return tuple(found.values())
-
-
-def _assumptions(candidate: Candidate) -> list[str]:
-    return [
-        f"{d.assumption}: discharged by {d.discharged_by or 'nobody: the caller of the model'}"
-        for d in (o.domain for o in candidate.operands)
-        if d.assumption
-    ]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ for (`size.py`), unless the caller chooses them. Only ancestors of what is asked
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import onnx
@@ -170,6 +171,8 @@ class Concrete:
         if rule is not None:
             try:
                 outputs = rule(self, node)
+            except SizesMeetError:
+                raise
             except (IndexError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
                 outputs = None
         if outputs is None:
@@ -195,9 +198,23 @@ class Concrete:
         for axis in range(-rank, 0):
             sizes = {s[axis] for s in shapes if len(s) >= -axis} - {1}
             if len(sizes) > 1:
-                raise _Unify(*sorted(sizes)[:2])
+                self._broadcast_apart(*sorted(sizes)[:2])
             out.append(sizes.pop() if sizes else 1)
         return tuple(out)
+
+    def _broadcast_apart(self, a: int, b: int) -> NoReturn:
+        """Two sizes are broadcast to each other: they are one, or one of them is 1.
+
+        Two axes of one input are not made one: a model that takes [batch, rows] is not meant for
+        batch = rows, and it runs with a batch of 1, where it computes something else.
+        """
+        pair = {form_of(a).plain, form_of(b).plain}
+        if any(pair <= own for own in self._input_symbols):
+            raise SizesMeetError(
+                f"sizes {form_of(a)} and {form_of(b)} are broadcast to each other, but they are two"
+                " axes of one input: the graph also runs where one of them is 1"
+            )
+        raise _Unify(a, b)
 
     def meet(self, a: int, b: int) -> None:
         """Sizes that must be equal for the graph to run are one, where symbols can make them so."""
@@ -225,12 +242,14 @@ class Concrete:
 
     def swaps(self, a: int, b: int) -> list[Swap]:
         """What symbols must be for two sizes to be one; nothing where that cannot be told."""
-        inputs = []
-        for info in self.index.inputs:
-            dims = self.index.shape(info.name) or ()
-            inputs.append(frozenset(d for d in dims if isinstance(d, str)))
         own = [s for s, size in self.symbols.items() if form_of(size).plain == s]
-        return made_equal(form_of(a), form_of(b), own, inputs) or []
+        return made_equal(form_of(a), form_of(b), own, self._input_symbols) or []
+
+    @functools.cached_property
+    def _input_symbols(self) -> list[frozenset[str]]:
+        """The symbols of each input."""
+        shapes = (self.index.shape(info.name) or () for info in self.index.inputs)
+        return [frozenset(d for d in dims if isinstance(d, str)) for dims in shapes]
 
     def unify(self, what: str, symbol: str) -> None:
         """Take `symbol` to be `what` from now on: another symbol, or an expression of symbols."""

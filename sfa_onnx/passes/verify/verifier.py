@@ -11,6 +11,7 @@ import onnx
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.verify.assumptions import assumptions_of
 from sfa_onnx.passes.verify.classes import fingerprint
 from sfa_onnx.passes.verify.extract import (
     UnverifiableError,
@@ -24,7 +25,7 @@ from sfa_onnx.passes.verify.problem import Problem, inputs_as
 from sfa_onnx.passes.verify.rounding import rounded_rows
 from sfa_onnx.passes.verify.site import QUESTIONS, Site
 from sfa_onnx.passes.verify.sizes.concrete import Sizer
-from sfa_onnx.passes.verify.sizes.equal import assumed_equal, canonical_shapes, unified
+from sfa_onnx.passes.verify.sizes.equal import canonical_shapes, unified
 from sfa_onnx.report import VerifyRecord
 
 __all__ = ["Verifier"]
@@ -90,8 +91,7 @@ class Verifier:
         first, known = self._known[key]
         if isinstance(known, Refusal):
             return known
-        equal = assumed_equal(self._index, candidate) if candidate.equal else []
-        assumptions = (*_assumptions(candidate, equal), *known.assumptions)
+        assumptions = (*assumptions_of(self._index, candidate), *known.assumptions)
         if not shared:
             return dataclasses.replace(known, assumptions=assumptions)
         return dataclasses.replace(known, assumptions=assumptions, shared_with=first, seconds=0.0)
@@ -171,17 +171,3 @@ def _because(refusal: Refusal, stuck: Iterable[str]) -> Refusal:
         return refusal
     text = f"{refusal.reason}, and smaller ones cannot be tried: no rule gives the table {names}"
     return dataclasses.replace(refusal, reason=text)
-
-
-def _assumptions(candidate: Candidate, equal: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """What the verdict rests on beyond the probes, and who guarantees it."""
-    found = [
-        f"the sizes {a} and {b} are equal: discharged by nobody: the caller of the model"
-        for a, b in equal
-    ]
-    for operand in candidate.operands:
-        domain = operand.domain
-        if domain.assumption:
-            by = domain.discharged_by or "nobody: the caller of the model"
-            found.append(f"{domain.assumption}: discharged by {by}")
-    return tuple(found)
