@@ -11,6 +11,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx.ascend.checks import check, fix
+from sfa_onnx.ascend.checks.fixing import apply_fixes
 from sfa_onnx.ascend.checks.ranges import value_range
 from sfa_onnx.ascend.flavour.scope import Facts, Names, Scope
 from sfa_onnx.cli import main
@@ -71,6 +72,28 @@ def test_a_mask_is_compared_instead_of_scattered(axis: int, index: list[int], va
         "i": RNG.integers(-size, size, index),  # negative and equal ones
     }
     np.testing.assert_array_equal(run(model, feeds)[0], run(fixed, feeds)[0])
+
+
+def test_a_selection_written_as_a_mask_is_compared_at_once() -> None:
+    """As transformers writes it over known sizes: two findings at one node, one change."""
+    nodes = [
+        helper.make_node("TopK", ["scores", "k"], ["best", "i"], "top"),
+        helper.make_node("Expand", ["yes", "all"], ["none"], "none"),
+        helper.make_node("Expand", ["no", "few"], ["u"], "u"),
+        helper.make_node("ScatterElements", ["none", "i", "u"], ["y"], "s", axis=-1),
+    ]
+    inits = [("yes", np.array(True)), ("no", np.array(False)), ("k", np.array([4]))]
+    inits += [("all", np.array([2, 3, 8])), ("few", np.array([2, 3, 4]))]
+    inputs = [("scores", 1, [2, 3, 8])]
+    model = build(nodes, inputs, [("y", TensorProto.BOOL, None)], inits=inits)
+    report = check(model, soc_version=SOC)
+    assert {"scatter-dtype", "scatter-mask"} <= {f.rule for f in report.fixable}
+    result = apply_fixes(model, report)
+    assert [line.split(":")[0] for line in result.applied] == ["scatter-mask"]
+    assert not result.skipped
+    assert not on_ai_cpu(result.model) - {"Reshape"}
+    feeds = {"scores": RNG.standard_normal((2, 3, 8)).astype(np.float32)}
+    np.testing.assert_array_equal(run(model, feeds)[0], run(result.model, feeds)[0])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sfa_onnx.ascend.checks.rewrites import NODE_RULES, constant_k
 from sfa_onnx.ascend.checks.trial import compare
 from sfa_onnx.ascend.checks.view import ModelView
 from sfa_onnx.ascend.flavour import form
+from sfa_onnx.ascend.flavour.indices import is_non_negative
 from sfa_onnx.ascend.flavour.reductions import readable_reductions
 from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Names, Rule, Scope, apply
@@ -33,6 +34,8 @@ __all__ = ["FixResult", "fix", "fix_file"]
 _FORM_RULES = frozenset(
     ("duplicate-name", "empty-output", "external-key", "external-in-branch", "sparse-initializer")
 )
+# Tried before the others: what takes a node away spares it other repairs.
+_FIRST = frozenset(("scatter-mask",))
 
 
 @dataclass
@@ -108,7 +111,7 @@ def _node_rules(result: FixResult, report: CheckReport, wanted: set[str]) -> Non
     view = ModelView(model)
     targets = _targets(view, [f for f in report.fixable if f.rule in wanted])
     names, facts, opset = Names(model), view.facts(), view.opset
-    for rule_id in sorted(wanted):
+    for rule_id in sorted(wanted, key=lambda r: (r not in _FIRST, r)):
         outputs = targets[rule_id]
         proven: dict[str, int] = {}
         if rule_id == "topk-computed-k":
@@ -123,20 +126,20 @@ def _node_rules(result: FixResult, report: CheckReport, wanted: set[str]) -> Non
         apply(model, [_Tried(rule, rule_id, outputs, proven, result)], facts, names, opset)
 
 
-def _targets(view: ModelView, findings: Sequence[Finding]) -> dict[str, set[str]]:
-    """Rule -> first output names of the nodes concerned; outputs identify nodes across rewrites."""
-    outputs: dict[str, list[str]] = {}
+def _targets(view: ModelView, findings: Sequence[Finding]) -> dict[str, dict[str, str]]:
+    """Rule -> outputs of the nodes concerned, known by them across rewrites, and types."""
+    outputs: dict[str, dict[str, str]] = {}
     for scope, i, node in view.nodes():
         name = f"{scope.path}/{scope.names[i]}" if scope.path else scope.names[i]
-        outputs.setdefault(name, []).extend(o for o in node.output if o)
-    targets: dict[str, set[str]] = {}
+        outputs.setdefault(name, {}).update((o, node.op_type) for o in node.output if o)
+    targets: dict[str, dict[str, str]] = {}
     for found in findings:
         for name in found.nodes or (found.node,):
-            targets.setdefault(found.rule, set()).update(outputs.get(name, ()))
+            targets.setdefault(found.rule, {}).update(outputs.get(name, {}))
     return targets
 
 
-def _proven(view: ModelView, outputs: set[str]) -> dict[str, int]:
+def _proven(view: ModelView, outputs: Container[str]) -> dict[str, int]:
     proven = {}
     for scope, _, node in view.nodes():
         key = next((o for o in node.output if o), "")
@@ -151,7 +154,12 @@ class _Tried:
     """A rule that is applied to the nodes concerned only, and only where the trial agrees."""
 
     def __init__(
-        self, rule: Rule, rule_id: str, outputs: set[str], proven: dict[str, int], to: FixResult
+        self,
+        rule: Rule,
+        rule_id: str,
+        outputs: dict[str, str],
+        proven: dict[str, int],
+        to: FixResult,
     ):
         self._rule, self._id, self._outputs, self._proven, self._to = (
             rule,
@@ -166,6 +174,8 @@ class _Tried:
         first = next((o for o in node.output if o), "")
         if first not in self._outputs or node.op_type in INTERNAL_OPS - {"Constant"}:
             return None
+        if node.op_type != self._outputs[first]:
+            return None  # another rule has put something else in its place
         label, kept = node.name or first, len(scope.graph.initializer)
         try:
             new = self._rule(scope, node)
@@ -208,7 +218,8 @@ class _Tried:
         dims = [d or 0 for d in scope.dims(node.input[1]) or ()]
         kinds = [onnx.helper.tensor_dtype_to_np_dtype(scope.dtype(n)) for n in node.input[1:]]
         size = (scope.dims(node.input[0]) or ())[int(attribute(node, "axis", 0))] or 1
-        slots = np.random.default_rng(len(dims)).integers(-size, size, dims).astype(kinds[0])
+        low = 0 if is_non_negative(scope, node.input[1]) else -size
+        slots = np.random.default_rng(len(dims)).integers(low, size, dims).astype(kinds[0])
         return {node.input[1]: slots, node.input[2]: np.full(dims, 1, kinds[1])}
 
     def _same_constant(self, node: NodeProto, new: Sequence[NodeProto]) -> str:

@@ -128,8 +128,19 @@ def uniform_scatter(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None
     starts = scope.constant([0] * rank, f"{label}/starts")
     ends = scope.constant([1] * rank, f"{label}/ends")
     first = scope.node("Slice", [node.input[2], starts, ends], f"{label}/value", dtype=dtype)
-    pick = scope.replace(node, "Where", [found.output[0], first.output[0], node.input[0]])
-    return [*nodes, count, total, found, first, pick]
+    chosen = _pick(scope, node, found.output[0], first.output[0])
+    return [*nodes, count, total, found, first, *chosen]
+
+
+def _pick(scope: Scope, node: NodeProto, found: str, value: str) -> list[NodeProto]:
+    """Where(found, value, data); of bools by And and Or, since onnxruntime has no such Where."""
+    data, label = node.input[0], node.name
+    if scope.dtype(data) != _T.BOOL:
+        return [scope.replace(node, "Where", [found, value, data])]
+    new = scope.node("And", [found, value], f"{label}/new", dtype=_T.BOOL)
+    other = scope.node("Not", [found], f"{label}/other", dtype=_T.BOOL)
+    old = scope.node("And", [other.output[0], data], f"{label}/old", dtype=_T.BOOL)
+    return [new, other, old, scope.replace(node, "Or", [new.output[0], old.output[0]])]
 
 
 def _summed(scope: Scope, name: str, axis: int, label: str) -> NodeProto:
