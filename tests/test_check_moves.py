@@ -10,10 +10,12 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
+from sfa_onnx import runtime
 from sfa_onnx.ascend.checks import check, fix
 from sfa_onnx.ascend.checks.fixing import apply_fixes
 from sfa_onnx.ascend.checks.ranges import value_range
 from sfa_onnx.ascend.flavour.scope import Facts, Names, Scope
+from sfa_onnx.ascend.handover import write
 from sfa_onnx.cli import main
 from tests.test_flavour import build, ops, run
 
@@ -211,3 +213,30 @@ def test_a_dim_spelled_as_text_is_a_number_and_a_bound_one_proves_k(tmp_path: Pa
     assert fixed.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 5
     for wrong in ("none=5", "past=2~8", "past=0"):
         assert main(["check", *command, "--force", "--dim", wrong]) == 2
+
+
+def test_atc_fixes_for_the_dims_it_is_given(tmp_path: Path) -> None:
+    """A k computed from the cache's length is a constant for the one length atc compiles for."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], "shape", start=1, end=2),
+        helper.make_node("Min", ["s", "most"], ["k"], "min"),
+        helper.make_node("TopK", ["x", "k"], ["v", "i"], "top"),
+    ]
+    inits = [("most", np.array([8]))]
+    model = build(nodes, [("x", 1, ["b", "past"])], [("v", 1, None)], inits=inits)
+    onnx.save(model, tmp_path / "m.onnx")
+    given = {"b": 2, "past": 5}
+    report = write(tmp_path / "m.onnx", tmp_path / "out", soc_version="Ascend910B2", dims=given)
+    assert "the file is for b=2, past=5 only" in report.notes
+    made = onnx.load(report.model)
+    constants = {t.name for t in made.graph.initializer}
+    assert next(n for n in made.graph.node if n.op_type == "TopK").input[1] in constants
+    x = np.random.default_rng(0).standard_normal((2, 5)).astype(np.float32)
+    np.testing.assert_array_equal(runtime.run(report.model, {"x": x})["v"], -np.sort(-x, 1))
+    ranged = write(
+        tmp_path / "m.onnx",
+        tmp_path / "open",
+        soc_version="Ascend910B2",
+        dims={"b": 2, "past": "2~9"},
+    )
+    assert not [note for note in ranged.notes if note.startswith("fixed:")]

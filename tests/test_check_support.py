@@ -215,3 +215,13 @@ def test_ops_of_later_opsets_are_judged_as_what_they_will_become() -> None:
     report = check(model)
     assert report.code == "E13010"
     assert report.support[0].evidence["950"] == "opdef"
+
+
+def test_an_identity_inside_an_expansion_costs_nothing() -> None:
+    """A LayerNorm's inner Identity is dropped, as one in the model is: all stays on AI Core."""
+    node = helper.make_node("LayerNormalization", ["x", "w"], ["y"], "ln")
+    inits = [("w", np.ones(8, np.float32))]
+    model = build([node], [("x", 1, [2, 8])], [("y", 1, [2, 8])], inits=inits)
+    row = next(r for r in check(model, cann="9.2").support if r.op_type == "LayerNormalization")
+    assert "Identity" in row.ge_types
+    assert row.engines["A2"] == row.engines["A3"] == "AI Core"

@@ -131,15 +131,17 @@ def _cells(ctx: Context, kind: _Kind, way: Route, family: str) -> list[Cell]:
     declined = dict(way.declined)
     line = ctx.cann.version
     # Of the inner nodes of an expansion only the first one's types are those of the node.
+    types = tuple(t for t in way.types if t not in _FREE) or way.types
     several = len(way.types) > 1
     if kind.ge_types == EXPANSIONS[KV_CACHE_WRITE.name]:  # the rest are views and their shapes
         pages, _, slots = (*kind.dtypes, "", "", "")[:3]
         return [cell("ScatterNdUpdate", (pages, slots, pages), family, line)]
     pack = kind.ge_types == EXPANSIONS[KV_CACHE_PACK.name]
     made = []
-    names = _pack_types(way.types, family) if pack else way.types
+    names = _pack_types(types, family) if pack else types
     for place, name in enumerate(names):
-        dtypes = kind.dtypes[:1] if several and place == 0 else () if several else kind.dtypes
+        first = place == 0 and name == way.types[0]
+        dtypes = kind.dtypes[:1] if several and first else () if several else kind.dtypes
         dtypes = () if pack or name in _OTHER_ORDER else dtypes
         dtypes = dtypes[:1] if name in _FIRST_ONLY else dtypes
         made.append(cell(name, dtypes, family, line, declined=declined.get(name, "")))

@@ -107,7 +107,7 @@ def write(
     )
     _must_run(proto, command)
     converted = convert(proto, binding=binding, npu_dtype=npu_dtype, cann=cann, norms=norms)
-    _fix(converted, cann, soc_version, path.parent)
+    _fix(converted, cann, soc_version, path.parent, command.numbers(proto))
     target = _model_path(path, folder, scope, external)
     with Staging(folder, target, force=force) as stage:
         save_model(converted.model, stage.model, source_dir=path.parent, force=force)
@@ -189,14 +189,27 @@ def _write_files(
     report.files.append("outputs.json")
 
 
-def _fix(converted: AtcModel, cann: str, soc_version: str, folder: Path) -> None:
-    """What `check` can repair mechanically; each change was tried in onnxruntime, bit for bit."""
+def _fix(
+    converted: AtcModel, cann: str, soc_version: str, folder: Path, dims: Mapping[str, int]
+) -> None:
+    """What `check` can repair mechanically; each change was tried in onnxruntime, bit for bit.
+
+    At the bound dims, which atc compiles for: much that is computed from them is constant then.
+    """
     from sfa_onnx.ascend import checks
 
-    found = checks.check(converted.model, cann=cann, soc_version=soc_version, base_dir=folder)
-    if found.fixable:
-        converted.model, lines = checks.fix(converted.model, found)
-        converted.notes += [f"fixed: {line}" for line in lines]
+    bound = bind_dims(converted.model, dims)
+    found = checks.check(bound, cann=cann, soc_version=soc_version, base_dir=folder)
+    if not found.fixable:
+        return
+    fixed, lines = checks.fix(bound, found)
+    if not lines:
+        return
+    converted.model = fixed
+    converted.notes += [f"fixed: {line}" for line in lines]
+    if dims:
+        told = ", ".join(f"{name}={size}" for name, size in dims.items())
+        converted.notes.append(f"the file is for {told} only")
 
 
 def _model_path(path: Path, folder: Path, scope: str | None, external: bool) -> Path:
