@@ -126,4 +126,6 @@ def test_indices_compared_by_order_are_listed():
         " keep3 = Greater(hits, none)\n keep = Unsqueeze(keep3, ax2)\n x = Where(keep, s, low)\n"
         " p = Softmax<axis=-1>(x)\n"
     )
-    assert "no selection is made that way" in _only_reason(_model(_DENSE, weights=weights))
+    assert "is not a selection that other masks only narrow" in _only_reason(
+        _model(_DENSE, weights=weights)
+    )

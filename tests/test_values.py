@@ -14,7 +14,7 @@ from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Ref
 from sfa_onnx.passes.values.identity import Identity
 from sfa_onnx.passes.values.table import TABLE, normal
-from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, Term, dot, element, number
+from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, Term, dot, element, index, number
 from tests.graphs import gathered
 
 T, U, D, ALONE = Label("t", 7), Label("u", 7), Label("d", 3), Label("one", 1)
@@ -63,6 +63,8 @@ def _read(node: ast.AST) -> Term:
             return Term(COMPARE[type(op)], (_read(a), _read(b)))
         case ast.Call(func=ast.Name(id="pieces"), args=args):
             return Term("pieces", tuple(map(_read, args)), (T, ((0, CUT), (CUT, T.size))))
+        case ast.Call(func=ast.Name(id="at"), args=[ast.Name(id=name)]):
+            return index(Expr.of({"t": T, "u": U}[name]))
         case ast.Call(func=ast.Name(id="sum_parts"), args=args):
             return Term("add", tuple(_part(_read(a), i) for i, a in enumerate(args)))
         case ast.Call(func=ast.Name(id=name), args=args):
@@ -106,6 +108,8 @@ def evaluate(term: Term, known: dict[str, np.ndarray], at: dict[Label, int]) -> 
                 return np.float64(term.value)
             case "element":
                 return known[term.ref.value][tuple(position(c) for c in term.ref.coords)]
+            case "index":
+                return position(term.expr)
             case "dot":
                 return known["q"] @ known["k"]
             case "pieces":

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Scaled, Stop, Tracer
-from sfa_onnx.passes.bind.mask import Kept, Literal, Selected, Visible
+from sfa_onnx.passes.bind.literals import Kept, Literal, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import NotASite, Site
 from sfa_onnx.passes.bind.sources import all_reads, index_sources
-from sfa_onnx.passes.bind.union import settled
 from sfa_onnx.passes.bind.usage import reworked, threshold
 
 __all__ = ["check_rows", "rows_changed", "splits", "take_masks", "tell_rows"]
@@ -23,7 +22,6 @@ def take_masks(site: Site, literals: list[Literal]) -> None:
         Stop: two selections, or keys that are gathered and masked by a selection.
         NotASite: no selection.
     """
-    literals = settled(site.tracer, literals)
     for literal in literals:
         if isinstance(literal, Selected):
             same = [s for s in site.selected if _same_selection(s, literal)]
@@ -100,7 +98,7 @@ def _unselected(site: Site) -> Stop | None:
     inverted = next((v for v in site.visible if v.hides), None)
     if inverted is not None:
         return Stop(
-            f"ScatterElements {inverted.hides} hides the selected keys, or marks none",
+            f"the mask {inverted.ref.value} hides the selected keys, or marks none",
             inverted.ref.value,
             "expected a mask that keeps exactly the selected keys",
         )

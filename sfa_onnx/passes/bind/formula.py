@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.joined import join_chunks
-from sfa_onnx.passes.bind.literals import Literal
-from sfa_onnx.passes.bind.mask import additive, boolean, conditions
+from sfa_onnx.passes.bind.literals import Literal, Visible
+from sfa_onnx.passes.bind.mask import Masks
 from sfa_onnx.passes.bind.site import AttentionRegion, Sinks, Statistic
 from sfa_onnx.passes.bind.statistics import statistics
 from sfa_onnx.passes.bind.tiles import Span, Tile, join_columns, join_tiles
@@ -180,12 +180,12 @@ def _scores(
     reader: Reader, region: AttentionRegion, weight: Weight, conditions: tuple[Term, ...]
 ) -> Scores:
     products = [name for names in reader.products.values() for name in names]
-    found = Scores(axes=reader.axes, products=products)
+    found, masks = Scores(axes=reader.axes, products=products), Masks(reader.tracer)
     tiles: list[Tile] = []
     for addend in addends(weight.exponent):
         if (tile := Tile.of(addend, weight.label)) is not None:
             tiles.append(tile)
-        elif (stop := _take(reader, found, addend)) is not None:
+        elif (stop := _take(reader, found, masks, addend)) is not None:
             raise unfit(reader, region, stop)
     if tiles:
         query, key, inner = join_tiles(reader.tracer, tiles)
@@ -197,13 +197,14 @@ def _scores(
             "export the products of queries and keys together with the softmax",
         )
     for flag in weight.flags:
-        found.masks.extend(_literals(reader, flag, found.masks))
+        masks.take(*_shown(reader, flag, masks))
     for condition in conditions:
-        _check_condition(reader, condition, weight, found.masks)
+        _check_condition(reader, condition, weight, masks)
+    found.masks = masks.literals()
     return found
 
 
-def _take(reader: Reader, found: Scores, addend: Term) -> Stop | None:
+def _take(reader: Reader, found: Scores, masks: Masks, addend: Term) -> Stop | None:
     """One addend of a score: a product, or a mask; what it is instead."""
     by, rest = coefficient(addend)
     if rest.op == "dot":
@@ -214,7 +215,7 @@ def _take(reader: Reader, found: Scores, addend: Term) -> Stop | None:
         found.terms.append(Product(query.substitute(swap), key.substitute(swap), own, by, name))
         return None
     if rest.op == "element" and rest.ref.value not in reader.opaque:
-        found.masks.extend(additive(reader.tracer, rest.ref, negated=by < 0))
+        masks.take(*masks.added(rest.ref, negated=by < 0))
         return None
     return UnclearError(
         f"{addend} on the score path is not part of softmax(scale * q.k + mask)",
@@ -223,23 +224,23 @@ def _take(reader: Reader, found: Scores, addend: Term) -> Stop | None:
     )
 
 
-def _literals(reader: Reader, flag: Term, masks: list[Literal]) -> list[Literal]:
-    """A condition that a key is seen under."""
-    tracer, positive = reader.tracer, True
+def _shown(reader: Reader, flag: Term, masks: Masks) -> tuple[Term, Visible]:
+    """A condition that a key is seen under, and the mask that it is read from."""
+    positive = True
     if flag.op in ("or", "and") and (held := reader.holder(flag)) is not None:
-        return boolean(tracer, held[0], positive=held[1])
+        return masks.shown(held[0], positive=held[1])
     if flag.op == "not":
         flag, positive = flag.args[0], False
     if flag.op == "element":
-        return boolean(tracer, flag.ref, positive=positive)
-    if flag.op == "eq" and flag.args[0].op == "element" and not positive and masks:
-        return additive(tracer, flag.args[0].ref)  # finite where the mask does not hide
+        return masks.shown(flag.ref, positive=positive)
+    if flag.op == "eq" and flag.args[0].op == "element" and not positive and masks.found:
+        return masks.added(flag.args[0].ref)  # finite where the mask does not hide
     raise Stop(f"keys are hidden where {flag}, which is no mask of this graph")
 
 
-def _check_condition(reader: Reader, condition: Term, weight: Weight, masks: list[Literal]) -> None:
+def _check_condition(reader: Reader, condition: Term, weight: Weight, masks: Masks) -> None:
     """A row is zeroed where no key is seen, and nowhere else."""
-    own = _looked_into(reader, condition)
+    own = _looked_into(masks, condition)
     if own.op == "any":
         inner = own.args[0].rename({own.label: Expr.of(weight.label)})
         parts = inner.args if inner.op == "and" else (inner,)
@@ -253,15 +254,15 @@ def _check_condition(reader: Reader, condition: Term, weight: Weight, masks: lis
     )
 
 
-def _looked_into(reader: Reader, condition: Term) -> Term:
+def _looked_into(masks: Masks, condition: Term) -> Term:
     """A condition, as it is made of those of single keys."""
     own = condition.args[0] if condition.op == "not" else condition
     if own.op != "element":
         return condition
-    found = conditions(reader.tracer, reduced=True).term(own.ref)
-    return found if own is condition else reader.n.negate(found)
+    return masks.shown(own.ref, positive=own is condition)[0]
 
 
-def _known(reader: Reader, part: Term, masks: list[Literal]) -> bool:
-    literals = _literals(reader, part, masks)
-    return all(x in masks for x in literals)
+def _known(reader: Reader, part: Term, masks: Masks) -> bool:
+    """Whether a condition is among those that keys are seen under."""
+    own, _ = (part, None) if part in masks.found else _shown(reader, part, masks)
+    return all(p in masks.found for p in (own.args if own.op == "and" else (own,)))

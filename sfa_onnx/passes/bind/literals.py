@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
 
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.steps import Ref
 
-__all__ = ["HIDDEN", "Kept", "Literal", "Selected", "Visible"]
-
-# A score this far below the others has weight 0 in every float type in use.
-HIDDEN: Final = -9e3
+__all__ = ["Kept", "Literal", "Selected", "Visible"]
 
 
 @dataclass(frozen=True)
 class Visible:
-    """Visible where the tensor says so: `ref` is bool (== positive) or float (> HIDDEN).
+    """Visible where the tensor says so: `ref` is bool (== positive) or float (> `LOW`).
 
     `among`: it is part of a selection and made from these as well, so it cannot be any mask;
-    `hides`: the scatter that makes it hides the keys it names;
+    `hides`: it hides the keys that are selected;
     `assumed`: the input that is a mask of two values, as the caller asserts;
-    `joins`: what the masks are made of that it is the union of, where one of them has no bound of
-    its own.
     """
 
     ref: Ref
     positive: bool = True
     is_bool: bool = True
     among: tuple[Selected, ...] = field(default=(), compare=False)
-    hides: str = field(default="", compare=False)
+    hides: bool = field(default=False, compare=False)
     assumed: str = field(default="", compare=False)
-    joins: tuple[tuple[Literal, ...], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

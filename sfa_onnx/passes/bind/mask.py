@@ -4,92 +4,167 @@ A literal is either a selection (the key's position is in a row of an index tens
 the graph that is read as it is: bool, or float with two values. Nothing is proved about the latter
 (causal, padding, packing ...): it is evaluated in the graph at the selected positions.
 
-What a graph computes from conditions is one term (`values/conditions.py`); here its leaves are told
-apart.
+What a graph computes from conditions is one term (`values/conditions.py`); here it is matched.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
-import onnx
-
 from sfa_onnx.passes.axes.expr import Label
-from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Stop, Tracer, is_float
-from sfa_onnx.passes.bind.hits import counts, is_table, reduced
-from sfa_onnx.passes.bind.literals import HIDDEN, Kept, Literal, Selected, Visible
-from sfa_onnx.passes.bind.union import union
-from sfa_onnx.passes.bind.written import patched, put, scattered
-from sfa_onnx.passes.values.arithmetic import addends, coefficient, factors
+from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.bind.literals import Kept, Literal, Visible
+from sfa_onnx.passes.bind.union import bound, selected
+from sfa_onnx.passes.values.arithmetic import LOW, addends, all_flags, coefficient, factors
 from sfa_onnx.passes.values.conditions import Conditions
-from sfa_onnx.passes.values.table import normal
-from sfa_onnx.passes.values.terms import ZERO, Term, dot, number
+from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, ZERO, Term, dot, number
 
-__all__ = ["HIDDEN", "Kept", "Literal", "Selected", "Visible", "additive", "boolean", "conditions"]
+__all__ = ["Masks", "additive", "boolean"]
 
 _SCORE: Final = dot(Ref("", ()), Ref("", ()), Label("", 1))  # that a mask is added to
-_CUTS: Final = frozenset(
-    ("Slice", "Split", "Concat", "ScatterND", "Gather", "GatherElements", "GatherND")
-)
+_MADE: Final = ("any", "all", "eq", "not")  # what selections and their negations are
+_FAR: Final = 32  # moves between an asserted mask and where it is read
 
 
-def conditions(tracer: Tracer, *, reduced: bool = False) -> Conditions:
-    """A reader of masks; `reduced`: through any and all as well."""
-    return Conditions(tracer, normal(), partial(counts, tracer), reduced=reduced)
+def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
+    """Literals whose conjunction is `ref` == positive (numbers are 0 or 1)."""
+    masks = Masks(tracer)
+    masks.take(*masks.shown(ref, positive=positive))
+    return masks.literals()
 
 
-def additive(tracer: Tracer, ref: Ref, *, negated: bool = False) -> list[Literal]:
+def additive(tracer: Tracer, ref: Ref) -> list[Literal]:
     """The literals of a float tensor that is added to scores: 0 where visible, else very low."""
-    tracer.spend(ref.value)
-    if ref.value in tracer.joined and not negated:  # one mask per chunk of keys
-        for part, _ in tracer.joined[ref.value].parts:
-            additive(tracer, part)
-        return [Visible(ref, is_bool=False)]
-    reader = conditions(tracer)
-    n, mask = reader.n, reader.term(ref)
-    found: list[Literal] = []
-    for f in factors(n.exp(n.add(_SCORE, n.mul(number(-1 if negated else 1), mask)))):
-        if f.op == "flag":
-            found += _literals(reader, f.args[0], ref)
-            continue
-        rest = [a for a in addends(f.args[0]) if a != _SCORE] if f.op == "exp" else [f]
-        for addend in rest:
-            found += _added(tracer, addend, ref)
-    return found
+    masks = Masks(tracer)
+    masks.take(*masks.added(ref))
+    return masks.literals()
 
 
-def _added(tracer: Tracer, addend: Term, ref: Ref) -> list[Literal]:
+class Masks:
+    """The conditions that keys are seen under, as they are met.
+
+    Attributes:
+        reader: of their tensors.
+        found: every condition, and the mask that it is part of.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer, self.reader = tracer, Conditions(tracer)
+        self.found: dict[Term, Visible] = {}
+
+    def take(self, condition: Term, mask: Visible) -> None:
+        """A condition that a mask is, or is made of."""
+        for part in condition.args if condition.op == "and" else (condition,):
+            if part.op != "true":
+                self.found.setdefault(part, mask)
+
+    def shown(self, ref: Ref, *, positive: bool) -> tuple[Term, Visible]:
+        """Where a mask shows: where it is `positive`; numbers are 0 or 1.
+
+        Raises:
+            Stop: it may hold other numbers.
+        """
+        self.tracer.spend(ref.value)
+        n, term = self.reader.n, self.reader.term(ref)
+        if not self.reader.is_bool(ref.value):
+            flags = all_flags(n, term)
+            if flags is None and term not in (ZERO, ONE):
+                raise _unread(self.tracer, ref)
+            term = flags or (FALSE if term == ZERO else TRUE)
+        return term if positive else n.negate(term), Visible(ref, positive)
+
+    def added(self, ref: Ref, *, negated: bool = False) -> tuple[Term, Visible]:
+        """Where a mask shows that is added to scores (`negated`: taken from them).
+
+        Raises:
+            Stop: it may be something else.
+        """
+        self.tracer.spend(ref.value)
+        n, mask = self.reader.n, self.reader.term(ref)
+        found = []
+        for f in factors(n.exp(n.add(_SCORE, n.mul(number(-1 if negated else 1), mask)))):
+            if f.op == "flag":
+                found.append(f.args[0])
+                continue
+            rest = [a for a in addends(f.args[0]) if a != _SCORE] if f.op == "exp" else [f]
+            for addend in rest:
+                raise _no_mask(self.tracer, addend, ref)
+        return n.make("and", tuple(found)), Visible(ref, is_bool=False)
+
+    def literals(self) -> list[Literal]:
+        """The conjunction of all conditions.
+
+        Raises:
+            Stop: no tensor holds one of them.
+        """
+        found = [self._literal(term, mask) for term, mask in self.found.items()]
+        for i, term in enumerate(self.found):
+            here = found[i]
+            if term.op != "or" or not isinstance(here, Visible):
+                continue
+            # a window is often written as row - 4 < key alone: the causal mask is its other end
+            whole = bound(self.reader, term, [t for t in self.found if t != term])
+            if whole is not None and whole.among:
+                found[i] = Kept(here, whole.among, whole.extra, whole.over)
+                for j, other in enumerate(found):  # no other mask would bound it
+                    if isinstance(other, Visible):
+                        found[j] = replace(other, among=whole.among)
+        return found
+
+    def _literal(self, term: Term, mask: Visible) -> Literal:
+        reader = self.reader
+        if (chosen := selected(reader, term)) is not None:
+            held = reader.held(term)
+            return chosen if held is None else replace(chosen, mask=Visible(*held))
+        if term.op == "lt" and term.args[1].op == "element":  # above what hides
+            own = term.args[1].ref
+            return Visible(own, is_bool=False, assumed=_asserted(self.tracer, own))
+        leaf, positive = (term.args[0], False) if term.op == "not" else (term, True)
+        held = (leaf.ref, positive, True) if leaf.op == "element" else reader.held(term)
+        if held is None:  # entries were taken out of a mask
+            parts = [x for t in term.walk() if t.op in _MADE for x in (t, reader.n.negate(t))]
+            among = tuple(s for x in parts if (s := selected(reader, x)) is not None)
+            if not among:
+                raise _unread(self.tracer, mask.ref)
+            return replace(mask, among=among)
+        here = Visible(*held)
+        whole = bound(reader, term) if term.op == "or" else None
+        if whole is not None and whole.among:
+            return Kept(here, whole.among, whole.extra, whole.over)
+        return replace(here, hides=selected(reader, reader.n.negate(term)) is not None)
+
+
+def _asserted(tracer: Tracer, ref: Ref) -> str:
+    """The input that is a mask as the caller asserts, where `ref` is an element of it."""
+    for _ in range(_FAR):
+        if ref.value in tracer.masks:
+            return ref.value
+        step = tracer.step(ref) if tracer.index.maker(ref.value) is not None else None
+        if not isinstance(step, Move):
+            break
+        ref = step.ref
+    return ""
+
+
+def _no_mask(tracer: Tracer, addend: Term, ref: Ref) -> Stop:
     """What is left of a mask `ref` when all conditions are taken off."""
-    by, leaf = coefficient(addend)
     if addend.is_number():
-        raise Stop(
+        return Stop(
             f"the constant {addend.value:g} is added to every score ({ref.value})", ref.value
         )
+    by, leaf = coefficient(addend)
     own = leaf.args[0] if leaf.op == "flag" else leaf
-    if own.op == "element" and by > 0:
-        return _leaf_added(tracer, own.ref)
-    raise _bias(tracer, ref)
-
-
-def _leaf_added(tracer: Tracer, ref: Ref) -> list[Literal]:
-    """A tensor that is added to scores, and not computed from conditions."""
-    node = tracer.index.maker(ref.value)
-    if ref.value in tracer.joined:
-        return additive(tracer, ref)
-    if node is not None:
-        found = _written_mask(tracer, node, ref)
-        if found is not None:
-            return found
-        step = tracer.step(ref)
-        if isinstance(step, Move) and is_float(tracer.sizes.elem_type(step.ref.value)):
-            return _at_view(node, Visible(ref, is_bool=False), additive(tracer, step.ref))
-    if _two_valued_table(tracer, ref.value):
-        return [Visible(ref, is_bool=False)]
-    if ref.value in tracer.masks:
-        return [Visible(ref, is_bool=False, assumed=ref.value)]
-    raise _bias(tracer, ref)
+    numbers = [number(by)] if leaf.op == "flag" and own.op != "element" else list(leaf.args[1:])
+    soft = [a.value for a in numbers if a.is_number() and a.value != 0 and a.value >= LOW]
+    if soft and leaf.op in ("flag", "where"):
+        return Stop(
+            f"{ref.value} adds {soft[0]:g} to scores, which neither leaves a key as it is nor hides"
+            " it",
+            ref.value,
+            "expected a mask of 0 where a key is selected and -inf elsewhere",
+        )
+    return _bias(tracer, own.ref if own.op == "element" else ref)
 
 
 def _bias(tracer: Tracer, ref: Ref) -> Stop:
@@ -102,148 +177,6 @@ def _bias(tracer: Tracer, ref: Ref) -> Stop:
         ref.value,
         hint,
     )
-
-
-def _written_mask(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Literal] | None:
-    if node.op_type == "ScatterElements":
-        return scattered(_read, tracer, node, ref, is_bool=False)
-    if node.op_type == "ScatterND":
-        return put(_read, tracer, node, ref, is_bool=False)
-    fill = tracer.fill(node.input[0]) if node.op_type == "Trilu" else None
-    if fill is not None and fill < HIDDEN:
-        return [Visible(ref, is_bool=False)]  # the other triangle is 0
-    return None
-
-
-def _two_valued_table(tracer: Tracer, value: str) -> bool:
-    tensor = tracer.index.initializers.get(value)
-    if tensor is None:
-        return False
-    table = tracer.index.mask_table(value)
-    return table is not None and bool(((table == 0) | (table < HIDDEN)).all())
-
-
-def _read(tracer: Tracer, mask: Visible) -> list[Literal]:
-    """A mask of either kind."""
-    own = mask.positive
-    return boolean(tracer, mask.ref, positive=own) if mask.is_bool else additive(tracer, mask.ref)
-
-
-def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
-    """Literals whose conjunction is `ref` == positive (numbers count as true when not 0)."""
-    tracer.spend(ref.value)
-    reader = conditions(tracer)
-    n, term = reader.n, reader.term(ref)
-    if not reader.is_bool(ref.value):
-        term = n.negate(n.make("eq", (term, ZERO)))
-    return _literals(reader, term if positive else n.negate(term), ref)
-
-
-def _literals(reader: Conditions, term: Term, ref: Ref) -> list[Literal]:
-    """The literals of a condition; `ref` is the mask that it is part of."""
-    tracer = reader.tracer
-    if term.op == "true":
-        return []
-    if term.op == "and":
-        return [literal for a in term.args for literal in _literals(reader, a, ref)]
-    own, positive = (term.args[0], False) if term.op == "not" else (term, True)
-    if own.op == "element":
-        return _leaf_literals(tracer, own.ref, positive)
-    held = reader.holder(term)
-    here = Visible(*held) if held is not None else Visible(ref)
-    if held is None:
-        raise _unread(tracer, ref)
-    if term.op == "or":
-        parts = [_union_part(reader, a, ref) for a in term.args]
-        whole = union(tracer, here, parts)
-        if whole is not None:
-            return [whole]
-    return [here]
-
-
-def _union_part(reader: Conditions, term: Term, ref: Ref) -> list[Literal] | None:
-    """The literals of a part of a union; None where that cannot be told."""
-    try:
-        return _literals(reader, term, ref)
-    except Stop:
-        return None
-
-
-def _leaf_literals(tracer: Tracer, ref: Ref, positive: bool) -> list[Literal]:
-    """A condition that is not computed from others."""
-    node = tracer.index.maker(ref.value)
-    if node is None or _given_numbers(tracer, node):
-        return [_leaf(tracer, ref, positive)]
-    found = _selection(tracer, node, ref, positive)
-    if found is not None:
-        return found
-    step = tracer.step(ref) if node.op_type != "Where" else None
-    if isinstance(step, Move) and not any(c.reads for c in step.ref.coords):
-        return _at_view(node, Visible(ref, positive), boolean(tracer, step.ref, positive=positive))
-    if isinstance(step, Pieces):
-        found = patched(_read, tracer, Visible(ref, positive), step)
-        if found is not None:
-            return found
-    if node.op_type == "Cast":
-        return boolean(tracer, Ref(node.input[0], ref.coords), positive=positive)
-    return [_leaf(tracer, ref, positive)]
-
-
-def _selection(
-    tracer: Tracer, node: onnx.NodeProto, ref: Ref, positive: bool
-) -> list[Literal] | None:
-    op = node.op_type
-    if op == "ScatterElements":
-        return scattered(_read, tracer, node, ref, is_bool=True, positive=positive)
-    if op == "ScatterND":
-        return put(_read, tracer, node, ref, is_bool=True, positive=positive)
-    if op in ("ReduceMax", "ReduceSum") and positive:
-        return reduced(tracer, node, ref)
-    if _asks_mask(tracer, node, positive):
-        try:
-            return additive(tracer, tracer.operand(node.input[0], ref.coords))
-        except Stop:
-            return None
-    return None
-
-
-def _asks_mask(tracer: Tracer, node: onnx.NodeProto, positive: bool) -> bool:
-    """Whether a float mask of 0 and -inf is asked where it is 0: mask == 0, mask > -1, not -inf."""
-    op = node.op_type
-    if op == "IsInf":
-        return not positive
-    limit = tracer.fill(node.input[1]) if len(node.input) > 1 else None
-    if limit is None or limit > 0 or not is_float(tracer.sizes.elem_type(node.input[0])):
-        return False
-    shows = {"Greater": limit < 0, "GreaterOrEqual": True, "Equal": limit == 0}
-    hides = {"Less": True, "LessOrEqual": limit < 0, "Equal": limit < HIDDEN}
-    return (shows if positive else hides).get(op, False)
-
-
-def _given_numbers(tracer: Tracer, node: onnx.NodeProto) -> bool:
-    """Whether numbers from outside become bools here."""
-    if node.op_type != "Cast" or not tracer.index.is_given(node.input[0]):
-        return False
-    return _is_bool(tracer, node.output[0]) and not _is_bool(tracer, node.input[0])
-
-
-def _is_bool(tracer: Tracer, value: str) -> bool:
-    return tracer.sizes.elem_type(value) == onnx.TensorProto.BOOL
-
-
-def _at_view(node: onnx.NodeProto, here: Visible, inner: list[Literal]) -> list[Literal]:
-    """Literals found behind a view; where it cuts a tensor, they are read from the cut one."""
-    if len(inner) != 1:
-        return inner
-    if isinstance(inner[0], Selected | Kept):
-        return [replace(inner[0], mask=here)]
-    return [replace(here, assumed=inner[0].assumed)] if node.op_type in _CUTS else inner
-
-
-def _leaf(tracer: Tracer, ref: Ref, positive: bool) -> Visible:
-    if not _is_bool(tracer, ref.value) and not is_table(tracer, ref.value):
-        raise _unread(tracer, ref)
-    return Visible(ref, positive)
 
 
 def _unread(tracer: Tracer, ref: Ref) -> Stop:

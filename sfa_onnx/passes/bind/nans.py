@@ -3,122 +3,125 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
-import onnx
-
-from sfa_onnx.passes.axes.trace import Stop, Tracer, is_float
-from sfa_onnx.passes.bind.literals import HIDDEN
+from sfa_onnx.passes.axes.expr import Expr, fresh
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer, is_float
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.values.arithmetic import LOW
 from sfa_onnx.passes.values.attention_op import is_attention
+from sfa_onnx.passes.values.read import Reader
+from sfa_onnx.passes.values.table import normal
+from sfa_onnx.passes.values.terms import FALSE, TRUE, ZERO, Term, element
 
 __all__ = ["check_nan"]
 
-_LIMIT = 64  # values looked at, in each direction
-_SAME = frozenset(
-    ("Cast", "CastLike", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Expand")
-) | frozenset(("Flatten", "Slice", "Split", "Gather", "Concat"))
-_LINEAR = frozenset(("MatMul", "Einsum", "Mul", "Div", "Neg", "FusedMatMul"))  # 0 stays 0
-_MOVED = frozenset(("Add", "Sub", "Sum", "Gemm"))  # 0 becomes something else
-_PRODUCTS = frozenset(("MatMul", "Einsum", "Gemm", "FusedMatMul", "TopK"))
+_LIMIT: Final = 64  # values looked at, in each direction
+_PASSING: Final = (
+    frozenset(("Add", "Cast", "CastLike", "Concat", "Div", "Einsum", "Expand", "Flatten"))
+    | frozenset(("FusedMatMul", "Gather", "Gemm", "Identity", "MatMul", "Mul", "Neg", "Reshape"))
+    | frozenset(("Slice", "Split", "Squeeze", "Sub", "Sum", "Transpose", "Unsqueeze"))
+)
+_PRODUCTS: Final = frozenset(("MatMul", "Einsum", "Gemm", "FusedMatMul", "TopK"))
 
 
 def check_nan(site: Site) -> None:
     """Refuse a result whose NaN somebody reads, where rows may be left without keys.
 
-    The softmax of a row that is -inf throughout is NaN; the operator gives 0. `Where(IsNaN(out),
-    0, out)` makes both the same, and so it may stay.
+    The softmax of a row that is -inf throughout is NaN; the operator gives 0. What is computed from
+    the result and from a test for NaN is the same if it is one term for both: for a result that is
+    0 and a test that fails, and for one that is NaN and a test that does not.
 
     Raises:
-        Stop: a test for NaN that does anything else.
+        Stop: it is not.
     """
     narrowed = site.visible or site.kept is not None or any(s.valid for s in site.selected)
     tracer = site.tracer
     if not narrowed or is_attention(tracer.index.nodes[site.attention.anchor]):
         return
-    reached, tests = _reached(tracer, site.out.value)
+    reached, tests = _reached(tracer.index, site.out.value)
     if not tests or _scrubbed(tracer, site) or not _infinite(tracer, site):
         return
     for i in tests:
-        node = tracer.index.nodes[i]
-        if not _gives_zero(tracer, node.output[0], node.op_type == "IsNaN", reached):
+        test = tracer.index.nodes[i]
+        inner, ends = _read_by(tracer.index, test.output[0], reached)
+        if ends is None or not all(_same(site, reached | inner, tests, end) for end in ends):
             raise Stop(
-                f"NaN of rows without keys is read by {node.op_type} {tracer.index.label(i)}",
-                node.output[0],
+                f"NaN of rows without keys is read by {test.op_type} {tracer.index.label(i)}",
+                test.output[0],
                 "put 0 in their place (Where(IsNaN(out), 0, out)): the operator gives 0 there",
             )
 
 
-def _reached(tracer: Tracer, value: str) -> tuple[dict[str, bool], list[int]]:
-    """Values that are NaN where `value` is, with whether 0 stays 0 on the way; and their tests."""
-    index = tracer.index
-    reached, todo, tests = {value: True}, [value], []
+def _reached(index: GraphIndex, value: str) -> tuple[set[str], list[int]]:
+    """Values that are NaN where `value` is, and the nodes that test them for it."""
+    reached, todo, tests = {value}, [value], []
     while todo and len(reached) < _LIMIT:
-        here = todo.pop()
-        for i, position in index.uses(here):
+        for i, _ in index.uses(todo.pop()):
             node = index.nodes[i]
-            kind = node.op_type
-            if kind == "IsNaN" or (kind == "Equal" and node.input[0] == node.input[1]):
+            if node.op_type == "IsNaN" or (node.op_type == "Equal" and len(set(node.input)) == 1):
                 tests.append(i)
-                continue
-            passes = (kind in _SAME and (not position or kind == "Concat")) or kind in _LINEAR
-            if not passes and kind not in _MOVED:
-                continue
-            for name in node.output:
-                if name and name not in reached:
-                    reached[name] = passes and reached[here]
-                    todo.append(name)
+            elif node.op_type in _PASSING:
+                new = [o for o in node.output if o and o not in reached]
+                reached.update(new)
+                todo += new
     return reached, list(dict.fromkeys(tests))
 
 
-def _gives_zero(tracer: Tracer, test: str, truth: bool, reached: dict[str, bool]) -> bool:
-    """Whether whoever reads `test`, which is `truth` for NaN, puts 0 in place of what was NaN."""
-    index = tracer.index
-    todo, seen = [(test, truth)], 0
+def _read_by(index: GraphIndex, test: str, reached: set[str]) -> tuple[set[str], set[str] | None]:
+    """(values computed from a test, those that what is tested goes into; None: others leave)."""
+    inner, ends, todo = {test}, set[str](), [test]
     while todo:
-        value, truth = todo.pop()
-        seen += 1
-        if index.is_graph_output(value) or seen > _LIMIT:
-            return False
+        value = todo.pop()
+        if index.is_graph_output(value) or len(inner) > _LIMIT:
+            return inner, None
         for i, position in index.uses(value):
             node = index.nodes[i]
-            kind = node.op_type
-            if kind == "Expand" and position:  # as many zeros as are written
-                if tracer.fill(node.input[0]) != 0:
-                    return False
-            elif (
-                kind in (*_SAME, "ReduceSum") or kind == "Not" or kind == ("Or" if truth else "And")
-            ):
-                todo.append((node.output[0], truth != (kind == "Not")))
-            elif kind == "NonZero" and truth:
-                if not _writes_zero(tracer, node, reached):
-                    return False
-            elif kind != "Where" or position or not _chooses_zero(tracer, node, truth, reached):
-                return False
-    return True
+            if position < 0:
+                return inner, None
+            new = {o for o in node.output if o and o not in inner}
+            inner |= new
+            if reached.isdisjoint(node.input):
+                todo += new
+            else:
+                ends |= new
+    return inner, ends
 
 
-def _chooses_zero(
-    tracer: Tracer, node: onnx.NodeProto, truth: bool, reached: dict[str, bool]
-) -> bool:
-    at_nan, else_ = node.input[1:] if truth else reversed(node.input[1:])
-    return tracer.fill(at_nan) == 0 and reached.get(else_, False)
+def _same(site: Site, inner: set[str], tests: list[int], value: str) -> bool:
+    """Whether a value is one term for rows of 0 that pass a test and for rows of NaN."""
+    shape, terms = site.tracer.sizes.shape(value), []
+    if shape is None:
+        return False
+    ref = Ref(value, tuple(Expr.of(fresh("i", size)) for size in shape))
+    for lonely in (False, True):
+        reader = _Behind(site, inner, tests, lonely)
+        try:
+            terms.append(reader.term(ref))
+        except Stop:  # a shape on the way is not known
+            return False
+        if reader.opaque:
+            return False
+    return terms[0] == terms[1]
 
 
-def _writes_zero(tracer: Tracer, node: onnx.NodeProto, reached: dict[str, bool]) -> bool:
-    """Whether all that reads the positions of a test is a ScatterND of zeros."""
-    index = tracer.index
-    todo = [node.output[0]]
-    while todo:
-        for i, _ in index.uses(todo.pop()):
-            user = index.nodes[i]
-            if user.op_type in ("Transpose", "Shape", "Size", "Identity"):
-                todo += user.output if user.op_type in ("Transpose", "Identity") else []
-                continue
-            zero = user.op_type == "ScatterND" and tracer.fill(user.input[2]) == 0
-            if not zero or not reached.get(user.input[0], False):
-                return False
-    return True
+class _Behind(Reader):
+    """Reads what is computed from the result: 0 or (`lonely`) NaN in a row without keys."""
+
+    def __init__(self, site: Site, inner: set[str], tests: list[int], lonely: bool) -> None:
+        super().__init__(site.tracer, normal(), inner)
+        self.result, self.lonely = site.out.value, lonely
+        nodes = (site.tracer.index.nodes[i] for i in tests)
+        self.tests = {n.output[0]: (n.op_type == "IsNaN") == lonely for n in nodes}
+
+    def term(self, ref: Ref) -> Term:
+        """What the element `ref` is, in such a row."""
+        if ref.value in self.tests:
+            return TRUE if self.tests[ref.value] else FALSE
+        if ref.value == self.result:
+            return element(ref) if self.lonely else ZERO
+        return super().term(ref)
 
 
 def _scrubbed(tracer: Tracer, site: Site) -> bool:
@@ -149,7 +152,7 @@ def _infinite(tracer: Tracer, site: Site) -> bool:
         if fill is not None:
             if math.isinf(fill):
                 return True
-            low = low or fill < HIDDEN
+            low = low or fill < LOW
             continue
         node = index.maker(value)
         if node is None:

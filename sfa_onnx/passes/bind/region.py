@@ -17,7 +17,7 @@ from sfa_onnx.passes.bind.domains import (
     table_domain,
     unread_table,
 )
-from sfa_onnx.passes.bind.mask import Selected, Visible
+from sfa_onnx.passes.bind.literals import Selected, Visible
 from sfa_onnx.passes.bind.packed import PackedSite
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.bind.sources import all_reads, index_sources, nested, outside_reads

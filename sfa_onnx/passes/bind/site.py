@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
-from sfa_onnx.passes.bind.mask import Kept, Selected, Visible
+from sfa_onnx.passes.bind.literals import Kept, Selected, Visible
 from sfa_onnx.passes.bind.rows import Columns
 
 __all__ = ["AttentionRegion", "NotASite", "Query", "Sinks", "Site", "Statistic"]

@@ -13,10 +13,9 @@ import onnx
 from sfa_onnx.errors import BudgetError
 from sfa_onnx.passes.axes.expr import Expr, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop
-from sfa_onnx.passes.bind.literals import HIDDEN
 from sfa_onnx.passes.bind.site import AttentionRegion
 from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
-from sfa_onnx.passes.values.arithmetic import addends, coefficient
+from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient
 from sfa_onnx.passes.values.attention import UnclearError
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.terms import Term
@@ -93,7 +92,7 @@ def _is_score(term: Term) -> bool:
 def _is_part(term: Term) -> bool:
     if term.op == "where":
         other = term.args[2]
-        return other.is_number() and other.value < HIDDEN and _is_score(term.args[1])
+        return other.is_number() and other.value < LOW and _is_score(term.args[1])
     if term.op == "max":
         return all(a.op in _SHIFTS for a in term.args)
     return term.op in ("dot", "element", "flag", "number", *_SHIFTS)
@@ -177,7 +176,7 @@ def _chosen(reader: Reader, label: str, value: str, node: onnx.NodeProto) -> Sto
         return Stop(
             f"Where {label} puts {fills[0]:g} in place of scores, which does not hide them",
             value,
-            f"hide scores by -inf, or by a number below {HIDDEN:g}",
+            f"hide scores by -inf, or by a number below {LOW:g}",
         )
     return Stop(
         f"Where {label} on the score path chooses between two scores",

@@ -1,28 +1,77 @@
-"""Masks that keep few keys without being one selection: unions, windows, selections changed later.
+"""Conditions that keep few keys: selections, windows, and unions of them.
 
-Such a mask stays in the graph. What has to be shown is only how many keys it keeps in a row at
-most: as many as the selections that it is made from have entries, and some positions besides. The
-operator's indices are then read off the finished mask, so what the mask means is no matter.
+A union stays in the graph. What has to be shown is only how many keys it keeps in a row at most: as
+many as the selections that it is made from have entries, and some positions besides. The operator's
+indices are then read off the finished mask, so what the mask means is no matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
-from sfa_onnx.passes.axes.expr import Expr, Label, Quot, label_of
-from sfa_onnx.passes.axes.trace import Pieces, Ref, Stop, Tracer, UnifyError
-from sfa_onnx.passes.bind.literals import Kept, Literal, Selected, Visible
+from sfa_onnx.passes.axes.expr import Expr, Label, Quot, fresh, label_of
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer, UnifyError
+from sfa_onnx.passes.bind.literals import Selected
+from sfa_onnx.passes.shapes.size import is_open
+from sfa_onnx.passes.values.conditions import Conditions
+from sfa_onnx.passes.values.terms import Term
+from sfa_onnx.passes.values.written import is_hit
 
-__all__ = ["bounded", "either", "place", "put_on", "settled", "union"]
+__all__ = ["Bound", "bound", "selected"]
 
-_ABOVE, _BELOW = ("Greater", "GreaterOrEqual"), ("Less", "LessOrEqual")
+_ABOVE: Final = ("Greater", "GreaterOrEqual")
+_BELOW: Final = ("Less", "LessOrEqual")
+_End = tuple[Expr, int, bool]  # (x, limit, True) of x <= limit, (x, limit, False) of x >= limit
 
 
-def place(coordinate: Expr) -> tuple[int, bool]:
-    """(keys per position, whether positions are the keys themselves) of a scattered axis."""
+@dataclass(frozen=True)
+class Bound:
+    """As many keys as `among` have entries, and `extra`, at most.
+
+    `over`: labels one of which must run over the keys for `extra` to hold (none: any).
+    """
+
+    among: tuple[Selected, ...] = ()
+    extra: int = 0
+    over: frozenset[Label] = frozenset()
+
+
+# -- selections -----------------------------------------------------------------------------------
+
+
+def selected(reader: Conditions, term: Term) -> Selected | None:
+    """any(slot, indices[.., slot] == key and valid), or of a single entry; None: it is not."""
+    body = term.args[0] if term.op == "any" else term
+    parts = body.args if body.op == "and" else (body,)
+    hits = [p for p in parts if is_hit(p)]
+    if len(hits) != 1 or (term.op != "any" and (hits[0].args[0].op != "mod" or len(parts) > 1)):
+        return None
+    own, place = hits[0].args
+    rest, key = [p for p in parts if p != hits[0]], place.expr
+    slot = fresh("slot", term.label.size if term.op == "any" else 1)
+    swap = {term.label: Expr.of(slot)} if term.op == "any" else {}
+    valid = None
+    if rest:
+        held = reader.holder(reader.n.make("and", tuple(rest)), exactly=True)
+        if held is None:
+            return None
+        valid = held[0].substitute(swap)
+    (label, *more), wraps = sorted(key.labels, key=str) or [Label("", 1)], own.op == "mod"
+    block, exact = _place(key)
+    width = own.width if wraps else label.size
+    fixed = block > 1 and not reader.tracer.open(width)
+    if more or not key.labels or (fixed and reader.tracer.open(label.size)):
+        return None  # so many blocks, however many keys
+    indices = (own.args[0] if wraps else own).ref.substitute(swap)
+    return Selected(indices, slot, width, wraps, valid, block, exact)
+
+
+def _place(coordinate: Expr) -> tuple[int, bool]:
+    """(keys per position, whether positions are the keys themselves) of what is pointed at."""
     if len(coordinate.terms) != 1 or coordinate.terms[0][1] != 1:
         return 1, True
     atom = coordinate.terms[0][0]
@@ -31,20 +80,32 @@ def place(coordinate: Expr) -> tuple[int, bool]:
     return 1, coordinate.const == 0
 
 
-def bounded(tracer: Tracer, here: Visible, literals: Sequence[Literal]) -> Kept | None:
-    """`here`, the conjunction of `literals`, as a mask that keeps few keys; None: no bound."""
-    for literal in literals:
-        if isinstance(literal, Selected):
-            return Kept(here, (literal,))
-        if isinstance(literal, Kept):
-            return Kept(here, literal.among, literal.extra, literal.over)
-    counted = [v for v in literals if isinstance(v, Visible)]
-    found = _table(tracer, counted) or _interval(tracer, counted)
-    return None if found is None else Kept(here, (), *found)
+# -- bounds ---------------------------------------------------------------------------------------
 
 
-def either(here: Visible, parts: Iterable[Kept | None]) -> Kept | None:
-    """`here`, the union of `parts`; None where one of them has no bound."""
+def bound(reader: Conditions, term: Term, others: Sequence[Term] = ()) -> Bound | None:
+    """How many keys a condition keeps in a row; None: no bound is known.
+
+    Args:
+        reader: of the tensors that hold it.
+        term: the condition.
+        others: conditions that hold besides, the other ends of windows.
+    """
+    if term.op == "false":
+        return Bound()
+    if term.op == "or":
+        return _either(bound(reader, part, others) for part in term.args)
+    parts = term.args if term.op == "and" else (term,)
+    for part in parts:
+        if (chosen := selected(reader, part)) is not None:
+            return Bound((chosen,))
+        if part.op == "or" and (whole := bound(reader, part, others)) is not None:
+            return whole
+    return _table(reader, parts) or _interval(reader, [*parts, *others])
+
+
+def _either(parts: Iterable[Bound | None]) -> Bound | None:
+    """The bound of a union; None where a part has none."""
     among: list[Selected] = []
     extra, over = 0, frozenset[Label]()
     for part in parts:
@@ -56,109 +117,50 @@ def either(here: Visible, parts: Iterable[Kept | None]) -> Kept | None:
             over = over & part.over if over else part.over
             if not over:
                 return None
-    return Kept(here, tuple(among), extra, over)
+    return Bound(tuple(among), extra, over)
 
 
-def union(
-    tracer: Tracer, here: Visible, parts: Sequence[Sequence[Literal] | None]
-) -> Literal | None:
-    """`here`, which shows what any of `parts` shows, where all of them keep few keys."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        return None
-    bounds = [bounded(tracer, here, part) for part in known]
-    whole = either(here, bounds)
-    if whole is not None:
-        return whole if whole.among else None
-    few = any(part and part.among for part in bounds)
-    return replace(here, joins=tuple(map(tuple, known))) if few else None
+def _leaf(term: Term) -> tuple[Ref, bool] | None:
+    """(element, whether it is set) of a condition that is not looked into."""
+    own, positive = (term.args[0], False) if term.op == "not" else (term, True)
+    return (own.ref, positive) if own.op == "element" else None
 
 
-def settled(tracer: Tracer, literals: Sequence[Literal]) -> list[Literal]:
-    """`literals`, of which unions without a bound of their own are bounded by the others.
-
-    A window is often written as row - 4 < key alone: the causal mask is its other end.
-    """
-    found = list(literals)
-    for i, literal in enumerate(literals):
-        if not isinstance(literal, Visible) or not literal.joins:
-            continue
-        others = [j for j, x in enumerate(found) if isinstance(x, Visible) and j != i]
-        ends = [x for j in others if isinstance(x := found[j], Visible)]
-        parts = [bounded(tracer, literal, [*part, *ends]) for part in literal.joins]
-        whole = either(literal, parts)
-        if whole is not None and whole.among:
-            found[i] = whole
-            for j, end in zip(others, ends, strict=True):  # no other mask would bound it
-                found[j] = replace(end, among=whole.among)
-    return found
-
-
-def put_on(
-    tracer: Tracer, here: Visible, step: Pieces, shown: Sequence[Kept | None]
-) -> Kept | None:
-    """`here`, a mask some range of which was overwritten: `shown` are the parts of `step`.
-
-    A part that is visible everywhere counts with its length.
-    """
-    parts = []
-    for (low, high, ref), kept in zip(step.parts, shown, strict=True):
-        fill = tracer.fill(ref.value)
-        if fill is None:
-            parts.append(kept)
-        elif (fill != 0) == here.positive:
-            if not _fixed(tracer, ref.value, high - low):
-                return None
-            parts.append(Kept(here, (), high - low, frozenset((step.label,))))
-        else:
-            parts.append(Kept(here, ()))
-    return either(here, parts)
-
-
-def _fixed(tracer: Tracer, value: str, count: int) -> bool:
-    """Whether a tensor has `count` entries along an axis, however large the inputs are."""
-    sizes = enumerate(tracer.shape(value))
-    return any(size == count and tracer.static(value, axis) for axis, size in sizes)
-
-
-def _table(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
+def _table(reader: Conditions, parts: Sequence[Term]) -> Bound | None:
     """Keys that a constant mask keeps in a row."""
-    for mask in masks:
-        table = tracer.index.constant(mask.ref.value) if mask.is_bool else None
+    for ref, positive in filter(None, map(_leaf, parts)):
+        table = reader.tracer.index.constant(ref.value)
         if table is None or table.dtype != np.bool_ or table.ndim < 1:
             continue
-        terms = mask.ref.coords[-1].terms
-        if len(terms) == 1 and isinstance(terms[0][0], Label):
-            shown = table if mask.positive else ~table
-            return int(shown.sum(-1).max()), frozenset((terms[0][0],))
+        label = label_of(ref.coords[-1] + -ref.coords[-1].const)
+        if label is not None:
+            shown = table if positive else ~table
+            return Bound((), int(shown.sum(-1).max()), frozenset((label,)))
     return None
 
 
-def _interval(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
+def _interval(reader: Conditions, parts: Sequence[Term]) -> Bound | None:
     """Keys between two ends, where their number is the same whatever the sizes of the inputs."""
-    found = _span(tracer, masks)
-    if found is None:
+    tracer = reader.tracer
+    found = _span(tracer, parts)
+    if found is None or is_open(found.extra):
         return None
     twin = Tracer(tracer.index, tracer.other, tracer.sizes, tracer.budget)
     try:
-        again = _span(twin, masks)
+        again = _span(twin, parts)
     except (Stop, UnifyError):
         return None
-    return found if again is not None and again[0] == found[0] else None
+    return found if again is not None and again.extra == found.extra else None
 
 
-def _span(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Label]] | None:
+def _span(tracer: Tracer, parts: Sequence[Term]) -> Bound | None:
     """Keys between two ends that move together: row - 4 < key, key <= row; or 0 <= key < 4.
 
     An open tail is one: keys - 4 <= key, which ends where the keys do.
     """
     lows: dict[Expr, int] = {}
     highs: dict[Expr, int] = {}
-    for mask in masks:
-        found = _end(tracer, mask)
-        if found is None:
-            continue
-        at, limit, upper = found
+    for at, limit, upper in filter(None, (_end(tracer, part) for part in parts)):
         if upper:
             highs[at] = min(limit, highs.get(at, limit))
         else:
@@ -168,11 +170,11 @@ def _span(tracer: Tracer, masks: Sequence[Visible]) -> tuple[int, frozenset[Labe
         if low is None and at.bounds is not None and len(at.terms) == 1 and at.terms[0][1] > 0:
             low = 0
         if low is not None:
-            return max(high - low + 1, 0), at.labels
+            return Bound((), max(high - low + 1, 0), at.labels)
     for at, low in lows.items():
         label = label_of(at)
         if label is not None:
-            return max(_size(tracer, label) - low, 0), at.labels
+            return Bound((), max(_size(tracer, label) - low, 0), at.labels)
     return None
 
 
@@ -183,22 +185,21 @@ def _size(tracer: Tracer, label: Label) -> int:
     return tracer.sizes.symbols.get(name, label.size)
 
 
-def _end(tracer: Tracer, mask: Visible) -> tuple[Expr, int, bool] | None:
-    """(x, limit, True) of x <= limit, (x, limit, False) of x >= limit, x without a constant."""
-    node = tracer.index.maker(mask.ref.value)
-    while node is not None and node.op_type in ("Unsqueeze", "Expand", "Cast", "Identity"):
-        step = tracer.step(mask.ref)
-        ref = getattr(step, "ref", None)
-        if not isinstance(ref, Ref) or ref.value == mask.ref.value:
+def _end(tracer: Tracer, term: Term) -> _End | None:
+    """An end of keys, x without a constant; None: it is none."""
+    own, positive = (term.args[0], False) if term.op == "not" else (term, True)
+    if own.op == "lt" and own.args[0].op == own.args[1].op == "index":
+        difference, below, strict = own.args[0].expr - own.args[1].expr, True, True
+    elif own.op == "element":
+        node = tracer.index.maker(own.ref.value)
+        if node is None or node.op_type not in (*_ABOVE, *_BELOW):
             return None
-        mask = Visible(ref, mask.positive)
-        node = tracer.index.maker(ref.value)
-    if node is None or node.op_type not in (*_ABOVE, *_BELOW):
+        a, b = (tracer.index_value(tracer.operand(n, own.ref.coords)) for n in node.input)
+        difference, below = a - b, node.op_type in _BELOW
+        strict = node.op_type in ("Greater", "Less")
+    else:
         return None
-    a, b = (tracer.index_value(tracer.operand(n, mask.ref.coords)) for n in node.input)
-    upper = (node.op_type in _BELOW) == mask.positive
-    strict = (node.op_type in ("Greater", "Less")) == mask.positive
-    difference = a - b  # compared with 0
+    upper, strict = below == positive, strict == positive
     if any(not isinstance(x, Label) or abs(c) != 1 for x, c in difference.terms):
         return None
     limit = -difference.const

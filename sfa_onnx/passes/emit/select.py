@@ -10,9 +10,10 @@ from onnx import helper
 
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
-from sfa_onnx.passes.bind.mask import HIDDEN, Kept, Selected, Visible
+from sfa_onnx.passes.bind.literals import Kept, Selected, Visible
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.emit.emitter import Emitter, Group
+from sfa_onnx.passes.values.arithmetic import LOW
 
 __all__ = ["from_topk", "gathered_entries", "selected_entries", "token_entries"]
 
@@ -202,7 +203,7 @@ def visible_at_rows(e: Emitter, literals: Sequence[Visible], groups: Sequence[Gr
 
 def _as_bool(e: Emitter, mask: str, literal: Visible) -> str:
     if not literal.is_bool:
-        low = e.constant(np.asarray(HIDDEN, np.float32))
+        low = e.constant(np.asarray(LOW, np.float32))
         return e.emit("Greater", [e.cast(mask, _T.FLOAT), low], "visible", _T.BOOL)
     mask = e.cast(mask, _T.BOOL)
     return mask if literal.positive else e.emit("Not", [mask], "visible", _T.BOOL)

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
-from sfa_onnx.passes.bind.literals import HIDDEN, Visible
+from sfa_onnx.passes.bind.literals import Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.emit.places import single
 from sfa_onnx.passes.indexer.runs import at_sizes, evaluated, largest_number, of_sizes
+from sfa_onnx.passes.values.arithmetic import LOW
 
 __all__ = ["Masks", "Prefix", "all_seen", "compared", "sort_masks"]
 
@@ -163,7 +164,7 @@ def _everywhere(tracer: Tracer, literal: Visible) -> bool:
     fill = tracer.fill(literal.ref.value)
     if fill is None:
         return False
-    return (bool(fill) == literal.positive) if literal.is_bool else fill > HIDDEN
+    return (bool(fill) == literal.positive) if literal.is_bool else fill > LOW
 
 
 def _prefix(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
@@ -251,7 +252,7 @@ def _triangle(tracer: Tracer, node: onnx.NodeProto, literal: Visible, keys: Labe
     if fill is None or literal.ref.coords[-1] != Expr.of(keys):
         return None
     upper = bool(attributes(node).get("upper", 1))
-    inside = fill > HIDDEN if not literal.is_bool else bool(fill) == literal.positive
+    inside = fill > LOW if not literal.is_bool else bool(fill) == literal.positive
     outside = True if not literal.is_bool else not literal.positive
     if inside == outside:
         return None
@@ -300,7 +301,7 @@ def _grid(
     literal: Visible, array: np.ndarray, axes: Sequence[Label | None], order: Sequence[Label]
 ) -> np.ndarray:
     """Where keys are seen, with one axis per label."""
-    shown = (array != 0) == literal.positive if literal.is_bool else array > HIDDEN
+    shown = (array != 0) == literal.positive if literal.is_bool else array > LOW
     kept = shown[tuple(0 if a is None else slice(None) for a in axes)]
     present = [a for a in axes if a is not None]
     return np.transpose(kept, [present.index(x) for x in order])
@@ -327,7 +328,7 @@ def _table(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
     grid = every[0]
     if not bool((every == grid).all()):  # of each sequence the same
         return None
-    shown = (grid != 0) == literal.positive if literal.is_bool else grid > HIDDEN
+    shown = (grid != 0) == literal.positive if literal.is_bool else grid > LOW
     counts = shown.sum(axis=-1)
     if not bool((shown == (np.arange(grid.shape[1]) < counts[:, None])).all()):
         return None

@@ -17,12 +17,13 @@ from sfa_onnx.operator.op import (
 )
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, fresh
 from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
-from sfa_onnx.passes.bind.literals import HIDDEN, Literal, Visible
+from sfa_onnx.passes.bind.literals import Literal, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.emit.places import single
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.masks import all_seen, compared, sort_masks
 from sfa_onnx.passes.indexer.site import Selection
+from sfa_onnx.passes.values.arithmetic import LOW
 
 __all__ = ["Entries", "entries_of", "read_by_attention"]
 
@@ -193,7 +194,7 @@ def _by_scores(site: Selection, literal: Literal) -> bool:
         return False
     if len(node.input) > 1:
         limit = tracer.fill(node.input[1])
-        if limit is None or limit > HIDDEN:
+        if limit is None or limit > LOW:
             return False
     scores = _moved(tracer, tracer.operand(node.input[0], literal.ref.coords))
     return scores.value == site.node.output[0] and scores.coords[:-1] == rows_of(site)

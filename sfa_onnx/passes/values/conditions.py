@@ -1,65 +1,56 @@
-"""Masks as terms: whatever arithmetic a graph spells over conditions.
+"""Masks as terms: whatever a graph computes from conditions, moves, joins or writes.
 
-Leaves are what only other modules know: masks that are fed, comparisons of positions, selections
-that are written or counted. All else (casts, sums, products, minima, choices, comparisons with
-numbers) is left to the identities.
+A tensor of conditions, of numbers 0 and 1, or of numbers that are 0 or hide, is read down to what
+cannot be looked into: masks that are fed, comparisons of positions, and indices that point at keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Final
 
 import onnx
 
-from sfa_onnx.passes.axes.trace import Move, Ref, Tracer, is_float
-from sfa_onnx.passes.values.arithmetic import LOW
-from sfa_onnx.passes.values.identity import Normal
+from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Tracer, is_float
+from sfa_onnx.passes.values.arithmetic import LOW, factors
 from sfa_onnx.passes.values.pointwise import POINTWISE
 from sfa_onnx.passes.values.read import LAYOUT, Reader
-from sfa_onnx.passes.values.terms import Term, element
+from sfa_onnx.passes.values.table import normal
+from sfa_onnx.passes.values.terms import ZERO, Term, element, number
+from sfa_onnx.passes.values.written import equal_positions, is_hit, ranges, written
 
-__all__ = ["Conditions"]
+__all__ = ["Conditions", "Held", "is_number_mask"]
 
-_COMPARED: Final = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 _NUMBERS: Final = frozenset(("Add", "Sum", "Sub", "Mul", "Neg", "Min", "Max", "Log", "Where"))
 _LOGIC: Final = frozenset(("And", "Not", "Or", "IsInf", "Where"))
+_COMPARED: Final = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 _REDUCED: Final = frozenset(("ReduceMax", "ReduceMin", "ReduceSum"))
+_LOW: Final = number(LOW)
+
+Held = tuple[Ref, bool, bool]  # element, whether it is as it is, whether it is 0 or 1 (else a mask)
 
 
 class Conditions(Reader):
     """Reads masks: numbers that are 0 or 1 are flags, numbers that hide are 0 or very low."""
 
-    def __init__(
-        self,
-        tracer: Tracer,
-        normal: Normal,
-        counts: Callable[[str], bool],
-        *,
-        reduced: bool = False,
-    ) -> None:
-        """`counts`: whether a tensor of numbers is 0 or 1; `reduced`: any and all are read too."""
-        super().__init__(tracer, normal, ())
-        self.counts, self.reduced = counts, reduced
+    def __init__(self, tracer: Tracer) -> None:
+        """No tensor depends on scores."""
+        super().__init__(tracer, normal(), ())
 
     def _outer(self, ref: Ref) -> Term:
         node = self.tracer.index.maker(ref.value)
         if node is None:
             return self._leaf(ref)
-        step = self.tracer.step(ref) if node.op_type in LAYOUT else None
-        if isinstance(step, Move):
+        if node.op_type in LAYOUT and isinstance(step := self.tracer.step(ref), Move):
             return self.term(step.ref)
         if node.op_type == "Cast":
             return self._cast(node, ref)
-        if node.op_type == "ScatterND" and (written := self._assigned(node, ref)) is not None:
-            return written
+        if node.op_type == "ScatterND" and (assigned := self._assigned(node, ref)) is not None:
+            return assigned
         found = self._logic(node, ref) if self.is_bool(ref.value) else self._numbers(node, ref)
+        if found is None and node.op_type not in POINTWISE:
+            found = self._moved(node, ref)
         return self._leaf(ref) if found is None else found
-
-    def _leaf(self, ref: Ref) -> Term:
-        own = element(ref)
-        numbers = not self.is_bool(ref.value) and self.counts(ref.value)
-        return self.n.flag(own) if numbers else own
 
     def _cast(self, node: onnx.NodeProto, ref: Ref) -> Term:
         given = self.tracer.index.is_given(node.input[0])
@@ -68,33 +59,141 @@ class Conditions(Reader):
         inner = self.term(Ref(node.input[0], ref.coords))
         if self.is_bool(node.input[0]):
             return inner if self.is_bool(ref.value) else self.n.flag(inner)
+        if self._is_float(node.input[0]) and self._is_float(ref.value):
+            return inner
         found = POINTWISE["Cast"](self, node, ref)
-        return found if self._settled(found) else self._leaf(ref)
+        return found if _settled(found) else self._leaf(ref)
 
     def _logic(self, node: onnx.NodeProto, ref: Ref) -> Term | None:
-        if self.reduced and node.op_type in _REDUCED:
+        if node.op_type in _REDUCED:
             return self._reduced(node, ref)
+        if node.op_type == "Equal" and (hit := equal_positions(self, node, ref)) is not None:
+            return hit
         if node.op_type not in _COMPARED | _LOGIC:
             return None
         found = POINTWISE[node.op_type](self, node, ref)
-        return found if self._settled(found) else None
-
-    def _settled(self, term: Term) -> bool:
-        """Whether nothing is compared or chosen any more: only conditions are left."""
-        return not any(t.op in ("eq", "lt", "le", "isnan", "where") for t in term.walk())
+        return found if _settled(found) else None
 
     def _numbers(self, node: onnx.NodeProto, ref: Ref) -> Term | None:
-        if self.reduced and node.op_type in _REDUCED:
+        if node.op_type in _REDUCED:
             found = self._reduced(node, ref)
-            return None if _raw(found) else found
+            return None if _raw(found) else self._named_once(found)
         if node.op_type not in _NUMBERS:
             return None
         if node.op_type == "Max":
             found = self.n.make("max", tuple(x for x in self.operands(node, ref) if not _low(x)))
         else:
             found = POINTWISE[node.op_type](self, node, ref)
-        floats = is_float(self.tracer.sizes.elem_type(ref.value))
-        return found if floats or not _raw(found) else None
+        return found if self._is_float(ref.value) or not _raw(found) else None
+
+    def _named_once(self, term: Term) -> Term:
+        """Entries that point here, counted: one or none, as long as no key is named twice.
+
+        Where keys may be, verification names some twice.
+        """
+        parts = [
+            self.n.flag(self.n.make("any", f.args[0].args, f.data))
+            if f.op == "sum" and f.args[0].op == "flag" and _hits(f.args[0])
+            else f
+            for f in factors(term)
+        ]
+        return self.n.mul(*parts)
+
+    def _moved(self, node: onnx.NodeProto, ref: Ref) -> Term | None:
+        """What is cut out, joined or written; None where it has to be read as it is."""
+        step = self.tracer.step(ref)
+        if isinstance(step, Move):
+            inner = self.term(step.ref)
+            if _bare(inner) and (self.is_bool(ref.value) or inner.op != "element"):
+                return None
+            reads = any(c.reads for c in step.ref.coords)
+            return None if reads and self.is_bool(ref.value) else inner
+        return ranges(self, step) if isinstance(step, Pieces) else written(self, node, ref)
+
+    def _leaf(self, ref: Ref) -> Term:
+        """What is not looked into: a condition, as a flag or a mask where numbers are such."""
+        own = element(ref)
+        if self.is_bool(ref.value):
+            return own
+        if self._is_float(ref.value) and self._hides(ref):
+            return self.n.where(Term("lt", (_LOW, own)), ZERO, number(-math.inf))
+        return self.n.flag(own) if self._is_table(ref.value) else own
+
+    def _is_float(self, value: str) -> bool:
+        return is_float(self.tracer.sizes.elem_type(value))
+
+    def _hides(self, ref: Ref) -> bool:
+        """Whether a tensor holds 0 and numbers that hide only."""
+        tracer = self.tracer
+        if ref.value in tracer.masks:
+            return True
+        if ref.value in tracer.joined:  # one mask per chunk of keys
+            parts = [part for part, _ in tracer.joined[ref.value].parts]
+            return all(_is_mask(self.term(part)) for part in parts)
+        if ref.value in tracer.index.initializers:
+            table = tracer.index.mask_table(ref.value)
+            return table is not None and bool(((table == 0) | (table < LOW)).all())
+        node = tracer.index.maker(ref.value)
+        if node is not None and node.op_type == "Trilu":
+            fill = tracer.fill(node.input[0])  # the other triangle is 0
+            return fill is not None and fill < LOW
+        step = tracer.step(ref) if node is not None else None
+        return isinstance(step, Move) and _is_mask(self.term(step.ref))
+
+    def _is_table(self, value: str) -> bool:
+        """Whether a tensor is a constant table of 0 and 1."""
+        table = self.tracer.index.mask_table(value) if self.tracer.shape(value) else None
+        return table is not None and table.size > 1 and bool(((table == 0) | (table == 1)).all())
+
+    def held(self, term: Term) -> Held | None:
+        """Who holds a condition: a tensor of conditions, of flags, or of numbers that hide."""
+        if (found := self.holder(term)) is not None:
+            return self._unviewed(found[0]), found[1], True
+        for ref, known in reversed(self.known.items()):
+            if is_number_mask(known) and known.args[0] == term:
+                return self._unviewed(ref), True, False
+        return None
+
+    def _unviewed(self, ref: Ref) -> Ref:
+        """The element that one is a view of, nothing cut."""
+        node = self.tracer.index.maker(ref.value)
+        step = self.tracer.step(ref) if node is not None and node.op_type in LAYOUT else None
+        return self._unviewed(step.ref) if isinstance(step, Move) else ref
+
+
+def is_number_mask(term: Term) -> bool:
+    """Whether it is 0 under a condition, and hides where that does not hold."""
+    return term.op == "where" and term.args[1] == ZERO and _low(term.args[2])
+
+
+def _is_mask(term: Term) -> bool:
+    return is_number_mask(term) or term == ZERO or _low(term)
+
+
+def _settled(term: Term) -> bool:
+    """Whether nothing is compared or chosen any more: only conditions are left."""
+    return not any(
+        t.op in ("eq", "lt", "le", "isnan", "where") and not _is_leaf(t) for t in term.walk()
+    )
+
+
+def _is_leaf(term: Term) -> bool:
+    """Whether a comparison is one that is not looked into."""
+    positions = term.op == "lt" and all(a.op == "index" for a in term.args)
+    return positions or is_hit(term) or (term.op == "lt" and term.args[0] == _LOW)
+
+
+def _bare(term: Term) -> bool:
+    """Whether a condition, a flag or a mask is that of a single element."""
+    if term.op in ("flag", "not") or is_number_mask(term):
+        term = term.args[0]
+    if term.op == "lt" and term.args[0] == _LOW:
+        term = term.args[1]
+    return term.op == "element"
+
+
+def _hits(term: Term) -> bool:
+    return any(is_hit(t) for t in term.walk())
 
 
 def _raw(term: Term) -> bool:

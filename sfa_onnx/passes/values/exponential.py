@@ -269,6 +269,20 @@ def _maximum_of_constant(n: Normal, term: Term) -> Term | None:
     return n.add(*free, n.make(term.op, (n.add(*own),), label))
 
 
+def _one_point(n: Normal, term: Term) -> Term | None:
+    """Any(u, u == e and c(u)) = c(e): an entry that is where it is said to be."""
+    label, body = term.label, term.args[0]
+    for part in body.args if body.op == "and" else (body,):
+        if part.op != "eq" or any(a.op != "index" for a in part.args):
+            continue
+        for own, place in (part.args, part.args[::-1]):
+            bounds = place.expr.bounds
+            inside = bounds is not None and bounds[0] >= 0 and bounds[1] < label.size
+            if own.expr == Expr.of(label) and label not in place.labels and inside:
+                return body.rename({label: place.expr}, n.make)
+    return None
+
+
 def _of_flags(n: Normal, term: Term) -> Term | None:
     """The maximum of flags tells whether there is any, the minimum whether all are set."""
     body = term.args[0]
@@ -333,6 +347,11 @@ def _rows() -> Iterable[Identity]:
         _maximum_of_constant,
     )
     yield row("maximum of flags", "maximum", "maximum(t, flag(ct))", "flag(any(t, ct))", _of_flags)
+    # entries along an axis of their own
+    yield row(
+        *("one point", "any", "any(u, at(u) == at(t) and su < 0)", "s < 0", _one_point),
+        *("any(u, at(u) <= at(t) and su < 0)", "s < 0"),
+    )
     yield row("minimum of flags", "minimum", "minimum(t, flag(ct))", "flag(all(t, ct))", _of_flags)
     # the sum over one key is that key
     yield row("bound label", "sum maximum minimum any all", "sum(u, su)", "sum(t, s)", _named)

@@ -52,7 +52,7 @@ def _flags_of(term: Term) -> tuple[float, tuple[Term, ...]] | None:
 
 
 def _and(n: Normal, conditions: tuple[Term, ...]) -> Term:
-    return conditions[0] if len(conditions) == 1 else n.make("and", conditions)
+    return n.make("and", conditions)
 
 
 def _by_truth(n: Normal, conditions: list[Term], said: list[bool]) -> Term | None:
@@ -84,11 +84,11 @@ def _choice_compared(n: Normal, term: Term) -> Term | None:
 
 
 def _flags_bounded(n: Normal, term: Term) -> Term | None:
-    """The least of flags is set where all are, the largest where any is."""
+    """The least of flags is set where all are, the largest where any is; 1 is set, 0 is not."""
     parts = [_flags_of(a) for a in term.args]
-    if not all(part and part[0] == 1 and part[1] for part in parts):
+    if not all(part and (part[0] == 1 or part == (0, ())) for part in parts):
         return None
-    own = tuple(_and(n, cs) for _, cs in filter(None, parts))
+    own = tuple(_and(n, cs) if by else FALSE for by, cs in filter(None, parts))
     return n.flag(n.make("and" if term.op == "min" else "or", own))
 
 

@@ -50,6 +50,8 @@ def _compared(n: Normal, term: Term) -> Term | None:
     a, b = term.args
     if a.is_number() and b.is_number():
         return truth(COMPARE[term.op](a.value, b.value))
+    if a == b and a.op == "index":
+        return truth(term.op != "lt")
     if term.op == "eq" and a.is_number():
         return n.make("eq", (b, a))
     return None
@@ -244,6 +246,14 @@ def _nested(n: Normal, term: Term) -> Term | None:
     return None
 
 
+def _either(n: Normal, term: Term) -> Term | None:
+    """Where(c, a, where(d, a, b)) = where(c or d, a, b)."""
+    condition, then, other = term.args
+    if other.op == "where" and other.args[1] == then:
+        return n.where(n.make("or", (condition, other.args[0])), then, other.args[2])
+    return None
+
+
 def _flag(n: Normal, term: Term) -> Term | None:
     condition = term.args[0]
     if condition.op in ("true", "false"):
@@ -281,6 +291,9 @@ ROWS: Final = (
     ),
     row("low", "where", "where(c, dot, -1e30) <= -1e20", "not c", _low),
     row("mask twice", "where", "where(c, where(d, a, b), b)", "where(c and d, a, b)", _nested),
+    row(
+        *("either mask", "where", "where(c, a, where(d, a, b))", "where(c or d, a, b)", _either),
+    ),
     # a choice between a value and nothing
     row("choice of 0", "where", "where(c, a, 0)", "flag(c) * a", _flagged),
     row("flag", "flag", "flag(c and d)", "flag(c) * flag(d)", _flag),

@@ -68,18 +68,18 @@ class Reader:
                 self.known[ref] = self._inner(ref) if inner else self._outer(ref)
         return self.known[ref]
 
-    def holder(self, term: Term) -> tuple[Ref, bool] | None:
+    def holder(self, term: Term, *, exactly: bool = False) -> tuple[Ref, bool] | None:
         """(element that holds a condition, whether as it is) among what was read, outermost first.
 
         Numbers that are 1 where it holds and else 0 are taken where no tensor of conditions is.
-        What the key is called is no matter.
+        What the key is called is no matter. `exactly`: not one that holds the opposite.
         """
         opposite = self.n.negate(term)
         for wanted, other in ((term, opposite), (self.n.flag(term), self.n.flag(opposite))):
             for ref, known in reversed(self.known.items()):
                 swap = _renamed(known, wanted)
                 own = known.rename(swap, self.n.make) if swap else known
-                if own in (wanted, other):
+                if own == wanted or (own == other and not exactly):
                     return ref.substitute(swap), own == wanted
         return None
 

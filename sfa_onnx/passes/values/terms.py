@@ -42,7 +42,8 @@ class Term:
         op: `number` (data: float), `element` (data: `Ref`), `index` (data: `Expr`, a position),
             `dot` (data: query and key `Ref` and the label they are summed over), `pieces` (data:
             label and ranges; one argument per range), `add mul pow exp log max min`,
-            `where flag and or not eq lt le isnan`, `sum maximum minimum any all` (data: label).
+            `where flag and or not eq lt le isnan`, `mod` (data: a width),
+            `sum maximum minimum any all` (data: label).
         args: its arguments.
         data: what the operator needs besides.
     """
@@ -73,7 +74,7 @@ class Term:
         if self.op == "element":
             return found | self.ref.labels
         if self.op == "index":
-            return found | cast(Expr, self.data).labels
+            return found | self.expr.labels
         if self.op == "dot":
             query, key, label = self.factors
             return found | (query.labels | key.labels) - {label}
@@ -101,6 +102,16 @@ class Term:
     def ref(self) -> Ref:
         """The tensor element that an `element` is."""
         return cast(Ref, self.data)
+
+    @property
+    def expr(self) -> Expr:
+        """The position that an `index` is."""
+        return cast(Expr, self.data)
+
+    @property
+    def width(self) -> int:
+        """What a `mod` is taken by."""
+        return cast(int, self.data)
 
     @property
     def label(self) -> Label:
@@ -195,6 +206,8 @@ def show(term: Term) -> str:
             return f"{show(term.args[0])}^{term.data}"
         case "flag":
             return f"[{show(term.args[0])}]"
+        case "mod":
+            return f"{show(term.args[0])} mod {term.data}"
     inner = [show(a) for a in term.args]
     if term.op in _SIGNS:
         return f"({_SIGNS[term.op].join(inner)})"
