@@ -245,6 +245,7 @@ def check_rows(site: Site) -> None:
         twisted = any(a in own and c < 0 for a, c in coordinate.terms)
         # a loop over batches, written out, has no label of theirs
         fixed = not coordinate.terms and any(x.size == size > 1 for x in site.rows)
+        fixed = fixed and not _of_one_batch(site, coordinate, size)
         parts = any(isinstance(a, Quot | Rem) for a, _ in coordinate.terms)
         plain = coordinate.reads or site.nope.label in coordinate.labels
         if (twisted or fixed or parts) and not plain:
@@ -253,6 +254,17 @@ def check_rows(site: Site) -> None:
                 ref.value,
                 addressing=True,
             )
+
+
+def _of_one_batch(site: Site, coordinate: Expr, size: int) -> bool:
+    """Whether the query, too, is read at one place of such an axis: its rows are no batches."""
+    ref: Ref | None = site.nope_query.ref
+    while ref is not None:
+        if (coordinate, size) in zip(ref.coords, site.tracer.shape(ref.value), strict=True):
+            return True
+        step = site.tracer.step(ref)
+        ref = step.ref if isinstance(step, Move) else None
+    return False
 
 
 def _in_order(coordinate: Expr) -> list[Label]:

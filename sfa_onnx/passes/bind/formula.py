@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh
-from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.joined import join_chunks
 from sfa_onnx.passes.bind.literals import Literal, Visible
 from sfa_onnx.passes.bind.mask import Masks
@@ -152,7 +152,7 @@ def _sinks(tracer: Tracer, exponents: tuple[Term, ...], at: str) -> Sinks | None
     own = addends(exponents[0])
     leaves = [coefficient(a) for a in own if not a.is_number()]
     if len(exponents) == 1 and all(rest.op == "element" for _, rest in leaves):
-        parts = tuple((_whole(by), _flat(tracer, rest.ref)) for by, rest in leaves)
+        parts = tuple(_stored(tracer, by, rest.ref) for by, rest in leaves)
         return Sinks(parts, sum(a.value for a in own if a.is_number()))
     told = " and ".join(f"exp({e})" for e in exponents)
     raise Stop(
@@ -165,6 +165,13 @@ def _sinks(tracer: Tracer, exponents: tuple[Term, ...], at: str) -> Sinks | None
 def _whole(by: float) -> float:
     """A factor without the rounding of log2(e) ln(2)."""
     return round(by) if round(by) and abs(by - round(by)) <= ALIKE else by
+
+
+def _stored(tracer: Tracer, by: float, ref: Ref) -> tuple[float, Ref]:
+    """A factor and an element of a sink, taken from in front of views and constant factors."""
+    while isinstance(step := tracer.step(ref), Move | Scaled):
+        by, ref = by * (step.factor if isinstance(step, Scaled) else 1.0), step.ref
+    return _whole(by), _flat(tracer, ref)
 
 
 def _flat(tracer: Tracer, ref: Ref) -> Ref:
@@ -199,7 +206,8 @@ def _scores(
     for flag in weight.flags:
         masks.take(*_shown(reader, flag, masks))
     for condition in conditions:
-        _check_condition(reader, condition, weight, masks)
+        leaves = bool(region.sides)
+        _take_condition(reader, condition, weight, masks, leaves=leaves)
     found.masks = masks.literals()
     return found
 
@@ -227,7 +235,7 @@ def _take(reader: Reader, found: Scores, masks: Masks, addend: Term) -> Stop | N
 def _shown(reader: Reader, flag: Term, masks: Masks) -> tuple[Term, Visible]:
     """A condition that a key is seen under, and the mask that it is read from."""
     positive = True
-    if flag.op in ("or", "and") and (held := reader.holder(flag)) is not None:
+    if flag.op in ("or", "and", "any", "all") and (held := reader.holder(flag)) is not None:
         return masks.shown(held[0], positive=held[1])
     if flag.op == "not":
         flag, positive = flag.args[0], False
@@ -238,20 +246,28 @@ def _shown(reader: Reader, flag: Term, masks: Masks) -> tuple[Term, Visible]:
     raise Stop(f"keys are hidden where {flag}, which is no mask of this graph")
 
 
-def _check_condition(reader: Reader, condition: Term, weight: Weight, masks: Masks) -> None:
-    """A row is zeroed where no key is seen, and nowhere else."""
+def _take_condition(
+    reader: Reader, condition: Term, weight: Weight, masks: Masks, *, leaves: bool
+) -> None:
+    """A row is zeroed where no key is seen; a condition of its own hides all of its keys.
+
+    Raises:
+        Stop: statistics of such rows leave the attention (`leaves`), and are no zeros.
+    """
     own = _looked_into(masks, condition)
     if own.op == "any":
         inner = own.args[0].rename({own.label: Expr.of(weight.label)})
         parts = inner.args if inner.op == "and" else (inner,)
         if all(p in weight.flags or _known(reader, p, masks) for p in parts):
             return
-    raise Stop(
-        f"the result is set to zero unless {condition}, and the scores are not hidden by the same"
-        " mask",
-        next(iter(reader.axes), ""),
-        "mask the scores instead of the result",
-    )
+    if leaves or weight.label in condition.labels:
+        raise Stop(
+            f"the result is set to zero unless {condition}, and the scores are not hidden by the"
+            " same mask",
+            next(iter(reader.axes), ""),
+            "mask the scores instead of the result",
+        )
+    masks.take(*_shown(reader, condition, masks))  # no key is seen: the row is zero
 
 
 def _looked_into(masks: Masks, condition: Term) -> Term:

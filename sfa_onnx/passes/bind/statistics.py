@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh, label_of
-from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Tracer
+from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.site import AttentionRegion, Statistic
 from sfa_onnx.passes.values.arithmetic import addends, coefficient, factors
 from sfa_onnx.passes.values.attention import ALIKE, Weight
@@ -116,7 +116,10 @@ def _lonely(term: Term, kind: str) -> float:
 
 def _placed(tracer: Tracer, reader: Reader, value: str) -> Ref | None:
     """The element of `value` that belongs to the element of the result that was read."""
-    labels = [fresh("p", size) for size in tracer.shape(value)]
+    try:
+        labels = [fresh("p", size) for size in tracer.shape(value)]
+    except Stop:  # as long as a mask says: what is written where rows see no key
+        return None
     own = Ref(value, tuple(map(Expr.of, labels)))
     stack, seen = [own], {value}
     while stack and len(seen) < _MOST:

@@ -12,6 +12,7 @@ from typing import Final
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.values.arithmetic import addends, coefficient, factors
+from sfa_onnx.passes.values.lonely import is_lonely, shown_somewhere
 from sfa_onnx.passes.values.terms import ONE, Term, number
 
 __all__ = ["ALIKE", "Attention", "UnclearError", "Weight", "as_attention"]
@@ -94,13 +95,13 @@ def as_attention(term: Term, at: str) -> Attention:
         Stop: it is something else; the reason says what is missing or too much.
     """
     top, below, conditions = _fraction(term, at)
-    rows: list[tuple[Weight, tuple[Ref, ...]]] = []
-    masks = [f for b in addends(below) if b.op == "sum" for f in factors(b.args[0])]
-    for part in addends(top):
-        rows.append(_row(_of_one(part), masks, at))
+    summed = [b for b in addends(below) if _of_nobody(b) is None]
+    masks = [f for b in summed if b.op == "sum" for f in factors(b.args[0])]
+    rows = [_row(_of_one(part), masks, at) for part in addends(top) if _of_nobody(part) is None]
     weights = [w for w, _ in rows]
+    _check_fill(top, below, weights, at)
     sinks = []
-    for total in addends(below):
+    for total in summed:
         weight = Weight.of(_of_one(total))
         match = next((w for w in weights if weight is not None and _alike(w, weight)), None)
         if match is not None:
@@ -112,6 +113,33 @@ def as_attention(term: Term, at: str) -> Attention:
     if weights:
         raise UnclearError("the exponentials are not divided by their sum", at, _SUM)
     return Attention(tuple(rows), below, tuple(sinks), tuple(conditions))
+
+
+def _of_nobody(part: Term) -> Term | None:
+    """The condition of a part that only rows without keys have; None: others have it as well."""
+    own = [f for f in factors(part) if f.op == "flag"]
+    own += [f for f in factors(part.args[0]) if f.op == "flag"] if part.op == "sum" else []
+    label = part.label if part.op == "sum" else None
+    told = (f.args[0] for f in own if is_lonely(f.args[0]) and label not in f.labels)
+    return next(told, None)
+
+
+def _check_fill(top: Term, below: Term, weights: list[Weight], at: str) -> None:
+    """What is put in place of nothing: where no key is seen, and nowhere else.
+
+    Raises:
+        Stop: rows that see a key have it as well.
+    """
+    for part in (*addends(top), *addends(below)):
+        condition = _of_nobody(part)
+        lonely = None if condition is None else is_lonely(condition)
+        if lonely and not all(shown_somewhere(*lonely, w.flags) for w in weights):
+            raise Stop(
+                f"scores are replaced where {_short(condition or part)}, and no such mask hides"
+                " all keys there",
+                at,
+                "fill rows that see no key by the mask of the scores themselves",
+            )
 
 
 def _of_one(part: Term) -> Term:

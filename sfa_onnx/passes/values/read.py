@@ -31,6 +31,8 @@ _REDUCE: Final = {
     "ReduceL1": "sum",
 }
 _KEYS: Final = ("sum", "maximum")
+_COUNTS: Final = ("ReduceSum", "ReduceMax", "ReduceMin")  # of flags
+_OF_COUNTS: Final = frozenset(("Cast", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 
 
 class Reader:
@@ -99,11 +101,12 @@ class Reader:
             return self.term(step.ref)
         if node.op_type == "Exp":  # of a sink
             return self.n.exp(*self.operands(node, ref))
+        found: Term | None = None
         if node.op_type in ("Add", "Sub", "Mul", "Neg"):
             found = POINTWISE[node.op_type](self, node, ref)
-            if self._of_conditions(found):
-                return found
-        return element(ref)
+        elif node.op_type in _COUNTS:
+            found = self._reduced(node, ref)
+        return element(ref) if found is None or not self._of_conditions(found) else found
 
     def _of_conditions(self, term: Term) -> bool:
         """Whether all leaves are conditions, none a number that is not known."""
@@ -119,7 +122,18 @@ class Reader:
             return self.term(step.ref)
         if node.op_type == "Cast" and self.is_bool(node.input[0]):
             return self.term(Ref(node.input[0], ref.coords))
-        return element(ref)
+        return self._of_row(node, ref)
+
+    def _of_row(self, node: onnx.NodeProto, ref: Ref) -> Term:
+        """Whether a row sees any key, or all; a leaf where a condition says something else."""
+        if node.op_type in _COUNTS:
+            found = self._reduced(node, ref)
+        elif node.op_type in _OF_COUNTS:
+            found = POINTWISE[node.op_type](self, node, ref)
+        else:
+            return element(ref)
+        own = found.args[0] if found.op == "not" else found
+        return found if own.op in ("any", "all") and self._of_conditions(found) else element(ref)
 
     def _fixed(self, value: str, fill: float) -> bool:
         """Whether a number does not depend on the sizes of the inputs."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from sfa_onnx.passes.values import arithmetic, exponential, flags, logic
+from sfa_onnx.passes.values import arithmetic, exponential, flags, logic, lonely
 from sfa_onnx.passes.values.identity import Identity, Normal
 
 __all__ = ["TABLE", "normal"]
 
 TABLE: Final[tuple[Identity, ...]] = (
     *(*arithmetic.ROWS, *exponential.ROWS),
-    *(*flags.ROWS, *logic.ROWS),
+    *(*lonely.ROWS, *flags.ROWS, *logic.ROWS),
 )
 
 
