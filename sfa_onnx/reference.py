@@ -8,6 +8,7 @@ from sfa_onnx.operator.reference import (
     selected_tokens,
     sparse_flash_attention,
     sparse_flash_attention_antiquant,
+    sparse_flash_attention_antiquant_lse,
     sparse_flash_attention_lse,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "selected_tokens",
     "sparse_flash_attention",
     "sparse_flash_attention_antiquant",
+    "sparse_flash_attention_antiquant_lse",
     "sparse_flash_attention_lse",
 ]

@@ -92,6 +92,34 @@ def test_a_vendor_script_runs_unchanged(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+VLLM = """
+    import torch
+    import torch_npu
+    from vllm_ascend.utils import enable_custom_op
+
+    torch_npu.npu.config.allow_internal_format = True
+    assert enable_custom_op()
+    query, cache = torch.randn(2, 1, 4, 576).half().npu(), torch.zeros(2, 8, 1, 656).char().npu()
+    indices = torch.arange(8, dtype=torch.int32).expand(2, 1, 1, 8).contiguous().npu()
+    given = dict(key_quant_mode=2, value_quant_mode=2)
+    call = torch.ops._C_ascend.npu_kv_quant_sparse_flash_attention
+    out, top, total = call(query, cache, cache, indices, 0.04, **given)
+    assert top.numel() == total.numel() == 0
+    again, top, total = call(query, cache, cache, indices, 0.04, **given, return_softmax_lse=True)
+    print(torch.equal(out, again), tuple(top.shape), total.flatten().tolist())
+"""
+
+
+def test_a_script_of_vllm_ascend_runs_and_gets_its_softmax(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(VLLM))
+    done = on_cpu(str(script))
+    # Rows of zeros: every score is 0, the sum counts the keys.
+    assert done.stdout == f"True (2, 1, 1, 4) {[8.0] * 8}\n", done.stderr
+    done = on_cpu("--vllm-release", "0.18.0", str(script))
+    assert "has no attribute 'npu_kv_quant_sparse_flash_attention'" in done.stderr
+
+
 def test_failures_and_exit_codes_are_the_scripts(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("import torch_npu, sys\nsys.exit(5)\n")

@@ -144,7 +144,7 @@ PACKED_REFUSALS: dict[str, tuple[tuple[str, str], Change, str]] = {
     "negative length": (
         PAGED,
         putting("actual_seq_lengths_kv", 2, -1),
-        r"actual_seq_lengths_kv\[2\] is -1",
+        r"actual_seq_lengths_kv\[2\] is -1, allowed is 0\.\.64",
     ),
     "length above S2": (
         ("BSND", "BSND"),

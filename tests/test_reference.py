@@ -206,7 +206,7 @@ BAD = {
     ),
     "no table": (lambda c: c.inputs.pop("block_table"), "block_table: expected int32"),
     "no key lengths": (lambda c: c.inputs.pop("actual_seq_lengths_kv"), "seq_lengths_kv"),
-    "wrong row": (lambda c: c.attributes.update(tile_size=32), "key rows of"),
+    "wrong row": (lambda c: c.attributes.update(tile_size=32), "key: expected rows of"),
     "float key": (lambda c: c.inputs.update(key=np.zeros((1, 16, 1, 64), np.float32)), "int8"),
     "scales": (lambda c: c.inputs.update(key_dequant_scale=np.ones(1)), "reserved"),
     "mode 1": (lambda c: c.attributes.update(sparse_mode=1), "expected 0 or 3, got 1"),

@@ -230,5 +230,18 @@ def test_the_plain_exporter_with_the_table():
     assert kinds == {"NPUSparseFlashAttentionAntiquant"}
     overloads = {str(o) for o in sfa_torch.translation_table()}
     # A cache write is no call of torch's; the float attention has two overloads of ours.
-    assert len(overloads) == 8 + len(ALL_OPS)
+    assert len(overloads) == 14 + len(ALL_OPS)
     assert "sfa_onnx.npu_sparse_flash_attention.lse" in overloads
+
+
+@pytest.mark.parametrize("dynamo", [True, pytest.param(False, marks=pytest.mark.skipif(
+    not SCRIPTED, reason="this torch has no TorchScript exporter"))])  # fmt: skip
+def test_softmax_results_that_no_node_has_are_refused(dynamo, tmp_path):
+    qualified = "_C_ascend::npu_kv_quant_sparse_flash_attention"
+    case = case_of(qualified)
+    module, model = exported(qualified, case, tmp_path / "m.onnx", dynamo=dynamo)
+    check_runs(model, module, case)
+    module.attributes["return_softmax_lse"] = True
+    args = tuple(as_torch(case.inputs[n]) for n in module.inputs)
+    with pytest.raises(Exception, match="return_softmax_lse: expected False in an export"):
+        sfa_torch.export(module, args, tmp_path / "n.onnx", dynamo=dynamo)

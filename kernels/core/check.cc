@@ -85,11 +85,11 @@ int check_prefix(const int32_t* sums, int64_t batch, int64_t total, bool query,
   const char* name = query ? "actual_seq_lengths_query" : "actual_seq_lengths_kv";
   int64_t previous = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    if (sums[b] < previous) {
+    if (sums[b] < previous && b > 0) {
       const int status = query ? SFA_CORE_SEQ_Q_DECREASES : SFA_CORE_SEQ_KV_DECREASES;
       return fail_batch(err, status, name, b, sums[b], previous);
     }
-    if (sums[b] > total) {
+    if (sums[b] < 0 || sums[b] > total) {
       return fail_batch(err, query ? SFA_CORE_BAD_SEQ_Q : SFA_CORE_BAD_SEQ_KV, name, b, sums[b],
                         total);
     }
@@ -114,7 +114,10 @@ int check_counts(const int32_t* counts, int64_t batch, int64_t limit, bool query
 int check_paged(const sfa_core_params& p, sfa_core_error* err) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t len = p.actual_seq_lengths_kv[b];
-    if (len < 0) return fail_batch(err, SFA_CORE_BAD_SEQ_KV, "actual_seq_lengths_kv", b, len, 0);
+    if (len < 0) {
+      return fail_batch(err, SFA_CORE_BAD_SEQ_KV, "actual_seq_lengths_kv", b, len,
+                        p.block_table_cols * p.block_size);
+    }
     const int64_t need = ceil_div(len, p.block_size);
     if (need > p.block_table_cols) {
       return fail_batch(err, SFA_CORE_TABLE_TOO_SHORT, "actual_seq_lengths_kv", b, need,

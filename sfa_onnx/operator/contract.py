@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -19,6 +21,8 @@ Rounding = Literal["exact", "npu"]
 FLOAT, HALF, BF16 = "tensor(float)", "tensor(float16)", "tensor(bfloat16)"
 INT8, INT32 = "tensor(int8)", "tensor(int32)"
 FLOATS: Final = (FLOAT, HALF, BF16)
+
+INT32_MAX: Final = 2**31 - 1
 
 _PYTHON_TYPES: Final = {"float": (float, int), "int": (int,), "string": (str,)}
 
@@ -43,7 +47,8 @@ class Attribute:
     """One attribute. `default` None: required.
 
     `cpu` and `npu` are the legal values where they are a fixed set (None: a rule decides, or any).
-    `write` is what our passes write (None: decided per site). `minimum` bounds an int from below.
+    `write` is what our passes write (None: decided per site). `minimum` bounds an int from below,
+    and such an int fits into 32 bits. A float is finite as the float32 that a node holds.
     """
 
     name: str
@@ -77,9 +82,21 @@ class Attribute:
             return f"expected a {self.kind}, got {value!r}"
         if self.cpu is not None and value not in self.cpu:
             return f"expected {' or '.join(map(str, self.cpu))}, got {value!r}"
-        if self.minimum is not None and isinstance(value, int) and value < self.minimum:
-            return f"expected >= {self.minimum}, got {value!r}"
+        if self.kind == "float" and not _finite_float32(value):
+            return f"expected a finite float32, got {value!r}"
+        if self.minimum is not None and isinstance(value, int):
+            if value < self.minimum:
+                return f"expected >= {self.minimum}, got {value!r}"
+            if value > INT32_MAX:
+                return f"expected <= {INT32_MAX}, got {value!r}"
         return None
+
+
+def _finite_float32(value: AttributeValue) -> bool:
+    try:
+        return math.isfinite(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:  # of a number too large for its 32 bits
+        return False
 
 
 @dataclass(frozen=True)
@@ -215,17 +232,29 @@ class PackedRow:
         """Deduce the layout from D, the query's last dim and two attributes; refuse what cannot be.
 
         Raises:
-            ContractError: no item size of 2 or 4 gives `row_bytes`.
+            ContractError: `rope` leaves no latent, `tile` does not divide it, or no item size of 2
+                or 4 gives `row_bytes`.
         """
         nope = query_dim - rope
-        for itemsize in (2, 4):
-            if nope > 0 and tile > 0 and nope % tile == 0:
-                row = cls(nope, rope, tile, itemsize)
-                if row.bytes == row_bytes and (rope or itemsize == 2):
-                    return row
+        if not 0 <= rope < query_dim:
+            raise ContractError(
+                f"rope_head_dim: expected 0..{query_dim - 1}, below the query's last dimension"
+                f" {query_dim}, got {rope}"
+            )
+        if tile < 1 or nope % tile:
+            raise ContractError(
+                f"tile_size: expected a divisor of the latent's {nope} columns (query's last"
+                f" dimension {query_dim} - rope_head_dim {rope}), got {tile}"
+            )
+        rows = [cls(nope, rope, tile, itemsize) for itemsize in ((2, 4) if rope else (2,))]
+        for row in rows:
+            if row.bytes == row_bytes:
+                return row
+        sizes = " or ".join(str(row.bytes) for row in rows)
+        items = " (or 4)" if rope else ""
         raise ContractError(
-            f"key rows of {row_bytes} bytes do not fit query dim {query_dim}, rope_head_dim {rope},"
-            f" tile_size {tile}: expected nope + rope*2 (or *4) + 4*nope/tile_size bytes"
+            f"key: expected rows of {sizes} bytes ({nope} int8 + rope_head_dim {rope} * 2{items} +"
+            f" {nope // tile} scales * 4, by tile_size {tile}), got {row_bytes}"
         )
 
 

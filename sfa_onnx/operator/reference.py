@@ -33,6 +33,7 @@ __all__ = [
     "selected_tokens",
     "sparse_flash_attention",
     "sparse_flash_attention_antiquant",
+    "sparse_flash_attention_antiquant_lse",
     "sparse_flash_attention_lse",
 ]
 
@@ -95,7 +96,34 @@ def sparse_flash_attention_antiquant(
     rope_dtype: Any = None,
     **attributes: Any,
 ) -> Array:
-    """`NPUSparseFlashAttentionAntiquant`: inputs in node order, attributes by name.
+    """attention_out of `sparse_flash_attention_antiquant_lse`, same arguments."""
+    return sparse_flash_attention_antiquant_lse(
+        query, key, value, sparse_indices, key_dequant_scale, value_dequant_scale, block_table,
+        actual_seq_lengths_query, actual_seq_lengths_kv, sinks, mode=mode, holes=holes,
+        rope_dtype=rope_dtype, **attributes,
+    )[0]  # fmt: skip
+
+
+def sparse_flash_attention_antiquant_lse(
+    query: Array,
+    key: Array,
+    value: Array | None,
+    sparse_indices: Array,
+    key_dequant_scale: Array | None = None,
+    value_dequant_scale: Array | None = None,
+    block_table: ArrayLike | None = None,
+    actual_seq_lengths_query: ArrayLike | None = None,
+    actual_seq_lengths_kv: ArrayLike | None = None,
+    sinks: Array | None = None,
+    *,
+    mode: Mode = "exact",
+    holes: Holes = "error",
+    rope_dtype: Any = None,
+    **attributes: Any,
+) -> tuple[Array, Array, Array]:
+    """`NPUSparseFlashAttentionAntiquant` and the softmax that vllm-ascend's kernel also returns.
+
+    Inputs are in node order, attributes by name.
 
     Args:
         query: [B, S1, N1, C+R] or [T, N1, C+R]; float32, float16, bfloat16 or float64.
@@ -114,7 +142,8 @@ def sparse_flash_attention_antiquant(
         attributes: the node's attributes; `scale_value` must be given.
 
     Returns:
-        [B, S1, N1, C] or [T, N1, C] in the query's type.
+        attention_out, [B, S1, N1, C] or [T, N1, C] in the query's type; softmax_max and softmax_sum
+        as `sparse_flash_attention_lse`.
 
     Raises:
         ContractError: a dtype, shape, attribute, length, table entry or index order is illegal.
@@ -145,7 +174,7 @@ def sparse_flash_attention_antiquant(
     lengths = (actual_seq_lengths_query, actual_seq_lengths_kv, block_table)
     return _attention(
         query, key, sparse_indices, lengths, sinks, attrs, row.nope, fetch, mode, holes
-    )[0]
+    )
 
 
 def sparse_flash_attention(

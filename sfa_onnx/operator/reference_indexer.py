@@ -119,7 +119,7 @@ def _select(
     half_products: bool = False,
 ) -> tuple[NDArray[np.int32], Array]:
     layouts = attrs["layout_query"], attrs["layout_key"]
-    seqs = Sequences.of(query, key, *layouts, attrs["sparse_mode"], *lengths)
+    seqs = Sequences.of(query, key, *layouts, attrs["sparse_mode"], *lengths, "key")
     rows, count = len(seqs.batch), attrs["sparse_count"]
     indices, values = np.full((rows, count), -1, np.int32), np.full((rows, count), -np.inf)
     flat_query = query.reshape(rows, *query.shape[-2:]).astype(np.float64)

@@ -51,6 +51,7 @@ class Sequences:
         lengths_query: ArrayLike | None,
         lengths_kv: ArrayLike | None,
         block_table: ArrayLike | None,
+        keys: str = "kv",
     ) -> Sequences:
         """Check the layouts and every length of one call.
 
@@ -63,15 +64,16 @@ class Sequences:
             lengths_query: [B] valid counts (BSND, default S1) or prefix sums (TND, required).
             lengths_kv: [B] valid counts (BSND, default S2; PA_BSND, required) or prefix sums (TND).
             block_table: [B, M], PA_BSND only.
+            keys: how the operator ends the names of its keys' layout and lengths: "kv" or "key".
 
         Raises:
             ContractError: a layout, rank, length or table breaks the contract.
         """
-        _check_layouts(query, key, layout_query, layout_kv, sparse_mode)
+        _check_layouts(query, key, layout_query, layout_kv, sparse_mode, keys)
         starts, counts_q, slots = _query_lengths(query, layout_query, lengths_query)
         batches = len(counts_q)
-        table = _block_table(block_table, batches, layout_kv)
-        key_start, counts_kv = _key_lengths(key, layout_kv, lengths_kv, batches, table)
+        table = _block_table(block_table, batches, layout_kv, keys)
+        key_start, counts_kv = _key_lengths(key, layout_kv, lengths_kv, batches, table, keys)
         rows = int(np.prod(query.shape[: _RANK[layout_query] - 2]))
         batch, threshold = np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
         for b in range(batches):
@@ -101,12 +103,17 @@ class Sequences:
 
 
 def _check_layouts(
-    query: NDArray[Any], key: NDArray[Any], layout_query: str, layout_kv: str, sparse_mode: int
+    query: NDArray[Any],
+    key: NDArray[Any],
+    layout_query: str,
+    layout_kv: str,
+    sparse_mode: int,
+    keys: str,
 ) -> None:
     if layout_query not in ("BSND", "TND"):
         raise refuse("layout_query", "BSND or TND", layout_query)
     if layout_kv != "PA_BSND" and layout_kv != layout_query:
-        raise refuse("layout_kv", f"PA_BSND or the query's layout {layout_query}", layout_kv)
+        raise refuse(f"layout_{keys}", f"PA_BSND or the query's layout {layout_query}", layout_kv)
     if query.ndim != _RANK[layout_query]:
         raise refuse(f"query ({layout_query})", f"rank {_RANK[layout_query]}", query.shape)
     if key.ndim != _RANK[layout_kv] or key.shape[-2] != 1:
@@ -155,27 +162,32 @@ def _query_lengths(
     return np.arange(batches) * room, counts, np.full(batches, room)
 
 
-def _block_table(table: ArrayLike | None, batches: int, layout: str) -> Ints | None:
+def _block_table(table: ArrayLike | None, batches: int, layout: str, keys: str) -> Ints | None:
     if layout != "PA_BSND":
         if table is not None:
-            raise refuse("block_table", f"nothing with layout_kv {layout}", np.shape(table))
+            raise refuse("block_table", f"nothing with layout_{keys} {layout}", np.shape(table))
         return None
     array = None if table is None else np.asarray(table)
     if array is None or array.ndim != 2 or array.dtype.kind not in "iu":
         got = "nothing" if array is None else f"{array.dtype} {array.shape}"
-        raise refuse("block_table", f"int32 [{batches}, M] (layout_kv PA_BSND)", got)
+        raise refuse("block_table", f"int32 [{batches}, M] (layout_{keys} PA_BSND)", got)
     if array.shape[0] != batches or array.shape[1] < 1:
         raise refuse("block_table", f"[{batches}, M >= 1]", array.shape)
     return array.astype(np.int64)
 
 
 def _key_lengths(
-    key: NDArray[Any], layout: str, lengths: ArrayLike | None, batches: int, table: Ints | None
+    key: NDArray[Any],
+    layout: str,
+    lengths: ArrayLike | None,
+    batches: int,
+    table: Ints | None,
+    keys: str,
 ) -> tuple[Ints, Ints]:
     """First key row and valid keys of every batch."""
-    name = "actual_seq_lengths_kv"
+    name = f"actual_seq_lengths_{keys}"
     if lengths is None and layout != "BSND":
-        raise refuse(name, f"[{batches}] (layout_kv {layout})", "nothing")
+        raise refuse(name, f"[{batches}] (layout_{keys} {layout})", "nothing")
     room = key.shape[1] if table is None else table.shape[1] * key.shape[1]
     counts = np.full(batches, room) if lengths is None else _lengths(lengths, name)
     if len(counts) != batches:

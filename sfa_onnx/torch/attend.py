@@ -17,7 +17,15 @@ import torch
 from sfa_onnx.operator.contract import PackedRow
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, OpContract
 from sfa_onnx.runtime.core import LAYOUTS, ROUNDINGS, Error, Params, core, refuse_if
-from sfa_onnx.torch.checks import FLOATS, check_ints, dtype_number, holes, refuse, sizes
+from sfa_onnx.torch.checks import (
+    FLOATS,
+    check_attributes,
+    check_ints,
+    dtype_number,
+    holes,
+    refuse,
+    sizes,
+)
 
 __all__ = ["attend", "softmax_shape"]
 
@@ -48,7 +56,8 @@ def attend(
     Args:
         op: which of the two.
         tensors: the given inputs by name, on CPU and contiguous.
-        attributes: all attributes of the contract.
+        attributes: all attributes of the contract; return_softmax_lse may be among them for packed
+            rows too, whose node has no such attribute.
         rounding: "exact" or "npu" (of packed latents; float caches are what they are).
 
     Returns:
@@ -107,7 +116,7 @@ def _form_of(
 def _checked(
     op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
 ) -> _Form:
-    op.check_attributes(attributes)
+    check_attributes(op, attributes)
     _check_types(op, tensors)
     query, indices = tensors["query"], tensors["sparse_indices"]
     layouts = attributes["layout_query"], attributes["layout_kv"]

@@ -24,8 +24,10 @@ from sfa_onnx.operator.op import (
 )
 from sfa_onnx.runtime.core import DTYPES, Error, PackParams, core, refuse_if
 from sfa_onnx.torch.attend import attend, softmax_shape
+from sfa_onnx.torch.checks import FLOATS, check_ints, check_traced, refuse
 from sfa_onnx.torch.index import select
-from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable
+from sfa_onnx.torch.index_golden import select_golden
+from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable, dense_pages
 
 __all__ = ["ROUNDINGS", "compute", "shapes_of"]
 
@@ -53,13 +55,17 @@ def compute(
     Raises:
         ContractError: the call breaks the contract.
     """
+    if "PA_BSND" in (attributes.get("layout_kv"), attributes.get("layout_key")):
+        tensors = dense_pages(tensors)
     check_usable(tensors)
     if rounding not in ROUNDINGS:
         raise ContractError(f"rounding: expected {', '.join(ROUNDINGS)}, got {rounding!r}")
     if op is KV_CACHE_PACK:
         return (_pack(op, tensors, attributes),)
+    if op is LIGHTNING_INDEXER and rounding == "golden":
+        return select_golden(op, tensors, attributes)
     if op.name in _INDEXERS and rounding == "golden":
-        rounding = "npu"  # the vendors' checks of the indexer round as its kernel does
+        rounding = "npu"  # the vendors' checks of the quantised indexer round as its kernel does
     if op.name in _ATTENTIONS and rounding != "golden" and _core_is_built():
         return attend(op, tensors, attributes, rounding)
     if op.name in _INDEXERS and _core_is_built():
@@ -81,16 +87,21 @@ def _by_reference(
     attributes: Mapping[str, Any],
     rounding: str,
 ) -> tuple[torch.Tensor, ...]:
+    check_ints(tensors)
+    query = tensors["query"]
+    if query.dtype not in (*FLOATS, torch.int8):  # the formulas also take float64
+        raise refuse("query", "float32, float16 or bfloat16", query.dtype)
     arrays: list[Any] = [
         as_numpy(tensors[t.name]) if t.name in tensors else None for t in op.inputs
     ]
     mode: Any = rounding
-    if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
-        out = reference.sparse_flash_attention_antiquant(*arrays, mode=mode, **attributes)
-        return (as_torch(out),)
-    if op is SPARSE_FLASH_ATTENTION:
-        results = reference.sparse_flash_attention_lse(*arrays, mode=mode, **attributes)
-        count = 3 if attributes["return_softmax_lse"] else 1
+    if op.name in _ATTENTIONS:
+        count = 3 if attributes.get("return_softmax_lse") else 1
+        if op is SPARSE_FLASH_ATTENTION:
+            results = reference.sparse_flash_attention_lse(*arrays, mode=mode, **attributes)
+        else:
+            own = {n: v for n, v in attributes.items() if n != "return_softmax_lse"}
+            results = reference.sparse_flash_attention_antiquant_lse(*arrays, mode=mode, **own)
         return tuple(map(as_torch, results[:count]))
     if op is LIGHTNING_INDEXER:
         indices, values = reference.lightning_indexer(*arrays, **attributes)
@@ -148,7 +159,12 @@ def _check_rows(parts: Mapping[str, torch.Tensor], clip: float | None, tile: int
 def shapes_of(
     op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    """Results without values, for tracing; dims may be symbolic."""
+    """Results without values, for tracing and for tensors on "meta"; dims may be symbolic.
+
+    Raises:
+        ContractError: an attribute is illegal, or tensors with and without values are mixed.
+    """
+    check_traced(op, tensors, attributes)
     if op is KV_CACHE_PACK:
         nope, rope = tensors["nope"], tensors.get("rope")
         width, itemsize = (0, 2) if rope is None else (int(rope.shape[-1]), rope.element_size())

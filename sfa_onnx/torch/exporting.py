@@ -16,7 +16,7 @@ from typing import Any, Final
 import onnx
 import torch
 
-from sfa_onnx.errors import MissingError
+from sfa_onnx.errors import ContractError, MissingError
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.torch.ops import NAMESPACE, OPERATORS, OVERLOADS
@@ -100,7 +100,7 @@ def _translation(adapter: Adapter, opset: Any, standard: Any) -> Callable[..., A
     """A function with the operator's own signature: the exporter reads it to sort arguments."""
 
     def translate(*args: Any, **kwargs: Any) -> Any:
-        given, attributes = adapter.bind(args, kwargs)
+        given, attributes = _bound(adapter, args, kwargs)
         inputs, count = _inputs(adapter.op, given), _outputs(adapter, attributes)
         node = getattr(opset, adapter.op.name)
         made = node(*inputs, **attributes, _outputs=count)
@@ -117,6 +117,19 @@ def _translation(adapter: Adapter, opset: Any, standard: Any) -> Callable[..., A
     translate.__name__ = adapter.op.name
     translate.__signature__ = _signature(adapter.schema)  # type: ignore[attr-defined]
     return translate
+
+
+def _bound(
+    adapter: Adapter, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs and attributes of the node."""
+    given, attributes = adapter.bind(args, kwargs)
+    if adapter.lse_beyond_node and attributes.pop("return_softmax_lse"):
+        raise ContractError(
+            f"return_softmax_lse: expected False in an export ({adapter.op.name} has no softmax"
+            " among its outputs: CANN's operator has none), got True"
+        )
+    return given, attributes
 
 
 def _inputs(op: OpContract, given: Mapping[str, Any]) -> list[Any]:
@@ -203,7 +216,7 @@ def _symbolic_of(adapter: Adapter) -> Callable[..., Any]:
 
     def symbolic(graph: Any, *values: Any) -> Any:
         words = dict(zip(plain, values, strict=False))
-        tensors, attributes = adapter.bind((), {n: parsed(n, v) for n, v in words.items()})
+        tensors, attributes = _bound(adapter, (), {n: parsed(n, v) for n, v in words.items()})
         inputs = [
             helper._optional_input_placeholder_tensor(graph) if v is None else v
             for v in _inputs(adapter.op, tensors)

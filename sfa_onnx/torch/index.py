@@ -11,9 +11,9 @@ import torch
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import QUANT_LIGHTNING_INDEXER
 from sfa_onnx.runtime.core import LAYOUTS, ROUNDINGS, Error, IndexerParams, core, refuse_if
-from sfa_onnx.torch.checks import FLOATS, check_ints, dtype_number, refuse, sizes
+from sfa_onnx.torch.checks import FLOATS, check_attributes, check_ints, dtype_number, refuse, sizes
 
-__all__ = ["select"]
+__all__ = ["check_indexer", "select"]
 
 
 def select(
@@ -37,9 +37,9 @@ def select(
     Raises:
         ContractError: a shape, type, attribute or value breaks the contract.
     """
-    op.check_attributes(attributes)
+    check_attributes(op, attributes)
     quant = op is QUANT_LIGHTNING_INDEXER
-    _check(tensors, quant)
+    check_indexer(tensors, quant)
     query, count = tensors["query"], attributes["sparse_count"]
     layouts = attributes["layout_query"], attributes["layout_key"]
     shape = (*query.shape[:-2], 1, count)
@@ -71,7 +71,12 @@ def select(
     return tuple(results)
 
 
-def _check(tensors: Mapping[str, torch.Tensor], quant: bool) -> None:
+def check_indexer(tensors: Mapping[str, torch.Tensor], quant: bool) -> None:
+    """Types and shapes beyond what the sizes of all operators tell.
+
+    Raises:
+        ContractError: one of these is not as it should be.
+    """
     query, key = tensors["query"], tensors["key"]
     if query.dtype not in ((torch.int8,) if quant else FLOATS):
         raise refuse("query", "int8" if quant else "float32, float16 or bfloat16", query.dtype)

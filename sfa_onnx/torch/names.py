@@ -1,4 +1,4 @@
-"""The operators under the vendors' names: `torch.ops.custom.npu_*` and `torch.ops.npu.npu_*`.
+"""The operators under the vendors' names: `torch.ops.custom`, `.npu` and `._C_ascend`.
 
 A name that a vendor's package has registered keeps its schema and its NPU kernels; only a missing
 CPU kernel is added. A name that nobody has is defined here, and handed over as soon as the package
@@ -24,7 +24,8 @@ from sfa_onnx.torch.vendor import Adapter, VendorOperator, schema_in_torch, vend
 
 __all__ = ["enable_ascend_names", "owners"]
 
-_PACKAGES: Final = ("torch_npu", "custom_ops")  # whose import defines such names
+# Modules whose import defines such names.
+_PACKAGES: Final = ("torch_npu", "custom_ops", "vllm_ascend.vllm_ascend_C")
 
 _chosen: tuple[VendorOperator, ...] = ()
 _libraries: dict[str, torch.library.Library] = {}  # by qualified name
@@ -33,7 +34,11 @@ _rounding = "npu"
 
 
 def enable_ascend_names(
-    *, release: str | None = None, rounding: str = "npu", torch_npu: bool = False
+    *,
+    release: str | None = None,
+    vllm_release: str | None = None,
+    rounding: str = "npu",
+    torch_npu: bool = False,
 ) -> dict[str, str]:
     """Define the vendors' names for the CPU, and for tracing and export.
 
@@ -42,10 +47,11 @@ def enable_ascend_names(
 
     Args:
         release: of torch_npu, whose schemas `torch.ops.npu.*` get; see `vendor_operators`.
+        vllm_release: of vllm-ascend, whose schemas `torch.ops._C_ascend.*` get.
         rounding: "npu"; "exact" for the unrounded mathematics; "golden" for the roundings of the
             checks on CPU that the vendors publish (normalised weights rounded once; in NumPy).
-        torch_npu: also put a stand-in for the modules `torch_npu`, `custom_ops` and `torchair`
-            where they are not installed, with the operators as attributes.
+        torch_npu: also put a stand-in for the modules `torch_npu`, `custom_ops`, `torchair` and
+            `vllm_ascend` where they are not installed, with the operators as attributes.
 
     Returns:
         Who owns which name, as `owners`.
@@ -56,7 +62,7 @@ def enable_ascend_names(
     global _chosen, _rounding
     if rounding not in ROUNDINGS:
         raise UsageError(f"rounding: expected {', '.join(ROUNDINGS)}, got {rounding!r}")
-    chosen, _rounding = vendor_operators(release), rounding
+    chosen, _rounding = vendor_operators(release, vllm_release), rounding
     if chosen != _chosen:
         _release()
         _chosen = chosen

@@ -1,8 +1,8 @@
 """`python -m sfa_onnx.torch.on_cpu script.py ...`: a script written for the NPU, on the CPU.
 
 The operators of the vendors' names run on this machine with the NPU's roundings; `torch_npu`,
-`custom_ops` and `torchair` are stand-ins, whether installed or not; "npu" means the CPU. Tests that
-their authors skip for the sake of an installed CANN run: none is asked here.
+`custom_ops`, `torchair` and `vllm_ascend` are stand-ins, whether installed or not; "npu" means the
+CPU. Tests that their authors skip for the sake of an installed CANN run: none is asked here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sfa_onnx.torch.on_cpu", description=__doc__)
     parser.add_argument("--rounding", choices=ROUNDINGS, default="npu", help="default: npu")
     parser.add_argument("--release", help="torch_npu release whose schemas are defined")
+    parser.add_argument("--vllm-release", help="the same of vllm-ascend")
     parser.add_argument("--chip", default="Ascend910_9392", help="name the device gives itself")
     parser.add_argument(
         "--keep-skips", action="store_true", help="also skip tests whose reason is the CANN version"
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{asked.script}: no such file")
     try:
         install(first=True, chip=asked.chip)
-        enable_ascend_names(release=asked.release, rounding=asked.rounding)
+        enable_ascend_names(
+            release=asked.release, vllm_release=asked.vllm_release, rounding=asked.rounding
+        )
     except SfaError as error:
         parser.error(str(error))
     if not asked.keep_skips:

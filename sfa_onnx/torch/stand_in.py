@@ -1,4 +1,4 @@
-"""Stand-ins for `torch_npu`, `custom_ops` and `torchair`, for scripts that run on the CPU.
+"""Stand-ins for `torch_npu`, `custom_ops`, `torchair` and `vllm_ascend`, for scripts on the CPU.
 
 They hold what scripts around the attention operators use: the operators as attributes, a device
 module whose calls do nothing, the test base class, and a compiler backend that keeps the traced
@@ -206,6 +206,8 @@ _BUILDERS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "torch_npu.dynamo": _do_nothing,
     "torch_npu.dynamo.torchair": _torchair,
     "custom_ops": _custom_ops,
+    "vllm_ascend": _do_nothing,
+    "vllm_ascend.utils": lambda module: module.__dict__.update(enable_custom_op=_answering(True)),
     "torchair": _torchair,
     "torchair.configs": _do_nothing,
     "torchair.configs.compiler_config": lambda module: module.__dict__.update(

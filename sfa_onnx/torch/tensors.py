@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from sfa_onnx.errors import ContractError
 
-__all__ = ["as_numpy", "as_torch", "check_usable"]
+__all__ = ["as_numpy", "as_torch", "check_usable", "dense_pages"]
+
+# Of paged caches: the vendors' kernels take pages that lie apart ("not contiguous on axis 0").
+_CACHES: Final = ("key", "value", "key_rope", "key_dequant_scale")
 
 
 def as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
@@ -53,3 +56,17 @@ def check_usable(tensors: Mapping[str, torch.Tensor]) -> None:
                 f"{name}: expected requires_grad=False (the operator is for inference and has no"
                 f" backward), got True; call it under torch.no_grad() or pass {name}.detach()"
             )
+
+
+def dense_pages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a call over a paged cache; pages that lie apart are copied together.
+
+    Each page itself has to be contiguous, as the vendors' kernels have it: [block_num, ...] with
+    any first stride.
+    """
+    dense = dict(tensors)
+    for name in _CACHES:
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.dim() and tensor[:1].squeeze(0).is_contiguous():
+            dense[name] = tensor.contiguous()
+    return dense

@@ -32,19 +32,21 @@ __all__ = [
 
 # Arguments with one legal value that some of the contracts leave out.
 _FIXED: Final = {"pre_tokens": INT64_MAX, "next_tokens": INT64_MAX}
+# What a vendor's schema may ask of an operator whose node has no word for it.
+_LSE: Final = "return_softmax_lse"
 # Arguments by which a vendor says what the contract says with another word.
 _SPELLINGS: Final = {"return_value": "return_values"}
 
 
 @dataclass(frozen=True)
 class VendorOperator:
-    """One published operator: "custom::name" of the recipes, "npu::name" of torch_npu."""
+    """A published operator: "custom::x" (recipes), "npu::x" (torch_npu), "_C_ascend::x" (vLLM)."""
 
     namespace: str
     name: str
     op: OpContract
     schema: str  # "(Tensor query, ...) -> Tensor"
-    releases: tuple[str, ...]  # of torch_npu, oldest first; none for the recipes' package
+    releases: tuple[str, ...]  # of the package, oldest first; none for the recipes'
     source: str
 
     @property
@@ -71,33 +73,51 @@ def vendor_schemas() -> tuple[VendorOperator, ...]:
     )
 
 
-def vendor_operators(release: str | None = None) -> tuple[VendorOperator, ...]:
-    """One schema per name: those of a torch_npu release, and the recipes'.
+def vendor_operators(
+    release: str | None = None, vllm_release: str | None = None
+) -> tuple[VendorOperator, ...]:
+    """One schema per name: those of one release of a package, and the recipes'.
 
     Args:
-        release: as "2.9.0.post2"; None: the installed torch_npu's where its schemas are known, else
-            the widest of each name.
+        release: of torch_npu, as "2.9.0.post2".
+        vllm_release: of vllm-ascend, as "0.18.0" (its release branches) or "main".
+
+    None stands for the installed package's release where its schemas are known, else for the newest
+    of each name.
 
     Raises:
         UsageError: the release is not among the data, or has none of the operators.
     """
-    known = {r for entry in vendor_schemas() for r in entry.releases}
-    if release is None:
-        release = _installed() if _installed() in known else None
-    elif release not in known:
-        raise UsageError(
-            f"no schemas of torch_npu {release}: expected one of {', '.join(sorted(known))}"
+    wanted = {
+        namespace: _release_of(namespace, package, asked)
+        for namespace, package, asked in (
+            ("npu", "torch_npu", release),
+            ("_C_ascend", "vllm_ascend", vllm_release),
         )
+    }
     chosen = {}
     for entry in vendor_schemas():
-        if release is None or not entry.releases or release in entry.releases:
+        one = wanted.get(entry.namespace)
+        if one is None or one in entry.releases:
             chosen[entry.qualified] = entry
     return tuple(chosen.values())
 
 
-def _installed() -> str | None:
+def _release_of(namespace: str, package: str, asked: str | None) -> str | None:
+    known = {r for e in vendor_schemas() if e.namespace == namespace for r in e.releases}
+    if asked is None:
+        installed = _installed(package)
+        return installed if installed in known else None
+    if asked not in known:
+        raise UsageError(
+            f"no schemas of {package} {asked}: expected one of {', '.join(sorted(known))}"
+        )
+    return asked
+
+
+def _installed(package: str) -> str | None:
     try:
-        return importlib.metadata.version("torch_npu").split("+")[0]
+        return importlib.metadata.version(package).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -119,9 +139,12 @@ class Adapter:
         self._names = [a.name for a in schema.arguments]
         self._defaults = {a.name: a.default_value for a in schema.arguments}
         self._tensors = {t.name for t in op.inputs}
+        self.lse_beyond_node = _LSE in self._names and _LSE not in {a.name for a in op.attributes}
         # What a schema does not mention is what a node of ours says by default.
         self._attributes = {a.name: a.usual if a.default is None else a.default
                             for a in op.attributes}  # fmt: skip
+        if self.lse_beyond_node:
+            self._attributes[_LSE] = 0
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by the vendor's name."""
@@ -130,7 +153,7 @@ class Adapter:
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and attributes of the contract.
+        """Tensors and attributes of the contract; return_softmax_lse too, if only the schema's.
 
         Raises:
             ContractError: an argument is given that CPU and A2/A3 know nothing of.
@@ -178,7 +201,7 @@ class Adapter:
         if self.op is LIGHTNING_INDEXER:
             asked, empty = attributes["return_values"], query.dtype
         else:
-            asked, empty = attributes["return_softmax_lse"], torch.float32
+            asked, empty = attributes[_LSE], torch.float32
         if asked:
             return values
         rest = self.results - 1
