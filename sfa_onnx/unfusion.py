@@ -49,7 +49,7 @@ def unfuse(
     Raises:
         UsageError: the model holds none of our operators, or `output` exists.
     """
-    from sfa_onnx.runtime.portable.model import unfuse as standard_nodes
+    from sfa_onnx.runtime.portable.model import with_standard_nodes
     from sfa_onnx.runtime.portable.restore import restored
 
     source, _ = restored(load_model(model))
@@ -69,7 +69,7 @@ def unfuse(
     ]
     if not sites:
         raise UsageError("the model holds no operator of ours, so there is nothing to unfuse")
-    result = standard_nodes(source, rounding=rounding)
+    result = with_standard_nodes(source, rounding)
     report = FuseReport(
         model=result,
         sites=sites,

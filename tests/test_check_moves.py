@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx import runtime
-from sfa_onnx.ascend.checks import check, fix
+from sfa_onnx.ascend.checks import check, fix, trial
 from sfa_onnx.ascend.checks.fixing import apply_fixes
 from sfa_onnx.ascend.checks.ranges import value_range
 from sfa_onnx.ascend.flavour.scope import Facts, Names, Scope
@@ -240,3 +240,12 @@ def test_atc_fixes_for_the_dims_it_is_given(tmp_path: Path) -> None:
         dims={"b": 2, "past": "2~9"},
     )
     assert not [note for note in ranged.notes if note.startswith("fixed:")]
+
+
+@pytest.mark.parametrize("dims", [[4, 0], [0, 4]])
+def test_indices_into_nothing_are_not_drawn(dims: list[int]) -> None:
+    """An axis without elements has no legal index, and a trial run needs one."""
+    nodes = [helper.make_node("GatherND", ["x", "i"], ["y"])]
+    model = build(nodes, [("x", 1, dims), ("i", 7, [3, 2])], [("y", 1, None)])
+    scope = Scope(model.graph, Names(model), Facts.of(model), 18)
+    assert trial._draw(scope, model.graph.node[0], "i") is None

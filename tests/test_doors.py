@@ -17,7 +17,7 @@ import sfa_onnx
 from sfa_onnx import runtime
 from sfa_onnx.ascend import checks
 from sfa_onnx.ascend.estimate import estimate
-from sfa_onnx.ascend.flavour import to_atc
+from sfa_onnx.ascend.flavour import from_atc, to_atc
 from sfa_onnx.ascend.handover import folder as handover
 from sfa_onnx.cli import main
 from sfa_onnx.doctor import examine
@@ -30,6 +30,7 @@ from sfa_onnx.passes.plan import read_plan
 from sfa_onnx.runtime.compare.run import compare
 from sfa_onnx.runtime.feeds import random_feeds
 from sfa_onnx.runtime.portable import make_portable
+from sfa_onnx.runtime.portable.model import unfuse as standard_nodes
 from sfa_onnx.summary import summarise
 from sfa_onnx.unfusion import unfuse
 from tests.broken_models import sound
@@ -57,6 +58,8 @@ DOORS: dict[str, Callable[[Path], Any]] = {
 }
 # Doors that take a model in memory.
 IN_MEMORY: dict[str, Callable[[onnx.ModelProto], Any]] = {
+    "from atc": lambda m: from_atc(m),
+    "standard nodes": lambda m: standard_nodes(m),
     "fuse": lambda m: sfa_onnx.fuse(m),
     "unfuse": lambda m: unfuse(m),
     "kv-cache": lambda m: convert(m, to="int8"),

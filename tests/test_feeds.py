@@ -245,3 +245,17 @@ def test_a_mask_laid_beside_the_keys_is_as_long_as_they_are() -> None:
     feeds = random_feeds(model)
     batch, past, _ = feeds["past_key"].shape
     assert feeds["attention_mask"].shape == (batch, past + 1)
+
+
+@pytest.mark.parametrize("symbolic", [True, False])
+@pytest.mark.parametrize("rank", [0, 1, 5])
+@pytest.mark.parametrize("op", [SPARSE_FLASH_ATTENTION_ANTIQUANT, SPARSE_FLASH_ATTENTION])
+def test_inputs_of_ranks_that_no_layout_has_end_in_no_fault(op, rank, symbolic):
+    """Something is drawn: that the model is wrong is for its run to say."""
+    case = make_case(op, ("BSND", "PA_BSND"))
+    for name in [v.name for v in op_model(case).graph.input]:
+        model = op_model(case, symbolic=symbolic)
+        given = next(v for v in model.graph.input if v.name == name)
+        kind = given.type.tensor_type.elem_type
+        given.CopyFrom(helper.make_tensor_value_info(name, kind, [3] * rank))
+        assert random_feeds(model)[name].shape == (3,) * rank, name

@@ -159,6 +159,7 @@ def test_zeros_that_are_not_ours_stay(case: str) -> None:
     elif case == "read below":
         below = helper.make_node("Identity", [pads["key"].output[0]], ["b"])
         result = helper.make_tensor_value_info("b", TensorProto.BFLOAT16, None)
+        made.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
         body = helper.make_graph([below], "body", [], [result])
         made.graph.node.append(
             helper.make_node("If", ["c"], ["more"], then_branch=body, else_branch=body)

@@ -72,8 +72,9 @@ def load_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
     """
     model = read_model(source)
     in_memory = isinstance(source, onnx.ModelProto)
+    what = f"the model {model.graph.name!r}" if in_memory else str(source)
     with paused_gc():
-        assert_sound(model, f"the model {model.graph.name!r}" if in_memory else str(source))
+        assert_sound(model, what, None if in_memory else Path(source).stat().st_size)
     return model
 
 

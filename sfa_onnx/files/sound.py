@@ -8,7 +8,8 @@ Declared shapes may still contradict each other; who reads them deals with that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import onnx
@@ -16,6 +17,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
 
 from sfa_onnx.errors import ModelError
 from sfa_onnx.files.sound_functions import function_problems
+from sfa_onnx.files.sound_glance import Reader, free_values, serialised, unseen_tensors
 from sfa_onnx.files.sound_nodes import NodeRules, holds_graphs
 from sfa_onnx.files.sound_tensors import tensor_problem
 from sfa_onnx.guard.text import printable
@@ -23,21 +25,23 @@ from sfa_onnx.guard.text import printable
 __all__ = ["assert_sound", "problems"]
 
 _SHOWN: Final = 3  # problems told in one message
+_SMALL: Final = 1 << 25  # bytes of a model that may be copied as a whole, which is faster
 _ENOUGH: Final = 50  # problems after which nobody looks further
 
 
-def assert_sound(model: ModelProto, what: str) -> None:
+def assert_sound(model: ModelProto, what: str, size: int | None = None) -> None:
     """Refuse a broken model, by its first few problems.
 
     Args:
         model: not changed.
         what: the file's name, for the message.
+        size: of the serialised model in bytes, where that is known.
 
     Raises:
         ModelError: the model breaks the format's rules.
         BudgetError: its functions would unfold into too many nodes.
     """
-    found = problems(model)
+    found = problems(model, size)
     if not found:
         return
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -49,13 +53,17 @@ def assert_sound(model: ModelProto, what: str) -> None:
     )
 
 
-def problems(model: ModelProto) -> list[str]:
+def problems(model: ModelProto, size: int | None = None) -> list[str]:
     """What breaks the rules, in the order of the file; empty for a sound model.
+
+    Args:
+        model: not changed.
+        size: as in `assert_sound`.
 
     Raises:
         BudgetError: its functions would unfold into too many nodes.
     """
-    reader = _Reader(model)
+    reader = _Reader(model, small=(model.ByteSize() if size is None else size) <= _SMALL)
     reader.walk()
     return reader.found[:_ENOUGH] or function_problems(model)
 
@@ -63,8 +71,8 @@ def problems(model: ModelProto) -> list[str]:
 class _Reader:
     """Walks a model once and collects what is wrong with it."""
 
-    def __init__(self, model: ModelProto) -> None:
-        self.model = model
+    def __init__(self, model: ModelProto, *, small: bool) -> None:
+        self.model, self.small = model, small
         self.found: list[str] = []
 
     def walk(self) -> None:
@@ -90,13 +98,16 @@ class _Reader:
         self._opsets(opsets, where.removeprefix(" of "))
         rules = NodeRules(opsets)
         values = dict.fromkeys(function.input, "an input")
-        self._unmade(self._nodes(function.node, values, function.output, rules, where), where)
+        data = (node.SerializeToString() for node in function.node)
+        free = self._nodes(function.node, data, values, function.output, rules, where)
+        self._unmade(free, where)
 
-    def _unmade(self, free: dict[str, str], where: str) -> None:
+    def _unmade(self, free: dict[str, Reader], where: str) -> None:
         for value, reader in free.items():
-            self.found.append(f"{reader} reads {value!r}{where}, which nothing makes")
+            who = reader if isinstance(reader, str) else _label(reader)
+            self.found.append(f"{who} reads {value!r}{where}, which nothing makes")
 
-    def _graph(self, graph: GraphProto, rules: NodeRules, where: str) -> dict[str, str]:
+    def _graph(self, graph: GraphProto, rules: NodeRules, where: str) -> dict[str, Reader]:
         """Look at a graph; returns the values it takes from around it, with who reads them."""
         made: dict[str, str] = {}
         for info in graph.input:
@@ -105,17 +116,24 @@ class _Reader:
             elif info.name in made:
                 self._twice(info.name, "an input", where)
             made[info.name] = "an input"
-        stored: set[str] = set()
+        nodes, tensors = serialised(graph, small=self.small)
+        made.update(dict.fromkeys(self._stored(graph, tensors, where), "an initializer"))
+        self._types(graph, where)
+        results = [v.name for v in graph.output]
+        return self._nodes(graph.node, nodes, made, results, rules, where)
+
+    def _stored(self, graph: GraphProto, data: Iterable[bytes], where: str) -> list[str]:
+        """Look at the initializers of a graph; their names."""
         sparse = [s.values for s in graph.sparse_initializer]
-        for tensor in (*graph.initializer, *sparse):
-            if tensor.name in stored:
-                self._twice(tensor.name, "an initializer", where)
-            stored.add(tensor.name)
+        names = [t.name for t in (*graph.initializer, *sparse)]
+        if len(set(names)) < len(names):
+            for name, times in Counter(names).items():
+                for _ in range(times - 1):
+                    self._twice(name, "an initializer", where)
+        for tensor in (*unseen_tensors(graph.initializer, data), *sparse):
             if problem := tensor_problem(tensor):
                 self.found.append(f"initializer {tensor.name!r}{where} {problem}")
-        made.update(dict.fromkeys(stored, "an initializer"))
-        self._types(graph, where)
-        return self._nodes(graph.node, made, [v.name for v in graph.output], rules, where)
+        return names
 
     def _types(self, graph: GraphProto, where: str) -> None:
         for kind, infos in (("input", graph.input), ("output", graph.output)):
@@ -133,49 +151,81 @@ class _Reader:
     def _nodes(
         self,
         nodes: Sequence[NodeProto],
+        data: Iterable[bytes],
         made: dict[str, str],
         results: Iterable[str],
         rules: NodeRules,
         where: str,
-    ) -> dict[str, str]:
-        """Look at the nodes of one graph; `made` grows by what they make."""
+    ) -> dict[str, Reader]:
+        """Look at the nodes of one graph: at all together, and at each where that is not enough."""
+        bodies = _Bodies(self, nodes, rules, where)
+        known: Mapping[str, object] = made
+        if (seen := free_values(nodes, data, made, rules, bodies.sound)) is not None:
+            known, free = seen
+        else:
+            free = self._each(nodes, made, bodies)
+        return free | {n: f"output {n!r}" for n in results if n not in known and n not in free}
+
+    def _each(
+        self, nodes: Sequence[NodeProto], made: dict[str, str], bodies: _Bodies
+    ) -> dict[str, Reader]:
+        """Look at every node of one graph; `made` grows by what they make."""
+        where = bodies.where
         early: dict[str, NodeProto] = {}  # read before it is made here, or made elsewhere
-        bodies: dict[int, dict[str, str]] = {}
-        inner: dict[str, str] = {}
-        for i, node in enumerate(nodes):  # 130,000 of them are common: as few look-ups as can be
-            inputs, outputs, attributes = node.input[:], node.output[:], node.attribute
-            for name in inputs:
+        inner: dict[str, Reader] = {}
+        for i, node in enumerate(nodes):
+            for name in node.input:
                 if name not in made and name and name not in early:
                     early[name] = node
-            if not rules.plain(node, inputs, outputs, attributes):
-                for problem in rules.problems(node):
-                    self.found.append(f"{_label(node)}{where} {problem}")
-            if attributes and (graphs := holds_graphs(node)):
-                bodies[i] = self._bodies(node, graphs, rules, where)
-                inner |= bodies[i]
-                early |= {n: node for n in bodies[i] if n not in made and n not in early}
-            for name in outputs:
+            for problem in bodies.rules.problems(node):
+                self.found.append(f"{_label(node)}{where} {problem}")
+            if holds_graphs(node):
+                inner |= bodies.free(i)
+                early |= {n: node for n in bodies.free(i) if n not in made and n not in early}
+            for name in node.output:
                 if name in made:
                     self._twice(name, _label(node), where)
                 elif name:
                     made[name] = ""
             if len(self.found) >= _ENOUGH:
                 return {}
-        if any(name in made for name in early) and (loop := _cycle(nodes, bodies)) is not None:
+        if any(n in made for n in early) and (loop := _cycle(nodes, bodies.looked_at)) is not None:
             self.found.append(
                 f"the graph depends on itself: {_label(loop)}{where} needs its own result"
             )
-        free = {n: inner.get(n) or _label(node) for n, node in early.items() if n not in made}
-        return free | {n: f"output {n!r}" for n in results if n not in made and n not in free}
+        return {n: inner.get(n, node) for n, node in early.items() if n not in made}
 
-    def _bodies(
-        self, node: NodeProto, graphs: dict[str, GraphProto], rules: NodeRules, where: str
-    ) -> dict[str, str]:
-        free: dict[str, str] = {}
-        for name, graph in graphs.items():
-            inner = f" in {name} of {_label(node)}{where}"
-            free |= self._graph(graph, rules, inner)
-        return free
+
+class _Bodies:
+    """The graphs that the nodes of one graph hold: each is looked at once, on demand."""
+
+    def __init__(
+        self, reader: _Reader, nodes: Sequence[NodeProto], rules: NodeRules, where: str
+    ) -> None:
+        self.rules, self.where = rules, where
+        self.looked_at: dict[int, dict[str, Reader]] = {}
+        self._reader, self._nodes = reader, nodes
+        self._problems: dict[int, list[str]] = {}
+
+    def sound(self, at: int) -> dict[str, Reader] | None:
+        """The free values of the graphs that a node holds; None where something is wrong there."""
+        found = self._reader.found
+        before = len(found)
+        free = self.free(at)
+        self._problems[at] = found[before:]  # said when its turn comes
+        del found[before:]
+        return None if self._problems[at] else free
+
+    def free(self, at: int) -> dict[str, Reader]:
+        """As `sound`; what is wrong goes to the reader's list."""
+        self._reader.found += self._problems.pop(at, [])
+        if at not in self.looked_at:
+            node, free = self._nodes[at], dict[str, Reader]()
+            for name, graph in holds_graphs(node).items():
+                inner = f" in {name} of {_label(node)}{self.where}"
+                free |= self._reader._graph(graph, self.rules, inner)
+            self.looked_at[at] = free
+        return self.looked_at[at]
 
 
 _KNOWN_TYPES: Final = frozenset(onnx.TensorProto.DataType.values())
@@ -187,7 +237,7 @@ def _label(node: NodeProto) -> str:
     return f"{node.op_type or 'a node without operator'} {name!r}"
 
 
-def _cycle(nodes: Sequence[NodeProto], bodies: dict[int, dict[str, str]]) -> NodeProto | None:
+def _cycle(nodes: Sequence[NodeProto], bodies: dict[int, dict[str, Reader]]) -> NodeProto | None:
     """A node that needs its own result; None when an order exists that runs."""
     maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     needs = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import onnx
@@ -44,10 +44,6 @@ class _Rule:
         self.kinds = {n: _kind(a.type) for n, a in schema.attributes.items()}
         self.required = frozenset(n for n, a in schema.attributes.items() if a.required)
 
-    def takes(self, count: int) -> bool:
-        """Whether a node may have so many inputs."""
-        return self.inputs[0] <= count <= self.inputs[1]
-
     def arity(self, node: NodeProto) -> Iterator[str]:
         """Inputs and outputs that are missing or too many."""
         given = node.input
@@ -84,20 +80,6 @@ class NodeRules:
     def __init__(self, opsets: Mapping[str, int]) -> None:
         self._opset = opsets.get("", opsets.get("ai.onnx", onnx.defs.onnx_opset_version()))
         self._rules: dict[str, _Rule | None] = {}
-
-    def plain(
-        self,
-        node: NodeProto,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        attributes: Sequence[AttributeProto],
-    ) -> bool:
-        """Whether nothing can be wrong with a node, told at a glance; most nodes are so."""
-        if attributes or len(outputs) != 1 or "" in inputs or node.domain not in _STANDARD:
-            return False
-        op = node.op_type
-        rule = self._rules[op] if op in self._rules else self._look_up(op)
-        return rule is not None and not rule.required and rule.takes(len(inputs))
 
     def problems(self, node: NodeProto) -> Iterator[str]:
         """What is wrong with a node, as "has 1 inputs, expected 2"."""

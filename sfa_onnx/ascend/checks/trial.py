@@ -134,8 +134,8 @@ def _indices(
         return _along(shape, axis, size, rng) if rows is None else rows - size * (rows % 2)
     batch = int(attribute(node, "batch_dims", 0)) if node.op_type == "GatherND" else 0
     sizes = np.asarray(data[batch : batch + shape[-1]])
-    if len(sizes) != shape[-1]:
-        return None  # more indices than the data has axes: no value is legal
+    if len(sizes) != shape[-1] or not sizes.all():
+        return None  # more indices than the data has axes, or an axis of nothing: none is legal
     drawn = rng.integers(0, sizes, shape) if node.op_type == "GatherND" else _distinct(shape, sizes)
     return None if drawn is None else drawn - sizes * (drawn % 2)
 

@@ -189,13 +189,13 @@ def from_atc(model: ModelProto) -> ModelProto:
     them again.
 
     Raises:
-        ModelError: the model imports no default domain.
+        ModelError: the model breaks the format's rules, or imports no default domain.
         ContractError: a node of ours carries what has no canonical form.
     """
     from sfa_onnx.runtime.portable.model import with_bodies
     from sfa_onnx.runtime.portable.norms import add_norm_bodies
 
-    work, stash = _without_weights(model)
+    work, stash = _without_weights(load_model(model))
     form.one_domain(work.graph)
     opset = _opset(work)
     names = Names(work)

@@ -64,7 +64,6 @@ class GraphIndex:
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in (opsets or {}).items()}
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[tuple[int, int]]] = {}
-        self._alive: dict[int, bool] = {}
         self.owners: list[int] = []
         self._captures: dict[int, set[str]] = {}
         self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in graph.initializer}
@@ -148,6 +147,9 @@ class GraphIndex:
         if value not in self._captures[owner]:
             self._captures[owner].add(value)
             self.consumers[value] = [*self.readers(value), (owner, -1)]
+            made = self.producer.get(value, -1)
+            if made >= self.first and self._lives(owner) and not self._lives(made):
+                self._wake(self._living, [made])
 
     def recapture(self, owner: int) -> set[str]:
         """Look again at what the sub-graphs of node `owner` read, after they were edited.
@@ -191,26 +193,35 @@ class GraphIndex:
         return self.consumers.get(value, [])
 
     def _lives(self, node: int) -> bool:
-        """Whether an output needs what a node makes; each node is looked at once."""
-        stack = [node]
-        while stack:
-            i = stack[-1]
-            if i in self._alive or i < self.first:  # outer nodes are not ours to judge
-                stack.pop()
+        """Whether an output needs what a node makes; outer nodes are not ours to judge."""
+        return node < self.first or bool(self._living[node - self.first])
+
+    @functools.cached_property
+    def _living(self) -> bytearray:
+        """Whether an output needs it, for every own node: one sweep from the last one upwards."""
+        first, readers = self.first, self.consumers
+        living = bytearray(len(self.nodes) - first)
+        early: list[int] = []  # nodes that come before one they read: sorted files have none
+        for value, i in reversed(self.producer.items()):
+            if i < first or living[i - first]:
                 continue
-            made = [o for o in self.nodes[i].output if o]
-            users = {u for o in made for u, _ in self.readers(o)}
-            if any(o in self._outputs for o in made) or any(
-                u < self.first or self._alive.get(u) for u in users
-            ):
-                self._alive[i] = True
-            elif unknown := [u for u in users if u not in self._alive]:
-                if len(stack) > len(self.nodes):  # an invalid graph: a cycle
-                    return True
-                stack.append(unknown[0])
-            else:
-                self._alive[i] = False
-        return node < self.first or self._alive[node]
+            users = readers.get(value, ())
+            early += [u for u, _ in users if first <= u < i]
+            if value in self._outputs or any(u < first or living[u - first] for u, _ in users):
+                living[i - first] = True
+        if early:
+            self._wake(living, [i for i in self.own if living[i - first]])
+        return living
+
+    def _wake(self, living: bytearray, nodes: list[int]) -> None:
+        """Note that `nodes` are needed, and so is all that they read."""
+        while nodes:
+            i = nodes.pop()
+            living[i - self.first] = True
+            for name in (*self.nodes[i].input, *self.captures(i)):
+                made = self.producer.get(name, -1)
+                if made >= self.first and not living[made - self.first]:
+                    nodes.append(made)
 
     def buried_below(self, nodes: Iterable[int], outputs: Iterable[str]) -> list[int]:
         """Nodes that no output needs and that read what `nodes` make, `outputs` left out."""

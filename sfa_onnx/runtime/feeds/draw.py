@@ -237,10 +237,12 @@ class _Feeds:
             if node.op_type == "TopK" and len(node.input) > 1 and node.input[1] in constants:
                 tensor = constants[node.input[1]]
                 if not tensor.external_data:
-                    found.append(int(onnx.numpy_helper.to_array(tensor).ravel()[0]))
+                    count = onnx.numpy_helper.to_array(tensor).ravel()[:1]
+                    found += [int(n) for n in count]
         for name, (slot, _) in self.roles.items():
             if slot == "sparse_indices":
-                found.append(self.inputs[name].type.tensor_type.shape.dim[-1].dim_value)
+                last = self.inputs[name].type.tensor_type.shape.dim[-1:]
+                found += [dim.dim_value for dim in last]
         return max(found)
 
     # ------------------------------------------------------------------ values

@@ -74,6 +74,8 @@ class Slots:
 
     def draw(self, slot: str, shape: Shape, dtype: Any) -> Array | None:
         """A value for an input of this shape; None: any value of its type will do."""
+        if not shape:
+            return None  # no input of ours is a scalar: the model is wrong, and its run says so
         if slot == "key" and dtype == np.int8 and "tile_size" in self.attrs:
             return self._packed(shape)
         if slot == "sparse_indices":
@@ -87,7 +89,9 @@ class Slots:
         return None
 
     def _slot(self, slot: str) -> Shape | None:
-        return self.shape(self.values[slot]) if slot in self.values else None
+        """The shape of another input; None: it has none that fits one of ours, of 2 to 4 axes."""
+        found = self.shape(self.values[slot]) if slot in self.values else None
+        return found if found is not None and len(found) > 1 else None
 
     def _packed(self, shape: Shape) -> Array | None:
         """Packed rows of plain numbers."""

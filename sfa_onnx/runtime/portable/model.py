@@ -156,9 +156,15 @@ def unfuse(model: ModelProto, *, rounding: Rounding = "exact") -> ModelProto:
         rounding: "npu": the standard nodes round as CANN's kernels do.
 
     Raises:
-        ModelError: the model's opset is too old, or the type of an operator's input is unknown.
+        ModelError: the model breaks the format's rules, its opset is too old, or the type of an
+            operator's input is unknown.
         ContractError: a node's attributes are illegal.
     """
+    return with_standard_nodes(load_model(model), rounding)
+
+
+def with_standard_nodes(model: ModelProto, rounding: Rounding = "exact") -> ModelProto:
+    """`unfuse` for a model that was looked at already."""
     out, opset, types = _prepared(model)
     _inline(out.graph, types, Style(opset, rounding), _names(out.graph))
     left = {node.domain for graph in graphs(out.graph) for node in graph.node}
