@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import sfa_onnx
 from sfa_onnx import runtime
+from sfa_onnx.ascend.handover import log
 from sfa_onnx.cli import main
 from sfa_onnx.errors import UsageError
 from sfa_onnx.files.writing import atomic_write, check_outputs
@@ -93,10 +95,27 @@ def test_outputs_are_told_apart_by_what_they_are(tmp_path):
         ["inspect", "m.onnx", "--no-verify", "--plan", "w.bin"],
         ["run", "m.onnx", "-o", "m.onnx"],
         ["run", "m.onnx", "-o", "w.bin"],
+        ["run", "m.onnx", "-o", "in.npz", "--inputs", "in.npz"],
+        ["fuse", "m.onnx", "-o", "out.onnx", "--report", "m.html"],
+        ["fuse", "m.onnx", "-o", "out.onnx", "--report", "w.html"],
+        ["fuse", "m.onnx", "-o", "page.html", "--report", "page.html"],
+        ["fuse", "m.onnx", "-o", "o.onnx", "--certificate", "p.html", "--report", "p.html"],
+        ["fuse", "m.onnx", "-o", "out.onnx", "--report", "plan.md", "--plan", "plan.md"],
+        ["compare", "m.onnx", "m.onnx", "--report", "m.html"],
+        ["compare", "m.onnx", "m.onnx", "--report", "w.html"],
+        ["compare", "m.onnx", "m.onnx", "--report", "in.html", "--inputs", "in.npz"],
+        ["unfuse", "fused.onnx", "-o", "w.bin"],
+        ["kv-cache", "m.onnx", "-o", "w.bin", "--to", "int8"],
+        ["check", "m.onnx", "--fix", "-o", "w.bin"],
     ],
 )
 def test_no_verb_overwrites_what_it_reads(model, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
+    sfa_onnx.fuse("m.onnx", "fused.onnx")
+    np.savez("in.npz", **feeds())
+    for name, page in (("m.onnx", "m.html"), ("w.bin", "w.html"), ("in.npz", "in.html")):
+        Path(page).symlink_to(name)  # pages have their own endings
+    Path("plan.md").write_text("sites: []\n")
     before = {name: Path(name).read_bytes() for name in names(tmp_path)}
     assert main([*arguments, "--force"]) == 2
     assert "choose another" in " ".join(capsys.readouterr().err.split())
@@ -107,6 +126,7 @@ def test_a_dry_run_writes_nothing(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = names(tmp_path)
     options = ["--certificate", "proof.json", "--materialize-absorbed", "--weights", "copy"]
+    options += ["--report", "page.html"]
     assert main(["fuse", "m.onnx", "-o", "out.onnx", "--dry-run", *options]) == 0
     assert names(tmp_path) == before
 
@@ -163,3 +183,60 @@ def test_killed_writers_leave_the_old_or_the_new(tmp_path):
     done = subprocess.run([*command, *verbs], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count('"broken": []') == 2
+
+
+# Who opens files for writing beside `files.writing`, and why.
+_OTHER_WRITERS = {
+    "ascend/handover/build_om.py": "stands alone on the device; writes beside, then renames",
+    "ascend/handover/run_om.py": "stands alone on the device; writes beside, then renames",
+    "ascend/handover/package_tables.py": "writes two tables of this repository",
+    "files/weights_file.py": "streams into a temporary file",
+    "files/writing.py": "the door itself",
+    "guard/serve.py": "tells the kernel who may be killed first",
+}
+
+
+def _opens_for_writing(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    words = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    if name in ("open", "fdopen"):
+        return any(set(word) & set("wax+") and set(word) <= set("wabrxt+") for word in words)
+    given = call.args[0] if call.args else None
+    saves = name in ("save", "savez") and not isinstance(given, ast.Name)
+    return name in ("write_text", "write_bytes", "copyfile", "copytree", "move") or saves
+
+
+def test_all_files_are_written_through_one_door():
+    package = Path(sfa_onnx.__file__).parent
+    writers = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and _opens_for_writing(node)
+    }
+    assert writers == set(_OTHER_WRITERS)
+
+
+def test_what_atc_says_replaces_an_older_log_as_a_whole(tmp_path):
+    (tmp_path / "atc.log").write_text("of an earlier run")
+    (tmp_path / "atc.sh").write_text("echo begun; cat atc.log; exec sleep 60\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        log.run(tmp_path, timeout=2.0)
+    assert (tmp_path / "atc.log").read_text() == "begun\nof an earlier run"
+    (tmp_path / "atc.sh").write_text("echo ATC run success\n")
+    assert log.run(tmp_path).passed
+    assert names(tmp_path) == ["atc.log", "atc.sh"]
+
+
+def test_an_interrupt_during_the_imports_shows_no_traceback():
+    code = "import sys; sys.modules.pop('sfa_onnx.cli', None)\n"
+    code += "class Stop:\n def find_spec(self, name, *a):\n  if name == 'sfa_onnx.cli': "
+    code += "raise KeyboardInterrupt\n"
+    code += (
+        "sys.meta_path.insert(0, Stop())\nfrom sfa_onnx.__main__ import start\nsys.exit(start())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: nothing was begun\n"

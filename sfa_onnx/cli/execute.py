@@ -11,10 +11,8 @@ import numpy as np
 
 from sfa_onnx.cli import show, show_compare
 from sfa_onnx.cli.console import Console
+from sfa_onnx.cli.outputs import spare
 from sfa_onnx.errors import UsageError
-from sfa_onnx.files.model import load_model
-from sfa_onnx.files.writing import check_outputs
-from sfa_onnx.fusion_options import spare_weights
 from sfa_onnx.operator.contract import Rounding
 
 __all__ = ["compare", "load_inputs", "run"]
@@ -39,6 +37,13 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     """Two models, or a model and the outputs of a device."""
     if (args.after is None) == (args.against is None):
         raise UsageError("compare: give a second model, or --against DIR with outputs of a device")
+    read = {"the first model": args.before, "the second model": args.after}
+    spare(
+        {"the report": args.report},
+        read | {"the inputs": args.inputs},
+        models=read.values(),
+        force=args.force,
+    )
     inputs = load_inputs(args.inputs)
     if args.against is not None:
         from sfa_onnx.ascend.handover.folder import compare_against
@@ -78,9 +83,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx.runtime.feeds.draw import random_feeds
 
     inputs = {"the model": args.model, "the inputs": args.inputs}
-    check_outputs({"the outputs": args.output}, inputs, force=args.force)
-    if args.output:
-        spare_weights(load_model(args.model), args.model.parent, args.output)
+    spare({"the outputs": args.output}, inputs, models=[args.model], force=args.force)
     with console.progress("run") as progress:
         progress("inputs", 0.0)
         feeds = random_feeds(args.model, args.seed, load_inputs(args.inputs))

@@ -8,8 +8,7 @@ from typing import Any
 
 from sfa_onnx.cli import show, show_ascend
 from sfa_onnx.cli.console import Console, count
-from sfa_onnx.files.writing import check_outputs
-from sfa_onnx.fusion_options import spare_weights
+from sfa_onnx.cli.outputs import spare
 
 __all__ = ["fuse", "inspect", "kv_cache", "unfuse"]
 
@@ -25,7 +24,7 @@ def inspect(args: argparse.Namespace, console: Console) -> int:
     from sfa_onnx.passes import plan as plans
     from sfa_onnx.summary import summarise
 
-    check_outputs({"the plan": args.plan}, {"the model": args.model}, force=args.force)
+    spare({"the plan": args.plan}, {"the model": args.model}, models=[args.model], force=args.force)
     summary = summarise(args.model)
     show.summary(console, args.model, summary)
     how = {"verify": not args.no_verify, "assume": args.assume, "trace": args.trace}
@@ -37,7 +36,6 @@ def inspect(args: argparse.Namespace, console: Console) -> int:
     chosen = report.selections if args.site is None else []
     show.selections(console, chosen, explain=args.explain or args.trace)
     if args.plan:
-        spare_weights(report.model, args.model.parent, args.plan)
         plans.write_plan(report, args.plan, force=args.force)
         console.say("plan written to {}: edit it, then [bold]fuse --plan[/bold]", args.plan)
     estimate = _estimate(args, console, report) if args.estimate else None
@@ -66,6 +64,15 @@ def _run_fuse(args: argparse.Namespace, console: Console, **kw: Any) -> Any:
 def fuse(args: argparse.Namespace, console: Console) -> int:
     """Put the fused operators in place."""
     output = None if args.dry_run else _output(args)
+    page = None if args.dry_run else args.report
+    if page is not None:
+        spare(
+            {"the output": output, "the certificate": args.certificate, "the report": page},
+            {"the model": args.model, "the plan": args.plan},
+            models=[args.model],
+            force=args.force,
+            replaceable=["the output"],
+        )
     report = _run_fuse(
         args,
         console,
@@ -85,11 +92,11 @@ def fuse(args: argparse.Namespace, console: Console) -> int:
         materialize_absorbed=args.materialize_absorbed and not args.dry_run,
     )
     show.fuse_report(console, args.model, report)
-    if args.report and not args.dry_run:
+    if page is not None:
         from sfa_onnx.pages import write_fusion
 
-        write_fusion(report, args.report, args.model, force=args.force)
-        console.say("report written to [bold]{}[/bold]", args.report)
+        write_fusion(report, page, args.model, force=args.force)
+        console.say("report written to [bold]{}[/bold]", page)
     console.result("fuse", report)
     return 0
 

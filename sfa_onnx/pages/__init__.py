@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from sfa_onnx.pages.write import (
+    page_form,
     write_comparison,
     write_fusion,
 )
 
 __all__ = [
+    "page_form",
     "write_comparison",
     "write_fusion",
 ]

@@ -16,7 +16,7 @@ from sfa_onnx.pages.sites import Graphs
 from sfa_onnx.report import FuseReport
 from sfa_onnx.runtime.compare.difference import CompareReport
 
-__all__ = ["write_comparison", "write_fusion"]
+__all__ = ["page_form", "write_comparison", "write_fusion"]
 
 _Path = str | os.PathLike[str]
 
@@ -37,34 +37,37 @@ def write_fusion(
     """
     name = "model" if isinstance(before, onnx.ModelProto) else Path(before).name
     title = f"{name}: sparse attention fused"
-    if _form(path) == "md":
-        return _put(path, fusion.markdown(title, report), force)
+    if page_form(path) == "md":
+        return atomic_write(Path(path), fusion.markdown(title, report).encode(), force=force)
     graphs = Graphs(load_model(before)), Graphs(report.model)
     parts = fusion.sections(report, *graphs, _peak_memory())
-    return _put(path, html.page(title, html.text(fusion.summary(report)), parts), force)
+    return atomic_write(
+        Path(path), html.page(title, html.text(fusion.summary(report)), parts).encode(), force=force
+    )
 
 
 def write_comparison(report: CompareReport, path: _Path, *, force: bool = False) -> None:
     """Write what comparing found; arguments and errors as `write_fusion`."""
     title = f"{Path(report.before).name} and {Path(report.after).name}"
-    if _form(path) == "md":
-        return _put(path, comparison.markdown(title, report), force)
+    if page_form(path) == "md":
+        return atomic_write(Path(path), comparison.markdown(title, report).encode(), force=force)
     mood = "good" if report.passed else "bad"
     verdict = f'<strong class="{mood}">{html.text(report.verdict)}</strong>'
-    return _put(path, html.page(title, verdict, comparison.sections(report)), force)
+    return atomic_write(
+        Path(path), html.page(title, verdict, comparison.sections(report)).encode(), force=force
+    )
 
 
-def _form(path: _Path) -> str:
+def page_form(path: _Path) -> str:
+    """The form of a page by its name's ending: "html" or "md".
+
+    Raises:
+        UsageError: it has another ending.
+    """
     ending = Path(path).suffix.lower().lstrip(".")
     if ending not in ("html", "md"):
         raise UsageError(f"{path}: a report is written as .html or .md, not as {ending or 'that'}")
     return ending
-
-
-def _put(path: _Path, text: str, force: bool) -> None:
-    if Path(path).exists() and not force:
-        raise UsageError(f"{path} exists already; choose another name or pass force (--force)")
-    atomic_write(Path(path), text.encode(), force=force)
 
 
 def _peak_memory() -> str:

@@ -57,9 +57,11 @@ def compile_builder(home: Path) -> Path:
     command += [f"-I{folder}" for folder in folders(home, "include")]
     for folder in libraries:
         command += [f"-L{folder}", f"-Wl,-rpath,{folder}"]
-    command += [*(f"-l{n}" for n in found), "-o", str(program)]
+    unfinished = program.with_name(f".{program.name}.tmp")
+    command += [*(f"-l{n}" for n in found), "-o", str(unfinished)]
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"build_om.cc does not compile against {home}: see the message above")
+    unfinished.replace(program)
     return program
 
 
@@ -105,7 +107,10 @@ def main() -> None:
     if code := subprocess.run(words, env=environment(plan), check=False).returncode:
         sys.exit(code)
     # run_om.py passes one address for both sides of these pairs, for this file alone.
-    (HERE / f"{plan['output']}.in_place.json").write_text(json.dumps(plan["in_place"], indent=2))
+    pairs = HERE / f"{plan['output']}.in_place.json"
+    unfinished = pairs.with_name(f".{pairs.name}.tmp")
+    unfinished.write_text(json.dumps(plan["in_place"], indent=2), encoding="utf-8")
+    unfinished.replace(pairs)
     for pair in plan["in_place"]:
         print(f"in place: output {pair['output']} in the memory of input {pair['input']}")
 

@@ -7,6 +7,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sfa_onnx.files.writing import atomic_stream
+
 __all__ = ["ERRORS", "AtcRun", "LogFinding", "explain", "run"]
 
 # code -> (what it means, what to do). Recorded from CANN's own parser, or documented.
@@ -131,15 +133,22 @@ def run(folder: Path, *, timeout: float | None = None) -> AtcRun:
         timeout: seconds; None waits as long as it takes.
     """
     log = folder / "atc.log"
-    with log.open("w", encoding="utf-8") as stream:
-        done = subprocess.run(
-            ["bash", "atc.sh"],
-            cwd=folder,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
-        )
+    late: subprocess.TimeoutExpired | None = None
+    code = -1
+    with atomic_stream(log, force=True) as stream:
+        try:
+            code = subprocess.run(
+                ["bash", "atc.sh"],
+                cwd=folder,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            late = error  # what it said so far is kept
+    if late is not None:
+        raise late
     text = log.read_text(encoding="utf-8", errors="replace")
-    passed = done.returncode == 0 and _SUCCESS in text
-    return AtcRun(passed, done.returncode, explain(text), log)
+    passed = code == 0 and _SUCCESS in text
+    return AtcRun(passed, code, explain(text), log)
