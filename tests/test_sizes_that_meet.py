@@ -156,3 +156,30 @@ def test_two_batch_axes_are_refused() -> None:
     (site,) = sfa_onnx.fuse(model).refused
     assert site.reason == "the keys kv have 2 batch axes (B, B_1)"
     assert site.hint == "merge them into one in front of the attention"
+
+
+def test_indices_for_a_part_of_the_rows_are_refused() -> None:
+    """A scatter may write to the first sequence alone: the batch is not 1 because indices are."""
+    g = Graph(18)
+    shape = g.op(
+        "Concat",
+        g.op("Shape", "query", start=0, end=2),
+        g.op("Shape", "kv", start=1, end=2),
+        axis=0,
+    )
+    zeros = g.op("Expand", g.const(0, np.float32), shape)
+    ones = g.op("Expand", g.const(1, np.float32), g.op("Shape", "indices"))
+    hot = g.cast(g.op("ScatterElements", zeros, "indices", ones, axis=-1), "bool")
+    out = attention(g, "query", g.unsqueeze("kv", 1), g.unsqueeze(hot, 2))
+    inputs = {
+        "query": ("f32", ("b", "s", N, C + R)),
+        "kv": ("f32", ("b", "t", C + R)),
+        "indices": ("i64", (1, "s", K)),
+    }
+    model = g.model(inputs, {"out": ("f32", ("b", "s", N, C))}, [out])
+    given = feeds(2, 3, 20)
+    given["indices"] = given["indices"][:1]
+    assert np.isnan(run_original(model, given)[0][1]).all(), "the second sequence sees no key"
+    (site,) = sfa_onnx.fuse(model).sites
+    assert site.status == "refused"
+    assert "indices has size 1 on axis 0" in site.reason

@@ -34,6 +34,9 @@ class Tracing(Protocol):
     def unify(self, a: int, b: int) -> None:
         """Sizes `a` and `b` meet on one axis."""
 
+    def same_rows(self, indices: str, data: str, axis: int) -> None:
+        """Every row of `data` has indices along `axis`."""
+
     def same_count(self, source: Shape, target: Shape) -> None:
         """A view keeps the number of elements."""
 

@@ -182,12 +182,9 @@ def _gather(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
 
 def _gather_elements(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
-    rows, data = tracer.shape(node.input[1]), tracer.shape(node.input[0])
-    for i, (own, size) in enumerate(zip(rows, data, strict=True)):
-        if i != axis and own != size:
-            tracer.unify(own, size)
-    coords = list(ref.coords)
-    coords[axis] = tracer.index_value(Ref(node.input[1], ref.coords), data[axis])
+    tracer.same_rows(node.input[1], node.input[0], axis)
+    coords, size = list(ref.coords), tracer.shape(node.input[0])[axis]
+    coords[axis] = tracer.index_value(Ref(node.input[1], ref.coords), size)
     return Move(Ref(node.input[0], tuple(coords)))
 
 

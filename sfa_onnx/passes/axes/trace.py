@@ -28,7 +28,7 @@ from sfa_onnx.passes.axes.steps import (
 )
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
-from sfa_onnx.passes.shapes.size import is_open
+from sfa_onnx.passes.shapes.size import form_of, is_open
 
 __all__ = [
     "Causal",
@@ -183,6 +183,25 @@ class Tracer:
         """
         for symbol, form in self.sizes.swaps(a, b)[:1]:
             raise UnifyError(str(form), symbol)
+
+    def same_rows(self, indices: str, data: str, axis: int) -> None:
+        """Every row of `data` has indices along `axis`; ONNX allows fewer rows of indices.
+
+        Raises:
+            UnifyError: two symbols must be equal for that.
+            Stop: the indices have fewer rows, whatever the symbols are.
+        """
+        for i, (own, size) in enumerate(zip(self.shape(indices), self.shape(data), strict=True)):
+            if i == axis or own == size:
+                continue
+            if is_open(own) and is_open(size):
+                self.unify(own, size)
+            else:
+                raise Stop(
+                    f"{indices} has size {form_of(own)} on axis {i} and {data} has"
+                    f" {form_of(size)}: indices for a part of the rows are not supported",
+                    indices,
+                )
 
     def same_count(self, source: Shape, target: Shape) -> None:
         """A view keeps the number of elements; where it does not, symbols are too many.

@@ -82,9 +82,7 @@ def _elements(r: Asks, node: onnx.NodeProto, ref: Ref) -> Term | None:
     rows, shape = r.tracer.shape(indices), r.tracer.shape(data)
     if 0 in rows:  # nothing is written
         return r.term(Ref(data, ref.coords))
-    for i, (own, size) in enumerate(zip(rows, shape, strict=True)):
-        if i != axis and own != size:
-            r.tracer.unify(own, size)
+    r.tracer.same_rows(indices, data, axis)
     if not ref.coords[axis].labels:
         return None
     slot = fresh("slot", rows[axis])
