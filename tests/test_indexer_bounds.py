@@ -54,6 +54,15 @@ HIDING = {
     "chunks of 64": lambda x, r, c: x.masked_fill(~((c <= r) & (c // 64 == r // 64)), -torch.inf),
     "one key": lambda x, r, c: x.masked_fill(c == 70, -torch.inf),
     "a past of one": _past,
+    "a share of 1": lambda x, r, c: x.masked_fill(~((c <= r) & ((r - c) * 0.01 < 1)), -torch.inf),
+    "blocks of blocks": lambda x, r, c: x.masked_fill(c // 10 // 10 != r // 10 // 10, -torch.inf),
+    "shifted numbers": lambda x, r, c: x.masked_fill((c >> 6) != (r >> 6), -torch.inf),
+    "a decay": lambda x, r, c: x.masked_fill(torch.exp((c - r) * 0.05) <= 0.01, -torch.inf),
+    "a window of as many rows": lambda x, r, c: x.masked_fill(r - c >= len(r) * 5, -torch.inf),
+    "keys far from the rows": lambda x, r, c: x.masked_fill(
+        c < (c.shape[1] - r.shape[0]) // 80, -torch.inf
+    ),
+    "whole numbers": lambda x, r, c: x.long().float(),
     "a low that is added": lambda x, r, c: x + torch.where(c <= r, 0.0, -1e4),
     "two lows": lambda x, r, c: x.masked_fill(c > r, -1e9).masked_fill(c == 0, -torch.inf),
 }

@@ -170,7 +170,7 @@ class Tracer:
 
     def _folded_fill(self, value: str) -> float | None:
         known = self.sizes.value(value)
-        if known is None or known.size == 0:
+        if known is None or known.size == 0 or self.sizes.moves(value):
             return None
         flat = known.reshape(-1)
         return float(flat[0]) if bool((flat == flat[0]).all()) else None

@@ -24,7 +24,9 @@ from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.emit.places import single
-from sfa_onnx.passes.indexer.runs import at_sizes, evaluated, largest_number, of_sizes
+from sfa_onnx.passes.indexer.runs import evaluated, of_sizes, reach, samples
+from sfa_onnx.passes.shapes.form import Form
+from sfa_onnx.passes.shapes.size import form_of
 from sfa_onnx.passes.values.arithmetic import LOW
 
 __all__ = ["Masks", "Prefix", "all_seen", "compared", "sort_masks"]
@@ -42,7 +44,7 @@ _SWAPPED: Final = {  # a op b = b swapped a
     "GreaterOrEqual": "LessOrEqual",
 }
 _MOST_STEPS: Final = 32
-_MOST_TRIED: Final = 128  # sizes at which a mask made of sizes alone is looked at
+_MOST_REACH: Final = 160  # sizes near which a mask made of sizes alone is looked at
 
 
 @dataclass(frozen=True)
@@ -273,15 +275,7 @@ def _of_sizes(
     if keys not in axes or made is None:
         return None
     own = [x for x in axes if x is not None and x in rows]
-    steps = []
-    beyond = largest_number(tracer.index, made[0])
-    if beyond > _MOST_TRIED and tracer.sizes.symbols:
-        return None  # a window of so many keys shows at sizes beyond it only
-    for first in ((3, 5), (4, 3), (beyond + 3, beyond + 5), (beyond + 5, beyond + 2)):
-        names = sorted(tracer.sizes.symbols)
-        chosen = {n: first[i % 2] + 4 * (i // 2) for i, n in enumerate(names)}
-        steps.append(at_sizes(tracer.sizes, chosen))
-    found = evaluated(tracer.index, literal.ref.value, steps if tracer.sizes.symbols else steps[:1])
+    found = _everywhere_made(tracer, literal.ref.value, made)
     if found is None:
         return None
     grids = [_grid(literal, np.asarray(a), axes, [*own, keys]) for a in found]
@@ -295,6 +289,30 @@ def _of_sizes(
             if all(bool((grid == _up_to(grid, offset)).all()) for grid in grids):
                 return Prefix(bound, None)
     return None
+
+
+def _everywhere_made(
+    tracer: Tracer, value: str, made: tuple[list[int], list[str]]
+) -> list[NDArray[Any]] | None:
+    """The mask at sizes that show all it does; None: no such sizes are known."""
+    nodes, shaped = made
+    known: dict[str, list[Form]] = {}
+    for name in shaped:
+        shape = tracer.sizes.shape(name)
+        if shape is None:
+            return None
+        known[name] = [form_of(d) for d in shape]
+        if any(tracer.open(d) and form_of(d).fixed for d in shape):
+            return None
+    symbols = sorted({s for forms in known.values() for form in forms for s in form.symbols})
+    span = reach(tracer.index, nodes) if symbols else 0
+    if span is None or span > _MOST_REACH:
+        return None
+    shapes = [
+        {name: tuple(form(chosen) for form in forms) for name, forms in known.items()}
+        for chosen in samples(symbols, span)
+    ]
+    return evaluated(tracer.index, value, made, shapes) if shapes else None
 
 
 def _grid(

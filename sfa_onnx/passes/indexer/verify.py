@@ -302,7 +302,7 @@ class _Run:
         except (ContractError, RuntimeError) as error:
             text = f"the operator rejects what the original accepts: {first_line(error)}"
             return Difference(0.0, text)
-        scores, exact = want[0], question.kind == "ties"
+        scores, exact = want[0], question.kind not in ("nan", "infinite")
         found = Difference(0.0, "")
         for name, a, b in zip(self.candidate.outputs, want[1:], got, strict=True):
             if name == self.indices:

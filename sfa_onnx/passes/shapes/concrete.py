@@ -367,6 +367,10 @@ class Concrete:
         # Inside shape inference the ancestors are already in order; outside, infer them first.
         return self.look_up(value)
 
+    def moves(self, value: str) -> bool:
+        """Whether what `value` holds was computed of sizes in a way that others may change."""
+        return self.value(value) is not None and value in self._moving
+
     def scalar(self, value: str) -> float | None:
         """The number in a one-element constant, else None."""
         array = self.value(value)

@@ -10,7 +10,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
-from sfa_onnx.passes.axes.trace import Ref, Tracer
+from sfa_onnx.passes.axes.trace import Ref, Tracer, is_float
 from sfa_onnx.passes.values.identity import Normal
 from sfa_onnx.passes.values.terms import ONE, ZERO, Term, element, number
 
@@ -103,9 +103,17 @@ def _cast(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
     source = r.tracer.sizes.elem_type(node.input[0])
     target = r.tracer.sizes.elem_type(ref.value)
     inner = r.term(Ref(node.input[0], ref.coords))
+    if is_float(source) and not (is_float(target) or target == _T.BOOL) and _of_scores(inner):
+        r.opaque[ref.value] = "a cast to whole numbers"
+        return element(ref)
     if (source == _T.BOOL) == (target == _T.BOOL):
         return inner
     return r.n.flag(inner) if source == _T.BOOL else r.n.negate(r.n.make("eq", (inner, ZERO)))
+
+
+def _of_scores(term: Term) -> bool:
+    """Whether a number is made of products, which are no whole numbers."""
+    return any(t.op == "dot" for t in term.walk())
 
 
 def _clip(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
