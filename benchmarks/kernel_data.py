@@ -157,7 +157,7 @@ def flops(heads: int) -> int:
 
 
 def machine() -> str:
-    """Model name of the processor, as the operating system tells it."""
+    """Model name of the processor, as the operating system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

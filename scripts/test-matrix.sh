@@ -5,7 +5,7 @@
 #   scripts/test-matrix.sh [ROW...]      default: all rows; `scripts/test-matrix.sh --list` names them
 #
 # WORK keeps the environments between runs. Rows whose interpreter or wheel cannot be had here are
-# told, and count as failures unless SKIP_MISSING=1.
+# named, and count as failures unless SKIP_MISSING=1.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-$(mktemp -d)}

@@ -83,7 +83,7 @@ def fuse(
             no bias. A plan may hold such entries too. They stand in record, report, certificate.
         indexer: put `NPULightningIndexer` in place of lightning indexers as well; False leaves
             selections alone. `expect_sites` counts attention only.
-        trace: tell each site's normal form and the identities that led to it (`SiteReport.terms`).
+        trace: give each site's normal form and the identities that led to it (`SiteReport.terms`).
         progress: called with (stage, fraction done).
 
     Returns:

@@ -90,7 +90,7 @@ def worth_writing(report: FuseReport, output: Any, kv_cache: str, portable: bool
 def convert_cache(report: FuseReport, form: str) -> None:
     """Rewrite float caches to int8 with the converter of `sfa_onnx.kv_convert`.
 
-    The report's sites then tell the operators that the file holds.
+    The report's sites then name the operators that the file holds.
     """
     from sfa_onnx.kv_convert import convert
 

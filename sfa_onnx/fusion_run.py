@@ -299,7 +299,7 @@ class Run:
         except (CrashError, BudgetError) as error:
             return Refusal(str(error))
         except Exception as error:
-            _log.exception("verification of %s failed", item.site_id)
+            _log.debug("verification of %s failed", item.site_id, exc_info=True)
             return Refusal(
                 f"verification itself failed ({type(error).__name__}: {error}); please report it"
             )
@@ -307,7 +307,7 @@ class Run:
 
 
 def _apart(sites: list[SiteReport], selections: list[SiteReport]) -> list[SiteReport]:
-    """The sites, each node told once: some were added for attention and are a selection's now."""
+    """The sites, each node named once: some were added for attention and are a selection's now."""
     added = {name for site in sites for name in site.added}
     for selection in selections:
         gone = set(selection.removed)

@@ -58,7 +58,7 @@ class SiteReport:
     status: Literal["fused", "refused", "unfused"]
     op_type: str = ""
     scope: str = ""  # the body it lies in, "If_3.then_branch/Loop_1.body"; "" for the main graph
-    layer: str = ""  # "model.layers.12.self_attn" where the exporter's metadata tells
+    layer: str = ""  # "model.layers.12.self_attn" where the exporter's metadata says
     reason: str = ""
     hint: str = ""  # what would make it fuse
     stopped_at: str = ""  # the tensor or node where recognition ended

@@ -19,6 +19,7 @@ from sfa_onnx.cli import build_parser, main
 from sfa_onnx.errors import FaultError, ModelError, SfaError
 from sfa_onnx.guard.text import printable
 from tests.broken_models import BROKEN, doubling, sound
+from tests.fuzz.corpus import gathered
 from tests.test_doors import DOORS, IN_MEMORY
 
 # Doors that say what is wrong by a report, not by an error.
@@ -147,3 +148,15 @@ def test_outputs_that_cannot_be_written(verb, tmp_path, monkeypatch, capsys):
     assert Path("m.onnx").read_bytes() == before
     kept = {"a-folder", "loop", "m.onnx", "pipe"}
     assert {p.name for p in tmp_path.iterdir()} == kept
+
+
+def test_sizes_beyond_64_bits_are_refused_without_a_traceback(tmp_path, capfd):
+    model = gathered()
+    for axis, size in enumerate(((1 << 63) - 1, 1 << 62)):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    onnx.save(model, tmp_path / "m.onnx")
+    assert main(["fuse", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "out.onnx")]) == 0
+    said = capfd.readouterr()
+    assert "0/1 sites fused" in said.out
+    assert "refused" in said.out
+    assert "Traceback" not in said.out + said.err

@@ -43,7 +43,7 @@ class Console:
         self.is_json = json
         self.verbose = verbose
         self.piped = not sys.stdout.isatty()
-        # A pipe has no width: nothing is wrapped there. A terminal has one, or COLUMNS tells it.
+        # A pipe has no width: nothing is wrapped there. A terminal has one, or COLUMNS sets it.
         width = _NO_WIDTH if self.piped else None
         self.out = rich.console.Console(file=sys.stdout, highlight=False, width=width)
         self.err = rich.console.Console(file=sys.stderr, highlight=False)
@@ -102,7 +102,7 @@ class Console:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[str, float], None]]:
-        """Tell on stderr what is being done, once it takes more than a second.
+        """Report on stderr what is being done, once it takes more than a second.
 
         A bar on a terminal; elsewhere a line for each stage, and every few seconds within one.
         """

@@ -23,7 +23,7 @@ _CODES: Final = "exit codes: 0 done, 1 error, 2 usage, {met}130 interrupted"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Every option's default stands behind its text, unless the text tells it."""
+    """Every option's default stands behind its text, unless the text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""

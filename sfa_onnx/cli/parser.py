@@ -103,7 +103,7 @@ def _fuse(verbs: Any) -> None:
         "--target",
         choices=("any", "cpu", "ascend"),
         default="any",
-        help="ascend: refuse sites that the NPU kernel rejects; others: tell them",
+        help="ascend: refuse sites that the NPU kernel rejects; others: report them",
     )
     verb.add(
         "--kv-cache",

@@ -1,4 +1,4 @@
-"""What is being done, told while it is being done: a bar on a terminal, lines elsewhere."""
+"""What is being done, reported while it is being done: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sfa_onnx.guard.text import printable
 
 __all__ = ["Bar", "Display", "Lines", "Watch"]
 
-PATIENCE: Final = 1.0  # seconds of silence: what is done by then needs no telling
+PATIENCE: Final = 1.0  # seconds of silence: what is done by then needs no report
 _PAUSE: Final = 0.2  # seconds between two looks
-_AGAIN: Final = 10.0  # seconds after which a stage that still runs is told again
+_AGAIN: Final = 10.0  # seconds after which a stage that still runs is reported again
 
 
 class Display(Protocol):
-    """Where it is told."""
+    """Where it is reported."""
 
     def show(self, text: str, fraction: float, seconds: float) -> None:
-        """Tell what is done, the fraction of the whole (0 to 1) and the seconds so far."""
+        """Report what is done, the fraction of the whole (0 to 1) and the seconds so far."""
 
     def close(self) -> None:
         """Nothing follows."""

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("sfa_onnx")
-_HEAD = 256  # bytes that tell other formats
+_HEAD = 256  # bytes that identify other formats
 _NAMES_LIMIT = 1 << 28  # bytes of a model in memory that is serialised to look at its names
 _PROTO_LIMIT = (1 << 31) - 1  # protobuf's own limit for one message
 
@@ -192,7 +192,7 @@ def save_model(
     """
     target = Path(path)
     check_target(target, force=force)
-    _serialized(model, target)  # too large a graph is told before weights are copied
+    _serialized(model, target)  # too large a graph is refused before weights are copied
     source = None if source_dir is None else Path(source_dir)
     name = "" if fresh is None else fresh.path.name
     renamed = place_weights(

@@ -24,7 +24,7 @@ from sfa_onnx.guard.text import printable
 
 __all__ = ["assert_sound", "problems"]
 
-_SHOWN: Final = 3  # problems told in one message
+_SHOWN: Final = 3  # problems named in one message
 _SMALL: Final = 1 << 25  # bytes of a model that may be copied as a whole, which is faster
 _ENOUGH: Final = 50  # problems after which nobody looks further
 

@@ -28,7 +28,7 @@ READERS: Final = ("onnx", "onnxruntime", "onnx-ir", "ATC")
 _FICLONE: Final = 0x40049409  # linux/fs.h: share the blocks of a whole file
 _CHUNK: Final = 1 << 28
 _PIECE: Final = 1 << 24  # bytes that are compared at a time
-_HEAD: Final = 64  # bytes that tell a pointer
+_HEAD: Final = 64  # bytes that identify a pointer
 
 # layout -> (what it is, who accepts it in the order of READERS, what to do about it)
 _LAYOUTS: Final[dict[str, tuple[str, tuple[bool, ...], str]]] = {
@@ -302,7 +302,7 @@ def _move(source: int, target: int, position: int, count: int) -> int:
 
 
 def _extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """The byte ranges that hold data; the whole file where the file system does not tell."""
+    """The byte ranges that hold data; the whole file where the file system does not report them."""
     position = 0
     while position < size:
         try:

@@ -60,7 +60,7 @@ def door(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def as_ours(error: Exception, where: str) -> SfaError:
-    """The error of ours that tells what a foreign one means.
+    """The error of ours that says what a foreign one means.
 
     Args:
         error: any exception that is not an `SfaError`.

@@ -166,7 +166,7 @@ class Stage:
 
     Attributes:
         engine: "onnxruntime", or "onnx.reference" where that has no kernel for the types.
-        types: output name -> "tensor(double)"; empty where the engine does not tell.
+        types: output name -> "tensor(double)"; empty where the engine does not say.
     """
 
     def __init__(

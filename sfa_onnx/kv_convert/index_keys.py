@@ -182,7 +182,7 @@ class IndexKeys:
         """What holds the rows [B, S, 1, D] of `value` as pages.
 
         Raises:
-            ModelError: they are no cache among the inputs, or the file does not tell their type.
+            ModelError: they are no cache among the inputs, or the file does not declare their type.
         """
         shape, kind = self.index.shape(value), self.index.elem_type(value)
         width = shape[-1] if shape else None

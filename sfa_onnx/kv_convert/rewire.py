@@ -125,7 +125,7 @@ class Conversion:
 
     @property
     def tokens(self) -> str:
-        """New rows per sequence of one run, as far as the file tells."""
+        """New rows per sequence of one run, as far as the file says."""
         every = (*self.translators.values(), *self.keys.translators.values())
         told = (t.fresh["S"] for t in every)
         return next((str(n) for n in told if n is not None), "")
@@ -252,7 +252,7 @@ def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
 
 
 def _index_with_shapes(model: onnx.ModelProto) -> GraphIndex:
-    """An index over the graph; where the file tells no widths, onnx infers them (no weights).
+    """An index over the graph; where the file declares no widths, onnx infers them (no weights).
 
     Widths are those of the operator's inputs, and of the indices that rows are written at.
     """

@@ -82,7 +82,7 @@ class Translator:
         self.form = form
         self.query_type = query_type  # of query and rope rows: onnx.TensorProto.DataType
         self.done: dict[tuple[str, str], Translated] = {}
-        # How many rows one run appends, and for how many sequences, as far as the file tells.
+        # How many rows one run appends, and for how many sequences, as far as the file says.
         self.fresh: dict[str, int | str | None] = {"B": None, "S": None}
         self.caches: dict[str, CacheInput] = {}
         self.writes = Writes(index, emitter)

@@ -31,7 +31,7 @@ _PYTHON_TYPES: Final = {"float": (float, int), "int": (int,), "string": (str,)}
 class Tensor:
     """One input or output: its name, legal types and shape (a doc string, axes as above).
 
-    `types` may be a type variable ("T") that `OpContract.type_variables` resolves. `released` tells
+    `types` may be a type variable ("T") that `OpContract.type_variables` resolves. `released` says
     whether a released CANN has it; the parsers of released lines drop what an operator lacks.
     """
 

@@ -2,7 +2,8 @@
 
 find -> regions; bind -> `Candidate` or `Refusal`; verify -> `VerifyRecord` or `Refusal`; splice.
 The replacement is a complete little graph from the same entering values to the same outputs, so the
-verifier compares region and replacement as black boxes, with roles only to choose telling inputs.
+verifier compares region and replacement as black boxes, with roles only to choose inputs that show
+differences.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Refusal:
 class RefusedSite:
     """A candidate that could not be bound: where it is, how far recognition got, and why it ended.
 
-    `bound` tells what was understood before ("scores", "scale 0.13", "indices TopK ..."), in order.
+    `bound` lists what was understood before ("scores", "scale 0.13", "indices TopK ..."), in order.
     """
 
     anchor: int

@@ -114,7 +114,7 @@ def snapshot(model: onnx.ModelProto) -> Snapshot:
 
 
 def _add_graph(found: Snapshot, graph: onnx.GraphProto, path: str) -> None:
-    """Hash a graph's parts; those of a body are told apart by the path to it."""
+    """Hash a graph's parts; those of a body are distinguished by the path to it."""
     for i, node in enumerate(graph.node):
         key = path + _key(node, i)
         inner = bodies(node)

@@ -285,7 +285,7 @@ class _Views:
 
 
 def _storage(tensor: TensorProto) -> tuple[Any, ...]:
-    """What tells stored tensors apart: the byte range of external ones, the name of others."""
+    """What distinguishes stored tensors: the byte range of external ones, the name of others."""
     if tensor.data_location == TensorProto.EXTERNAL:
         return (external_range(tensor), tensor.data_type, tuple(tensor.dims))
     return (tensor.name or id(tensor),)

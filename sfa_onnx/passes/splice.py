@@ -117,7 +117,7 @@ def splice(
     inserts = [_replacement(model, index, c, taken) for c in candidates]
     results = []
     for n, (candidate, (_, nodes)) in enumerate(zip(candidates, inserts, strict=True)):
-        extra = dead if n == 0 else ()  # support of several sites: told once
+        extra = dead if n == 0 else ()  # support of several sites: listed once
         removed = tuple(index.place(i) for i in sorted({*candidate.nodes, *buried[n], *extra}))
         results.append(Spliced(removed, tuple(node.name for node in nodes)))
     gone |= set(dead)

@@ -134,12 +134,12 @@ def _graph(model: Model | bytes | ort.InferenceSession) -> onnx.ModelProto:
     """The graph that a session runs.
 
     Raises:
-        UsageError: the session does not tell.
+        UsageError: the session does not say.
     """
     if isinstance(model, ort.InferenceSession):
         told: Any = getattr(model, "_model_path", None) or getattr(model, "_model_bytes", None)
         if not told:
-            raise UsageError("this session does not tell its model: pass it as `graph`")
+            raise UsageError("this session does not hold its model: pass it as `graph`")
         model = told
     if isinstance(model, bytes):
         model = onnx.ModelProto.FromString(model)

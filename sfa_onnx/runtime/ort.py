@@ -368,7 +368,7 @@ def run_bound(
 
 
 def _place(kind: str, array: NDArray[Any]) -> tuple[str, int, Any, list[int], int]:
-    """An array's memory as onnxruntime's bindings want it told."""
+    """An array's memory as onnxruntime's bindings want it described."""
     dtype = _ONNX_ONLY.get(kind, array.dtype)
     return "cpu", 0, dtype, list(array.shape), array.ctypes.data
 

@@ -1,7 +1,7 @@
 """Twins: a model with the same mathematics in another float type.
 
 bfloat16 models get a float32 twin, because onnxruntime's CPU provider lacks bfloat16 for most
-operators; float64 twins tell what a model loses to its own rounding. Weights and inputs keep their
+operators; float64 twins show what a model loses to its own rounding. Weights and inputs keep their
 types and get a Cast behind them, so no weight is read into Python. Our operators keep working in
 the original types, between Casts.
 """
@@ -58,7 +58,7 @@ def twin(
     Names, integer arithmetic and the types of graph inputs and weights stay; float outputs and
     everything between have type `to`. With `rounded`, an element type, every result that had one of
     `types` is rounded to it: this emulates a model where onnxruntime cannot run it, or one that was
-    never made. `known` tells the types when `model` itself does not say them any more.
+    never made. `known` gives the types when `model` itself does not say them any more.
     """
     out = ModelProto()
     out.CopyFrom(model)

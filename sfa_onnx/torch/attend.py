@@ -1,7 +1,7 @@
 """The attention operators of torch, computed by the C++ core on torch's own memory.
 
 A call's shapes, types and attributes are checked once and kept as a filled parameter block; a
-further call of the same form only puts in the addresses. What a shape cannot tell (lengths, tables,
+further call of the same form only puts in the addresses. What a shape cannot show (lengths, tables,
 indices) is checked by the core before it reads.
 """
 

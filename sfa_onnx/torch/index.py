@@ -72,7 +72,7 @@ def select(
 
 
 def check_indexer(tensors: Mapping[str, torch.Tensor], quant: bool) -> None:
-    """Types and shapes beyond what the sizes of all operators tell.
+    """Types and shapes beyond what the sizes of all operators show.
 
     Raises:
         ContractError: one of these is not as it should be.

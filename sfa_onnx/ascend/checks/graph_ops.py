@@ -220,7 +220,7 @@ def _experts(ctx: Context) -> Iterator[Finding]:
         if node.op_type not in ("Gather", "GatherND", "GatherElements"):
             continue
         if not ctx.well_formed(node) or len(node.proto.input) < 2:
-            continue  # an opset without this operator tells no counts
+            continue  # an opset without this operator has no counts
         weight = _weight(ctx, node)
         if weight is None or not _chosen_at_run_time(ctx, node, weight):
             continue

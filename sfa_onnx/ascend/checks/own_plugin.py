@@ -1,4 +1,4 @@
-"""What a parser plug-in refuses: ours to the letter, a user's as far as its key tells."""
+"""What a parser plug-in refuses: ours to the letter, a user's as far as its key shows."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class _Fusion:
     scope: Scope
     anchor: NodeProto
     norm: Norm
-    view: ModelView | None = None  # tells symbolic dims, which are equal when they are one symbol
+    view: ModelView | None = None  # knows symbolic dims, which are equal when they are one symbol
 
     def nodes(self) -> list[NodeProto]:
         """NPURmsNorm, with x scaled in float32 where the plug-in's epsilon is not the file's."""

@@ -65,7 +65,7 @@ def compare_against(
         folder: a hand-over folder after run_om.py (inputs/, outputs/), or its outputs/ folder.
         atol: absolute bound; default by type, widened by the NPU kernel's own roundings.
         rtol: relative bound; default by type.
-        rounding: of our operators in onnxruntime; the device's own unless told otherwise.
+        rounding: of our operators in onnxruntime; the device's own unless set otherwise.
 
     Raises:
         UsageError: the folder lacks inputs or outputs, or an output's size is not the model's.

@@ -1,4 +1,4 @@
-"""The other road to an .om: `build_om.py`, its C++ half and what both are told about the model."""
+"""The other road to an .om: `build_om.py`, its C++ half and what both know of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfa_onnx.passes.graph.cache_pairs import cache_pairs
 __all__ = ["REUSE_OPTION", "builder_files"]
 
 REUSE_OPTION: Final = "ge.exec.outputReuseInputMemIndexes"
-# Options of atc -> the keys of aclgrphBuildInitialize and aclgrphBuildModel. The framework is told
+# Options of atc -> the keys of aclgrphBuildInitialize and aclgrphBuildModel. The framework is set
 # by the function that parses, the log level by the environment.
 _GLOBAL: Final = {"--soc_version": "ge.socVersion"}
 _BUILD: Final = {

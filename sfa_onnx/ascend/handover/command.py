@@ -96,7 +96,7 @@ def _symbols(text: str) -> list[str]:
 def free_dims(model: ModelProto) -> dict[str, list[str]]:
     """Dims without a number: name -> the inputs that carry it ("x[0]").
 
-    Expressions are told by the names in them. An input without any shape appears under its own
+    Expressions are known by the names in them. An input without any shape appears under its own
     name.
     """
     found: dict[str, list[str]] = {}

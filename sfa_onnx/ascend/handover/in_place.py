@@ -1,6 +1,6 @@
-"""Telling GE which caches are written in place.
+"""The caches that GE may write in place.
 
-GE copies a written cache as a whole in every step unless it is told that input and output may share
+GE copies a written cache as a whole in every step unless it is set that input and output may share
 memory (`ge.exec.outputReuseInputMemIndexes`, pairs "input,output").
 """
 

@@ -24,7 +24,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 HUGE_PAGES_FIRST, TO_DEVICE, TO_HOST = 0, 1, 2
-GEAR_INPUT = "ascend_mbatch_shape_data"  # the input that tells the gear, added by the compiler
+GEAR_INPUT = "ascend_mbatch_shape_data"  # the input that selects the gear, added by the compiler
 
 
 def load_inputs() -> list[Any]:
@@ -114,7 +114,7 @@ def _room(acl: Any, dataset: Any, size: int, memory: Any = None) -> Any:
 
 
 def _choose_gear(acl: Any, number: Any, desc: Any, sources: Any, inputs: list[Any]) -> None:
-    """Tell the model the shapes of all inputs, which have to be one of its gears."""
+    """Set the shapes of all inputs of the model, which have to be one of its gears."""
     index, code = acl.mdl.get_input_index_by_name(desc, GEAR_INPUT)
     _ok(f"finding input {GEAR_INPUT}", code)
     _room(acl, sources, acl.mdl.get_input_size_by_index(desc, index))

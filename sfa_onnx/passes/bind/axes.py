@@ -189,7 +189,7 @@ def _gathered_apart(tracer: Tracer, ref: Ref, key: Label, deep: int = 4) -> bool
 
 
 def tell_rows(site: Site, others: set[Label]) -> None:
-    """Tell rows (own keys, own selection) from heads (same keys, same selection)."""
+    """Distinguish rows (own keys, own selection) from heads (same keys, same selection)."""
     deciding = _labels(site.nope, site.key)
     if site.rope is not None:
         deciding |= _labels(site.rope, site.key)

@@ -1,7 +1,7 @@
 """Sites whose rows are read by an index tensor that the graph has computed, whatever it means.
 
-Following index arithmetic to its source tells batches, pages and sequences apart, and an operator
-over the cache itself can follow. Where the source cannot be told (offsets of sequences, blocks of
+Following index arithmetic to its source distinguishes batches, pages and sequences, and an operator
+over the cache itself can follow. Where the source cannot be found (offsets of sequences, blocks of
 keys, tables in front of tables), one fact is left, and it is enough: every key row is read at
 finished index tensors. The replacement reads the very same ones, so region and replacement are
 compared over all indices that are in range, and masks over all their values.

@@ -1,8 +1,8 @@
 """The operator has one key head and one selection per query token: more of either are refused.
 
 A head with keys (or a selection) of its own is, to the algebra, one more sequence (or token). What
-tells it from a batch axis is how tensors are laid out: heads are cut from the hidden width or share
-an axis with the heads that they serve, and they come after the batch.
+distinguishes it from a batch axis is how tensors are laid out: heads are cut from the hidden width
+or share an axis with the heads that they serve, and they come after the batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_heads(site: Site) -> None:
 
 
 def _owners(columns: Columns) -> set[Label]:
-    """Labels that tell whose keys are read, whatever the indices say."""
+    """Labels that say whose keys are read, whatever the indices say."""
     found: set[Label] = set()
     for coordinate in columns.deep.ref.coords:
         for atom, _ in coordinate.terms:
@@ -159,7 +159,7 @@ def _behind_unit(ref: Ref, label: Label) -> bool:
 def _own_selection(
     site: Site, owners: list[Label], choosers: list[Label], views: list[tuple[Ref, Label]]
 ) -> bool:
-    """Whether one of the labels that tell selections apart is a head."""
+    """Whether one of the labels that distinguish selections is a head."""
     flat = [v for v in views if not _holds_tokens(site, v[0], choosers)]
     if _of_width(flat, choosers):
         return True

@@ -319,7 +319,7 @@ def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names)
         axes = names.axes(source)
         if any(c.reads for c in source.coords):
             if len(axes) == 1 and not _by_entry(site, source) and _drawn(site, value, names):
-                continue  # one number per sequence, told by its use: lengths, prefix sums
+                continue  # one number per sequence, judged by its use: lengths, prefix sums
             axes = tuple("M" if c.reads else a for a, c in zip(axes, source.coords, strict=True))
             known[value] = Operand(value, Role.BLOCK_TABLE, axes, elem)
         elif any(a.partition("_of_")[0] == "K" for a in axes):  # a longer row may be cut

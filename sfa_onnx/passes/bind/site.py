@@ -99,7 +99,7 @@ class Site:
         selected: what selects tokens, in dense forms.
         kept: the mask to read selected tokens off, where `selected` only say how many there are.
         visible: other masks.
-        rows: labels that tell one row of keys from another (batch first, then query tokens).
+        rows: labels that distinguish one row of keys from another (batch first, then query tokens).
         heads: labels that share them.
         products: values that hold query times key, where the inside of the attention begins.
         score_axes: every score tensor, with what its axes run over.

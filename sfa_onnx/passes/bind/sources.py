@@ -120,7 +120,7 @@ def nested(read: Read) -> bool:
 
 
 def outside_reads(columns: Columns) -> set[Label]:
-    """Labels that tell whose rows are read, whatever the indices say."""
+    """Labels that say whose rows are read, whatever the indices say."""
     found: set[Label] = set()
     for coordinate in columns.deep.ref.coords:
         for atom, _ in coordinate.terms:

@@ -1,6 +1,6 @@
 """Why a term is not the operator's, said of the graph's own operator where it ceases to be.
 
-A term tells what is too much, not which node made it. Values between products and result are asked
+A term shows what is too much, not which node made it. Values between products and result are asked
 in graph order: the first that leaves the form of scores, or has no meaning, is named.
 """
 

@@ -1,4 +1,4 @@
-"""What a value is for, told by who reads it."""
+"""What a value is for, judged by who reads it."""
 
 from __future__ import annotations
 

@@ -138,8 +138,15 @@ class Emitter:
         return self._constants[key]
 
     def ints(self, values: Iterable[int]) -> str:
-        """An int64 vector."""
-        return self.constant(np.asarray(list(values), np.int64))
+        """An int64 vector.
+
+        Raises:
+            Stop: a number does not fit.
+        """
+        numbers = list(values)
+        if any(not -(1 << 63) <= n < 1 << 63 for n in numbers):
+            raise Stop(f"sizes that no tensor has: {numbers} do not fit 64 bits", self.stem)
+        return self.constant(np.asarray(numbers, np.int64))
 
     def elem_type(self, value: str) -> int:
         """The type of a value, made here or not."""

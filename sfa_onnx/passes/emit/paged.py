@@ -100,7 +100,7 @@ def _found(plan: Plan, ref: Ref) -> _Found | None:
 
 
 def _dividend(tracer: Tracer, page: Expr, size: int) -> Ref | None:
-    """What is divided by the block size to tell the page, as an integer tensor."""
+    """What is divided by the block size to find the page, as an integer tensor."""
     if len(page.terms) != 1 or page.const or page.terms[0][1] != 1:
         return None
     read, divided = page.terms[0][0], False

@@ -218,7 +218,7 @@ def _compact(
 def _first(e: Emitter, valid: str, tokens: str | None, along: Label, rank: int, count: str) -> str:
     """`count` entries of each row: the valid ones in their order, then -1; int32.
 
-    TopK over (size - position) where valid and 0 elsewhere keeps the order and tells the position
+    TopK over (size - position) where valid and 0 elsewhere keeps the order and gives the position
     of what it kept, exactly in float32 up to 2**24 entries.
     """
     size = e.emit("Cast", [e.size([along])], "size_f", _T.FLOAT, to=_T.FLOAT)

@@ -36,7 +36,7 @@ def sized(e: Making, sizes: Concrete, form: Form) -> str:
     """An int64 [1] tensor with the size that `form` says.
 
     Raises:
-        Stop: only a run can tell it.
+        Stop: only a run can show it.
     """
     parts = []
     for c, atoms in form.terms:

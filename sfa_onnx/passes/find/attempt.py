@@ -42,7 +42,7 @@ def refused(fault: Exception, scores: str, name: str) -> Refusal:
         return Refusal(str(fault), scores)
     if isinstance(fault, RecursionError):
         return Refusal("the graph is nested too deeply to be traced", scores)
-    _log.warning("recognition of %s failed", name, exc_info=True)
+    _log.debug("recognition of %s failed", name, exc_info=True)
     text = f"recognition itself failed ({type(fault).__name__}: {fault})"
     return Refusal(text, scores, "check the model with onnx.checker, then report it")
 

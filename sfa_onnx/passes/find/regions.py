@@ -3,7 +3,7 @@
 Nothing is asked about spellings. Downstream of a product of two computed tensors, values that
 depend on it are followed through pointwise operators, reductions, views and sums of rows. Where
 what was weighted by them is one value again, and nothing else is left to join it, an attention may
-end: its term tells.
+end: its term shows it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class FindOptions:
         max_steps: how many tracing steps one site may take before it is refused.
         absorb: whether per-head expanded (MHA) forms may be fused by absorption.
         masks: float inputs that hold 0 and -1e4 or less only, as the caller asserts.
-        trace: whether to tell each site's normal form and the identities that led to it.
+        trace: whether to report each site's normal form and the identities that led to it.
     """
 
     max_steps: int = 200_000

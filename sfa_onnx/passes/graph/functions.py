@@ -63,7 +63,7 @@ def inline_sites(model: ModelProto, find: Callable[[ModelProto], Iterable[Findin
     """Inline the functions that hold parts of sites, and no other.
 
     Sites are looked for with everything inlined; then only what they touch is, unless that makes
-    other findings (a shape that only an inlined function tells).
+    other findings (a shape that only an inlined function shows).
 
     Args:
         model: not changed.

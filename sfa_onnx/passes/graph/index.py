@@ -275,7 +275,7 @@ class GraphIndex:
         return self._infos[value]
 
     def elem_type(self, value: str) -> int:
-        """The declared `TensorProto.DataType`; 0 when the file does not tell."""
+        """The declared `TensorProto.DataType`; 0 when the file does not declare it."""
         if (tensor := self.initializers.get(value)) is not None:
             return int(tensor.data_type)
         info = self._info(value)

@@ -1,4 +1,4 @@
-"""What a node's name and metadata tell about where it came from: the site, the torch module."""
+"""What a node's name and metadata say about where it came from: the site, the torch module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def site_of(name: str) -> str:
 def layer_of(node: onnx.NodeProto) -> str:
     """The torch module a node came from ("model.layers.3.self_attn"); "" when unknown.
 
-    dynamo exports tell in `metadata_props`, TorchScript exports in node-name paths.
+    dynamo exports write it in `metadata_props`, TorchScript exports in node-name paths.
     """
     props = {p.key: p.value for p in node.metadata_props}
     if scopes := props.get("pkg.torch.onnx.name_scopes"):

@@ -269,7 +269,7 @@ class _Entry:
         changed = list(dims or ())
         changed[axis] = self._symbol(state, axis)
         self.view._entry[state.name] = (elem, tuple(changed))
-        self.view.__dict__.pop("entering", None)  # it was told before
+        self.view.__dict__.pop("entering", None)  # it was computed before
 
     def _widen(self, *, everything: bool) -> bool:
         """Free the sizes that one run changes, or all of them; whether there were any."""

@@ -23,7 +23,7 @@ def count_nodes(graph: onnx.GraphProto) -> int:
 
 
 def note_captures(index: GraphIndex, candidate: Candidate) -> None:
-    """Tell the scopes around a body which of their values its replacement is going to read."""
+    """Note for the scopes around a body which of their values its replacement is going to read."""
     made = {o for n in candidate.replacement for o in n.output}
     made.update(t.name for t in candidate.replacement_initializers)
     entering = {i for n in candidate.replacement for i in n.input if i} - made

@@ -25,7 +25,7 @@ def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
 
 
 def owners(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes of a graph that may hold graphs, told without a look at their attributes."""
+    """The nodes of a graph that may hold graphs, found without a look at their attributes."""
     return [n for n in graph.node if n.op_type in _CONTROL_FLOW or n.domain not in _STANDARD]
 
 

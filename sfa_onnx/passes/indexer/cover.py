@@ -50,7 +50,7 @@ def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Cover:
 
 
 class _Names:
-    """Label -> axis name of the operator's language, and sizes as the file tells them."""
+    """Label -> axis name of the operator's language, and sizes as the file declares them."""
 
     def __init__(self, site: Selection) -> None:
         self.site = site

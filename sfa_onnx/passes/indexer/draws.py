@@ -1,4 +1,4 @@
-"""Inputs that tell a selection from its look-alikes."""
+"""Inputs that distinguish a selection from its look-alikes."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def sort_masks(
         tracer: of the selection.
         literals: what a key is seen under.
         rows: labels of the rows that select.
-        batch: those of them that tell one sequence's keys from another's.
+        batch: those of them that distinguish one sequence's keys from another's.
         keys: runs over the keys.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Whether two selections are the same, told by scores."""
+"""Whether two selections are the same, judged by scores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def compare_indices(
     if not ((ours > _HIDDEN) == seen).all():
         return Difference(0.0, "a hidden key stands before a visible one")
     if not (ours == theirs)[~seen].all():
-        return Difference(0.0, "the original tells hidden keys apart, and somebody reads them")
+        return Difference(0.0, "the original distinguishes hidden keys, and somebody reads them")
     if not ordered:  # what is equal has no order
         got, want = (np.sort(np.where(seen, x, -1), -1) for x in (got, want))
     if exact and not (np.where(seen, got, 0) == np.where(seen, want, 0)).all():

@@ -34,14 +34,14 @@ class Selection:
 
     Attributes:
         formula: its scores.
-        batch, tokens: the rows that select: those that tell sequences apart, and the others.
+        batch, tokens: the rows that select: those that distinguish sequences, and the others.
         masks: by kind.
         elem_type: the operator's type of query and key.
         query, key: where they may be taken from, nearest to the product first.
         count: how many keys a row selects at most.
         constant_k: whether the graph always selects so many.
         mode: the operator's sparse_mode.
-        lengths: the prefixes that are told by lengths.
+        lengths: the prefixes that are given by lengths.
         by_row: whether every query row is a sequence of its own, with its own length.
         bound: what was understood, in order.
     """
@@ -74,7 +74,7 @@ def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) ->
     Args:
         tracer: of the graph.
         region: where it may be.
-        bound: is told what was understood so far.
+        bound: collects what was understood so far.
 
     Raises:
         Stop: it is something else; the reason says what.
@@ -139,7 +139,7 @@ def _check_labels(formula: Formula, rows: Sequence[Label], batch: Sequence[Label
     if not any(formula.keys in c.labels for c in formula.key.coords):
         raise Stop(f"{formula.key.value} is no row of keys", formula.key.value)
     if formula.heads and not heads & covered:
-        raise Stop("heads are told apart by nothing", formula.query.value)
+        raise Stop("heads are distinguished by nothing", formula.query.value)
     pooled = [c for c in formula.key.coords if formula.keys in c.labels]
     if len(pooled) != 1 or axis_labels(pooled[0]) is None:
         raise Stop(
@@ -224,7 +224,7 @@ def _usable(tracer: Tracer, path: list[State], elem_type: int) -> list[State]:
     if not views:
         raise Stop(
             f"{path[0].ref.value} is read at {path[0].ref.coords}, which is no view: rows and heads"
-            " cannot be told apart",
+            " cannot be distinguished",
             path[0].ref.value,
         )
     own = [s for s in views if tracer.sizes.elem_type(s.ref.value) == elem_type]
@@ -232,7 +232,7 @@ def _usable(tracer: Tracer, path: list[State], elem_type: int) -> list[State]:
 
 
 def _order(site: Selection) -> None:
-    """Decide how prefixes are told to the operator: by sparse_mode, lengths, or row by row."""
+    """Decide how prefixes are given to the operator: by sparse_mode, lengths, or row by row."""
     keys, tokens, left = site.formula.keys, site.tokens, site.masks.prefixes
     if not left:
         return

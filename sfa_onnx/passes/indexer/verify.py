@@ -186,7 +186,7 @@ class _Case:
         return 8.0 * self.work / self.sizes.get("Di", 1)
 
     def kinds(self, count: int) -> set[str]:
-        """What a run at these sizes can tell."""
+        """What a run at these sizes can show."""
         keys = self.sizes.get("S2", 1)
         found = {"few" if keys < count else "many" if keys > count else "equal"}
         found |= {"batch"} if self.sizes.get("B", 1) > 1 else set()

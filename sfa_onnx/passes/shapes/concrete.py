@@ -96,7 +96,7 @@ class Concrete:
         return self._settled(lambda: self.look_up(value))
 
     def declare(self, value: str, shape: Shape, elem_type: int) -> None:
-        """Tell the shape and type of a value that no node of the graph makes."""
+        """Give the shape and type of a value that no node of the graph makes."""
         self._shapes[value], self._types[value] = shape, elem_type
 
     def _settled(self, ask: Callable[[], _Found | None]) -> _Found | None:
@@ -241,7 +241,7 @@ class Concrete:
         self._settled(ask)
 
     def swaps(self, a: int, b: int) -> list[Swap]:
-        """What symbols must be for two sizes to be one; nothing where that cannot be told."""
+        """What symbols must be for two sizes to be one; nothing where that cannot be determined."""
         own = [s for s, size in self.symbols.items() if form_of(size).plain == s]
         return made_equal(form_of(a), form_of(b), own, self._input_symbols) or []
 
@@ -379,7 +379,7 @@ class Concrete:
     # -- element types ----------------------------------------------------------------------------
 
     def elem_type(self, value: str) -> int:
-        """The `TensorProto.DataType` of `value`, inferred where the file does not tell; 0 if not.
+        """The `TensorProto.DataType` of `value`, inferred where it is not declared; 0 if not.
 
         Follows first data inputs upward, so it costs the length of one chain.
         """

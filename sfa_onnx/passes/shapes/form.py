@@ -19,7 +19,7 @@ Terms = tuple[tuple[int, tuple["Atom", ...]], ...]
 
 @dataclass(frozen=True)
 class Call:
-    """A size that is no sum of products: Min(a, b), Max(a, b), a // b, or what only a run tells."""
+    """A size that is no sum of products: Min(a, b), Max(a, b), a // b, or what only a run shows."""
 
     name: str
     arguments: tuple[Form, ...]
@@ -270,7 +270,7 @@ def quotient(a: Form, b: Form) -> Form:
 
 
 def _opaque(*_: int) -> int:
-    raise KeyError("a size that only a run tells")
+    raise KeyError("a size that only a run shows")
 
 
 _FUNCTIONS: Final[dict[str, Callable[..., int]]] = {

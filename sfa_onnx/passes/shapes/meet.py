@@ -15,7 +15,7 @@ Swap = tuple[str, Form]  # a symbol, and what it is
 def made_equal(
     a: Form, b: Form, symbols: Sequence[str], inputs: Iterable[frozenset[str]]
 ) -> list[Swap] | None:
-    """What symbols must be for `a` and `b` to be equal; None where it cannot be told.
+    """What symbols must be for `a` and `b` to be equal; None where it cannot be determined.
 
     Args:
         a: one size.

@@ -24,7 +24,7 @@ _SUM: Final = "expected exp(s) / sum(exp(s)): the operator's weights add up to 1
 
 
 class UnclearError(Stop):
-    """The form does not tell what is wrong: a node that makes something else of scores may."""
+    """The form does not show what is wrong: a node that makes something else of scores may."""
 
 
 @dataclass(frozen=True)

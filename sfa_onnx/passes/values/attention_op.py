@@ -71,7 +71,7 @@ def attention_term(reader: Reads, node: onnx.NodeProto, out: Ref) -> Term:
 
 
 def split_heads(tracer: Tracer, node: onnx.NodeProto, out: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    """The element `out` of an Attention's output, a merged [N * D] axis told by head and column."""
+    """The element `out` of an Attention's output, a merged [N * D] axis split."""
     if len(out) != 3:
         return out
     query, value = _Heads.of(tracer, node, 0), _Heads.of(tracer, node, 2)

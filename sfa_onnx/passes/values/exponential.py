@@ -15,7 +15,7 @@ __all__ = ["ROWS", "is_positive", "reaches_one", "weighed"]
 
 _NEAR: Final = 1e-6
 _Weighed = tuple[Label | None, Term]
-_FINITE: Final = 700.0  # exponents whose exponentials float64 can tell from 0 and infinity
+_FINITE: Final = 700.0  # exponents whose exponentials float64 can distinguish from 0 and infinity
 
 
 def _exp(n: Normal, term: Term) -> Term | None:
@@ -284,7 +284,7 @@ def _one_point(n: Normal, term: Term) -> Term | None:
 
 
 def _of_flags(n: Normal, term: Term) -> Term | None:
-    """The maximum of flags tells whether there is any, the minimum whether all are set."""
+    """The maximum of flags shows whether there is any, the minimum whether all are set."""
     body = term.args[0]
     if body.op != "flag":
         return None

@@ -29,7 +29,7 @@ def is_lonely(condition: Term) -> tuple[Label, tuple[Term, ...]] | None:
 
 
 def shown_somewhere(label: Label, shown: tuple[Term, ...], known: Iterable[Term]) -> bool:
-    """Whether `known` conditions tell of a key that it meets `shown`, in which it is `label`."""
+    """Whether `known` conditions say of a key that it meets `shown`, in which it is `label`."""
     every = frozenset(known)
     own = next((c for c in shown if label in c.labels), None)
     places = (_place(own, label, other) for other in every) if own is not None else ()

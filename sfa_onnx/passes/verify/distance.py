@@ -49,7 +49,7 @@ def without_keys(before: str) -> str:
 def empty_rows(want: Array, got: Array) -> set[str]:
     """What becomes of rows without a visible key, given a draw with some; nothing if both agree.
 
-    The operator's exact zeros tell where they are: no other element of random values is one.
+    The operator's exact zeros show where they are: no other element of random values is one.
     """
     if want.shape != got.shape or not (zero := got == 0.0).any():
         return set()

@@ -128,7 +128,7 @@ class _Stage:
         self.engine = self._runner.engine
 
     def kinds(self) -> dict[str, int]:
-        """Element types of the values that this stage hands on, where its engine tells."""
+        """Element types of the values that this stage hands on, where its engine says."""
         names = ((n, t.removeprefix("tensor(")[:-1]) for n, t in self._runner.types.items())
         return {name: _KINDS[kind] for name, kind in names if kind in _KINDS}
 

@@ -136,7 +136,7 @@ def _shifted(problem: Problem, *roles: Role) -> Operand | None:
 
 
 def _codes(count: int, width: int, values: Array) -> Array:
-    """Row i has one non-zero entry, at i mod width: rows are linearly told apart."""
+    """Row i has one non-zero entry, at i mod width: rows are linearly distinguished."""
     rows = np.zeros((count, width))
     rows[np.arange(count), np.arange(count) % width] = values
     return rows

@@ -38,7 +38,7 @@ def rows_without_keys(problem: Problem, run: Run) -> set[str]:
 def mostly_hidden(problem: Problem, run: Run, edges: Set[str]) -> Refusal | None:
     """The refusal of a site whose rows are empty for keys that an ordinary caller selects.
 
-    Where such rows are averages, probes tell; NaN against zeros they take for an edge.
+    Where such rows are averages, probes show it; NaN against zeros they take for an edge.
 
     Args:
         problem: the site at some sizes.

@@ -60,7 +60,7 @@ class Natural:
 
     @classmethod
     def of(cls, index: GraphIndex, candidate: Candidate) -> Natural | None:
-        """The model of a site; None where nothing can be told of its masks."""
+        """The model of a site; None where nothing is known of its masks."""
         cuts: dict[str, _Cut] = {}
         for operand in candidate.operands:
             if operand.role in (Role.MASK, Role.INDICES):

@@ -22,7 +22,7 @@ _FROM: Final = re.compile(r"pad|start|begin|offset|left", re.IGNORECASE)  # coun
 def ordinary(
     name: str, shape: tuple[int, ...], problem: Problem, way: Way, *, chosen: bool
 ) -> Array | None:
-    """Integers for a value that enters; None where nobody could tell what it is.
+    """Integers for a value that enters; None where nobody could know what it is.
 
     Args:
         name: the value.

@@ -62,7 +62,7 @@ def draw_rows(
         rng: source of randomness.
     """
     count, unit = len(hidden), 2.0**draw.power
-    if draw.codes or draw.part == "rope":  # one column each: the output tells which rows were read
+    if draw.codes or draw.part == "rope":  # one column each: the output shows which rows were read
         nope = np.zeros((count, row.nope), np.int8)
         nope[np.arange(count), np.arange(count) % row.nope] = 1 + np.arange(count) // row.nope % 100
     else:

@@ -33,7 +33,7 @@ class Draw:
     query: Literal["random", "zero", "basis"] = "random"
     gain: float = 1.0  # multiplies the query
     width: float = 1.0  # spread of the keys
-    codes: bool = False  # keys are distinct one-hot rows: the output tells which were read
+    codes: bool = False  # keys are distinct one-hot rows: the output shows which were read
     shift: float = 0.0  # added to every score, by one key and query component
     poison: float | None = None  # value scale of all rows outside every selection
     selection: Selection = "random"
@@ -100,7 +100,7 @@ def _attributes(candidate: Candidate) -> dict[str, Any]:
 def inputs_as(candidate: Candidate) -> dict[str, Any]:
     """The attributes, with the layout in which the *graph* takes its inputs.
 
-    A graph that tells sequences apart by prefix sums takes packed ones, whatever the fused node
+    A graph that separates sequences by prefix sums takes packed ones, whatever the fused node
     is given: rows of no sequence would be drawn else.
     """
     found = _attributes(candidate)

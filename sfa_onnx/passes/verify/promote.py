@@ -1,7 +1,7 @@
 """Rewrite a small model so that all its floating-point arithmetic happens in float64.
 
 Types, constants and casts become double; the mathematics stays. Then a site and its replacement
-must agree to about 1e-15, so a tolerance of 1e-9 tells look-alikes apart that hide below any
+must agree to about 1e-15, so a tolerance of 1e-9 separates look-alikes that hide below any
 tolerance in float32 or half precision.
 """
 

@@ -280,7 +280,7 @@ class Site:
                 self._judge.scale = 1.0
             norm = float(slope @ slope) if slope.shape == want.shape else 0.0
             if norm == 0.0 or not np.isfinite(want).all() or not math.isfinite(norm):
-                return None  # the probes will tell
+                return None  # the probes will show
             factor *= 1 + float(slope @ (want - got)) / norm
         if not abs(factor - 1) <= 0.5:
             return None

@@ -1,7 +1,7 @@
 """Which float type a comparison is judged by, and the same model in another precision.
 
 Two models of different types are compared in the wider one; what the narrower one rounds off at
-every step is the floor below which nothing can be told.
+every step is the floor below which nothing can be measured.
 """
 
 from __future__ import annotations

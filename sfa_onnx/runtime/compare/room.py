@@ -25,7 +25,7 @@ def weight_bytes(model: ModelProto) -> int:
 
 
 def check_room(model: ModelProto) -> None:
-    """Refuse to run a whole model that would not fit: a killed process tells nothing."""
+    """Refuse to run a whole model that would not fit: a killed process reports nothing."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     need = weight_bytes(model)
     if need > _MEMORY_SHARE * memory:

@@ -65,7 +65,7 @@ def random_feeds(
         seed: of the random generator.
         given: inputs that the caller has; they also fix the symbolic dims they share.
         sizes: symbolic dim -> size; the rest is chosen (batch 2, a past beyond every top-k).
-        fused: the same model after fusing, where our operators tell what an input means.
+        fused: the same model after fusing, where our operators show what an input means.
         wide: as many new tokens as keys, for models that select among the new tokens.
 
     Returns:
@@ -159,7 +159,7 @@ class _Feeds:
     def _all_slots(self, fused: ModelProto | None) -> dict[str, Slots]:
         """First output of each of our nodes -> what may stand in its slots.
 
-        The second model's nodes tell what the first one's inputs mean, but not their sizes when
+        The second model's nodes show what the first one's inputs mean, but not their sizes when
         its caches were converted: these are none of the first one's.
         """
         found = {}

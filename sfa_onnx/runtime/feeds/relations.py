@@ -89,7 +89,7 @@ def fit_sizes(
 
 
 def misfit(model: ModelProto, sizes: Mapping[str, int]) -> str:
-    """Why a graph stops at these sizes, as far as sizes alone tell; "" where nothing is seen.
+    """Why a graph stops at these sizes, as far as sizes alone show; "" where nothing is seen.
 
     Args:
         model: read only.
@@ -175,7 +175,7 @@ def _misfits(index: GraphIndex, sizes: dict[str, int]) -> Iterator[_Short]:
 
 
 def _all_chosen(known: Concrete, node: NodeProto) -> Iterator[_Short]:
-    """The axis of a top-k that leaves too little out for a comparison to tell."""
+    """The axis of a top-k that leaves too little out for a comparison to see."""
     if len(node.input) > 1:
         value = _value(known, node.input[1])
         count = int(value.flat[0]) if value is not None and value.size == 1 else None

@@ -2,7 +2,7 @@
 
 A past must be longer than every selection from it, a batch has more than one member, and a decode
 step has few tokens. Names decide where they say something; dynamo's anonymous symbols ("s77") are
-told by the inputs and axes they stand at, and by the slots of our operators that they reach.
+found from the inputs and axes they stand at, and by the slots of our operators that they reach.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Slots:
         drawn: the array of a graph input that a value is a plain view of; None for others.
         elem_type: element types of values.
         rng: the generator.
-        keys: how many keys a row may see where shapes and lengths do not tell.
+        keys: how many keys a row may see where shapes and lengths do not say.
     """
 
     node: NodeProto

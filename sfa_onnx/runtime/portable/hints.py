@@ -17,7 +17,7 @@ _MARK: Final = "sfa_onnx body: "
 
 
 def write_hint(node: NodeProto, told: dict[str, Any], output: int) -> None:
-    """Tell `node` that it makes this output of the body that `told` describes."""
+    """Note on `node` that it makes this output of the body that `told` describes."""
     node.doc_string = _MARK + json.dumps(told | {"output": output}, sort_keys=True)
 
 

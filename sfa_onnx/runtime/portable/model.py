@@ -91,7 +91,7 @@ class Signature:
 
     @classmethod
     def told(cls, hint: dict[str, Any]) -> Signature:
-        """The signature that a hint tells.
+        """The signature that a hint holds.
 
         Raises:
             KeyError, TypeError, ValueError: it is none of ours.

@@ -88,7 +88,7 @@ def restored_sites(model: ModelProto, found: list[str]) -> list[SiteReport]:
 
 
 def refuse_proof(sites: list[SiteReport]) -> None:
-    """Certificates tell what fusing replaced, not what was put back.
+    """Certificates record what fusing replaced, not what was put back.
 
     Raises:
         UsageError: something was.
@@ -96,7 +96,7 @@ def refuse_proof(sites: list[SiteReport]) -> None:
     if sites:
         raise UsageError(
             f"certificate: {len(sites)} operators of this model were put back from their bodies of"
-            " standard operators, which a certificate does not tell; fuse the original, or leave"
+            " standard operators, which a certificate does not record; fuse the original, or leave"
             " the certificate out"
         )
 

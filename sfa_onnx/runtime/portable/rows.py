@@ -13,7 +13,7 @@ class Rows:
     """Query rows [T]: their batch, how many keys they see, where a token's key lies."""
 
     def __init__(self, body: Body, present: frozenset[str], attrs: dict[str, Any]) -> None:
-        """Write the nodes that tell each row's batch; `attrs` holds layouts and sparse_mode."""
+        """Write the nodes that compute each row's batch; `attrs` holds layouts and sparse_mode."""
         self.body, self.present, self.attrs = body, present, attrs
         kv = "layout_kv" in attrs
         self.layout = attrs["layout_kv" if kv else "layout_key"]

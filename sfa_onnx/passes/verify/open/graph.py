@@ -1,4 +1,4 @@
-"""A site and its replacement as one list of nodes, every use of a constant told apart."""
+"""A site and its replacement as one list of nodes, every use of a constant a value of its own."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class SiteGraph:
         self.nodes.append(node)
 
     def model(self, inputs: list[onnx.ValueInfoProto], opsets: dict[str, int]) -> onnx.ModelProto:
-        """As a model for shapes; of constants it tells the types only."""
+        """As a model for shapes; of constants it holds the types only."""
         graph = onnx.GraphProto(name="site")
         graph.node.extend(self.nodes)
         graph.input.extend(inputs)

@@ -55,7 +55,7 @@ def open_sizes(
     replacement: onnx.ModelProto,
     stuck: dict[str, None] | None = None,
 ) -> Iterator[Opened]:
-    """The site with its long axes open; nothing where a constant cannot be told at other sizes.
+    """The site with its long axes open; nothing where a constant is unknown at other sizes.
 
     There are several where a number may mean two things; the site is what it is for any of them.
 

@@ -72,7 +72,7 @@ class Sizer:
         self._decided = {s for s, r in self._roles.items() if r & {"S1", "S2", "K", "T", "T2"}}
 
     def bases(self) -> list[tuple[Shapes, Dims]]:
-        """Sizes to start from, most telling first.
+        """Sizes to start from, the most informative first.
 
         Raises:
             UnverifiableError: no choice gives shapes that fit the operator.

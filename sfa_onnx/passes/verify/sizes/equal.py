@@ -55,7 +55,7 @@ def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:
     """Shape of every operand at the sizes of `concrete`.
 
     Raises:
-        UnverifiableError: a shape cannot be told.
+        UnverifiableError: a shape cannot be determined.
     """
     shapes: Shapes = {}
     for operand in candidate.operands:

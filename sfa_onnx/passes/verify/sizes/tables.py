@@ -113,7 +113,7 @@ def _stairs(array: Array) -> Stairs | None:
 
 
 def _band(array: Array) -> Band | None:
-    """Two values, told apart by column - row."""
+    """Two values, chosen by column - row."""
     values = np.unique(array)
     if len(values) != 2 or array.ndim == 0:
         return None
