@@ -141,9 +141,9 @@ class Adapter:
         self._defaults = {a.name: a.default_value for a in schema.arguments}
         self._tensors = {t.name for t in op.inputs}
         self.lse_beyond_node = _LSE in self._names and _LSE not in {a.name for a in op.attributes}
-        # What a schema does not mention is what a node of ours says by default.
-        self._attributes = {a.name: a.usual if a.default is None else a.default
-                            for a in op.attributes}  # fmt: skip
+        # What a schema does not mention has the one value that such an operator knows: attention of
+        # the recipes, which have no attention_mode, is the absorbed form.
+        self._attributes: dict[str, Any] = {a.name: a.usual for a in op.attributes}
         if self.lse_beyond_node:
             self._attributes[_LSE] = 0
         self._words = [n for n in self._names if _SPELLINGS.get(n, n) not in self._tensors]
