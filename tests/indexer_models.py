@@ -20,8 +20,8 @@ class Spelling:
     """How one indexer is written.
 
     Attributes:
-        product: "matmul", "einsum" or "sum".
-        weigh: "matmul", "einsum", "mul" (times and sum), "first" (weights meet the scale first).
+        product: "matmul", "einsum", "sum", or "parts" (of two column ranges, added up).
+        weigh: "matmul", "einsum", "mul" (times and sum), "mean" over heads.
         relu: "relu", "clamp", "where", "max".
         scale: "products", "relu", "weights", "scores" or "query".
         mask: "" or how keys are hidden: see `_masked`.
@@ -69,9 +69,23 @@ class Indexer(nn.Module):
             x = x * by
         if s.wrong == "key weights":
             x = x * more[-1].unsqueeze(1)
+        if s.wrong == "routing":
+            x = _routed(x)
         x = _masked(s, x, more)
         count = min(K, x.shape[-1]) if s.top == "min" else K
-        return x.topk(count, dim=-1, sorted=s.top != "unsorted")[1]
+        best, idx = x.topk(count, dim=-1, sorted=s.top != "unsorted")
+        if s.wrong == "top-p":
+            return torch.where(torch.softmax(best, -1).cumsum(-1) < 0.8, idx, torch.tensor(-1))
+        return idx
+
+
+def _routed(x: Any) -> Any:
+    """Only the two best of the groups of four keys stay."""
+    groups = x.reshape(*x.shape[:2], x.shape[-1] // 4, 4)
+    best = groups.amax(-1)
+    kept = torch.zeros_like(best).scatter(-1, best.topk(2, -1)[1], 1.0)
+    kept = kept.unsqueeze(-1).expand(groups.shape).reshape(x.shape)
+    return x.masked_fill(kept == 0, -torch.inf)
 
 
 def _products(s: Spelling, q: Any, k: Any) -> Any:
@@ -80,6 +94,9 @@ def _products(s: Spelling, q: Any, k: Any) -> Any:
         q, k = q.float(), k.float()
     if s.product == "einsum":
         return torch.einsum("bshd,btd->bsht", q, k)
+    if s.product == "parts":
+        parts = (slice(0, 5), slice(5, None))
+        return sum(q[..., p] @ k[..., p].transpose(1, 2).unsqueeze(1) for p in parts)
     if s.product == "sum":
         return (q.unsqueeze(3) * k[:, None, None]).sum(-1)
     return torch.matmul(q, k.transpose(1, 2).unsqueeze(1))
@@ -117,8 +134,9 @@ def _weighed(s: Spelling, x: Any, w: Any) -> Any:
         return x.sum(2)
     if s.weigh == "einsum":
         x = torch.einsum("bsht,bsh->bst", x, w)
-    elif s.weigh == "mul":
-        x = (x * w.unsqueeze(-1)).sum(2)
+    elif s.weigh in ("mul", "mean"):
+        x = x * w.unsqueeze(-1)
+        x = x.sum(2) if s.weigh == "mul" else x.mean(2)
     else:
         x = torch.matmul(w.unsqueeze(-2), x).squeeze(-2)
     return torch.relu(x) if s.wrong == "outside" else x

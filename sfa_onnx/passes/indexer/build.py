@@ -33,18 +33,18 @@ class Replacement:
     Attributes:
         emitter: holds them.
         rows: the operator's indices [B, S1, 1, K], int32: visible keys first, then -1.
-        query, key, weights: the graph's elements that were taken.
+        query, key: the graph's elements that were taken, one per part.
     """
 
     def __init__(self, site: Selection, stem: str) -> None:
         self.site, self.e = site, Emitter(site.tracer, stem)
-        self.query: Ref | None = None
-        self.key: Ref | None = None
+        self.query: list[Ref] = []
+        self.key: list[Ref] = []
         self._named: set[str] = set()
         self.rows = ""
         self.listed = ""  # as `rows`; with padding, its keys are listed behind those visible
-        for state in (*site.query[:1], *site.key[:1]):
-            self.e.learn(state.ref)
+        for states in (*site.query, *site.key):
+            self.e.learn(states[0].ref)
         self._operator()
 
     # -- operands -------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ class Replacement:
     def _operator(self) -> None:
         site, e, f = self.site, self.e, self.site.formula
         lead: list[Group] = [site.batch, site.tokens]
-        self.query, q = self._side(site.query, [*lead, f.heads, [f.column]], "query")
-        self.key, k = self._side(site.key, [site.batch, [f.keys], [], [f.column]], "key")
+        q = self._sides(site.query, [*lead, f.heads], "query")
+        k = self._sides(site.key, [site.batch, [f.keys], []], "key")
         w = self._weights([*lead, f.heads])
         if site.masks.padding:
             q, k, w = self._with_padding(q, k, w)
@@ -81,6 +81,19 @@ class Replacement:
         self.listed = self.rows = made[0]
         if site.masks.padding:
             self.rows = self._without_padding(made[0], made[1])
+
+    def _sides(self, paths: Sequence[Sequence[State]], groups: Sequence[Group], hint: str) -> str:
+        """Queries or keys of all parts, side by side: one product instead of their sum."""
+        e, kind = self.e, self.site.elem_type
+        found = []
+        for part, states in zip(self.site.formula.parts, paths, strict=True):
+            ref, value = self._side(states, [*groups, [part.column]], hint)
+            if hint == "query" and part.factor != 1:
+                by = e.cast(e.constant(np.asarray(part.factor, np.float32)), kind)
+                value = e.emit("Mul", [value, by], hint, kind)
+            (self.query if hint == "query" else self.key).append(ref)
+            found.append(value)
+        return found[0] if len(found) == 1 else e.emit("Concat", found, hint, kind, axis=-1)
 
     def _side(self, states: Sequence[State], groups: Sequence[Group], hint: str) -> tuple[Ref, str]:
         """The first tensor that needs no transpose, or else the first that is a view."""
@@ -154,8 +167,10 @@ class Replacement:
         site, e = self.site, self.e
         more = int(bool(site.masks.padding))
         heads = math.prod(x.size for x in site.formula.heads) + more
-        width = site.formula.column.size + more
-        if not all(e.static(x) for x in (*site.formula.heads, site.formula.column)):
+        width = site.formula.width + more
+        if not all(
+            e.static(x) for x in (*site.formula.heads, *(p.column for p in site.formula.parts))
+        ):
             raise Stop("how many heads there are, or their width, is open", site.region.scores)
         shapes = (e.ints([-1, 1, heads, width]), e.ints([-1, 1, heads]))
         q = e.emit("Reshape", [inputs[0], shapes[0]], "query", e.elem_type(inputs[0]))
@@ -189,7 +204,7 @@ class Replacement:
         zero = e.cast(e.constant(np.zeros((1, 1, 1, 1), np.float32)), kind)
         column = e.emit("Expand", [zero, e.dims([*rows, f.heads, []])], "zeros", kind)
         q = e.emit("Concat", [q, column], "query", kind, axis=-1)
-        corner = np.zeros((1, 1, 1, f.column.size + 1), np.float32)
+        corner = np.zeros((1, 1, 1, f.width + 1), np.float32)
         corner[..., -1] = 1
         one = e.cast(e.constant(corner), kind)
         target = e.emit("Concat", [*(e.size(g) for g in rows), e.ints([1, corner.shape[-1]])],

@@ -60,7 +60,9 @@ class _Names:
         for group, name in ((site.batch, "B"), (site.tokens, "S1"), (f.heads, "Hi")):
             for i, label in enumerate(group):
                 self.names[label] = name if not i else f"{name}_{i}"
-        self.names |= {f.keys: "S2", f.column: "Di"}
+        self.names[f.keys] = "S2"
+        for i, part in enumerate(f.parts):
+            self.names.setdefault(part.column, "Di" if not i else f"Di_{i}")
 
     def axes(self, ref: Ref) -> tuple[str, ...]:
         """Axis names of the tensor of `ref`."""
@@ -90,8 +92,8 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
         kind = site.tracer.sizes.elem_type(ref.value)
         known[ref.value] = Operand(ref.value, role, names.axes(ref), kind, domain or Domain())
 
-    for ref, role in ((made.query, Role.QUERY), (made.key, Role.INDEX_KEY)):
-        if ref is not None:
+    for refs, role in ((made.query, Role.QUERY), (made.key, Role.INDEX_KEY)):
+        for ref in refs:
             add(ref, role)
     for ref in site.formula.weights:
         add(ref, Role.INDEX_WEIGHTS)

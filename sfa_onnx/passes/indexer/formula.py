@@ -19,7 +19,7 @@ from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
 from sfa_onnx.passes.values.terms import Term
 
-__all__ = ["Formula", "read_formula"]
+__all__ = ["Formula", "Part", "read_formula"]
 
 _WANTED: Final = "expected sum over heads of weight * relu(query . key)"
 _RELUS: Final = frozenset(("Clip", "Max", "Relu", "Where"))
@@ -27,12 +27,27 @@ _PLAIN: Final = frozenset(("Exp", "Max", "Min", "Pow", "Sqrt"))
 
 
 @dataclass(frozen=True)
-class Formula:
-    """The scores of a selection, taken apart.
+class Part:
+    """One product of query and key under the relu: the columns of its own.
 
     Attributes:
         query, key: elements that are multiplied, over `column`.
         column: runs over their width.
+        factor: how much of it there is next to the first one.
+    """
+
+    query: Ref
+    key: Ref
+    column: Label
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The scores of a selection, taken apart.
+
+    Attributes:
+        parts: the products that are added up under the relu, side by side as columns.
         heads: labels that are summed over (none: one head).
         weights: elements whose product is a head's weight.
         rows: labels of the rows that select, one per axis of the scores (size 1: no axis).
@@ -40,14 +55,27 @@ class Formula:
         masks: what a key is seen under.
     """
 
-    query: Ref
-    key: Ref
-    column: Label
+    parts: tuple[Part, ...]
     heads: tuple[Label, ...]
     weights: tuple[Ref, ...]
     rows: tuple[Label, ...]
     keys: Label
     masks: tuple[Visible, ...] = ()
+
+    @property
+    def query(self) -> Ref:
+        """The first product's query."""
+        return self.parts[0].query
+
+    @property
+    def key(self) -> Ref:
+        """The first product's key."""
+        return self.parts[0].key
+
+    @property
+    def width(self) -> int:
+        """All columns."""
+        return sum(part.column.size for part in self.parts)
 
 
 def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
@@ -75,11 +103,8 @@ def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
         literals += _conditions(reader, condition, region)
     for mask in masks:
         literals += additive(tracer, mask)
-    query, key = known.sides(rows, keys)
     return Formula(
-        query,
-        key,
-        known.column,
+        known.sides(rows, keys),
         tuple(known.heads),
         tuple(known.weights),
         rows,
@@ -146,8 +171,7 @@ class _Parts:
         self.weights: list[Ref] = []
         self.heads: list[Label] = []
         self.scale = 1.0
-        self.dot: Term | None = None
-        self.column = Label("", 1)
+        self.dots: list[tuple[float, Term]] = []
 
     def take(self, term: Term) -> None:
         """One product, sums within it included."""
@@ -159,7 +183,7 @@ class _Parts:
             elif f.op == "sum":
                 self.heads.append(f.label)
                 self.take(f.args[0])
-            elif f.op == "max" and self.dot is None:
+            elif f.op == "max" and not self.dots:
                 self._activated(f)
             else:
                 raise self._strange(f)
@@ -173,12 +197,12 @@ class _Parts:
     def _chosen(self, own: tuple[Term, ...]) -> list[Term]:
         """The factors but for [c <q, k> > 0] <q, k>, which is a relu as well."""
         dots, flags = ([f for f in own if f.op == op] for op in ("dot", "flag"))
-        if len(dots) == 1 == len(flags) and self.dot is None:
+        if len(dots) == 1 == len(flags) and not self.dots:
             condition = flags[0].args[0]
             above = condition.op in ("lt", "le") and condition.args[0].is_number(0.0)
             by, rest = coefficient(condition.args[1]) if above else (0.0, flags[0])
             if by > 0 and rest == dots[0]:
-                self.dot = dots[0]
+                self.dots = [(1.0, dots[0])]
                 return [f for f in own if f is not dots[0] and f is not flags[0]]
         return list(own)
 
@@ -203,34 +227,45 @@ class _Parts:
                 self.region.scores,
                 _WANTED,
             )
-        for f in factors(rest[0]):
-            if f.is_number():
-                if f.value <= 0:
-                    raise Stop(
-                        f"products are multiplied by {f.value:g} before the relu, which is not"
-                        " positive",
-                        self.region.scores,
-                        "negate the query (or the keys) instead",
-                    )
-            elif f.op == "dot" and self.dot is None:
-                self.dot = f
-            else:
-                inside = "masks, biases and weights belong behind it"
-                raise Stop(
-                    f"the relu is of {rest[0]}, not of a product of query and key: {inside}",
-                    self.region.scores,
-                    _WANTED,
-                )
+        self.dots = [self._product(rest[0], part) for part in addends(rest[0])]
 
-    def sides(self, rows: tuple[Label, ...], keys: Label) -> tuple[Ref, Ref]:
-        """(query, key) of the product.
+    def _product(self, whole: Term, part: Term) -> tuple[float, Term]:
+        """C <q, k> as (c, <q, k>)."""
+        by, found = coefficient(part)
+        if found.op != "dot":
+            inside = "masks, biases and weights belong behind it"
+            raise Stop(
+                f"the relu is of {whole}, not of a product of query and key: {inside}",
+                self.region.scores,
+                _WANTED,
+            )
+        if by <= 0:
+            raise Stop(
+                f"products are multiplied by {by:g} before the relu, which is not positive",
+                self.region.scores,
+                "negate the query (or the keys) instead",
+            )
+        return by, found
+
+    def sides(self, rows: tuple[Label, ...], keys: Label) -> tuple[Part, ...]:
+        """The products, with queries and keys told apart.
 
         Raises:
             Stop: there is none, or keys differ by head.
         """
-        if self.dot is None:
+        if not self.dots:
             raise Stop("no product of queries and keys is in the scores", self.region.scores)
-        a, b, self.column = self.dot.factors
+        if not self.weights:
+            raise Stop(
+                "heads have no weights: the scores are a plain sum",
+                self.region.scores,
+                "multiply each head's relu by its weight (ones, if need be)",
+            )
+        first = self.dots[0][0]
+        return tuple(self._sides(dot, by / first, rows, keys) for by, dot in self.dots)
+
+    def _sides(self, dot: Term, factor: float, rows: tuple[Label, ...], keys: Label) -> Part:
+        a, b, column = dot.factors
         if (keys in a.labels) == (keys in b.labels):
             raise Stop(
                 "query and key both depend on the key, or neither does", self.region.scores, _WANTED
@@ -242,12 +277,6 @@ class _Parts:
                 key.value,
                 "the operator has one key head",
             )
-        if not self.weights:
-            raise Stop(
-                "heads have no weights: the scores are a plain sum",
-                self.region.scores,
-                "multiply each head's relu by its weight (ones, if need be)",
-            )
         own_rows = [x for x in rows if x in query.labels and x not in key.labels]
         if not self.heads and len(own_rows) > 1:
             raise Stop(
@@ -255,7 +284,7 @@ class _Parts:
                 self.region.scores,
                 "the operator selects once for all heads",
             )
-        return query, key
+        return Part(query, key, column, factor)
 
     def _strange(self, term: Term) -> Stop:
         """What is in the place of the relu, by name."""

@@ -37,7 +37,7 @@ class Selection:
         batch, tokens: the rows that select: those that distinguish sequences, and the others.
         masks: by kind.
         elem_type: the operator's type of query and key.
-        query, key: where they may be taken from, nearest to the product first.
+        query, key: where those of each part may be taken from, nearest to the product first.
         count: how many keys a row selects at most.
         constant_k: whether the graph always selects so many.
         mode: the operator's sparse_mode.
@@ -53,8 +53,8 @@ class Selection:
     tokens: list[Label]
     masks: Masks
     elem_type: int
-    query: list[State]
-    key: list[State]
+    query: list[list[State]]
+    key: list[list[State]]
     count: int
     constant_k: bool
     mode: int = 0
@@ -85,10 +85,11 @@ def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) ->
     heads = 1
     for label in formula.heads:
         heads *= label.size
-    bound.append(f"scores: {heads} heads x {formula.column.size}, key {formula.key.value}")
+    bound.append(f"scores: {heads} heads x {formula.width}, key {formula.key.value}")
     rows = [x for x in formula.rows if x.size > 1]
-    batch = [x for x in rows if x in formula.key.labels]
-    tokens = [x for x in rows if x not in formula.key.labels]
+    stored = frozenset(x for part in formula.parts for x in part.key.labels)
+    batch = [x for x in rows if x in stored]
+    tokens = [x for x in rows if x not in stored]
     _check_labels(formula, rows, batch)
     masks = sort_masks(tracer, formula.masks, rows, batch, formula.keys)
     count, constant_k = _count(tracer, node)
@@ -125,26 +126,35 @@ def _check_labels(formula: Formula, rows: Sequence[Label], batch: Sequence[Label
     Raises:
         Stop: one does not.
     """
-    heads = set(formula.heads)
-    allowed = [
-        (formula.query, {*rows, *heads, formula.column}, "query"),
-        (formula.key, {*batch, formula.keys, formula.column}, "key"),
-        *((w, {*rows, *heads}, "weight") for w in formula.weights),
-    ]
+    heads = {x for x in formula.heads if x.size > 1}
+    allowed = [(w, {*rows, *heads}, "weight") for w in formula.weights]
+    for part in formula.parts:
+        allowed.append((part.query, {*rows, *heads, part.column}, "query"))
+        allowed.append((part.key, {*batch, formula.keys, part.column}, "key"))
     for ref, labels, what in allowed:
         if strange := ref.labels - labels:
             names = ", ".join(sorted(x.name for x in strange))
             raise Stop(f"the {what} {ref.value} also runs over {names}", ref.value)
-    covered = formula.query.labels.union(*(w.labels for w in formula.weights))
-    if not any(formula.keys in c.labels for c in formula.key.coords):
-        raise Stop(f"{formula.key.value} is no row of keys", formula.key.value)
-    if formula.heads and not heads & covered:
+    told = (*(p.query for p in formula.parts), *formula.weights)
+    if heads and not heads & {x for ref in told for x in ref.labels}:
         raise Stop("heads are distinguished by nothing", formula.query.value)
-    pooled = [c for c in formula.key.coords if formula.keys in c.labels]
+    for part in formula.parts:
+        _check_keys(formula, part.key)
+
+
+def _check_keys(formula: Formula, key: Ref) -> None:
+    """Every stored key is looked at.
+
+    Raises:
+        Stop: keys are pooled or gathered.
+    """
+    pooled = [c for c in key.coords if formula.keys in c.labels]
+    if not pooled:
+        raise Stop(f"{key.value} is no row of keys", key.value)
     if len(pooled) != 1 or axis_labels(pooled[0]) is None:
         raise Stop(
-            f"keys are read at {pooled[0]} of {formula.key.value}: they are pooled or gathered",
-            formula.key.value,
+            f"keys are read at {pooled[0]} of {key.value}: they are pooled or gathered",
+            key.value,
             "the indexer looks at every stored key",
         )
 
@@ -187,21 +197,24 @@ def _count(tracer: Tracer, node: onnx.NodeProto) -> tuple[int, bool]:
     )
 
 
-def _sides(tracer: Tracer, formula: Formula) -> tuple[int, list[State], list[State]]:
-    """The operator's type, and the tensors that query and key may be taken from."""
-    paths = [_exact(tracer, formula.query), _exact(tracer, formula.key)]
+def _sides(tracer: Tracer, formula: Formula) -> tuple[int, list[list[State]], list[list[State]]]:
+    """The operator's type, and the tensors that queries and keys may be taken from."""
+    refs = [ref for part in formula.parts for ref in (part.query, part.key)]
+    paths = [_exact(tracer, ref) for ref in refs]
     kinds = [tracer.sizes.elem_type(p[-1].ref.value) for p in paths]
-    own = kinds[0] if kinds[0] == kinds[1] else _T.FLOAT
+    own = kinds[0] if len(set(kinds)) == 1 else _T.FLOAT
     if own not in (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16):
         raise Stop(
             f"the scores are computed in {_T.DataType.Name(own)}", formula.query.value,
             "the operator takes float32, float16 and bfloat16",
         )  # fmt: skip
-    for kind, ref in zip(kinds, (formula.query, formula.key), strict=True):
+    for kind, ref in zip(kinds, refs, strict=True):
         if _MANTISSA.get(kind, 99) > _MANTISSA[own]:
             raise Stop(f"{ref.value} is {_T.DataType.Name(kind)}", ref.value)
-    _check_stored(tracer, paths[1])
-    return own, _usable(tracer, paths[0], own), _usable(tracer, paths[1], own)
+    for path in paths[1::2]:
+        _check_stored(tracer, path)
+    usable = [_usable(tracer, path, own) for path in paths]
+    return own, usable[::2], usable[1::2]
 
 
 def _exact(tracer: Tracer, ref: Ref) -> list[State]:

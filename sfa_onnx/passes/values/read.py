@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Final
 
@@ -29,6 +30,7 @@ _REDUCE: Final = {
     "ReduceLogSumExp": "sum",
     "ReduceLogSum": "sum",
     "ReduceL1": "sum",
+    "ReduceMean": "sum",
 }
 _KEYS: Final = ("sum", "maximum")
 _COUNTS: Final = ("ReduceSum", "ReduceMax", "ReduceMin")  # of flags
@@ -277,6 +279,11 @@ class Reader:
             kind = {"maximum": "any", "minimum": "all"}[kind]
         if node.op_type == "ReduceLogSumExp":
             body = self.n.exp(body)
+        if node.op_type == "ReduceMean":
+            if any(self.tracer.open(label.size) for label in labels):
+                self.opaque[ref.value] = node.op_type
+                return element(ref)
+            body = self.n.mul(number(1 / math.prod(label.size for label in labels)), body)
         for label in reversed(labels):
             body = self.over(kind, label, body)
         return self.n.log(body) if node.op_type in ("ReduceLogSumExp", "ReduceLogSum") else body
