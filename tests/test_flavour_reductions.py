@@ -110,10 +110,24 @@ def test_computed_axes(kind: str) -> None:
         same(model, "9.1", {"x": values((2, 3, 4)), "axes": np.array([axis])})
 
 
-@pytest.mark.parametrize("kind", ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"])
-def test_noop_reductions_become_nothing(kind: str) -> None:
-    atc = same(reduction(kind, None, noop=1), None, {"x": values((2, 3, 8))})
-    assert ops(atc) == ["Identity"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_over_no_axes_what_stands_beside_the_sum_stays(kind: str) -> None:
+    """Only the reduction is none: a sum of squares squares, a norm of one number is its size."""
+    x = values((2, 3, 8))
+    x *= 1 if kind == "ReduceLogSum" else np.random.default_rng(1).choice([-1, 1], x.shape)
+    atc = same(reduction(kind, None, noop=1), None, {"x": x.astype(np.float32)})
+    beside = {"L1": "Abs", "L2": "Abs", "LogSum": "Log", "SumSquare": "Mul"}
+    assert ops(atc) == [beside.get(kind.removeprefix("Reduce"), "Identity")]
+
+
+@pytest.mark.parametrize("kind", ["ReduceMax", "ReduceMin", "ReduceProd"])
+def test_axes_from_run_time_where_a_line_wants_numbers(kind: str) -> None:
+    model = reduction(kind, None)
+    model.graph.node[0].input.append("axes")
+    model.graph.input.append(helper.make_tensor_value_info("axes", TensorProto.INT64, [1]))
+    with pytest.raises(ModelError, match="known only at run time"):
+        convert(model, cann="8.5")
+    assert not lost(convert(model, cann="9.1").model, "9.1")
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT32])

@@ -59,11 +59,20 @@ def readable_reductions(line: str | None) -> Rule:
             return None
         form = form_of(scope, node)
         if form == "noop":
-            return [scope.replace(node, "Identity", node.input[:1])]
+            return [_over_nothing(scope, node)]
         made = _Reduction(scope, node, form).rewritten(lines)
         return made or None
 
     return rule
+
+
+def _over_nothing(scope: Scope, node: NodeProto) -> NodeProto:
+    """A reduction over no axes: what it computes beside the sum stays (ReduceSumSquare squares)."""
+    x, kind = node.input[0], node.op_type
+    if kind == "ReduceSumSquare":
+        return scope.replace(node, "Mul", [x, x])
+    alone = {"ReduceL1": "Abs", "ReduceL2": "Abs", "ReduceLogSum": "Log"}
+    return scope.replace(node, alone.get(kind, "Identity"), [x])
 
 
 @dataclass
@@ -153,7 +162,7 @@ class _Reduction:
         if self.scope.opset >= (13 if kind == "Sum" else 18):
             inputs.append(axes.value or self._listed(known or ()))
         else:
-            attributes |= {"axes": list(known or ())}
+            attributes |= {"axes": list(self._known(axes) if axes.value else known or ())}
         made = self._add(f"Reduce{kind}", inputs, part, dtype=dtype or self.dtype, **attributes)
         return self._ones(x, made) if flat and self.keep else made
 
