@@ -37,12 +37,20 @@ def check_report(console: Console, report: CheckReport) -> None:
     if rows:
         families = list(report.support[0].engines)
         console.table(("operator", "nodes", "types", *families), rows, right=(1,))
-    console.say("verdict: " + VERDICTS[report.verdict])
+    console.say("verdict: " + _verdict(report))
     if not rows and report.support:
         console.say("-v lists where each operator would run, as far as that is known", style="dim")
     if report.fixable:
         found = count(len(report.fixable), "finding")
         console.say("{} can be fixed: run again with --fix", found, style="dim")
+
+
+def _verdict(report: CheckReport) -> str:
+    """One line; what converts without an error and means something else is told apart."""
+    stages = {finding.stage for finding in report.of("error")}
+    if report.parser == "accepted" and stages == {"meaning"}:
+        return "[red]would convert, without an error, to something else than the file means[/red]"
+    return VERDICTS[report.verdict]
 
 
 def _engines(row: Any) -> list[str]:
