@@ -43,6 +43,7 @@ KINDS = ("deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "mistral_large4")
 PAIRS = (
     Kin("deepseek_v32", "hf", "decode", padded=True),
     Kin("deepseek_v32", "hf", "decode", cache="static"),
+    Kin("deepseek_v32", "hf", "decode", cache="static", heads=1),
     Kin("deepseek_v32", "torch", "prefill"),
     Kin("glm_moe_dsa", "torch", "decode", padded=True),
     Kin("glm_moe_dsa", "hf", "prefill"),

@@ -70,7 +70,21 @@ def _step(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | N
         return _reshape(index, node, stream)
     if node.op_type in ("Slice", "Split"):
         return _columns(index, node, stream)
+    if node.op_type == "Expand":
+        return _unchanged(index, node, stream)
     return None
+
+
+def _unchanged(index: GraphIndex, node: onnx.NodeProto, stream: Stream) -> Stream | None:
+    """An Expand that repeats nothing: to one head, as exporters write it for any number of them."""
+    before, after = index.shape(node.input[0]), index.shape(node.output[0])
+    if before is None or len(before) != len(stream.axes):
+        return None
+    if after is None or len(after) != len(before):
+        return None
+    pairs = zip(before, after, stream.axes, strict=True)
+    kept = all(b is not None and (b == a or (label == "1" and b == 1)) for b, a, label in pairs)
+    return replace(stream, value=node.input[0]) if kept else None
 
 
 def _axes_input(index: GraphIndex, node: onnx.NodeProto) -> list[int] | None:

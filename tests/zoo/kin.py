@@ -34,21 +34,23 @@ class Kin:
     cache: str = "dynamic"  # or "static": fixed capacity, written in place
     layers: int = 2
     nope: bool = False  # mistral_large4: the last layer has no rope
+    heads: int = 4  # with one, no axis tells a head's rows from the cache
 
     def __str__(self) -> str:
         pad = "padded" if self.padded else "plain"
         kind = "-static" if self.cache == "static" else ""
         kind += "-nope" if self.nope else ""
+        kind += f"-{self.heads}head" if self.heads != 4 else ""
         return f"{self.model}-{self.exporter}-{self.phase}-{pad}{kind}"
 
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "kv_lora_rank": LATENT, "q_lora_rank": 48, "qk_rope_head_dim": ROPE,
-    "qk_nope_head_dim": 32, "v_head_dim": 24, "index_topk": TOPK, "index_head_dim": INDEX,
-    "index_n_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.15,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
-    "topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "kv_lora_rank": LATENT,
+    "q_lora_rank": 48, "qk_rope_head_dim": ROPE, "qk_nope_head_dim": 32, "v_head_dim": 24,
+    "index_topk": TOPK, "index_head_dim": INDEX, "index_n_heads": 4,
+    "max_position_embeddings": 256, "initializer_range": 0.15, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 
@@ -58,6 +60,8 @@ def _config(kin: Kin) -> tuple[Any, Any]:
 
     sizes = _COMMON | {
         "num_hidden_layers": kin.layers,
+        "num_attention_heads": kin.heads,
+        "num_key_value_heads": kin.heads,
         "mlp_layer_types": ["dense"] * kin.layers,
     }
     if kin.model == "mistral_large4":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 
-from sfa_onnx.passes.axes.expr import Read, merge
+from sfa_onnx.passes.axes.expr import Label, Read, merge
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.bind.rows import State
 from sfa_onnx.passes.emit.emitter import Emitter, Group
@@ -22,12 +22,17 @@ _T = onnx.TensorProto
 def cache(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_type: int) -> str:
     """A stored tensor with one axis per group, from the first on the path that is a plain view.
 
-    Cast to `elem_type` where it has another (0: as it is; int8 must be int8).
+    Columns that a graph puts together for each head are rather taken where they lie alone: then
+    nothing has to be put together any more. Cast to `elem_type` where the tensor has another (0: as
+    it is; int8 must be int8).
     """
     e, sizes = plan.e, plan.site.tracer.sizes
     labels = {x for g in groups for x in g}
     path = [s for s in unrounded(plan.site, path, elem_type) if s.factor == path[-1].factor]
     ready = [s for s in path if is_view(s.ref) and s.ref.labels <= labels]
+    if ready and _among_others(plan, ready[0].ref, groups[-1]):
+        order = [x for g in groups for x in g]
+        ready.sort(key=lambda s: (_among_others(plan, s.ref, groups[-1]), _moved(s.ref, order)))
     exact = [s for s in ready if sizes.elem_type(s.ref.value) == elem_type]
     last: Stop | None = None
     for state in exact[::-1] if elem_type == _T.INT8 else (*exact, *ready):  # int8: as stored
@@ -41,6 +46,22 @@ def cache(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_type:
     raise last or Stop(
         f"{path[-1].ref.value} is not a cache of one row per key", path[-1].ref.value
     )
+
+
+def _among_others(plan: Plan, ref: Ref, columns: Group) -> bool:
+    """Whether these columns are a part of the tensor's columns."""
+    for axis, coordinate in enumerate(ref.coords):
+        labels = axis_labels(coordinate) or []
+        if set(labels) & set(columns):
+            width = plan.site.tracer.shape(ref.value)[axis]
+            return bool(coordinate.const) or int(np.prod([x.size for x in labels])) != width
+    return False
+
+
+def _moved(ref: Ref, order: Sequence[Label]) -> bool:
+    """Whether the tensor's axes stand in another order than these labels."""
+    found = [x for c in ref.coords for x in axis_labels(c) or ()]
+    return found != [x for x in order if x in found]
 
 
 def gathered(plan: Plan, path: Sequence[State], groups: Sequence[Group], elem_type: int) -> str:
