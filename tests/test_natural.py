@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import parser
 
 import sfa_onnx
 from sfa_onnx.passes.verify import verifier
@@ -236,3 +237,38 @@ def test_dense_masks_are_judged_too(padded: bool, low: str, said: str) -> None:
     (wrong,) = sfa_onnx.fuse(dense("Greater", low, padded=padded)).sites
     assert wrong.status == "refused"
     assert "hides" in wrong.reason
+
+
+OWN_SIZE = """<ir_version: 8, opset_import: ["" : 17]>
+site (float[b,s,4,40] q, float[b,t,40] kv, float[b,s,u] w, int64[b,t] there) => (float[b,s,4,32] o)
+<int64[1] k4={4}, int64[1] z={0}, int64[1] one={1}, int64[1] two={2}, int64[1] ax3={3},
+ int64[1] c32={32}, float sc={0.15}, float low={-1e30}>
+{
+ best, idx = TopK(w, k4)
+ sb = Shape<start=0, end=2>(q)
+ sk = Shape<start=1, end=2>(kv)
+ whole = Concat<axis=0>(sb, sk)
+ none = ConstantOfShape<value=bool[1] {0}>(whole)
+ ish = Shape(idx)
+ ones = ConstantOfShape<value=bool[1] {1}>(ish)
+ sel = ScatterElements<axis=-1>(none, idx, ones)
+ t1 = Unsqueeze(there, one)
+ keep = Cast<to=9>(t1)
+ m = And(sel, keep)
+ m4 = Unsqueeze(m, two)
+ k = Unsqueeze(kv, one)
+ kt = Transpose<perm=[0,1,3,2]>(k)
+ s0 = MatMul(q, kt)
+ s1 = Mul(s0, sc)
+ x = Where(m4, s1, low)
+ p = Softmax<axis=-1>(x)
+ v = Slice(k, z, c32, ax3)
+ o = MatMul(p, v)
+}"""
+
+
+def test_what_a_top_k_chose_among_may_have_a_size_of_its_own_name():
+    """Padding of a half-full cache does not hide what is selected, whatever scores are called."""
+    for low, status in (("low", "fused"), ("sc", "refused")):
+        model = parser.parse_model(OWN_SIZE.replace("s1, low)", f"s1, {low})"))
+        assert [s.status for s in sfa_onnx.fuse(model).sites] == [status], low

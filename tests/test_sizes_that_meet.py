@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, parser
 
 import sfa_onnx
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.dims import left_over
 from tests.zoo.judge import run_fused, run_original
 from tests.zoo.write import Graph
 
@@ -183,3 +187,74 @@ def test_indices_for_a_part_of_the_rows_are_refused() -> None:
     (site,) = sfa_onnx.fuse(model).sites
     assert site.status == "refused"
     assert "indices has size 1 on axis 0" in site.reason
+
+
+def test_quotients_of_sizes_say_what_must_be_one():
+    sizes = {"b": 7, "s": 11, "b2": 13, "s2": 17}
+    assert left_over("(8*b2*s2)//(b*s)", sizes) == (13, 7)
+    assert left_over("(8*b2*s2)//(b*s)", sizes | {"b2": 7}) == (17, 11)
+    assert left_over("4*(s2//s)", sizes) == (17, 11)
+    for whole in ("(8*b*s)//(b*s)", "(s + 63)//64", "(b*s)//b2", "(b*s)//b", "b*s", "?"):
+        assert left_over(whole, sizes) is None
+
+
+DIM = "(8*b2*s2)//(b*s)"  # as exporters declare it
+FLAT = """<ir_version: 8, opset_import: ["" : 17]>
+site (float[b,s,4,40] q, float[24,40] pages, int64[b2,s2,8] ragged) => (float[n,4,32] o)
+<int64[3] rows={-1,4,40}, int64[1] flat={-1}, int64[1] ax1={1}, int64[1] ax2={2}, int64[1] z={0},
+ int64[1] c32={32}, int64 nought={0}, float sc={0.15}, float low={-1e30}, int64[1] m1={-1},
+ int64[1] width={40}>
+{
+ ok = GreaterOrEqual(ragged, nought)
+ bad = Not(ok)
+ idx = Max(ragged, nought)
+ line = Reshape(idx, flat)
+ got = Gather<axis=0>(pages, line)
+ bs = Shape<start=0, end=2>(q)
+ n = ReduceProd<keepdims=1>(bs)
+ at = Concat<axis=0>(n, m1, width)
+ k = Reshape(got, at)
+ none = Concat<axis=0>(n, ax1, m1)
+ hid = Reshape(bad, none)
+ qf = Reshape(q, rows)
+ kt = Transpose<perm=[0,2,1]>(k)
+ s0 = MatMul(qf, kt)
+ s1 = Mul(s0, sc)
+ x = Where(hid, low, s1)
+ p = Softmax<axis=-1>(x)
+ v = Slice(k, z, c32, ax2)
+ o = MatMul(p, v)
+}"""
+
+
+def test_views_of_two_inputs_that_share_their_rows():
+    """The exporter names the sizes of queries and indices apart; views make them one."""
+    model = parser.parse_model(FLAT)
+    for name, kind, dims in (("k", 1, ["b*s", DIM, 40]), ("hid", 9, ["b*s", 1, DIM])):
+        model.graph.value_info.append(helper.make_tensor_value_info(name, kind, dims))
+    report = sfa_onnx.fuse(model)
+    assert [s.status for s in report.sites] == ["fused"], report.sites
+    record = report.fused[0].record
+    assert record is not None
+    assert any("sizes" in a and "are equal" in a for a in record.assumptions), record.assumptions
+    rng = np.random.default_rng(4)
+    for b, s in ((2, 3), (1, 1), (3, 2)):
+        ragged = rng.permuted(np.broadcast_to(np.arange(24), (b, s, 24)), axis=-1)[..., :8]
+        ragged[0, 0, 3:] = -1
+        feeds = {
+            "q": rng.standard_normal((b, s, 4, 40), np.float32),
+            "pages": rng.standard_normal((24, 40), np.float32),
+            "ragged": np.ascontiguousarray(ragged),
+        }
+        want, got = run_original(model, feeds)[0], run_fused(report.model, feeds)[0]
+        assert np.abs(want - got).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_a_range_of_floats_is_as_long_as_the_size_it_counts_to():
+    g = Graph(18)
+    count = g.op("Cast", g.op("Squeeze", g.op("Shape", "x", start=1, end=2)), to=1)
+    zero, one = g.const(0.0, np.float32), g.const(1.0, np.float32)
+    line = g.op("Cast", g.op("Range", zero, count, one), to=6)
+    model = g.model({"x": ("f32", (2, "t"))}, {"line": ("i32", ("n",))}, [line])
+    sizes = Concrete(GraphIndex(model.graph))
+    assert sizes.shape(model.graph.node[-2].output[0]) == (sizes.symbols["t"],)

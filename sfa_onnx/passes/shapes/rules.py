@@ -301,11 +301,24 @@ def _einsum(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
 
 
 def _range(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
-    start, stop, step = ((_ints(sizes, node, i) or [0])[0] for i in range(3))
+    ends = [_whole(sizes, node.input[i]) for i in range(3)]
+    known = [x for x in ends if x is not None]
+    if len(known) == len(ends) and known[2] and any(map(is_open, known)):
+        return [(-((known[0] - known[1]) // known[2]),)]
     array = sizes.value(node.output[0])
-    if array is None or array.dtype.kind != "i" or not any(map(is_open, (start, stop, step))):
-        return [None if array is None else array.shape]
-    return [(-((start - stop) // step),)]
+    return [None if array is None else array.shape]
+
+
+def _whole(sizes: Sizes, value: str) -> int | None:
+    """A whole number, which may be spelled as a float; None: it is none, or not known."""
+    node = sizes.maker(value)
+    counted = node.input[0] if node is not None and node.op_type == "Cast" else value
+    if found := sizes.entries(value) or sizes.entries(counted):
+        return found[0]
+    array = sizes.value(value)
+    one = array is not None and array.size == 1 and array.dtype.kind == "f"
+    number = float(np.asarray(array).reshape(-1)[0]) if one else math.nan
+    return int(number) if number.is_integer() else None
 
 
 def _scatter(sizes: Sizes, node: onnx.NodeProto) -> Shapes:

@@ -115,7 +115,8 @@ class Natural:
         """Integers for a source: of a TopK's choice, which may be pools of keys, in its range."""
         source, axis = self.among.get(name, ("", 0))
         of = sizes.shape(source) if source else None
-        if of is None or of[axis] == problem.dims.capacity:
+        free = of is not None and bool(shape) and of[axis] < shape[-1]  # a size of its own name
+        if of is None or free or of[axis] == problem.dims.capacity:
             return ordinary(name, shape, problem, way, chosen=name in self.chosen)
         return selected(shape, int(of[axis]), way)
 
