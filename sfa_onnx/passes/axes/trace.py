@@ -147,8 +147,11 @@ class Tracer:
         number = self.sizes.scalar(value)
         return number if number is not None and number == self.other.scalar(value) else None
 
-    def fill(self, value: str) -> float | None:
-        """The number a constant tensor holds everywhere: scalars, expanded ones, filled tables."""
+    def fill(self, value: str, *, folded: bool = True) -> float | None:
+        """The number a constant tensor holds everywhere: scalars, expanded ones, filled tables.
+
+        `folded`: also where sizes decide it.
+        """
         for _ in range(16):
             fill = self.index.fill_value(value)
             if fill is not None:
@@ -161,10 +164,10 @@ class Tracer:
                 number = 0 if tensor is None else onnx.numpy_helper.to_array(tensor).reshape(-1)[0]
                 return float(number)
             if node.op_type == "Mul":  # ones * -inf
-                a, b = (self.fill(n) for n in node.input)
+                a, b = (self.fill(n, folded=folded) for n in node.input)
                 return None if a is None or b is None else a * b
             if node.op_type not in _FILLED:
-                return self._folded_fill(value)
+                return self._folded_fill(value) if folded else None
             value = node.input[0]
         return None
 

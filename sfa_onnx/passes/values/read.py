@@ -139,6 +139,8 @@ class Reader:
 
     def _fixed(self, value: str, fill: float) -> bool:
         """Whether a number does not depend on the sizes of the inputs."""
+        if self.tracer.fill(value, folded=False) is not None:
+            return True
         again = self.tracer.other.value(value)
         return again is None or bool((again == fill).all())
 
