@@ -16,13 +16,11 @@ from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Dot, Move, Ref
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import PARTS, VIEWS
 
 __all__ = ["Picked", "one_hot_node", "picked", "picks"]
 
-_VIEWS: Final = frozenset(
-    ("Cast", "Concat", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-)
-_SAME_VALUES: Final = (_VIEWS - {"Concat"}) | {"Flatten", "Slice", "Split", "Tile"}
+_SAME_VALUES: Final = PARTS | {"Tile"}
 _FAR: Final = 16
 _INTS: Final = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
@@ -52,7 +50,7 @@ def one_hot_node(index: GraphIndex, value: str) -> onnx.NodeProto | None:
             return node
         if node.op_type == "Equal":
             return node if index.elem_type(node.input[0]) in (*_INTS, 0) else None
-        if node.op_type not in _VIEWS:
+        if node.op_type not in VIEWS | {"Concat"}:
             return None
         value = node.input[0]
     return None

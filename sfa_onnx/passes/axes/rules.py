@@ -12,6 +12,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts
+from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
 from sfa_onnx.passes.axes.writes import all_written, assigned_where, window
 from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds, sliced
@@ -324,15 +325,11 @@ def _einsum(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 def _reduce_sum(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     """A product of two tensors, summed over one axis of both: a contraction written out."""
-    flags, shape = attributes(node), tracer.shape(node.input[0])
-    given = tracer.sizes.value(node.input[1]) if len(node.input) > 1 else flags.get("axes")
-    if given is None or len(axes := np.asarray(given).reshape(-1)) != 1:
+    under = reduced(tracer, node, ref)
+    if under is None or len(under[1]) != 1:
         return None
-    axis = int(axes[0]) % len(shape)
-    label, factor = fresh("d", shape[axis]), 1.0
-    coords = list(ref.coords)
-    coords[axis : axis + int(flags.get("keepdims", 1))] = [Expr.of(label)]
-    step = tracer.step(Ref(node.input[0], tuple(coords)))
+    (label,), factor = under[1], 1.0
+    step = tracer.step(under[0])
     while isinstance(step, Move | Scaled):
         factor *= step.factor if isinstance(step, Scaled) else 1.0
         step = tracer.step(step.ref)

@@ -27,6 +27,7 @@ from sfa_onnx.passes.axes.steps import (
     is_float,
 )
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import VIEWS
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 from sfa_onnx.passes.shapes.size import form_of, is_open
 
@@ -47,11 +48,7 @@ __all__ = [
     "is_float",
 ]
 
-_FILLED = frozenset(("Expand", "Cast", "CastLike", "Reshape", "Identity", "Tile")) | frozenset(
-    ("Squeeze", "Unsqueeze", "Transpose")
-)
-
-
+_FILLED = VIEWS | {"CastLike", "Tile"}
 _SOURCES = frozenset(("TopK", "MatMul", "If", "Loop", "Scan", "RandomUniform", "RandomNormal"))
 _TINY = 64  # elements of a constant that is compared by content
 

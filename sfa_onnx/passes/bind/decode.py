@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import numpy as np
 import onnx
 
-from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr
+from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
+from sfa_onnx.passes.graph.kinds import ELEMENTWISE, REDUCTIONS, SIZES
 
 __all__ = ["stored_bytes"]
 
@@ -23,14 +23,6 @@ _INT8: Final = onnx.TensorProto.INT8
 _STEPS: Final = 400  # on the way back from one element
 _NODES: Final = 2000  # looked at upstream of one value
 _WEIGHTS: Final = 64
-_REDUCTIONS: Final = frozenset(("ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1"))
-_ELEMENTWISE: Final = (
-    frozenset(("Abs", "Add", "And", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot"))
-    | frozenset(("BitwiseOr", "BitwiseXor", "Cast", "Ceil", "Clip", "Div", "Equal", "Exp"))
-    | frozenset(("Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min"))
-    | frozenset(("Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Round", "Sign", "Sub"))
-    | frozenset(("Sum", "Where", "Xor"))
-)
 
 
 def stored_bytes(tracer: Tracer, ref: Ref) -> list[Ref]:
@@ -106,26 +98,17 @@ def _behind(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> Ref | None:
     names = [n for n in node.input if n and _holds(tracer, n, known)]
     if not names:
         return None
-    if node.op_type in _REDUCTIONS:
-        return _reduced(tracer, node, ref)
+    if node.op_type in REDUCTIONS:
+        under = reduced(tracer, node, ref)
+        return under[0].substitute(dict.fromkeys(under[1], ZERO)) if under is not None else None
     if node.op_type == "MatMul":  # bytes times a vector of weights
         if not _few(tracer, node.input[1]):
             return None
         wide = (*ref.coords, ZERO)
         return Ref(names[0], wide) if len(tracer.shape(names[0])) == len(wide) else None
-    if node.op_type not in _ELEMENTWISE or len(tracer.shape(names[0])) > len(ref.coords):
+    if node.op_type not in ELEMENTWISE or len(tracer.shape(names[0])) > len(ref.coords):
         return None
     return tracer.operand(names[0], ref.coords)
-
-
-def _reduced(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> Ref | None:
-    given = tracer.sizes.value(node.input[1]) if len(node.input) > 1 and node.input[1] else None
-    axes = attributes(node).get("axes") if given is None else np.asarray(given).reshape(-1)
-    if axes is None or len(axes) != 1:
-        return None
-    axis = int(axes[0]) % len(tracer.shape(node.input[0]))
-    after = axis + int(attributes(node).get("keepdims", 1))
-    return Ref(node.input[0], (*ref.coords[:axis], ZERO, *ref.coords[after:]))
 
 
 def _holds(tracer: Tracer, value: str, known: dict[str, bool]) -> bool:
@@ -144,7 +127,7 @@ def _holds(tracer: Tracer, value: str, known: dict[str, bool]) -> bool:
         node = index.maker(name)
         if tracer.sizes.elem_type(name) == _INT8 and (node is None or node.op_type != "Constant"):
             result = True
-        elif node is not None and node.op_type not in ("Shape", "Size", "Constant"):
+        elif node is not None and node.op_type not in SIZES | {"Constant"}:
             stack += node.input
     known[value] = result
     return result

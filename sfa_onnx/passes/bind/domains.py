@@ -10,9 +10,8 @@ import onnx
 from sfa_onnx.passes.axes.expr import label_of
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.site import Site
-from sfa_onnx.passes.bind.sources import all_selected, key_limit
+from sfa_onnx.passes.bind.sources import all_selected, from_topk, key_limit
 from sfa_onnx.passes.candidate import Domain
-from sfa_onnx.passes.emit.select import from_topk
 from sfa_onnx.passes.graph.index import GraphIndex
 
 __all__ = ["chosen_domain", "finished_domain", "mask_domain", "table_domain", "unread_table"]

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Read
+from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.packed import PackedSite
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
-from sfa_onnx.passes.emit.places import axis_labels
 
 __all__ = ["by_finished_indices"]
 

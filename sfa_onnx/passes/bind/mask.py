@@ -168,6 +168,8 @@ def _no_mask(tracer: Tracer, addend: Term, ref: Ref) -> Stop:
 
 
 def _bias(tracer: Tracer, ref: Ref) -> Stop:
+    if ref.value in tracer.joined:  # one mask per chunk of keys, which the graph does not join
+        ref = tracer.joined[ref.value].parts[0][0]
     hint = "build the mask from a bool tensor in the graph, or pass a bool mask"
     if tracer.index.is_given(ref.value):
         hint += f"; if it is a mask, say so: --assume two-valued:{ref.value}"

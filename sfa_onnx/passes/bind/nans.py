@@ -9,6 +9,7 @@ from sfa_onnx.passes.axes.expr import Expr, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer, is_float
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import PARTS, PRODUCTS
 from sfa_onnx.passes.values.arithmetic import LOW
 from sfa_onnx.passes.values.attention_op import is_attention
 from sfa_onnx.passes.values.read import Reader
@@ -18,12 +19,17 @@ from sfa_onnx.passes.values.terms import FALSE, TRUE, ZERO, Term, element
 __all__ = ["check_nan"]
 
 _LIMIT: Final = 64  # values looked at, in each direction
-_PASSING: Final = (
-    frozenset(("Add", "Cast", "CastLike", "Concat", "Div", "Einsum", "Expand", "Flatten"))
-    | frozenset(("FusedMatMul", "Gather", "Gemm", "Identity", "MatMul", "Mul", "Neg", "Reshape"))
-    | frozenset(("Slice", "Split", "Squeeze", "Sub", "Sum", "Transpose", "Unsqueeze"))
-)
-_PRODUCTS: Final = frozenset(("MatMul", "Einsum", "Gemm", "FusedMatMul", "TopK"))
+_PASSING: Final = (PARTS | PRODUCTS) | {
+    "Add",
+    "CastLike",
+    "Concat",
+    "Div",
+    "Gather",
+    "Mul",
+    "Neg",
+    "Sub",
+    "Sum",
+}
 
 
 def check_nan(site: Site) -> None:
@@ -158,6 +164,6 @@ def _infinite(tracer: Tracer, site: Site) -> bool:
         if node is None:
             if is_float(tracer.sizes.elem_type(value)) and len(tracer.shape(value)) > 1:
                 return True
-        elif node.op_type not in _PRODUCTS:
+        elif node.op_type not in PRODUCTS | {"TopK"}:
             todo += [n for n in node.input if n and n not in seen]
     return not low

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
+from sfa_onnx.passes.axes.places import axis_labels, is_view
 from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Tracer
 from sfa_onnx.passes.bind.domains import (
     chosen_domain,
@@ -23,9 +24,8 @@ from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.bind.sources import all_reads, index_sources, nested, outside_reads
 from sfa_onnx.passes.bind.usage import counts_batches, follows_itself, measured, prefix_sums
 from sfa_onnx.passes.candidate import Domain, Operand, Role
-from sfa_onnx.passes.emit.places import axis_labels
-from sfa_onnx.passes.emit.plan import is_view
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import BODIES
 from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = ["Region", "cover"]
@@ -121,7 +121,7 @@ def _upstream(
     return nodes, dict.fromkeys(v for v in entering if v in known or v not in made)
 
 
-_GIVEN = ("ArgMax", "TopK", "If", "Loop", "Scan")
+_GIVEN = BODIES | {"ArgMax", "TopK"}
 
 
 def _dead(

@@ -13,13 +13,21 @@ from sfa_onnx.passes.axes.writes import assigned_where
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import ELEMENTWISE
 
-__all__ = ["all_reads", "all_selected", "index_sources", "key_limit", "nested", "outside_reads"]
+__all__ = [
+    "all_reads",
+    "all_selected",
+    "from_topk",
+    "index_sources",
+    "key_limit",
+    "nested",
+    "outside_reads",
+]
 
-_ARITHMETIC = ("Abs", "Add", "Cast", "Clip", "Div", "Floor", "Max", "Min", "Mod", "Mul", "Neg")
-_LOGIC = ("And", "BitShift", "BitwiseAnd", "Equal", "Greater", "GreaterOrEqual", "Less", "Not")
 _STEPS = 8
-_ELEMENTWISE = frozenset((*_ARITHMETIC, *_LOGIC, "LessOrEqual", "Or", "Sub", "Where"))
+_T = onnx.TensorProto
+_SHORT = (_T.BOOL, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.FLOAT16, _T.BFLOAT16)
 
 
 def all_reads(coords: Iterable[Expr]) -> Iterator[Read]:
@@ -63,7 +71,7 @@ def _joins(node: onnx.NodeProto, ref: Ref) -> bool:
 def _behind(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Ref]:
     if (written := assigned_where(tracer, node, ref)) is not None:  # indices[invalid] = 0
         return [Ref(node.input[0], ref.coords), written[0]]
-    if node.op_type in _ELEMENTWISE:
+    if node.op_type in ELEMENTWISE:
         rank = len(ref.coords)
         names = [n for n in node.input if n and len(tracer.shape(n)) <= rank]
         return [tracer.operand(n, ref.coords) for n in names]
@@ -88,6 +96,24 @@ def all_selected(index: GraphIndex, node: onnx.NodeProto) -> bool:
         if constant is None or bool((constant < 0).any()):
             return False
     return True
+
+
+def from_topk(tracer: Tracer, ref: Ref) -> str:
+    """Name of the TopK whose indices `ref` reads unchanged; "" when they come from elsewhere."""
+    for _ in range(64):
+        node = tracer.index.maker(ref.value)
+        if node is None:
+            return ""
+        if node.op_type == "TopK":
+            is_indices = len(node.output) > 1 and ref.value == node.output[1]
+            return tracer.index.label(tracer.index.producer[ref.value]) if is_indices else ""
+        step = tracer.step(ref)
+        if not isinstance(step, Move) or node.op_type in ("Gather", "GatherElements", "GatherND"):
+            return ""
+        if tracer.sizes.elem_type(ref.value) in _SHORT:  # token 300 is 44 in uint8
+            return ""
+        ref = step.ref
+    return ""
 
 
 def key_limit(site: Site) -> str | int:

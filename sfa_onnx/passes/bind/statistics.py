@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh, label_of
+from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.site import AttentionRegion, Statistic
 from sfa_onnx.passes.values.arithmetic import addends, coefficient, factors
@@ -154,7 +155,7 @@ def _behind(tracer: Tracer, reader: Reader, here: Ref) -> list[Ref]:
     if node is None:
         return []
     if node.op_type.startswith("Reduce"):
-        under = reader.reduced_at(node, here)
+        under = reduced(tracer, node, here)
         return [] if under is None else [under[0]]
     step = tracer.step(here)
     if isinstance(step, Move | Scaled):

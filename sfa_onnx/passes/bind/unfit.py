@@ -14,7 +14,8 @@ from sfa_onnx.errors import BudgetError
 from sfa_onnx.passes.axes.expr import Expr, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.bind.site import AttentionRegion
-from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
+from sfa_onnx.passes.graph.kinds import PRODUCTS
+from sfa_onnx.passes.graph.weights import is_weight
 from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient
 from sfa_onnx.passes.values.attention import UnclearError
 from sfa_onnx.passes.values.read import Reader

@@ -174,7 +174,9 @@ def _span(tracer: Tracer, parts: Sequence[Term]) -> Bound | None:
     for at, low in lows.items():
         label = label_of(at)
         if label is not None:
-            return Bound((), max(_size(tracer, label) - low, 0), at.labels)
+            size = _size(tracer, label)
+            size = size if is_open(low) else int(size)  # what is compared in the graph is a number
+            return Bound((), max(size - low, 0), at.labels)
     return None
 
 

@@ -6,20 +6,17 @@ import onnx
 
 from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import GATHERS, ORDERS, PARTS
 
 __all__ = ["counts_batches", "follows_itself", "kth_best", "measured", "prefix_sums", "reworked"]
 __all__ += ["threshold"]
 
 _MEASURE_STEPS, _REWORK_STEPS = 8, 64
 _ENDS = frozenset(("Constant", "MatMul", "Shape", "Size", "Softmax", "TopK"))
-_COMPARISONS = frozenset(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
-_VIEWS = frozenset(  # operators whose first input alone is data
-    ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile")
-) | frozenset(("Transpose", "Unsqueeze", "DequantizeLinear"))
+_DATA = PARTS | {"Tile", "DequantizeLinear"}  # operators whose first input alone is data
 _JOINS = frozenset(("Concat", "Mul", "Where"))
-_GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
 _CARRIERS = frozenset(("Cast", "Identity", "Not", "Reshape", "Squeeze", "Unsqueeze"))
-_PARTS = (_VIEWS - {"Tile"}) | {"Gather", "ReduceMin"}
+_CUTS = PARTS | {"DequantizeLinear", "Gather", "ReduceMin"}
 _LOGIC = _CARRIERS | {"And", "Expand", "Or", "Where", "Transpose"}
 _PICKS = frozenset(("MatMul", "Einsum", "FusedMatMul"))
 
@@ -58,8 +55,8 @@ def counts_batches(index: GraphIndex, value: str) -> bool:
                 kind = index.nodes[i].op_type
                 if kind == "ReduceSum":
                     return compared
-                compared = compared or kind in _COMPARISONS
-                if kind in _COMPARISONS or kind in _CARRIERS:
+                compared = compared or kind in ORDERS
+                if kind in ORDERS or kind in _CARRIERS:
                     found += [o for o in index.nodes[i].output if o]
         frontier = found
     return False
@@ -101,14 +98,14 @@ def reworked(index: GraphIndex, value: str) -> list[int]:
         if i is None or len(known) > _REWORK_STEPS:
             return False
         node = index.nodes[i]
-        if node.op_type in _GATHERS and index.constant(node.input[1]) is None:
+        if node.op_type in GATHERS and index.constant(node.input[1]) is None:
             known[name] = True
         elif node.op_type in _PICKS and any(one_hot_node(index, n) for n in node.input[:2]):
             known[name] = True  # one-hot rows times stored ones
         elif node.op_type not in _ENDS:
-            data = node.input[:1] if node.op_type in _VIEWS | _GATHERS else node.input
+            data = node.input[:1] if node.op_type in _DATA | GATHERS else node.input
             known[name] = True in [gathers(n) for n in data if n]  # all of them are looked at
-            if known[name] and node.op_type not in _VIEWS | _JOINS | _GATHERS:
+            if known[name] and node.op_type not in _DATA | _JOINS | GATHERS:
                 found.add(i)
         return known[name]
 
@@ -118,7 +115,7 @@ def reworked(index: GraphIndex, value: str) -> list[int]:
 
 def kth_best(index: GraphIndex, node: onnx.NodeProto) -> str:
     """The TopK whose values (not indices), or their views, a comparison meets; else ""."""
-    if node.op_type not in _COMPARISONS:
+    if node.op_type not in ORDERS:
         return ""
     for value in node.input:
         made = value
@@ -128,7 +125,7 @@ def kth_best(index: GraphIndex, node: onnx.NodeProto) -> str:
                 break
             if maker.op_type == "TopK" and made == maker.output[0]:
                 return index.label(index.producer[made])
-            if maker.op_type not in _PARTS:
+            if maker.op_type not in _CUTS:
                 break
             made = maker.input[0]
     return ""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.emit.emitter import Emitter
-from sfa_onnx.passes.emit.places import axis_labels
 
 __all__ = ["detach"]
 

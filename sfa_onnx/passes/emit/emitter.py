@@ -11,9 +11,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
+from sfa_onnx.passes.axes.places import axis_labels, blocks, repeated, single
 from sfa_onnx.passes.axes.trace import Causal, Ref, Stop, Tracer
 from sfa_onnx.passes.emit.counted import counted
-from sfa_onnx.passes.emit.places import axis_labels, blocks, repeated, single
 from sfa_onnx.passes.emit.sized import sized
 from sfa_onnx.passes.graph.order import in_order
 from sfa_onnx.passes.shapes.size import form_of

@@ -9,10 +9,11 @@ import onnx
 
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
+from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.rows import Columns, State
+from sfa_onnx.passes.bind.sources import from_topk
 from sfa_onnx.passes.emit.emitter import Group
-from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.plan import (
     Built,
     Plan,
@@ -26,7 +27,6 @@ from sfa_onnx.passes.emit.plan import (
 )
 from sfa_onnx.passes.emit.rows import cache, gathered
 from sfa_onnx.passes.emit.select import (
-    from_topk,
     gathered_entries,
     selected_entries,
     token_entries,

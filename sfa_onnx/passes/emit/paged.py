@@ -9,11 +9,12 @@ import onnx
 
 from sfa_onnx.guard.budgets import CONSTANT_BYTES
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Quot, Read
+from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref, Tracer
+from sfa_onnx.passes.bind.sources import from_topk
 from sfa_onnx.passes.emit.emitter import Emitter, Group
-from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.plan import Plan
-from sfa_onnx.passes.emit.select import from_topk, token_entries
+from sfa_onnx.passes.emit.select import token_entries
 
 __all__ = ["Paged", "paged_keys"]
 

@@ -10,19 +10,18 @@ import onnx
 
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.places import axis_labels, is_view
 from sfa_onnx.passes.axes.trace import Ref, Stop, is_float
 from sfa_onnx.passes.bind.rows import Columns, State, deepen
 from sfa_onnx.passes.bind.site import Query, Sinks, Site
 from sfa_onnx.passes.emit.absorb import Absorbed
 from sfa_onnx.passes.emit.emitter import Emitter, Group
-from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.shapes.types import MANTISSA
 
 __all__ = [
     "Built",
     "Plan",
     "deliver",
-    "is_view",
     "make_sinks",
     "queries",
     "query_rows",
@@ -206,11 +205,6 @@ def rounded_alike(site: Site, elem_type: int) -> None:
             site.value.path[0].ref.value,
             "cast both or none: the operator reads keys and values from the same rows",
         )
-
-
-def is_view(ref: Ref) -> bool:
-    """Whether every axis runs over labels, without an index read."""
-    return all(axis_labels(c) is not None for c in ref.coords)
 
 
 def query_rows(plan: Plan, state: State, groups: Sequence[Group]) -> str:

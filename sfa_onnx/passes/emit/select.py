@@ -9,34 +9,16 @@ import onnx
 from onnx import helper
 
 from sfa_onnx.passes.axes.expr import Label
-from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
+from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.literals import Kept, Selected, Visible
 from sfa_onnx.passes.bind.site import Site
+from sfa_onnx.passes.bind.sources import from_topk
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.values.arithmetic import LOW
 
-__all__ = ["from_topk", "gathered_entries", "selected_entries", "token_entries"]
+__all__ = ["gathered_entries", "selected_entries", "token_entries"]
 
 _T = onnx.TensorProto
-_SHORT = (_T.BOOL, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.FLOAT16, _T.BFLOAT16)
-
-
-def from_topk(tracer: Tracer, ref: Ref) -> str:
-    """Name of the TopK whose indices `ref` reads unchanged; "" when they come from elsewhere."""
-    for _ in range(64):
-        node = tracer.index.maker(ref.value)
-        if node is None:
-            return ""
-        if node.op_type == "TopK":
-            is_indices = len(node.output) > 1 and ref.value == node.output[1]
-            return tracer.index.label(tracer.index.producer[ref.value]) if is_indices else ""
-        step = tracer.step(ref)
-        if not isinstance(step, Move) or node.op_type in ("Gather", "GatherElements", "GatherND"):
-            return ""
-        if tracer.sizes.elem_type(ref.value) in _SHORT:  # token 300 is 44 in uint8
-            return ""
-        ref = step.ref
-    return ""
 
 
 def gathered_entries(e: Emitter, site: Site, rows: Sequence[Group]) -> str:

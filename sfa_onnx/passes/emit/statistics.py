@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 
+from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.bind.site import Statistic
 from sfa_onnx.passes.emit.emitter import Group
-from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.plan import Plan, make_sinks
 
 __all__ = ["deliver_statistics", "sunk"]

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.graph.kinds import GATHERS, PARTS
 
 __all__ = ["gathered_in_body"]
 
-_GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
-_MOVES = frozenset(("Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice"))
-_MOVES |= {"ScatterND", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVES = PARTS | {"Concat", "ScatterND"}
 _FAR = 64
 
 
@@ -55,11 +54,11 @@ def gathered_in_body(node: onnx.NodeProto, value: str, selects: Callable[[str, s
         if maker is None or name in seen:
             continue
         seen.add(name)
-        if maker.op_type in _GATHERS:
+        if maker.op_type in GATHERS:
             data, indices = (outer(n) for n in maker.input[:2])
             if any(selects(a, b) for a in data for b in indices):
                 return True
-        if maker.op_type in _MOVES | _GATHERS:
+        if maker.op_type in _MOVES | GATHERS:
             stack += [n for n in maker.input[:1] if n]
             stack += [n for n in maker.input[1:] if n and maker.op_type in ("Concat", "ScatterND")]
     return False

@@ -13,38 +13,35 @@ from sfa_onnx.passes.bind.site import AttentionRegion
 from sfa_onnx.passes.bind.usage import kth_best
 from sfa_onnx.passes.find.bodies import gathered_in_body
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import BITS, GATHERS, ORDERS, PARTS, PRODUCTS
+from sfa_onnx.passes.graph.weights import is_table, is_weight
 from sfa_onnx.passes.values.attention_op import is_attention
 
 __all__ = [
-    "GATHERS",
-    "PRODUCTS",
     "Seen",
     "attention_roots",
     "fed_by_selection",
-    "is_weight",
     "picks_rows",
     "reaches_selection",
     "sums_products",
 ]
 
-PRODUCTS = frozenset(("MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "QLinearMatMul"))
-GATHERS = frozenset(("Gather", "GatherElements", "GatherND"))
 # Behind the keys' own projection only views, casts, dequantisation and work on bytes are followed.
-_STRUCTURAL = (
-    frozenset(("BitCast", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Mod"))
-    | frozenset(("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity"))
-    | frozenset(("GatherElements", "GatherND", "IsNaN", "Mul", "Reshape", "ScatterND", "Slice"))
-    | frozenset(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"))
-)
+_STRUCTURAL = (BITS | GATHERS | PARTS) | {
+    "Concat",
+    "DequantizeLinear",
+    "IsNaN",
+    "Mod",
+    "Mul",
+    "ScatterND",
+    "Tile",
+    "Where",
+}
 _SCATTERS = frozenset(("ScatterElements", "ScatterND", "OneHot"))
 _INT_TYPES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
-_VIEWS = frozenset(
-    ("Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "Reshape", "Squeeze")
-) | frozenset(("Transpose", "Unsqueeze"))
-_ORDERS = frozenset(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 _ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK"))
 _ROWS = ("TopK", "input")
-_SEEN, _DATA, _BEHIND = 20_000, 64, 24
+_SEEN, _BEHIND = 20_000, 24
 
 Root = tuple[str, int]  # a value, and how many products lie between it and the weights
 
@@ -109,10 +106,10 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> Seen:
         if node is None:
             continue
         if depth and node.op_type == "Gather" and _selection(index, node.input[1]) == "row":
-            weakly = weakly or (Seen.NOTHING if _is_table(index, node.input[0]) else Seen.GATHER)
+            weakly = weakly or (Seen.NOTHING if is_table(index, node.input[0]) else Seen.GATHER)
         if not depth and node.op_type in PRODUCTS:
             met.add(any(is_weight(index, n) for n in node.input[:2]))
-        if not depth and node.op_type in _ORDERS:
+        if not depth and node.op_type in ORDERS:
             bounded = bounded or bool(kth_best(index, node)) or _orders_indices(tracer, node)
         if depth and gathered_in_body(node, value, lambda a, b: _chooses(index, a, b)):
             surely = True
@@ -140,7 +137,7 @@ def _orders_indices(tracer: Tracer, node: onnx.NodeProto) -> bool:
 
 def _chooses(index: GraphIndex, data: str, indices: str) -> bool:
     kind = _selection(index, indices)
-    return kind == "TopK" or (kind == "input" and not _is_table(index, data))
+    return kind == "TopK" or (kind == "input" and not is_table(index, data))
 
 
 def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
@@ -197,38 +194,3 @@ def _selection(index: GraphIndex, value: str) -> str:
             continue
         stack += [n for n in node.input if n]
     return found
-
-
-def is_weight(index: GraphIndex, value: str) -> bool:
-    """Whether `value` is a constant, a view of one, or made of constants and sizes alone.
-
-    Rows that are gathered from such a table are weights as well: those of chosen experts.
-    """
-    if value in index.initializers:
-        return True
-    first = value
-    for _ in range(_BEHIND):
-        if value in index.initializers:
-            return True
-        node = index.maker(value)
-        if node is None or node.op_type in PRODUCTS:
-            return False
-        if node.op_type not in _VIEWS:
-            return node.op_type == "Constant" or _is_table(index, first)
-        value = node.input[0]
-    return False
-
-
-def _is_table(index: GraphIndex, value: str) -> bool:
-    stack, seen = [value], set[str]()
-    while stack:
-        name = stack.pop()
-        if name in seen or name in index.initializers or not name:
-            continue
-        seen.add(name)
-        node = index.maker(name)
-        if node is None or node.op_type in PRODUCTS or len(seen) > _DATA or index.is_given(name):
-            return False
-        if node.op_type not in ("Shape", "Size"):
-            stack += node.input[:1] if node.op_type in GATHERS else node.input
-    return True

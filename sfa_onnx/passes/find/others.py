@@ -11,16 +11,15 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Tracer
 from sfa_onnx.passes.candidate import Refusal, RefusedSite
 from sfa_onnx.passes.find.fed import (
-    GATHERS,
-    PRODUCTS,
     Seen,
     attention_roots,
-    is_weight,
     picks_rows,
     reaches_selection,
     sums_products,
 )
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import GATHERS, PRODUCTS, VIEWS
+from sfa_onnx.passes.graph.weights import is_weight
 
 __all__ = ["is_product", "operands", "other_attention", "products_above"]
 
@@ -33,7 +32,6 @@ _QUIET = frozenset(
     ("IsNaN", "Less", "Max", "Mul", "Neg", "Not", "Reciprocal", "ReduceMax", "ReduceSum", "Reshape")
 )
 _QUIET |= {"Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
-_VIEWS = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 # Operators of onnxruntime that hold a softmax.
 _CONTRIB = frozenset(
     ("Attention", "BiasSoftmax", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention")
@@ -277,7 +275,7 @@ def _best_weights(index: GraphIndex, weighted: int, taken: set[int]) -> tuple[in
         node = index.nodes[i]
         if node.op_type == "TopK":
             made = index.producer.get(node.input[0])
-            while made is not None and index.nodes[made].op_type in _VIEWS:
+            while made is not None and index.nodes[made].op_type in VIEWS:
                 made = index.producer.get(index.nodes[made].input[0])
             soft = made is not None and (made in taken or index.nodes[made].op_type == "Softmax")
             if made is not None and soft:

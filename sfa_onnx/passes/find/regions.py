@@ -15,9 +15,18 @@ from typing import Final
 import onnx
 
 from sfa_onnx.passes.bind.site import AttentionRegion
-from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
 from sfa_onnx.passes.find.others import is_product, operands
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import (
+    BODIES,
+    CONDITIONS,
+    GATHERS,
+    PARTS,
+    PRODUCTS,
+    REDUCTIONS,
+    SIZES,
+)
+from sfa_onnx.passes.graph.weights import is_weight
 from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.values.attention_op import is_attention
 
@@ -28,26 +37,13 @@ _LATER: Final = 3  # values behind the first that all rows reach, which are aske
 _EXPONENTIALS: Final = frozenset(
     ("Exp", "LogSoftmax", "Pow", "ReduceLogSumExp", "Sigmoid", "Softmax")
 )
-_CONDITIONS: Final = frozenset(
-    ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
-) | {"Or", "Xor"}
 _SOFTMAX: Final = frozenset(("LogSoftmax", "Softmax"))
-_SIZES: Final = frozenset(("Shape", "Size"))
-_CLOSED: Final = frozenset(("If", "Loop", "Scan"))
-_VIEWS: Final = frozenset(
-    ("Cast", "Concat", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND")
-) | frozenset(("Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose"))
-_POINTWISE: Final = (
-    frozenset(("Abs", "Add", "And", "Clip", "Div", "Equal", "Exp", "Greater", "GreaterOrEqual"))
-    | frozenset(("IsInf", "IsNaN", "Less", "LessOrEqual", "Log", "LogSoftmax", "LpNormalization"))
-    | frozenset(("Max", "Min", "Mul", "Neg", "NonZero", "Not", "Or", "Pow", "Reciprocal", "Relu"))
-    | frozenset(("Sigmoid", "Softmax", "Softplus", "Sqrt", "Sub", "Sum", "Tanh", "Where", "Xor"))
-)
 FOLLOWED: Final = (
-    _VIEWS
-    | _POINTWISE
-    | frozenset(("Pad", "ScatterElements", "ScatterND", "Unsqueeze", "ReduceL1", "ReduceLogSum"))
-    | frozenset(("ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceSum"))
+    (CONDITIONS | GATHERS | PARTS | REDUCTIONS)
+    | {"Abs", "Add", "Clip", "Concat", "Div", "Dropout", "Exp", "Log", "LogSoftmax", "Max", "Min"}
+    | {"LpNormalization", "Mul", "Neg", "NonZero", "Pad", "Pow", "Reciprocal", "ReduceLogSum"}
+    | {"ReduceLogSumExp", "Relu", "ScatterElements", "ScatterND", "Sigmoid", "Softmax", "Softplus"}
+    | {"Sqrt", "Sub", "Sum", "Tanh", "Tile", "Where"}
 )
 _ROUTED: Final = FOLLOWED | {"TopK"}  # between a softmax and the scores it is over
 
@@ -148,7 +144,7 @@ class _Sweep:
         for i, position in self.index.uses(value):
             if position < 0:
                 self.outside.add(value)
-            elif self.index.nodes[i].op_type not in _SIZES:
+            elif self.index.nodes[i].op_type not in SIZES:
                 self.pending[value] += 1
                 self._open += 1
                 if i not in self._queued:
@@ -198,7 +194,7 @@ class _Sweep:
         ):
             return self._weighs(i, read)
         known = node.op_type in FOLLOWED
-        if node.domain not in ("", "ai.onnx") or node.op_type in _CLOSED:
+        if node.domain not in ("", "ai.onnx") or node.op_type in BODIES:
             return ""
         # what has no meaning in front of the rows is named by the refusal
         return "yes" if known or not self.rows & set(read) else ""

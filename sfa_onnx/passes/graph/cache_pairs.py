@@ -12,14 +12,13 @@ from typing import Final
 
 import onnx
 
+from sfa_onnx.passes.graph.kinds import RESHAPES, SIZES
 from sfa_onnx.passes.graph.order import reads
 
 __all__ = ["CachePair", "cache_pairs", "why_unpaired"]
 
 # Operators that return their first input with some elements replaced.
 _WRITES: Final = frozenset(("KvCacheWrite", "ScatterElements", "ScatterND", "ScatterUpdate"))
-_VIEWS: Final = frozenset(("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"))
-_SIZES: Final = frozenset(("Shape", "Size"))
 _MOST: Final = 16  # views and writes between an output and its input
 
 
@@ -88,7 +87,7 @@ class _Pairs:
         for _ in range(_MOST):
             node = None if value in self.places else self._makers.get(value)
             steps.append((value, node))
-            if node is None or node.op_type not in _WRITES | _VIEWS or not node.input:
+            if node is None or node.op_type not in _WRITES | RESHAPES or not node.input:
                 break
             value = node.input[0]
         return steps
@@ -112,9 +111,9 @@ class _Pairs:
         names = {name}
         for node in self.nodes:  # in an order that runs, so views come before their readers
             places = [i for i, read in enumerate(reads(node)) if read in names]
-            if not places or node.op_type in _SIZES:
+            if not places or node.op_type in SIZES:
                 continue
-            if node.op_type in _VIEWS and places == [0]:
+            if node.op_type in RESHAPES and places == [0]:
                 names |= set(node.output)
             elif not (node is write and places == [0]) and not before & set(node.output):
                 return f"{node.name or node.output[0]} ({node.op_type})"

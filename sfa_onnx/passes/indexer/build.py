@@ -11,10 +11,10 @@ import onnx
 
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.bind.rows import State
 from sfa_onnx.passes.emit.emitter import Emitter, Group
-from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.emit.select import visible_at_rows
 from sfa_onnx.passes.emit.sized import sized
 from sfa_onnx.passes.indexer.masks import Prefix

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import onnx
 
 from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.domains import mask_domain
 from sfa_onnx.passes.candidate import Domain, Operand, Role
-from sfa_onnx.passes.emit.places import axis_labels
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.build import Replacement
 from sfa_onnx.passes.indexer.site import Selection

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.places import single
 from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
-from sfa_onnx.passes.emit.places import single
 from sfa_onnx.passes.indexer.runs import evaluated, of_sizes, reach, samples
 from sfa_onnx.passes.shapes.form import Form
 from sfa_onnx.passes.shapes.size import form_of

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from sfa_onnx.files.onnx_attrs import attributes
-from sfa_onnx.passes.find.fed import PRODUCTS, is_weight
 from sfa_onnx.passes.find.others import is_product, operands
 from sfa_onnx.passes.find.regions import FOLLOWED
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import PRODUCTS
+from sfa_onnx.passes.graph.weights import is_weight
 
 __all__ = ["SelectionRegion", "selection_regions"]
 

@@ -16,10 +16,10 @@ from sfa_onnx.operator.op import (
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, fresh
+from sfa_onnx.passes.axes.places import single
 from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Literal, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
-from sfa_onnx.passes.emit.places import single
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.masks import all_seen, compared, sort_masks
 from sfa_onnx.passes.indexer.site import Selection

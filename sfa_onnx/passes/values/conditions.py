@@ -12,9 +12,10 @@ from typing import Final
 import onnx
 
 from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Tracer, is_float
+from sfa_onnx.passes.graph.kinds import COMPARISONS, LAYOUT
 from sfa_onnx.passes.values.arithmetic import LOW, factors
 from sfa_onnx.passes.values.pointwise import POINTWISE
-from sfa_onnx.passes.values.read import LAYOUT, Reader
+from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
 from sfa_onnx.passes.values.terms import ZERO, Term, element, number
 from sfa_onnx.passes.values.written import equal_positions, is_hit, ranges, written
@@ -23,7 +24,6 @@ __all__ = ["Conditions", "Held", "is_number_mask"]
 
 _NUMBERS: Final = frozenset(("Add", "Sum", "Sub", "Mul", "Neg", "Min", "Max", "Log", "Where"))
 _LOGIC: Final = frozenset(("And", "Not", "Or", "IsInf", "Where"))
-_COMPARED: Final = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 _REDUCED: Final = frozenset(("ReduceMax", "ReduceMin", "ReduceSum"))
 _LOW: Final = number(LOW)
 
@@ -69,7 +69,7 @@ class Conditions(Reader):
             return self._reduced(node, ref)
         if node.op_type == "Equal" and (hit := equal_positions(self, node, ref)) is not None:
             return hit
-        if node.op_type not in _COMPARED | _LOGIC:
+        if node.op_type not in COMPARISONS | _LOGIC:
             return None
         found = POINTWISE[node.op_type](self, node, ref)
         return found if _settled(found) else None

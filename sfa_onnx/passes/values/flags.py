@@ -92,6 +92,19 @@ def _flags_bounded(n: Normal, term: Term) -> Term | None:
     return n.flag(n.make("and" if term.op == "min" else "or", own))
 
 
+def _flag_chosen(n: Normal, term: Term) -> Term | None:
+    """Where(c, [d], [e]) = [c and d or not c and e]; 1 is set, 0 is not."""
+    condition, *own = term.args
+    parts = [_flags_of(a) for a in own]
+    if all(a.is_number() for a in own):
+        return None
+    if not all(part and (part[0] == 1 or part == (0, ())) for part in parts):
+        return None
+    then, other = (_and(n, cs) if by else FALSE for by, cs in filter(None, parts))
+    first, second = n.make("and", (condition, then)), n.make("and", (n.negate(condition), other))
+    return n.flag(n.make("or", (first, second)))
+
+
 def _counted(n: Normal, term: Term) -> Term | None:
     """A count of flags, compared with 0 (or with 1): whether there is any."""
     for i, (own, other) in enumerate((term.args, term.args[::-1])):
@@ -116,6 +129,11 @@ ROWS: Final = (
     row("choice compared", "eq lt le", "where(c, 0, -5) < -1", "not c", _choice_compared),
     # min and max as and and or
     row("flags bounded", "min max", "min(flag(c), flag(d))", "flag(c and d)", _flags_bounded),
+    # flags that are written over each other
+    row(
+        *("choice of flags", "where", "where(c, 1, flag(d)) * a"),
+        *("flag(c or d) * a", _flag_chosen),
+    ),
     # flags that are counted, cast and compared again
     row(
         *("count compared", "eq lt le", "0 < sum(t, flag(ct))", "any(t, ct)", _counted),

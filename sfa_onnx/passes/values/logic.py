@@ -46,6 +46,19 @@ def _joined(n: Normal, term: Term) -> Term | None:
     return n.make(term.op, args) if args != term.args else None
 
 
+def _known(n: Normal, term: Term) -> Term | None:
+    """C or (not c and d) = c or d; c or (c and d) = c; and the same of and."""
+    other, kept = "or" if term.op == "and" else "and", []
+    for a in term.args:
+        beside = [x for x in term.args if x is not a]
+        parts = a.args if a.op == other else ()
+        if any(p in beside for p in parts):
+            continue
+        left = tuple(p for p in parts if n.negate(p) not in beside)
+        kept.append(n.make(other, left) if len(left) < len(parts) else a)
+    return n.make(term.op, tuple(kept)) if tuple(kept) != term.args else None
+
+
 def _compared(n: Normal, term: Term) -> Term | None:
     a, b = term.args
     if a.is_number() and b.is_number():
@@ -267,6 +280,7 @@ def _flag(n: Normal, term: Term) -> Term | None:
 ROWS: Final = (
     row("not", "not", "not (c and d)", "(not c) or (not d)", _not),
     row("and, or", "and or", "c and c and true", "c", _joined),
+    row("known beside", "and or", "c or ((not c) and d)", "c or d", _known),
     row("numbers compared", "eq lt le", "2 < 3", "true", _compared),
     # scores are tested where the mask hid them
     row(

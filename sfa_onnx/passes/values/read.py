@@ -6,23 +6,23 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Final
 
-import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
-from sfa_onnx.passes.axes.expr import Expr, Label, fresh
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Ref, Scaled, Tracer
 from sfa_onnx.passes.axes.writes import assigned_where
+from sfa_onnx.passes.graph.kinds import LAYOUT
 from sfa_onnx.passes.values.attention_op import attention_term, is_attention
 from sfa_onnx.passes.values.identity import Normal
 from sfa_onnx.passes.values.pointwise import POINTWISE
 from sfa_onnx.passes.values.terms import Term, dot, element, number
 
-__all__ = ["INNER", "LAYOUT", "Reader"]
+__all__ = ["INNER", "Reader"]
 
 _T = onnx.TensorProto
 INNER: Final = "inner"  # name of the label that a product of queries and keys is summed over
-LAYOUT: Final = frozenset(("Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _REDUCE: Final = {
     "ReduceSum": "sum",
     "ReduceMax": "maximum",
@@ -248,30 +248,8 @@ class Reader:
         ranges = tuple((a, b) for a, b, _ in kept)
         return self.n.make("pieces", tuple(term for _, _, term in kept), (label, ranges))
 
-    def reduced_at(self, node: onnx.NodeProto, ref: Ref) -> tuple[Ref, list[Label]] | None:
-        """The element that a reduction runs over, and its labels; None: its axes are unknown."""
-        source = node.input[0]
-        shape, a = self.tracer.shape(source), attributes(node)
-        given = (
-            self.tracer.sizes.value(node.input[1])
-            if len(node.input) > 1 and node.input[1]
-            else None
-        )
-        if given is None and len(node.input) > 1 and node.input[1]:
-            return None
-        named = a.get("axes") if given is None else np.asarray(given).reshape(-1).tolist()
-        axes = sorted(int(x) % len(shape) for x in (named or range(len(shape))))
-        labels = [fresh("r", shape[axis]) for axis in axes]
-        own = list(ref.coords)
-        for axis, label in zip(axes, labels, strict=True):
-            if a.get("keepdims", 1):
-                own[axis] = Expr.of(label)
-            else:
-                own.insert(axis, Expr.of(label))
-        return Ref(source, tuple(own)), labels
-
     def _reduced(self, node: onnx.NodeProto, ref: Ref) -> Term:
-        found = self.reduced_at(node, ref)
+        found = reduced(self.tracer, node, ref)
         if found is None:
             self.opaque[ref.value] = node.op_type
             return element(ref)

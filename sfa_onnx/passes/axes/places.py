@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Rem
+from sfa_onnx.passes.axes.steps import Ref
 
-__all__ = ["axis_labels", "blocks", "repeated", "single"]
+__all__ = ["axis_labels", "blocks", "is_view", "repeated", "single"]
 
 
 def repeated(coordinate: Expr) -> Label | None:
@@ -46,3 +47,8 @@ def axis_labels(coordinate: Expr) -> list[Label] | None:
         labels.insert(0, atom)
         stride *= atom.size
     return labels
+
+
+def is_view(ref: Ref) -> bool:
+    """Whether every axis runs over labels, without an index read."""
+    return all(axis_labels(c) is not None for c in ref.coords)
