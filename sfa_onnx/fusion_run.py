@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from sfa_onnx.errors import BudgetError, CrashError
+from sfa_onnx.errors import BudgetError, CrashError, UsageError
 from sfa_onnx.files.external import StorageReader
 from sfa_onnx.files.model import load_model
 from sfa_onnx.files.weights_file import WeightsFile
@@ -296,6 +296,8 @@ class Run:
             return VerifyRecord((), {}, (), ("not verified: verification was switched off",), ())
         try:
             verdict: VerifyRecord | Refusal = verifier.verify(item)
+        except UsageError:  # a budget that is no number, in the environment
+            raise
         except (CrashError, BudgetError) as error:
             return Refusal(str(error))
         except Exception as error:

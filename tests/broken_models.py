@@ -120,6 +120,18 @@ def _negative(m: ModelProto) -> None:
     m.graph.initializer[0].dims.append(-3)
 
 
+def _sparse(size: int, width: int = 1) -> Callable[[ModelProto], None]:
+    """Two values in a tensor of `size`, their places in rows of `width`."""
+
+    def change(m: ModelProto) -> None:
+        values = helper.make_tensor("thin", TensorProto.FLOAT, [2], [1.0, 2.0])
+        places = helper.make_tensor("at", TensorProto.INT64, [2, width], [0] * 2 * width)
+        sparse = onnx.SparseTensorProto(values=values, indices=places, dims=[size])
+        m.graph.sparse_initializer.append(sparse)
+
+    return change
+
+
 def _unknown_tensor(m: ModelProto) -> None:
     m.graph.initializer[0].data_type = 99
 
@@ -173,6 +185,9 @@ def doubling(depth: int) -> ModelProto:
 
 # name -> (what breaks the model, what the refusal says)
 BROKEN: dict[str, tuple[Callable[[ModelProto], None], str]] = {
+    "sparse beyond any memory": (_sparse(1 << 61), "when it is stored dense"),
+    "sparse below zero": (_sparse(-4), "expected no negative size"),
+    "sparse places of another rank": (_sparse(4, 3), "has indices of the shape [2, 3]"),
     "cycle": (_cycle, "depends on itself"),
     "unmade": (_rename("q", "nowhere"), "'nowhere', which nothing makes"),
     "unmade in a body": (_body, "'nowhere'"),

@@ -160,3 +160,28 @@ def test_sizes_beyond_64_bits_are_refused_without_a_traceback(tmp_path, capfd):
     assert "0/1 sites fused" in said.out
     assert "refused" in said.out
     assert "Traceback" not in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["check", "m.onnx", "--dim", "B=" + "9" * 20], "no tensor is so large"),
+        (["run", "m.onnx", "--seed", "-1"], "expected a number from 0 on"),
+        (["compare", "m.onnx", "m.onnx", "--seed", "-5"], "expected a number from 0 on"),
+        (["fuse", "m.onnx", "-o", "a\0b"], "no file has such a name"),
+    ],
+)
+def test_numbers_and_names_that_nothing_has(tmp_path, monkeypatch, capfd, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(gathered(), "m.onnx")
+    assert main(arguments) == 2
+    assert text in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_budget_that_is_no_number_is_the_callers_mistake(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFA_ONNX_MAX_VERIFY_BYTES", "0")
+    onnx.save(gathered(), "m.onnx")
+    assert main(["fuse", "m.onnx", "-o", "out.onnx"]) == 2
+    assert "SFA_ONNX_MAX_VERIFY_BYTES='0'" in capfd.readouterr().err
+    assert not Path("out.onnx").exists()

@@ -3,6 +3,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx import runtime
+from sfa_onnx.errors import UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.runtime.feeds.draw import random_feeds
@@ -259,3 +260,8 @@ def test_inputs_of_ranks_that_no_layout_has_end_in_no_fault(op, rank, symbolic):
         kind = given.type.tensor_type.elem_type
         given.CopyFrom(helper.make_tensor_value_info(name, kind, [3] * rank))
         assert random_feeds(model)[name].shape == (3,) * rank, name
+
+
+def test_a_seed_below_zero_is_refused():
+    with pytest.raises(UsageError, match="seed=-1: expected a number from 0 on"):
+        random_feeds(decoder(np.float32), -1)

@@ -131,3 +131,11 @@ def test_what_onnxruntime_accepts_is_sound():
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     onnx.checker.check_model(model)
     assert problems(model) == []
+
+
+def test_a_sparse_tensor_that_fits_is_sound():
+    model = sound()
+    values = helper.make_tensor("thin", TensorProto.FLOAT, [2], [1.0, 2.0])
+    places = helper.make_tensor("at", TensorProto.INT64, [2], [0, 3])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [5]))
+    assert problems(model) == []

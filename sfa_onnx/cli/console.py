@@ -36,6 +36,14 @@ def count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"
 
 
+class _Stream(rich.console.Console):
+    """One stream; where its reader goes away (`| head`), the command ends well."""
+
+    def on_broken_pipe(self) -> None:
+        """Say so to who called, instead of an exit code of rich's own."""
+        raise BrokenPipeError
+
+
 class Console:
     """Prints for a person on a terminal, or one JSON document for a program."""
 
@@ -45,8 +53,8 @@ class Console:
         self.piped = not sys.stdout.isatty()
         # A pipe has no width: nothing is wrapped there. A terminal has one, or COLUMNS sets it.
         width = _NO_WIDTH if self.piped else None
-        self.out = rich.console.Console(file=sys.stdout, highlight=False, width=width)
-        self.err = rich.console.Console(file=sys.stderr, highlight=False)
+        self.out = _Stream(file=sys.stdout, highlight=False, width=width)
+        self.err = _Stream(file=sys.stderr, highlight=False)
 
     def say(self, template: str = "", *values: object, style: str = "") -> None:
         """One line for a person; silent in JSON mode.

@@ -19,7 +19,7 @@ from sfa_onnx.errors import ModelError
 from sfa_onnx.files.sound_functions import function_problems
 from sfa_onnx.files.sound_glance import Reader, free_values, serialised, unseen_tensors
 from sfa_onnx.files.sound_nodes import NodeRules, holds_graphs
-from sfa_onnx.files.sound_tensors import tensor_problem
+from sfa_onnx.files.sound_tensors import sparse_problem, tensor_problem
 from sfa_onnx.guard.text import printable
 
 __all__ = ["assert_sound", "problems"]
@@ -130,9 +130,13 @@ class _Reader:
             for name, times in Counter(names).items():
                 for _ in range(times - 1):
                     self._twice(name, "an initializer", where)
-        for tensor in (*unseen_tensors(graph.initializer, data), *sparse):
+        for tensor in unseen_tensors(graph.initializer, data):
             if problem := tensor_problem(tensor):
                 self.found.append(f"initializer {tensor.name!r}{where} {problem}")
+        for tensor in graph.sparse_initializer:
+            if problem := sparse_problem(tensor):
+                name = tensor.values.name
+                self.found.append(f"sparse initializer {name!r}{where} {problem}")
         return names
 
     def _types(self, graph: GraphProto, where: str) -> None:

@@ -7,15 +7,16 @@ import math
 from typing import Final
 
 import onnx
-from onnx import TensorProto
+from onnx import SparseTensorProto, TensorProto
 
-__all__ = ["tensor_problem"]
+__all__ = ["sparse_problem", "tensor_problem"]
 
 _T = TensorProto
 _PACKED: Final = {  # types with several elements to a byte: elements per byte
     **{getattr(_T, n): 2 for n in ("INT4", "UINT4", "FLOAT4E2M1") if hasattr(_T, n)},
     **{getattr(_T, n): 4 for n in ("INT2", "UINT2") if hasattr(_T, n)},
 }
+_DENSE: Final = (1 << 31) - 1  # bytes of one message
 _COMPLEX: Final = (_T.COMPLEX64, _T.COMPLEX128)
 _FIELDS: Final = {
     "float_data": (_T.FLOAT, _T.COMPLEX64),
@@ -56,6 +57,26 @@ def _width(kind: int) -> int:
 def _bytes(kind: int, count: int) -> int:
     per = _PACKED.get(kind)
     return count * _width(kind) if per is None else -(-count // per)
+
+
+def sparse_problem(sparse: SparseTensorProto) -> str:
+    """As `tensor_problem`; runtimes store such a tensor dense, so that has to be possible."""
+    dims, values, indices = list(sparse.dims), sparse.values, sparse.indices
+    if dims and min(dims) < 0:
+        return f"has the shape {dims}, expected no negative size"
+    for part, tensor in (("values", values), ("indices", indices)):
+        if problem := tensor_problem(tensor):
+            return f"keeps its {part} in a tensor that {problem}"
+    given = list(indices.dims)
+    count = math.prod(values.dims)
+    if indices.data_type != _T.INT64 or given not in ([count], [count, len(dims)]):
+        return f"has indices of the shape {given} for {count} values, expected int64 [{count}]"
+    if (
+        values.data_type != _T.STRING
+        and (size := _bytes(values.data_type, math.prod(dims))) > _DENSE
+    ):
+        return f"takes {size} bytes when it is stored dense, and runtimes take at most {_DENSE}"
+    return ""
 
 
 def _raw_problem(kind: int, count: int, given: int) -> str:

@@ -31,6 +31,8 @@ def check_target(path: Path, *, force: bool = False) -> Path:
         UsageError: it exists and `force` is not set; it is a folder, a device or a pipe; its
             folder does not exist; its symbolic links lead in a circle.
     """
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r}: no file has such a name; choose another")
     try:
         target = path.resolve() if path.is_symlink() else path
         kind = target.stat().st_mode if target.exists() else None

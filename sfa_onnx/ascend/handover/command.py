@@ -26,6 +26,7 @@ __all__ = ["AtcCommand", "bind_dims", "build", "free_dims"]
 
 _SOC = re.compile(r"Ascend\d{3}[A-Za-z0-9_]*$")
 _NUMBER = re.compile(r"[1-9]\d*$")
+_LARGEST = (1 << 63) - 1  # what a file can hold
 _RANGE = re.compile(r"([1-9]\d*)~([1-9]\d*)$")
 _GEARS = re.compile(r"[1-9]\d*(,[1-9]\d*)+$")
 _MOST_GEARS = 100
@@ -114,8 +115,14 @@ def bind_dims(model: ModelProto, dims: Mapping[str, str | int]) -> ModelProto:
     """The model with the dims that `--input_shape` makes numbers written into its inputs.
 
     Other values keep their names; shape inference derives them from the inputs.
+
+    Raises:
+        UsageError: a size that no tensor has.
     """
     numbers = {name: int(v) for name, v in dims.items() if _NUMBER.match(str(v))}
+    for symbol, number in numbers.items():
+        if number > _LARGEST:
+            raise UsageError(f"--dim {symbol}={number}: no tensor is so large, expected a size")
     if not numbers:
         return model
     bound = ModelProto()

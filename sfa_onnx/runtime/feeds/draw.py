@@ -72,8 +72,10 @@ def random_feeds(
         Input name -> array, in the model's order; `given` ones are passed through.
 
     Raises:
-        UsageError: `given` names no input of the model.
+        UsageError: `given` names no input of the model, or the seed is below zero.
     """
+    if seed < 0:
+        raise UsageError(f"seed={seed}: expected a number from 0 on")
     proto = _proto(model) if isinstance(model, ort.InferenceSession) else load_model(model)
     return _Feeds(proto, seed, dict(given or {}), dict(sizes or {}), fused, wide).all()
 
