@@ -162,6 +162,26 @@ def test_two_batch_axes_are_refused() -> None:
     assert site.hint == "merge them into one in front of the attention"
 
 
+def test_sizes_that_contradict_each_other_stop_no_other_site() -> None:
+    """A second product over weights meets two axes of one input; the first site fuses."""
+    g = Graph(18)
+    rows = g.op("GatherND", "kv", g.unsqueeze("indices", -1), batch_dims=1)
+    out = attention(g, "query", rows)
+    weights = g.op(
+        "Softmax", g.op("Add", "square", g.op("Transpose", "square", perm=[1, 0, 2])), axis=-1
+    )
+    product = g.op("ReduceSum", g.op("Mul", weights, "square"), g.ints(1), keepdims=0)
+    inputs = {
+        "query": ("f32", ("b", "s", N, C + R)),
+        "kv": ("f32", ("b", "t", C + R)),
+        "indices": ("i64", ("b", "s", K)),
+        "square": ("f32", ("u", "v", 4)),
+    }
+    outs = {"out": ("f32", ("b", "s", N, C)), "other": ("f32", ("u", 4))}
+    report = sfa_onnx.fuse(g.model(inputs, outs, [out, product]))
+    assert len(report.fused) == 1
+
+
 def test_indices_for_a_part_of_the_rows_are_refused() -> None:
     """A scatter may write to the first sequence alone: the batch is not 1 because indices are."""
     g = Graph(18)

@@ -18,6 +18,7 @@ from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_
 from sfa_onnx.passes.candidate import Candidate, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
+from sfa_onnx.passes.shapes.known import known_shape
 
 __all__ = ["Cost", "compare_costs", "nominal_sizes", "region_cost", "selection_cost"]
 
@@ -83,8 +84,8 @@ def compare_costs(before: Cost, after: Cost) -> dict[str, float]:
 def _node_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
     if (node.domain, node.op_type) in _FUSED:
         return _fused_cost(sizes, node)
-    inputs = [sizes.shape(name) for name in node.input if name]
-    outputs = [sizes.shape(name) for name in node.output if name]
+    inputs = [known_shape(sizes, name) for name in node.input if name]
+    outputs = [known_shape(sizes, name) for name in node.output if name]
     if any(shape is None for shape in (*inputs, *outputs)):
         return Cost(unknown=1)
     known_in = [shape for shape in inputs if shape is not None]
@@ -134,7 +135,7 @@ _FUSED = {op.key for op in (SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQ
 
 def _fused_cost(sizes: Concrete, node: onnx.NodeProto) -> Cost:
     """2 * tokens * N1 * K * (key width + value width); K gathered rows per token."""
-    query, key, indices = (sizes.shape(node.input[i]) for i in (0, 1, 3))
+    query, key, indices = (known_shape(sizes, node.input[i]) for i in (0, 1, 3))
     if query is None or key is None or indices is None:
         return Cost(unknown=1)
     selected = min(indices[-1], max(1, key[1] if len(key) == 4 else key[0]))
@@ -152,7 +153,7 @@ def _rope_width(sizes: Concrete, node: onnx.NodeProto, packed: bool) -> int:
     if packed:
         return int(attribute(node, "rope_head_dim", 0))
     position = SPARSE_FLASH_ATTENTION.input_index("query_rope")
-    shape = sizes.shape(node.input[position]) if len(node.input) > position else None
+    shape = known_shape(sizes, node.input[position]) if len(node.input) > position else None
     return shape[-1] if shape else 0
 
 
@@ -163,7 +164,7 @@ def selection_cost(sizes: Concrete, item: Candidate) -> Cost:
     """
     named: dict[str, int] = {}
     for operand in item.operands:
-        shape = sizes.shape(operand.value)
+        shape = known_shape(sizes, operand.value)
         if shape is not None:
             named |= dict(zip(operand.axes, shape, strict=True))
     batch, rows, keys, heads, width = (named.get(n, 1) for n in ("B", "S1", "S2", "Hi", "Di"))

@@ -28,6 +28,7 @@ from sfa_onnx.passes.graph.kinds import (
 )
 from sfa_onnx.passes.graph.weights import is_weight
 from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.known import known_shape
 from sfa_onnx.passes.values.attention_op import is_attention
 
 __all__ = ["FOLLOWED", "attention_regions"]
@@ -221,7 +222,7 @@ class _Sweep:
 
     def _masks(self, node: onnx.NodeProto, sides: list[str]) -> bool:
         """Whether what is summed has no more axes than the weights: they are masked, or scaled."""
-        whole = self.sizes.shape(node.input[0])
+        whole = known_shape(self.sizes, node.input[0])
         return whole is not None and any(
-            self.sizes.shape(side) == whole for side in sides if side in self.inner
+            known_shape(self.sizes, side) == whole for side in sides if side in self.inner
         )

@@ -20,6 +20,7 @@ from onnx import helper
 from sfa_onnx.passes.graph.index import Dim, GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies, owners
 from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.known import known_shape
 
 __all__ = ["ScopeIndex", "body_views"]
 
@@ -248,7 +249,7 @@ class _Entry:
         given = self.view.shape(state.name)
         if state.name in self.declared:
             return given
-        first, second = (sizes.shape(state.initial) for sizes in outer)
+        first, second = (known_shape(sizes, state.initial) for sizes in outer)
         if first is None or second is None or len(first) != len(second):
             return given
         dims: list[Dim] = []
@@ -276,8 +277,8 @@ class _Entry:
         changed = False
         for sizes in [Concrete(self.view, second=second) for second in (False, True)]:
             for state in self.states:
-                before = sizes.shape(state.name)
-                after = sizes.shape(state.next) if state.next else before
+                before = known_shape(sizes, state.name)
+                after = known_shape(sizes, state.next) if state.next else before
                 if after is None and state.name in self.declared:
                     continue
                 for axis, dim in enumerate(self._dims(state) or ()):

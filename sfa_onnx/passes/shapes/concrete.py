@@ -92,7 +92,10 @@ class Concrete:
     # -- shapes -----------------------------------------------------------------------------------
 
     def shape(self, value: str) -> Shape | None:
-        """The concrete shape of `value`; None when it cannot be known without running the graph."""
+        """The concrete shape of `value`; None when it cannot be known without running the graph.
+
+        Raises: SizesMeetError where sizes meet that cannot be equal.
+        """
         return self._settled(lambda: self.look_up(value))
 
     def declare(self, value: str, shape: Shape, elem_type: int) -> None:
@@ -205,11 +208,7 @@ class Concrete:
         return tuple(out)
 
     def _broadcast_apart(self, a: int, b: int) -> NoReturn:
-        """Two sizes are broadcast to each other: they are one, or one of them is 1.
-
-        Two axes of one input are not made one: a model that takes [batch, rows] is not meant for
-        batch = rows, and it runs with a batch of 1, where it computes something else.
-        """
+        """Two sizes are made one, but not two axes of one input: they may be broadcast from 1."""
         pair = {form_of(a).plain, form_of(b).plain}
         if any(pair <= own for own in self._input_symbols):
             raise SizesMeetError(
