@@ -189,3 +189,17 @@ def test_blocks_of_columns_behind_blocks_of_keys() -> None:
     assert position.mod(192) == Expr.of(key).mod(4) * 48 + Expr.of(column)
     wide = Expr.of(key) * 24 + Expr.of(column)  # columns reach into the next key
     assert wide.floordiv(96) != Expr.of(key).floordiv(4)
+
+
+def test_an_axis_that_is_not_repeated_is_read_as_it_is() -> None:
+    """Heads are repeated by Tile behind a gather: rows stay those that the indices name."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,5,1,3] rows, int64[2,4] idx) => (float[2,5,6,3] out)
+        <int64[4] by={1,1,6,1}> { out = Tile(rows, by) }"""
+    )
+    trace = tracer(model)
+    batch, head, column = Label("b", 2), Label("h", 6), Label("c", 3)
+    read = Expr.of(Read("idx", (Expr.of(batch), Expr())))
+    found = deepest(trace, Ref("out", (Expr.of(batch), read, Expr.of(head), Expr.of(column))))
+    assert found == Ref("rows", (Expr.of(batch), read, Expr(), Expr.of(column)))

@@ -72,8 +72,9 @@ def _expand(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
 
 
 def _tile(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
-    shape = tracer.shape(node.input[0])
-    coords = (c.mod(d) if d > 1 else ZERO for c, d in zip(ref.coords, shape, strict=True))
+    shape, target = tracer.shape(node.input[0]), tracer.shape(ref.value)
+    sizes = zip(ref.coords, shape, target, strict=True)  # an axis that is not repeated stays
+    coords = (ZERO if d == 1 else c if d == n else c.mod(d) for c, d, n in sizes)
     return Move(Ref(node.input[0], tuple(coords)))
 
 
