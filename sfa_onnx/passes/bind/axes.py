@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
-from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Scaled, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Pieces, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Kept, Literal, Selected, Visible
+from sfa_onnx.passes.bind.paths import deepen
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import NotASite, Site
 from sfa_onnx.passes.bind.sources import all_reads, index_sources
@@ -179,9 +180,7 @@ def _gathered_apart(tracer: Tracer, ref: Ref, key: Label, deep: int = 4) -> bool
     if not deep or not isinstance(step, Pieces) or step.label == key:
         return False
     for _, _, part in step.parts:
-        inner = tracer.step(part)
-        while isinstance(inner, Move | Scaled):
-            part, inner = inner.ref, tracer.step(inner.ref)
+        part = deepen(tracer, part)[-1].ref
         alone = any(_selects(r, key) for c in part.coords for r in c.reads)
         if not alone and not _gathered_apart(tracer, part, key, deep - 1):
             return False
@@ -258,13 +257,9 @@ def check_rows(site: Site) -> None:
 
 def _of_one_batch(site: Site, coordinate: Expr, size: int) -> bool:
     """Whether the query, too, is read at one place of such an axis: its rows are no batches."""
-    ref: Ref | None = site.nope_query.ref
-    while ref is not None:
-        if (coordinate, size) in zip(ref.coords, site.tracer.shape(ref.value), strict=True):
-            return True
-        step = site.tracer.step(ref)
-        ref = step.ref if isinstance(step, Move) else None
-    return False
+    _, path = site.queries[0]
+    shapes = [(s.ref.coords, site.tracer.shape(s.ref.value)) for s in path]
+    return any((coordinate, size) in zip(*own, strict=True) for own in shapes)
 
 
 def _in_order(coordinate: Expr) -> list[Label]:

@@ -17,6 +17,7 @@ from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.packed import PackedSite
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
+from sfa_onnx.passes.bind.sources import nested
 
 __all__ = ["by_finished_indices"]
 
@@ -73,12 +74,8 @@ def _plain(ref: Ref, inner: set[Label]) -> bool:
     An axis may run over `inner` labels in any way: tiles of columns, keys of a block.
     """
     read = [c for c in ref.coords if c.reads]
-    alone = all(c == Expr.of(c.reads[0]) and not _nested(c.reads[0]) for c in read)
+    alone = all(c == Expr.of(c.reads[0]) and not nested(c.reads[0]) for c in read)
     rest = (c for c in ref.coords if not c.reads)
     return (
         bool(read) and alone and all(axis_labels(c) is not None or c.labels <= inner for c in rest)
     )
-
-
-def _nested(read: Read) -> bool:
-    return any(c.reads for c in read.coords)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sfa_onnx.passes.axes.expr import Expr, Label, Read
-from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop
+from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.trace import Ref, Stop
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
+from sfa_onnx.passes.bind.sources import outside_reads
 
 __all__ = ["check_heads"]
 
@@ -26,7 +27,7 @@ def check_heads(site: Site) -> None:
     if site.tracer.opaque:  # said when indices were followed to their source
         return
     columns = [c for c in (site.nope, site.rope) if c is not None]
-    owned = {x for c in columns for x in _owners(c)}
+    owned = {x for c in columns for x in outside_reads(c) - {c.label, c.inner}}
     owners = [x for x in site.rows if x in owned]
     choosers = [x for x in site.rows if x not in owned]
     views = _query_views(site)
@@ -47,30 +48,9 @@ def check_heads(site: Site) -> None:
         )
 
 
-def _owners(columns: Columns) -> set[Label]:
-    """Labels that say whose keys are read, whatever the indices say."""
-    found: set[Label] = set()
-    for coordinate in columns.deep.ref.coords:
-        for atom, _ in coordinate.terms:
-            if not isinstance(atom, Read):
-                found |= {x for x in Expr.of(atom).labels if not Expr.of(atom).reads}
-        for read in coordinate.reads:  # block_table[batch, page of an index]
-            inner = [c for c in read.coords if not c.reads]
-            if len(inner) < len(read.coords):
-                found |= {x for c in inner for x in c.labels}
-    return found - {columns.label, columns.inner}
-
-
 def _query_views(site: Site) -> list[tuple[Ref, Label]]:
-    """The query on its way to the products (with its columns), and the output."""
-    views = [(site.out, site.column)]
-    for query in (site.nope_query, site.rope_query):
-        ref = query.ref if query is not None else None
-        while query is not None and ref is not None:
-            views.append((ref, query.label))
-            step = site.tracer.step(ref)
-            ref = step.ref if isinstance(step, Move | Scaled) else None
-    return views
+    """The output, and the query on its way to the products, with their columns."""
+    return [(site.out, site.column), *((s.ref, q.label) for q, path in site.queries for s in path)]
 
 
 def _key_head(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem, fresh
 from sfa_onnx.passes.axes.trace import Joined, Ref, Stop, Tracer
-from sfa_onnx.passes.bind.rows import deepen
+from sfa_onnx.passes.bind.paths import deepen, one_element
 from sfa_onnx.passes.values.arithmetic import addends, coefficient
 from sfa_onnx.passes.values.attention import Weight
 from sfa_onnx.passes.values.terms import Term, dot, element, number
@@ -167,16 +167,7 @@ class _Join:
 
     def same(self, refs: Sequence[Ref]) -> Ref | None:
         """The element of the first tensor that all were cut from, if they are one element."""
-        paths = [{s.ref.value: s for s in deepen(self.tracer, r)} for r in refs]
-        for value in paths[0]:
-            states = [p[value] for p in paths if value in p]
-            if len(states) < len(refs) or any(s.factor != 1 for s in states):
-                continue
-            columns = zip(*(s.ref.coords for s in states), strict=True)
-            whole = [self._lifted(list(column)) for column in columns]
-            if None not in whole:
-                return Ref(value, tuple(c for c in whole if c is not None))
-        return None
+        return one_element(self.tracer, refs, self._lifted)
 
     def _lifted(self, chunks: list[Expr]) -> Expr | None:
         """The coordinate of the whole that is, in every chunk, the one of that chunk."""

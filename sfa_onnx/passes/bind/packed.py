@@ -14,10 +14,11 @@ import onnx
 from sfa_onnx.errors import ContractError
 from sfa_onnx.operator.op import PackedRow
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot
-from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.decode import stored_bytes
-from sfa_onnx.passes.bind.rows import Columns, State
-from sfa_onnx.passes.bind.site import Query, Site
+from sfa_onnx.passes.bind.paths import State
+from sfa_onnx.passes.bind.rows import Columns
+from sfa_onnx.passes.bind.site import Site
 
 __all__ = ["PackedSite", "bind_packed"]
 
@@ -136,25 +137,11 @@ def _row_type(site: Site, row: PackedRow) -> int:
     """The operator's float type for these rows; 0 when the query does not exist in it."""
     if row.itemsize == 4:
         return _T.FLOAT
-    halves = [
-        next((t for t in _query_types(site, query) if t in _HALF), 0)
-        for query in (site.nope_query, site.rope_query)
-        if query is not None
-    ]
+    types = [[site.tracer.sizes.elem_type(s.ref.value) for s in path] for _, path in site.queries]
+    halves = [next((t for t in own if t in _HALF), 0) for own in types]
     if len(set(halves)) == 1 and halves[0]:
         return halves[0]
     return 0 if row.rope else _T.FLOAT
-
-
-def _query_types(site: Site, query: Query) -> list[int]:
-    tracer, ref = site.tracer, query.ref
-    found = []
-    while True:
-        found.append(tracer.sizes.elem_type(ref.value))
-        step = tracer.step(ref)
-        if not isinstance(step, Move | Scaled):
-            return found
-        ref = step.ref
 
 
 def _packed(site: Site, row: PackedRow, elem_type: int) -> PackedSite:

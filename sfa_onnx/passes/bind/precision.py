@@ -7,9 +7,9 @@ from typing import Final
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
-from sfa_onnx.passes.axes.trace import Move, Scaled, Stop, Tracer, is_float
+from sfa_onnx.passes.axes.trace import Stop, is_float
 from sfa_onnx.passes.bind.rows import Columns
-from sfa_onnx.passes.bind.site import Query, Site
+from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.shapes.types import MANTISSA
 
 __all__ = ["check_precision"]
@@ -48,8 +48,7 @@ def _least(site: Site) -> int:
     """Bits of the narrowest type that query or keys go through."""
     sizes = site.tracer.sizes
     types = [sizes.elem_type(v) for c in (site.nope, site.rope, site.value) for v in _values(c)]
-    for query in (site.nope_query, site.rope_query):
-        types += [sizes.elem_type(v) for v in _query_values(site.tracer, query)]
+    types += [sizes.elem_type(s.ref.value) for _, path in site.queries for s in path]
     return min((MANTISSA[t] for t in types if t in MANTISSA), default=0)
 
 
@@ -57,16 +56,6 @@ def _values(columns: Columns | None) -> list[str]:
     if columns is None:
         return []
     return [s.ref.value for s in (*columns.path, *columns.weight)]
-
-
-def _query_values(tracer: Tracer, query: Query | None) -> list[str]:
-    found = []
-    ref = query.ref if query is not None else None
-    while ref is not None:
-        found.append(ref.value)
-        step = tracer.step(ref)
-        ref = step.ref if isinstance(step, Move | Scaled) else None
-    return found
 
 
 def _between(site: Site) -> list[int]:

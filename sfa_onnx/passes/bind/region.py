@@ -10,7 +10,7 @@ import onnx
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes.places import axis_labels, is_view
-from sfa_onnx.passes.axes.trace import Move, Ref, Scaled, Tracer
+from sfa_onnx.passes.axes.trace import Ref, Tracer
 from sfa_onnx.passes.bind.domains import (
     chosen_domain,
     finished_domain,
@@ -72,15 +72,8 @@ def cover(
 
 def _query_refs(site: Site, values: list[str]) -> list[Ref]:
     """The query elements at the given values."""
-    found = []
-    for query in (q for q in (site.nope_query, site.rope_query) if q is not None):
-        ref: Ref | None = query.ref
-        while ref is not None and ref.value not in values:
-            step = site.tracer.step(ref)
-            ref = step.ref if isinstance(step, Move | Scaled) else None
-        if ref is not None:
-            found.append(ref)
-    return found
+    found = [[s.ref for s in path if s.ref.value in values] for _, path in site.queries]
+    return [refs[0] for refs in found if refs]
 
 
 def _upstream(

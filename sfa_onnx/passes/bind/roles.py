@@ -8,12 +8,12 @@ from sfa_onnx.passes.bind.axes import check_rows, rows_changed, splits, take_mas
 from sfa_onnx.passes.bind.formula import Product, Scores, read_formula
 from sfa_onnx.passes.bind.heads import check_heads
 from sfa_onnx.passes.bind.nans import check_nan
+from sfa_onnx.passes.bind.paths import deepen
 from sfa_onnx.passes.bind.precision import check_precision
 from sfa_onnx.passes.bind.rows import (
     Columns,
     apart,
     cut_columns,
-    deepen,
     require_one,
     same_addresses,
     same_rows,

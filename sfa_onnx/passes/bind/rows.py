@@ -12,13 +12,12 @@ from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Rem, fresh
 from sfa_onnx.passes.axes.one_hot import picks
 from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Product, Ref, Scaled, Stop, Tracer
 from sfa_onnx.passes.bind.decode import stored_bytes
+from sfa_onnx.passes.bind.paths import State, deepen
 
 __all__ = [
     "Columns",
-    "State",
     "apart",
     "cut_columns",
-    "deepen",
     "require_one",
     "same_addresses",
     "same_rows",
@@ -32,17 +31,6 @@ _KINDS = {
     "int8": "is dequantised from int8",
     "expanded": "is made by a product with a weight",
 }
-
-
-@dataclass(frozen=True)
-class State:
-    """A tensor on the way from a contraction to where the rows are stored.
-
-    The operand's element is `factor` times this one.
-    """
-
-    ref: Ref
-    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -138,19 +126,6 @@ def _enter(
 
 def _wants(parts: Sequence[Columns], wanted: frozenset[str]) -> bool:
     return any(p.kind != "float" or any(s.ref.value in wanted for s in p.path[-4:]) for p in parts)
-
-
-def deepen(tracer: Tracer, ref: Ref, factor: float = 1.0) -> list[State]:
-    """`ref` and every element behind it, by moves and constant factors only."""
-    path = [State(ref, factor)]
-    while True:
-        step = tracer.step(path[-1].ref)
-        if isinstance(step, Move):
-            path.append(State(step.ref, path[-1].factor))
-        elif isinstance(step, Scaled):
-            path.append(State(step.ref, path[-1].factor * step.factor))
-        else:
-            return path
 
 
 def _dequantised(

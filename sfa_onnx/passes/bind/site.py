@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Kept, Selected, Visible
+from sfa_onnx.passes.bind.paths import State, deepen
 from sfa_onnx.passes.bind.rows import Columns
 
 __all__ = ["AttentionRegion", "NotASite", "Query", "Sinks", "Site", "Statistic"]
@@ -131,3 +132,9 @@ class Site:
     sinks: Sinks | None = None
     statistics: list[Statistic] = field(default_factory=list)
     finished: bool = False
+
+    @property
+    def queries(self) -> list[tuple[Query, list[State]]]:
+        """The query's nope and rope, and what each is on its way from the products."""
+        parts = (q for q in (self.nope_query, self.rope_query) if q is not None)
+        return [(query, deepen(self.tracer, query.ref)) for query in parts]

@@ -151,7 +151,7 @@ def outside_reads(columns: Columns) -> set[Label]:
     for coordinate in columns.deep.ref.coords:
         for atom, _ in coordinate.terms:
             if not isinstance(atom, Read):
-                found |= Expr.of(atom).labels
+                found |= Expr.of(atom).labels if not Expr.of(atom).reads else set()
         for read in coordinate.reads:  # block_table[batch, page of an index]
             if nested(read):
                 found |= {x for c in read.coords if not c.reads for x in c.labels}

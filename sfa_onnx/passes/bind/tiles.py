@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
-from sfa_onnx.passes.bind.rows import deepen
+from sfa_onnx.passes.bind.paths import deepen, one_element
 from sfa_onnx.passes.values.arithmetic import coefficient, factors
 from sfa_onnx.passes.values.terms import Term
 
@@ -107,16 +107,7 @@ class _Join:
 
     def whole(self, refs: Sequence[Ref]) -> Ref | None:
         """The element over all columns that every tile has a range of."""
-        paths = [{s.ref.value: s for s in deepen(self.tracer, r)} for r in refs]
-        for value in reversed(paths[0]):
-            states = [p[value] for p in paths if value in p]
-            if len(states) < len(paths) or any(s.factor != 1 for s in states):
-                continue
-            columns = zip(*(s.ref.coords for s in states), strict=True)
-            coords = [self._lifted(list(column)) for column in columns]
-            if None not in coords:
-                return Ref(value, tuple(c for c in coords if c is not None))
-        return None
+        return one_element(self.tracer, refs, self._lifted, deepest=True)
 
     def _lifted(self, parts: list[Expr]) -> Expr | None:
         first, width = self.spans[0], self.spans[0].label.size

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.trace import Ref, Stop
-from sfa_onnx.passes.bind.rows import Columns, State, require_one, trace_columns
+from sfa_onnx.passes.bind.paths import State
+from sfa_onnx.passes.bind.rows import Columns, require_one, trace_columns
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 

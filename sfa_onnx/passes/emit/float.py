@@ -11,7 +11,8 @@ from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
 from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref
-from sfa_onnx.passes.bind.rows import Columns, State
+from sfa_onnx.passes.bind.paths import State
+from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.sources import from_topk
 from sfa_onnx.passes.emit.emitter import Group
 from sfa_onnx.passes.emit.plan import (

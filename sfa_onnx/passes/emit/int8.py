@@ -13,7 +13,8 @@ from sfa_onnx.operator.op import KV_CACHE_PACK
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION_ANTIQUANT as ANTIQUANT
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot
 from sfa_onnx.passes.axes.trace import Ref, Stop
-from sfa_onnx.passes.bind.rows import Columns, State
+from sfa_onnx.passes.bind.paths import State
+from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.emit.emitter import Group
 from sfa_onnx.passes.emit.plan import (
     Built,

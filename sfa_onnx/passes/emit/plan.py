@@ -12,7 +12,8 @@ from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.places import axis_labels, is_view
 from sfa_onnx.passes.axes.trace import Ref, Stop, is_float
-from sfa_onnx.passes.bind.rows import Columns, State, deepen
+from sfa_onnx.passes.bind.paths import State, deepen
+from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Query, Sinks, Site
 from sfa_onnx.passes.emit.absorb import Absorbed
 from sfa_onnx.passes.emit.emitter import Emitter, Group

@@ -10,7 +10,7 @@ import onnx
 from sfa_onnx.passes.axes.expr import Label, Read, merge
 from sfa_onnx.passes.axes.places import axis_labels, is_view
 from sfa_onnx.passes.axes.trace import Ref, Stop
-from sfa_onnx.passes.bind.rows import State
+from sfa_onnx.passes.bind.paths import State
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.emit.plan import Plan, unrounded
 

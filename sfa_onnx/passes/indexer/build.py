@@ -13,7 +13,7 @@ from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref, Stop
-from sfa_onnx.passes.bind.rows import State
+from sfa_onnx.passes.bind.paths import State
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.emit.select import visible_at_rows
 from sfa_onnx.passes.emit.sized import sized

@@ -22,7 +22,6 @@ from sfa_onnx.passes.values.terms import Term
 __all__ = ["Formula", "Part", "read_formula"]
 
 _WANTED: Final = "expected sum over heads of weight * relu(query . key)"
-_RELUS: Final = frozenset(("Clip", "Max", "Relu", "Where"))
 _PLAIN: Final = frozenset(("Exp", "Max", "Min", "Pow", "Sqrt"))
 
 

@@ -11,7 +11,7 @@ import onnx
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.places import axis_labels, is_view
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
-from sfa_onnx.passes.bind.rows import State, deepen
+from sfa_onnx.passes.bind.paths import State, deepen
 from sfa_onnx.passes.indexer.formula import Formula, read_formula
 from sfa_onnx.passes.indexer.masks import Masks, Prefix, sort_masks
 from sfa_onnx.passes.indexer.regions import SelectionRegion
