@@ -229,7 +229,15 @@ def open_session(
     except Exception as error:
         if missing and "is not a registered function/op" in str(error):
             raise missing from error
-        raise ModelError(f"onnxruntime {ort.__version__} refuses {name}: {error}") from error
+        said = f"onnxruntime {ort.__version__} refuses {name}: {error}"
+        raise ModelError(said + _next_step(str(error), model)) from error
+
+
+def _next_step(text: str, model: Model | bytes) -> str:
+    from sfa_onnx.runtime.refused import next_step
+
+    whole = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else load_model(model)
+    return next_step(text, whole)
 
 
 def _source(model: Model | bytes, allow_external: bool) -> tuple[str | bytes, str]:
