@@ -103,7 +103,7 @@ def test_indexer_gives_indices_and_values_when_asked():
     [
         ({"sparse_mode": 1}, "expected 0 or 3, got 1"),
         ({"attention_mode": 0}, "attention_mode: expected 2, got 0"),
-        ({"tile_size": 64}, "key rows of 56 bytes do not fit"),
+        ({"tile_size": 64}, "tile_size: expected a divisor of the latent"),
         ({"layout_query": "TND"}, r"query \(layout TND\): expected rank 3"),
         ({"layout_kv": "TND"}, "layout TND of the key"),
         ({"scale_value": None}, "Required attribute 'scale_value' is missing|scale_value"),
