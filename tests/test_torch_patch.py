@@ -13,7 +13,7 @@ import sfa_onnx.torch as sfa_torch  # noqa: E402
 from sfa_onnx import runtime  # noqa: E402
 from sfa_onnx.errors import UsageError  # noqa: E402
 from tests.zoo.hf import Spec, make_model  # noqa: E402
-from tests.zoo.kin import Kin, cache_name, make  # noqa: E402
+from tests.zoo.kin import _COMMON, Kin, cache_name, make  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -157,3 +157,38 @@ def test_what_cannot_be_patched_is_refused():
     sfa_torch.patch_attention(model)
     with pytest.raises(UsageError, match="patched already"):
         sfa_torch.patch_attention(model)
+
+
+def hy(vision):
+    """A tiny hy_v4, or the text model of hy_v4_vl."""
+    transformers = pytest.importorskip("transformers")
+    sizes = _COMMON | {"num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
+    if not vision:
+        module = pytest.importorskip("transformers.models.hy_v4.modeling_hy_v4")
+        config, build = transformers.HYV4Config(**sizes), module.HYV4ForCausalLM
+    else:
+        module = pytest.importorskip("transformers.models.hy_v4_vl.modeling_hy_v4_vl")
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+        config = module.HYV4VLTextConfig(**sizes, rope_parameters=rope)
+        build = module.HYV4VLTextModel
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    return build(config).eval()
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_sinks_go_to_the_operator(vision):
+    model = hy(vision)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.copy_(torch.linspace(-1, 2, parameter.numel()))
+    want = decode(model)
+    assert len(sfa_torch.patch_attention(model)) == 2
+    got = decode(model)
+    assert (got - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+    sfa_torch.unpatch_attention(model)
+    sfa_torch.patch_attention(model, cache="paged-int8")
+    packed = decode(model)
+    paged = decode(model, sfa_torch.PagedInt8Cache(block_size=16))
+    np.testing.assert_allclose(paged, packed, rtol=1e-4, atol=1e-4)

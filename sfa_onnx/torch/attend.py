@@ -21,6 +21,7 @@ from sfa_onnx.torch.checks import (
     FLOATS,
     check_attributes,
     check_ints,
+    check_reserved,
     dtype_number,
     holes,
     refuse,
@@ -148,10 +149,8 @@ def _check_types(op: OpContract, tensors: Mapping[str, torch.Tensor]) -> None:
     query = tensors["query"]
     if query.dtype not in FLOATS:
         raise refuse("query", "float32, float16 or bfloat16", query.dtype)
-    for name in ("key_dequant_scale", "value_dequant_scale"):
-        if name in tensors:
-            why = "nothing (reserved: the scales are inside the rows)"
-            raise refuse(name, why, f"a tensor {list(tensors[name].shape)}")
+    if op is not SPARSE_FLASH_ATTENTION:
+        check_reserved(tensors)
     cache = query.dtype if op is SPARSE_FLASH_ATTENTION else torch.int8
     for name in ("key", "value", "query_rope", "key_rope"):
         if name in tensors and tensors[name].dtype != cache:

@@ -18,6 +18,7 @@ __all__ = [
     "check_ints",
     "check_lengths",
     "check_ranks",
+    "check_reserved",
     "check_traced",
     "dtype_number",
     "holes",
@@ -78,6 +79,14 @@ def check_traced(
     for name, tensor in others:
         if (tensor.device.type == "meta") != (first[1].device.type == "meta"):
             raise refuse(name, f"a tensor on {first[1].device} like {first[0]}", tensor.device)
+
+
+def check_reserved(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Nothing is given for what the contract reserves."""
+    for name in ("key_dequant_scale", "value_dequant_scale"):
+        if name in tensors:
+            why = "nothing (reserved: the scales are inside the rows)"
+            raise refuse(name, why, f"a tensor {list(tensors[name].shape)}")
 
 
 def check_ints(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -25,11 +25,12 @@ from sfa_onnx.operator.op import (
 from sfa_onnx.runtime.core import DTYPES, Error, PackParams, core, refuse_if
 from sfa_onnx.torch.attend import attend, softmax_shape
 from sfa_onnx.torch.checks import FLOATS, check_ints, check_traced, refuse
+from sfa_onnx.torch.float8 import as_float_attention
 from sfa_onnx.torch.index import select
 from sfa_onnx.torch.index_golden import select_golden
 from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable, dense_pages
 
-__all__ = ["ROUNDINGS", "compute", "shapes_of"]
+__all__ = ["ROUNDINGS", "compute", "compute_float8", "shapes_of"]
 
 ROUNDINGS: Final = ("exact", "npu", "golden")
 # By name: comparing two contracts compares whole tables.
@@ -55,11 +56,7 @@ def compute(
     Raises:
         ContractError: the call breaks the contract.
     """
-    if "PA_BSND" in (attributes.get("layout_kv"), attributes.get("layout_key")):
-        tensors = dense_pages(tensors)
-    check_usable(tensors)
-    if rounding not in ROUNDINGS:
-        raise ContractError(f"rounding: expected {', '.join(ROUNDINGS)}, got {rounding!r}")
+    tensors = _usable(tensors, attributes, rounding)
     if op is KV_CACHE_PACK:
         return (_pack(op, tensors, attributes),)
     if op is LIGHTNING_INDEXER and rounding == "golden":
@@ -71,6 +68,31 @@ def compute(
     if op.name in _INDEXERS and _core_is_built():
         return select(op, tensors, attributes, rounding)
     return _by_reference(op, tensors, attributes, rounding)
+
+
+def compute_float8(
+    op: OpContract,
+    tensors: Mapping[str, torch.Tensor],
+    attributes: Mapping[str, Any],
+    types: tuple[int | None, int | None],
+    rounding: str,
+) -> tuple[torch.Tensor, ...]:
+    """As `compute`, of the packed attention over 8-bit float latents; see `float8.py`."""
+    tensors = _usable(tensors, attributes, rounding)
+    given, own = as_float_attention(op, tensors, attributes, types, rounding)
+    out, *softmax = compute(SPARSE_FLASH_ATTENTION, given, own, rounding)
+    return (out.to(tensors["query"].dtype), *softmax)
+
+
+def _usable(
+    tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any], rounding: str
+) -> Mapping[str, torch.Tensor]:
+    if "PA_BSND" in (attributes.get("layout_kv"), attributes.get("layout_key")):
+        tensors = dense_pages(tensors)
+    check_usable(tensors)
+    if rounding not in ROUNDINGS:
+        raise ContractError(f"rounding: expected {', '.join(ROUNDINGS)}, got {rounding!r}")
+    return tensors
 
 
 def _core_is_built() -> bool:

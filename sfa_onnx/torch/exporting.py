@@ -129,6 +129,12 @@ def _bound(
             f"return_softmax_lse: expected False in an export ({adapter.op.name} has no softmax"
             " among its outputs: CANN's operator has none), got True"
         )
+    kind = adapter.given(args, kwargs).get("key_dtype")
+    if kind is not None or "float8" in str(getattr(given.get("key"), "dtype", "")).lower():
+        raise ContractError(
+            f"key: expected int8 in an export ({adapter.op.name} holds no 8-bit floats), got"
+            f" key_dtype {kind} or float8"
+        )
     return given, attributes
 
 

@@ -26,6 +26,7 @@ _CLASSES: Final = (
     "Dots3NoteTextAttention",
     "GlmMoeDsaAttention",
     "HYV4Attention",
+    "HYV4VLAttention",
     "MistralLarge4TextAttention",
 )
 _BASES: Final = ("eager", "sdpa")
@@ -40,7 +41,7 @@ def patch_attention(
     The model is changed in place; `unpatch_attention` undoes it. Inference only.
 
     Args:
-        model: of `transformers`' axk2, deepseek_v32, dots3_note, glm_moe_dsa, hy_v4 or
+        model: of `transformers`' axk2, deepseek_v32, dots3_note, glm_moe_dsa, hy_v4, hy_v4_vl or
             mistral_large4, loaded with "eager" or "sdpa". Layers that attend to a window or to all
             keys stay as they are.
         cache: "float": latents as they are, the original's results but for float sums.

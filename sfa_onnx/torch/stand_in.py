@@ -21,12 +21,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from sfa_onnx.torch.float8 import HIFLOAT8
 from sfa_onnx.torch.vendor import vendor_schemas
 
 __all__ = ["install"]
 
 _VERSION: Final = "0.0.0+sfa_onnx.cpu"
-_ABSENT_TYPES: Final = ("hifloat8", "float8_e8m0fnu", "float4_e2m1fn_x2", "float4_e1m2fn_x2")
+_ABSENT_TYPES: Final = ("float8_e8m0fnu", "float4_e2m1fn_x2", "float4_e1m2fn_x2")
 _chip = "Ascend910_9392"
 
 
@@ -119,6 +120,7 @@ def _torch_npu(module: ModuleType) -> None:
     module.__dict__.update(
         __version__=_VERSION,
         npu=torch.npu,
+        hifloat8=HIFLOAT8,
         npu_format_cast=lambda tensor, *_args, **_kwargs: tensor,
     )
     for namespace in ("custom", "npu"):  # torch_npu's own wins until custom_ops is imported
@@ -245,8 +247,8 @@ class _StandIn(ModuleType):
             raise AttributeError(name)
         if name in _ABSENT_TYPES:
             raise AttributeError(
-                f"sfa_onnx's CPU stand-in for {self.__name__} has no {name!r}: float8 and hifloat8"
-                " caches are Ascend 950's alone; the CPU's operators read int8 ones"
+                f"sfa_onnx's CPU stand-in for {self.__name__} has no {name!r}: of the small floats"
+                " the CPU's attention reads float8_e4m3fn and hifloat8"
             )
         raise AttributeError(_lacks(self.__name__, "attribute", name))
 

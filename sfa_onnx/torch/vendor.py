@@ -20,7 +20,8 @@ import torch
 from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import ALL_OPS, INT64_MAX, LIGHTNING_INDEXER
-from sfa_onnx.torch.compute import compute, shapes_of
+from sfa_onnx.torch.compute import compute, compute_float8, shapes_of
+from sfa_onnx.torch.float8 import is_float8
 
 __all__ = [
     "Adapter",
@@ -146,6 +147,8 @@ class Adapter:
         self._attributes: dict[str, Any] = {a.name: a.usual for a in op.attributes}
         if self.lse_beyond_node:
             self._attributes[_LSE] = 0
+        # torch_npu's and vLLM's; the recipes' operator is of int8 alone, as is ours.
+        self.takes_float8 = schema.name.endswith("::npu_kv_quant_sparse_flash_attention")
         self._words = [n for n in self._names if _SPELLINGS.get(n, n) not in self._tensors]
         self._inputs = [n for n in self._names if n in self._tensors]
         self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -178,7 +181,12 @@ class Adapter:
             if len(self._seen) >= _KEPT:
                 self._seen.clear()
             self._seen[said] = attributes
-        return self._shaped(compute(self.op, tensors, attributes, rounding), tensors, attributes)
+        types = given.get("key_dtype"), given.get("value_dtype")
+        if self.takes_float8 and is_float8(tensors, types[0]):
+            values = compute_float8(self.op, tensors, attributes, types, rounding)
+        else:
+            values = compute(self.op, tensors, attributes, rounding)
+        return self._shaped(values, tensors, attributes)
 
     def _attributes_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
         attributes = dict(self._attributes)
@@ -191,10 +199,10 @@ class Adapter:
             elif word in _FIXED:
                 if value != _FIXED[word]:
                     raise ContractError(f"{word}: expected {_FIXED[word]}, got {value}")
-            elif value is not None:
+            elif value is not None and not self.takes_float8:
                 raise ContractError(
-                    f"{word}: expected None (float8 and hifloat8 are types of Ascend 950 only),"
-                    f" got {value!r}"
+                    f"{word}: expected None (of float8 and hifloat8, types of Ascend 950, only the"
+                    f" attention's are computed here), got {value!r}"
                 )
         return attributes
 
