@@ -82,3 +82,17 @@ def test_a_plan_carries_it(tmp_path: Path, name: str) -> None:
     path = write_plan(report, tmp_path / name)
     assert read_plan(path).assume == (ASSERTED,)
     assert len(sfa_onnx.fuse(model(PLAIN), plan=path).fused) == 1
+
+
+def test_one_minus_a_mask_is_no_mask_of_two_values_and_the_hint_says_what_to_do() -> None:
+    """(1 - mask) * low: the input is 1 where keys are seen, if it is a mask at all."""
+    made = model(
+        "  other = Sub(one1, shown)\n  hides = Mul(other, low4)\n  masked = Add(kept, hides)"
+    )
+    for name, value in (("one1", 1.0), ("low4", -1e4)):
+        made.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+    (site,) = sfa_onnx.fuse(made).sites
+    assert site.status == "refused"
+    assert "shown is added to the scores" in site.reason
+    assert "cast it to bool" in site.hint
+    assert "two-valued" not in site.hint

@@ -123,3 +123,27 @@ def test_a_selection_that_attention_reads_is_not_listed_by_itself() -> None:
     assert [site.status for site in report.sites] == ["fused"]
     again = sfa_onnx.fuse(report.model, verify=False)
     assert not again.sites
+
+
+@pytest.mark.parametrize(("rows", "count"), [("g", 1), ("stored", 0)])
+def test_rows_that_are_weighed_one_by_one_are_listed(rows: str, count: int) -> None:
+    """No axis of keys is summed; weights that meet no gathered row are no attention."""
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,3,4,40] q, float[2,24,40] kv, int64[2,3] at, float[2,3,1,40] stored)
+         => (float[2,3,4,40] o)
+        <int64[1] m1={{-1}}, int64[1] ax2={{2}}, float sc={{0.15}}>
+        {{
+         ix = Unsqueeze(at, m1)
+         k0 = GatherND<batch_dims=1>(kv, ix)
+         g = Unsqueeze(k0, ax2)
+         m = Mul(q, g)
+         s = ReduceSum<keepdims=1>(m, m1)
+         x = Mul(s, sc)
+         p = Softmax<axis=-1>(x)
+         o = Mul(p, {rows})
+        }}"""
+    )
+    sites = sfa_onnx.fuse(model).sites
+    assert [s.status for s in sites] == ["refused"] * count
+    assert all("weighs the row of a single key" in s.reason for s in sites)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from onnx import helper, parser
+from onnx import helper, numpy_helper, parser
 
 import sfa_onnx
 from sfa_onnx.runtime import run, session
@@ -183,3 +183,32 @@ def test_sequences_told_by_prefix_sums_in_the_graph() -> None:
         )
     report = sfa_onnx.fuse(program.model_proto)
     assert [s.status for s in report.sites] == ["fused"], report.sites[0].reason
+
+
+_SINGLE = """ix = Unsqueeze(single, m1)
+ g = GatherND<batch_dims=1>(kv, ix)
+ k = Unsqueeze(g, ax2)"""
+_OTHER = """next = Add(single, first)
+ iy = Unsqueeze(next, m1)
+ gy = GatherND<batch_dims=1>(kv, iy)
+ ky = Unsqueeze(gy, ax2)"""
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_single_key_needs_no_axis_of_indices(other: bool) -> None:
+    body = _SINGLE + ("\n " + _OTHER if other else "")
+    model = _gather(body, select="int64[2,3] single")
+    if other:  # the row that is weighted is another one
+        cut = next(n for n in model.graph.node if n.output[0] == "v")
+        cut.input[0] = "ky"
+        one = next(t for t in model.graph.initializer if t.name == "first")
+        one.CopyFrom(numpy_helper.from_array(np.asarray(1, np.int64), "first"))
+    report = sfa_onnx.fuse(model)
+    assert [s.status for s in report.sites] == ["refused" if other else "fused"], report.sites
+    if other:
+        assert "not the key's nope part" in report.sites[0].reason
+        return
+    rng = np.random.default_rng(5)
+    feeds = _feeds(model, 5) | {"single": rng.integers(0, 24, (2, 3))}
+    want, got = (np.asarray(run(session(m), feeds)["o"]) for m in (model, report.model))
+    assert np.abs(want - got).max() <= 1e-5 * np.abs(want).max()

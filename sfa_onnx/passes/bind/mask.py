@@ -88,7 +88,7 @@ class Masks:
                 found.append(f.args[0])
                 continue
             rest = [a for a in addends(f.args[0]) if a != _SCORE] if f.op == "exp" else [f]
-            for addend in rest:
+            for addend in sorted(rest, key=lambda a: a.is_number()):
                 raise _no_mask(self.tracer, addend, ref)
         return n.make("and", tuple(found)), Visible(ref, is_bool=False)
 
@@ -164,14 +164,17 @@ def _no_mask(tracer: Tracer, addend: Term, ref: Ref) -> Stop:
             ref.value,
             "expected a mask of 0 where a key is selected and -inf elsewhere",
         )
-    return _bias(tracer, own.ref if own.op == "element" else ref)
+    return _bias(tracer, own.ref if own.op == "element" else ref, abs(by))
 
 
-def _bias(tracer: Tracer, ref: Ref) -> Stop:
+def _bias(tracer: Tracer, ref: Ref, by: float) -> Stop:
     if ref.value in tracer.joined:  # one mask per chunk of keys, which the graph does not join
         ref = tracer.joined[ref.value].parts[0][0]
     hint = "build the mask from a bool tensor in the graph, or pass a bool mask"
-    if tracer.index.is_given(ref.value):
+    if by > 1:  # (1 - mask) * low
+        hint = f"nothing tells that {ref.value} is 0 or 1: cast it to bool in the graph, and hide"
+        hint += " keys where that is false"
+    elif tracer.index.is_given(ref.value):
         hint += f"; if it is a mask, say so: --assume two-valued:{ref.value}"
     return Stop(
         f"{ref.value} is added to the scores and cannot be shown to hold only 0 and -inf: it may be"

@@ -315,7 +315,8 @@ def _add_indices(site: Site, ref: Ref, known: dict[str, Operand], names: _Names)
                 continue  # one number per sequence, judged by its use: lengths, prefix sums
             axes = tuple("M" if c.reads else a for a, c in zip(axes, source.coords, strict=True))
             known[value] = Operand(value, Role.BLOCK_TABLE, axes, elem)
-        elif any(a.partition("_of_")[0] == "K" for a in axes):  # a longer row may be cut
+        elif site.key.size == 1 or any(a.partition("_of_")[0] == "K" for a in axes):
+            # a longer row may be cut; that of a single key needs no axis
             known[value] = Operand(value, Role.INDICES, axes, elem, chosen_domain(site, value))
 
 

@@ -18,7 +18,7 @@ from sfa_onnx.passes.find.fed import (
     sums_products,
 )
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import GATHERS, PRODUCTS, VIEWS
+from sfa_onnx.passes.graph.kinds import GATHERS, PARTS, PRODUCTS, VIEWS
 from sfa_onnx.passes.graph.weights import is_weight
 
 __all__ = ["is_product", "operands", "other_attention", "products_above"]
@@ -84,6 +84,8 @@ def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Itera
     for i in [i for i, kind in kinds.items() if kind == "Softmax" and i not in taken | anchors]:
         if (body := _reader_in_body(index, i)) is not None and _is_selective(tracer, i):
             yield _weighed_in_body(index, i, body)
+    if (single := _key_by_key(tracer, taken | anchors)) is not None:
+        yield single
     for i in [i for i, kind in kinds.items() if kind == "TopK"]:
         node = index.nodes[i]
         if _is_indexer(index, node) and not _is_read(index, node):
@@ -99,6 +101,54 @@ def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Itera
                 ),
                 (f"selection {label}",),
             )
+
+
+def _key_by_key(tracer: Tracer, taken: Collection[int]) -> RefusedSite | None:
+    """The first exponential whose weight meets the row of its own key, one key at a time."""
+    index = tracer.index
+    for i in index.own:
+        node = index.nodes[i]
+        if node.op_type not in ("Exp", "Softmax") or i in taken:
+            continue
+        if (by := _times_row(index, i)) is None or not _is_selective(tracer, i):
+            continue
+        label, times = index.label(i), index.label(by)
+        refusal = Refusal(
+            f"Mul {times} weighs the row of a single key: no axis of keys is summed",
+            index.nodes[by].output[0],
+            "gather all selected keys of a row at once, and weigh them in one product",
+        )
+        return RefusedSite(i, index.layer(i), refusal, (f"{node.op_type} {label}",))
+    return None
+
+
+def _times_row(index: GraphIndex, exponential: int) -> int | None:
+    """The Mul of a weight, which may be scaled and cut first, and a gathered row of keys."""
+    stack, seen = list(index.nodes[exponential].output), set[int]()
+    while stack and len(seen) < _NEAR:
+        own = stack.pop()
+        for i, position in index.uses(own):
+            node = index.nodes[i] if position >= 0 else None
+            if node is None or i in seen or node.op_type not in _QUIET:
+                continue
+            seen.add(i)
+            other = [n for n in node.input if n != own]
+            if node.op_type == "Mul" and other and _is_gathered(index, other[0]):
+                return i
+            stack += [o for o in node.output if o]
+    return None
+
+
+def _is_gathered(index: GraphIndex, value: str) -> bool:
+    """Whether a value is rows that a gather has read, behind views."""
+    for _ in range(_NEAR):
+        node = index.maker(value)
+        if node is None or node.op_type not in PARTS | GATHERS:
+            return False
+        if node.op_type in GATHERS:
+            return node.input[1] not in index.initializers
+        value = node.input[0]
+    return False
 
 
 def _reader_in_body(index: GraphIndex, softmax: int) -> int | None:
