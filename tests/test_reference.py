@@ -129,6 +129,13 @@ def test_only_the_first_threshold_slots_are_looked_at():
     assert got[0].tolist() == [0, 1, 0, 0, 0, 0]
 
 
+def test_a_length_may_fill_the_whole_cache():
+    whole = simple([[0, 5]], s2=6, lengths={"actual_seq_lengths_kv": [6]})
+    assert whole[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0.5])
+    with pytest.raises(ContractError, match=r"kv\[0\]: expected <= 6 \(S2\), got 7"):
+        simple([[0, 5]], s2=6, lengths={"actual_seq_lengths_kv": [7]})
+
+
 def test_a_partial_block_may_stand_anywhere():
     got = simple([[2, 0, 1]], sparse_block_size=2, lengths={"actual_seq_lengths_kv": [5]})
     assert got[0].tolist() == pytest.approx([0.2] * 5 + [0])
@@ -191,6 +198,10 @@ BAD = {
     "a needed page outside the cache": (
         lambda c: c.inputs["block_table"].__setitem__((0, 0), 99), r"block_table\[0\]\[0\].*got 99"
     ),
+    "the first page behind the cache": (
+        lambda c: c.inputs["block_table"].__setitem__((0, 0), c.inputs["key"].shape[0]),
+        r"block_table\[0\]\[0\]",
+    ),
     "a negative needed page": (
         lambda c: c.inputs["block_table"].__setitem__((0, 1), -1), r"block_table\[0\]\[1\].*got -1"
     ),
@@ -203,6 +214,10 @@ BAD = {
     ),
     "too long a query": (
         lambda c: c.inputs["actual_seq_lengths_query"].__setitem__(2, 4), r"query\[2\].*<= 3"
+    ),
+    "a table of floats": (
+        lambda c: c.inputs.update(block_table=c.inputs["block_table"].astype(np.float32)),
+        r"block_table: expected int32 .*got float32",
     ),
     "no table": (lambda c: c.inputs.pop("block_table"), "block_table: expected int32"),
     "no key lengths": (lambda c: c.inputs.pop("actual_seq_lengths_kv"), "seq_lengths_kv"),

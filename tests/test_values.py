@@ -294,3 +294,11 @@ def test_a_trace_tells_the_normal_form_and_each_identity() -> None:
     assert any(line.startswith("bound label: ") for line in fired)
     (quiet,) = fuse(gathered(), verify=False).sites
     assert not quiet.terms
+
+
+def test_a_number_stands_behind_what_is_chosen_instead_of_it() -> None:
+    """One spelling of a choice: `where(c, 5, a)` and `where(not c, a, 5)` are the same term."""
+    whole = normal()
+    chosen = whole.again(read("where(c, 5, a)"))
+    assert chosen == whole.again(read("where(not c, a, 5)"))
+    assert chosen.args[2].is_number()
