@@ -18,6 +18,7 @@ from sfa_onnx.ascend import checks
 from sfa_onnx.cli import build_parser, main
 from sfa_onnx.errors import FaultError, ModelError, SfaError
 from sfa_onnx.guard.text import printable
+from sfa_onnx.runtime.portable.model import OPS
 from tests.broken_models import BROKEN, doubling, sound
 from tests.fuzz.corpus import gathered
 from tests.test_doors import DOORS, IN_MEMORY
@@ -185,3 +186,22 @@ def test_a_budget_that_is_no_number_is_the_callers_mistake(tmp_path, monkeypatch
     assert main(["fuse", "m.onnx", "-o", "out.onnx"]) == 2
     assert "SFA_ONNX_MAX_VERIFY_BYTES='0'" in capfd.readouterr().err
     assert not Path("out.onnx").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_operators_of_ours_without_their_inputs(op, count):
+    node = onnx.helper.make_node(op.name, ["x"] * count, ["y"], domain=op.domain)
+    values = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:])
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(op.domain, 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
+    faults = []
+    for door, call in IN_MEMORY.items():
+        try:
+            call(model)
+        except FaultError as error:
+            faults.append(f"{door}: {error}")
+        except SfaError:
+            continue
+    assert not faults

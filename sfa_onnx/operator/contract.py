@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -137,6 +137,22 @@ class OpContract:
         if isinstance(tensor.types, tuple):
             return tensor.types
         return dict(self.type_variables).get(tensor.types, (tensor.types,))
+
+    def check_inputs(self, given: Sequence[str]) -> None:
+        """Refuse a node that leaves out an input which is not optional.
+
+        Args:
+            given: the node's inputs, in the order of `inputs`; "" where one is left out.
+
+        Raises:
+            ContractError: naming the input.
+        """
+        for position, tensor in enumerate(self.inputs):
+            if not tensor.optional and not "".join(given[position : position + 1]):
+                raise ContractError(
+                    f"{self.name}: input {tensor.name}: expected a tensor, but it is missing; give"
+                    " every input that is not optional"
+                )
 
     def check_attributes(self, values: Mapping[str, AttributeValue]) -> None:
         """Refuse attributes that are missing, unknown, of the wrong kind or illegal on CPU.

@@ -34,6 +34,7 @@ def padded_indexer(scope: Scope, node: NodeProto) -> list[NodeProto] | None:
     op = find_op(node.domain, node.op_type)
     if op not in _INDEXERS or op is None:
         return None
+    op.check_inputs(node.input)
     dims = scope.dims(node.input[0])
     if dims is None or len(dims) < 3:
         return None

@@ -73,6 +73,7 @@ class _PaddedAttention:
         op = find_op(node.domain, node.op_type)
         if op not in (SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT):
             return None
+        op.check_inputs(node.input)
         dims = scope.dims(node.input[0])
         if not dims or len(dims) < 3:
             return None

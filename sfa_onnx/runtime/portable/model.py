@@ -197,6 +197,7 @@ def _opset(model: ModelProto) -> int:
 
 def _signature(node: NodeProto, types: ElemTypes) -> Signature:
     op = OPS[(node.domain, node.op_type)]
+    op.check_inputs(node.input)
     values = {
         tensor.name: name
         for tensor, name in zip(op.inputs, node.input, strict=False)
