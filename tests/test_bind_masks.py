@@ -171,3 +171,11 @@ def test_every_way_to_write_a_selection_is_one(spelling: str) -> None:
 def test_what_writes_no_selection_is_refused(spelling: str, text: str) -> None:
     reasons = [s.reason for s in sfa_onnx.fuse(written(spelling)).sites]
     assert all(any(part in reason for part in text.split("|")) for reason in reasons), reasons
+
+
+def test_the_trace_names_what_a_key_is_seen_under() -> None:
+    (site,) = sfa_onnx.fuse(masked("or"), trace=True).sites
+    told = [line for line in site.terms if line.startswith("a key is seen where ")]
+    assert len(told) == 1
+    for part in (" or ", "any(key0, (topk_", " mod 24 == (t"):
+        assert part in told[0]

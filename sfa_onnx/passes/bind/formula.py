@@ -209,6 +209,9 @@ def _scores(
         leaves = bool(region.sides)
         _take_condition(reader, condition, weight, masks, leaves=leaves)
     found.masks = masks.literals()
+    if (told := reader.tracer.terms) is not None:
+        told[1:1] = [f"a key is seen where {term}" for term in masks.found]
+        told += map(str, masks.reader.n.fired)
     return found
 
 
