@@ -45,6 +45,7 @@ class VerifyRecord:
     assumptions: tuple[str, ...]  # "sparse_indices are distinct: discharged by TopK /layers.0/TopK"
     constants_read: tuple[str, ...]  # structural constants whose bytes were read
     own_rounding: float | None = None  # error of the region in the model's own dtype, informative
+    margin: float | None = None  # least gap, per largest score, of the last key a TopK took
     shared_with: str | None = None  # anchor of the equal site that was probed in its place
     seconds: float = 0.0
 

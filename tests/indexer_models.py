@@ -163,6 +163,10 @@ def _masked(s: Spelling, x: Any, more: tuple[Any, ...]) -> Any:
         return x.masked_fill(more[0].unsqueeze(1) == 0, s.low)
     if s.mask == "both":
         return torch.where(seen & (more[0].unsqueeze(1) != 0), x, torch.tensor(s.low))
+    if s.mask == "rows":  # padding in front: rows of padding see no key
+        kept = more[0] != 0
+        rows_kept = kept[:, -x.shape[1] :].unsqueeze(2)
+        return x.masked_fill(~(seen & kept.unsqueeze(1) & rows_kept), s.low)
     if s.mask == "lengths":
         return x.masked_fill(keys >= more[0][:, None, None], s.low)
     if s.mask == "positions":
@@ -192,7 +196,7 @@ def inputs(s: Spelling, batch: int = 2, rows: int = 0, keys: int = 0, seed: int 
     kept = (torch.rand(batch, keys, generator=make) < 0.7).to(torch.int64)
     kept[:, 0] = 1
     start = torch.randint(0, max(keys - rows, 0) + 1, (batch,), generator=make)
-    if s.mask in ("padding", "both"):
+    if s.mask in ("padding", "both", "rows"):
         given["kept"] = kept
     if s.mask == "lengths":
         given["lengths"] = start + 1

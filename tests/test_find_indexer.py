@@ -22,6 +22,7 @@ SPELLINGS = {
     "sums": replace(BASE, product="sum", weigh="mul", scale="relu"),
     "parts": replace(BASE, product="parts", weigh="mean", scale="relu", mask="both"),
     "parts causal": replace(BASE, product="parts", mask="causal add"),
+    "rows": replace(BASE, mask="rows"),
     "clamp": replace(BASE, relu="clamp", scale="weights", top="unsorted"),
     "max": replace(BASE, relu="max", scale="query", top="all"),
     "where": replace(BASE, relu="where", mask="causal add"),

@@ -74,6 +74,7 @@ def test_the_selection_itself_is_verified(site: tuple[SelectionVerifier, Candida
     assert {p.name for p in record.probes} >= {"random", "ties", "short rows"}
     assert all(p.error <= p.bound for p in record.probes)
     assert record.own_rounding == 0.0
+    assert 1e-9 < record.margin < 1
 
 
 @pytest.mark.parametrize("name", WRONG)

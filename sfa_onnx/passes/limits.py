@@ -58,7 +58,8 @@ def _indexer_limits(candidate: Candidate, sizes: dict[str, int]) -> list[str]:
     if candidate.op is not LIGHTNING_INDEXER:
         return []
     found = []
-    padded = any(o.role is Role.MASK for o in candidate.operands)
+    masks = (o for o in candidate.operands if o.role is Role.MASK)
+    padded = any("S2" in "*".join(o.axes).split("*") for o in masks)
     if padded:
         found.append("padding is one more head and column of the indexer; the NPU has no such mask")
     if any(

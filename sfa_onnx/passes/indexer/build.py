@@ -81,6 +81,8 @@ class Replacement:
         self.listed = self.rows = made[0]
         if site.masks.padding:
             self.rows = self._without_padding(made[0], made[1])
+        if site.masks.rows:
+            self._without_rows()
 
     def _sides(self, paths: Sequence[Sequence[State]], groups: Sequence[Group], hint: str) -> str:
         """Queries or keys of all parts, side by side: one product instead of their sum."""
@@ -223,13 +225,23 @@ class Replacement:
         none = e.constant(np.asarray(-1, np.int32))
         return e.emit("Where", [seen, rows, none], "rows", _T.INT32)
 
+    def _without_rows(self) -> None:
+        """Rows that see no key select none: -1 in every place."""
+        site, e = self.site, self.e
+        seen = visible_at_rows(e, site.masks.rows, [site.batch, site.tokens, [], []])
+        none = e.constant(np.asarray(-1, np.int32))
+        same = self.listed == self.rows
+        self.rows = e.emit("Where", [seen, self.rows, none], "rows", _T.INT32)
+        listed = [seen, self.listed, none]
+        self.listed = self.rows if same else e.emit("Where", listed, "listed", _T.INT32)
+
     # -- what readers get -----------------------------------------------------------------------
 
     def deliver_indices(self, name: str) -> None:
         """The TopK's indices under their name: hidden keys are listed by number, as TopK does."""
         site, e = self.site, self.e
         found = self.listed
-        if site.mode or site.lengths or not site.constant_k:
+        if site.mode or site.lengths or site.masks.rows or not site.constant_k:
             line = e.constant(np.arange(site.count, dtype=np.int32))
             zero = e.constant(np.asarray(0, np.int32))
             negative = e.emit("Less", [found, zero], "beyond", _T.BOOL)

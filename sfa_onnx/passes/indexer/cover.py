@@ -97,7 +97,7 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
             add(ref, role)
     for ref in site.formula.weights:
         add(ref, Role.INDEX_WEIGHTS)
-    for literal in site.masks.padding:
+    for literal in (*site.masks.padding, *site.masks.rows):
         add(
             literal.ref,
             Role.MASK,

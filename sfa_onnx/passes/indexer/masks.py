@@ -4,7 +4,8 @@ A mask is the conjunction of literals. Each is one of
   * nothing: visible everywhere;
   * a prefix: the key's number is at most a bound that does not depend on the key (causality, how
     far a cache is filled);
-  * padding: it depends on sequence and key only, in any pattern.
+  * padding: it depends on sequence and key only, in any pattern;
+  * rows: it hides whole rows, whatever the key.
 Everything else (windows, sequence ids, group routing) is refused by name.
 """
 
@@ -68,6 +69,7 @@ class Masks:
 
     prefixes: tuple[Prefix, ...] = ()
     padding: tuple[Visible, ...] = ()
+    rows: tuple[Visible, ...] = ()
 
 
 def sort_masks(
@@ -88,7 +90,8 @@ def sort_masks(
     """
     prefixes: list[Prefix] = []
     padding: list[Visible] = []
-    for literal in (x for given in literals for x in _whole(tracer, given)):
+    hidden: list[Visible] = []
+    for literal in (x for given in literals for x in _whole(tracer, given, keys)):
         if _everywhere(tracer, literal):
             continue
         prefix = _prefix(tracer, literal, keys) or _of_sizes(tracer, literal, rows, keys)
@@ -98,9 +101,12 @@ def sort_masks(
         elif literal.ref.labels - {keys} <= set(batch) and keys in literal.ref.labels:
             if (deepest := _deepest(tracer, literal)) not in padding:
                 padding.append(deepest)
+        elif literal.ref.labels <= set(rows):
+            if (deepest := _deepest(tracer, literal)) not in hidden:
+                hidden.append(deepest)
         else:
-            raise _unknown(tracer, literal, keys)
-    return Masks(tuple(prefixes), tuple(padding))
+            raise _unknown(tracer, literal)
+    return Masks(tuple(prefixes), tuple(padding), tuple(hidden))
 
 
 def all_seen(prefix: Prefix, keys: Label) -> bool:
@@ -109,7 +115,7 @@ def all_seen(prefix: Prefix, keys: Label) -> bool:
     return bounds is not None and bounds[0] >= keys.size - 1
 
 
-def _whole(tracer: Tracer, literal: Visible) -> list[Visible]:
+def _whole(tracer: Tracer, literal: Visible, keys: Label) -> list[Visible]:
     """The literals of a mask that is read from a part of it: a row, or as many keys as are used."""
     ref = literal.ref
     for _ in range(_MOST_STEPS):
@@ -127,8 +133,27 @@ def _whole(tracer: Tracer, literal: Visible) -> list[Visible]:
             found = additive(tracer, ref)
     except Stop:
         return [literal]
-    known = [x for x in found if isinstance(x, Visible)]
+    known = [x for x in found if isinstance(x, Visible) and _read_whole(tracer, x.ref, keys)]
     return known if len(known) == len(found) else [literal]
+
+
+def _read_whole(tracer: Tracer, ref: Ref, keys: Label) -> bool:
+    """Whether keys are read from the first on; where it is no triangle, all there is of a tensor.
+
+    A part of padding, or of flags of rows, is read from the view that cuts it.
+    """
+    rows = [c for c in ref.coords if c.terms and keys not in c.labels]
+    along = [c for c in ref.coords if keys in c.labels]
+    if along and len(rows) > 1:
+        return all(single(c) is not None for c in along)
+    return _all_there_is(tracer, ref)
+
+
+def _all_there_is(tracer: Tracer, ref: Ref) -> bool:
+    """Whether each label runs over a whole axis."""
+    shape = tracer.shape(ref.value)
+    labels = [(single(c), size) for c, size in zip(ref.coords, shape, strict=True) if c.terms]
+    return all(label is not None and label.size == size for label, size in labels)
 
 
 def _deepest(tracer: Tracer, literal: Visible) -> Visible:
@@ -139,27 +164,22 @@ def _deepest(tracer: Tracer, literal: Visible) -> Visible:
         if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
             break
         same = tracer.sizes.elem_type(step.ref.value) == tracer.sizes.elem_type(ref.value)
-        if not same or any(c.terms and single(c) is None for c in step.ref.coords):
+        if not same or not _all_there_is(tracer, step.ref):
             break
         ref = step.ref
     return replace(literal, ref=ref)
 
 
-def _unknown(tracer: Tracer, literal: Visible, keys: Label) -> Stop:
+def _unknown(tracer: Tracer, literal: Visible) -> Stop:
     value = literal.ref.value
-    if keys not in literal.ref.labels:
-        text = f"the mask {value} hides whole rows, whatever the key"
-        hint = "leave rows of padding to the attention's own mask"
-    else:
-        made = tracer.index.maker(value)
-        given = "a table of the file" if value in tracer.index.initializers else "a graph input"
-        op = given if made is None else f"made by {made.op_type}"
-        text = (
-            f"the mask {value} ({op}) depends on query row and key, and no order between them"
-            " bounds it: a window, sequence ids, or a mask that is handed in"
-        )
-        hint = "the indexer takes causality, lengths, and padding per sequence"
-    return Stop(text, value, hint)
+    made = tracer.index.maker(value)
+    given = "a table of the file" if value in tracer.index.initializers else "a graph input"
+    op = given if made is None else f"made by {made.op_type}"
+    text = (
+        f"the mask {value} ({op}) depends on query row and key, and no order between them"
+        " bounds it: a window, sequence ids, or a mask that is handed in"
+    )
+    return Stop(text, value, "the indexer takes causality, lengths, and padding per sequence")
 
 
 def _everywhere(tracer: Tracer, literal: Visible) -> bool:

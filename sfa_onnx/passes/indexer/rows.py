@@ -175,13 +175,13 @@ def _same_masks(site: Selection, valid: Ref | None, swap: dict[Label, Expr], slo
             literals.append(found)
     rows = [*site.batch, *site.tokens]
     masks = sort_masks(tracer, literals, rows, site.batch, keys)
-    (first, padding), (own, hidden) = (
-        ({p.bound for p in m.prefixes}, set(m.padding)) for m in (masks, site.masks)
-    )
-    first |= bounds
+    first = {p.bound for p in masks.prefixes} | bounds
+    own = {p.bound for p in site.masks.prefixes}
+    rest = set(masks.padding) | set(masks.rows)
+    hidden = set(site.masks.padding) | set(site.masks.rows)
     if by_scores:  # the selection's own masks, and these besides
-        return first <= own and padding <= hidden
-    return first == own and padding == hidden
+        return first <= own and rest <= hidden
+    return first == own and rest == hidden
 
 
 def _by_scores(site: Selection, literal: Literal) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Difference", "compare_entries", "compare_indices"]
+__all__ = ["Difference", "compare_entries", "compare_indices", "margin_at"]
 
 Array = NDArray[Any]
 _HIDDEN: Final = -4.5e3  # half of what hides a key at least
@@ -112,3 +112,26 @@ def _distance(want: Array, got: Array) -> float:
         scale = np.maximum(finite.max(axis=-1, keepdims=True), 1e-30)
         ratio = apart / scale
     return float(np.where(np.isnan(ratio), np.inf, ratio).max())
+
+
+def margin_at(scores: Array, count: int) -> float | None:
+    """How near a row's last selected key comes to the first one left out, at the nearest.
+
+    Args:
+        scores: of the original, [.., S2] float64.
+        count: how many keys a row selects.
+
+    Returns:
+        The gap relative to the largest score of its row; keys of equal score, and rows whose
+        threshold lies among hidden keys, do not count. None: no row leaves a visible key out.
+    """
+    if not 0 < count < scores.shape[-1]:
+        return None
+    ranked = -np.sort(-scores.reshape(-1, scores.shape[-1]), axis=-1)
+    last, left = ranked[:, count - 1], ranked[:, count]
+    told = (left > _HIDDEN) & (last > left) & np.isfinite(ranked[:, 0])
+    if not told.any():
+        return None
+    seen = np.where(ranked > _HIDDEN, np.abs(ranked), 0)
+    largest = seen.max(axis=-1)
+    return float(((last[told] - left[told]) / largest[told]).min())

@@ -105,7 +105,7 @@ def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) ->
 def _told(site: Selection) -> str:
     kinds = ["causal"] * (site.mode == 3) + ["lengths"] * bool(site.lengths)
     kinds += ["a sequence per row"] * site.by_row
-    kinds += ["padding"] * bool(site.masks.padding)
+    kinds += ["padding"] * bool(site.masks.padding) + ["rows"] * bool(site.masks.rows)
     return f"masks: {', '.join(kinds) or 'none'}; top {site.count}"
 
 

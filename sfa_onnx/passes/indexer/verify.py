@@ -23,7 +23,7 @@ from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.draws import Question, draw
 from sfa_onnx.passes.indexer.runs import at_sizes
-from sfa_onnx.passes.indexer.same import Difference, compare_entries, compare_indices
+from sfa_onnx.passes.indexer.same import Difference, compare_entries, compare_indices, margin_at
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.passes.verify.assumptions import assumptions_of
 from sfa_onnx.passes.verify.classes import fingerprint
@@ -151,6 +151,7 @@ class SelectionVerifier:
             assumptions=(*edges, *flips),
             constants_read=tuple(dict.fromkeys(self._index.constants_read)),
             own_rounding=share,
+            margin=run.margin,
         )
 
 
@@ -271,6 +272,7 @@ class _Run:
         self.indices = node.output[1]
         self.ordered = bool(attributes(node).get("sorted", 1))
         self.failed = ""
+        self.margin: float | None = None
 
     def ask(self, question: Question, case: _Case) -> ProbeResult | Refusal | None:
         """The outcome of one question; None: the original rejects it."""
@@ -303,6 +305,10 @@ class _Run:
             text = f"the operator rejects what the original accepts: {first_line(error)}"
             return Difference(0.0, text)
         scores, exact = want[0], question.kind not in ("nan", "infinite")
+        if question.kind == "random":
+            gap = margin_at(scores, int(case.sizes["K"]))
+            known = [m for m in (gap, self.margin) if m is not None]
+            self.margin = min(known, default=None)
         found = Difference(0.0, "")
         for name, a, b in zip(self.candidate.outputs, want[1:], got, strict=True):
             if name == self.indices:
