@@ -193,6 +193,23 @@ def test_a_number_that_meets_a_stand_in_moves_the_stand_ins() -> None:
     assert rows != columns == taken
 
 
+@pytest.mark.parametrize(
+    ("axis", "sizes"),
+    [(1, ("a", "24*b")), (2, ("a*b", "24")), (-1, ("6*a*b", "4")), (0, ("1", "24*a*b"))],
+)
+def test_flattened_axes_are_products_whoever_asks_first(axis: int, sizes: tuple[str, str]) -> None:
+    """Asked for before the same product of a Reshape: no second name for it."""
+    g = Graph(18)
+    flat = g.op("Flatten", "x", axis=axis)
+    line = g.op("Reshape", "x", g.ints(-1))
+    outs = {flat: ("f32", ("m", "n")), line: ("f32", ("l",))}
+    concrete = Concrete(
+        GraphIndex.of(g.model({"x": ("f32", ("a", "b", 6, 4))}, outs, [flat, line]))
+    )
+    assert tuple(str(form_of(n)) for n in concrete.shape(flat) or ()) == sizes
+    assert str(form_of((concrete.shape(line) or (0,))[0])) == "24*a*b"
+
+
 def test_one_gives_way_where_axes_are_broadcast() -> None:
     stand_ins = StandIns()
     one, other = (stand_ins.size(x) for x in (A, B))

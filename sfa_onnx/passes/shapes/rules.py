@@ -334,8 +334,10 @@ def _shape_op(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     return [None if array is None else array.shape]
 
 
-def _first_from(position: int) -> _Rule:
-    return lambda sizes, node: [sizes.look_up(node.input[position])]
+def _flatten(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
+    shape = _input(sizes, node, 0)
+    axis = int(attributes(node).get("axis", 1))
+    return [(math.prod(shape[:axis]), math.prod(shape[axis:]))]
 
 
 def _constant_of_shape(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
@@ -371,15 +373,16 @@ RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(_SAME.split(), _same),
     **dict.fromkeys(_BROADCAST.split(), _broadcast),
     **dict.fromkeys(_REDUCE.split(), _reduce),
+    **dict.fromkeys(("Constant", "Shape", "Size"), _shape_op),
     "Attention": _attention,
     "Concat": _concat,
-    "Constant": _shape_op,
     "ConstantOfShape": _constant_of_shape,
     "Einsum": _einsum,
     "Expand": _expand,
     "FusedMatMul": _matmul,
     "Gather": _gather,
-    "GatherElements": _first_from(1),
+    "Flatten": _flatten,
+    "GatherElements": lambda sizes, node: [sizes.look_up(node.input[1])],
     "GatherND": _gather_nd,
     "Gemm": _gemm,
     "MatMul": _matmul,
@@ -387,8 +390,6 @@ RULES: Final[dict[str, _Rule]] = {
     "Reshape": _reshape,
     **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND"), _scatter),
     "SequenceAt": _sequence_at,
-    "Shape": _shape_op,
-    "Size": _shape_op,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
