@@ -213,6 +213,7 @@ def test_quotients_of_sizes_say_what_must_be_one():
     sizes = {"b": 7, "s": 11, "b2": 13, "s2": 17}
     assert left_over("(8*b2*s2)//(b*s)", sizes) == (13, 7)
     assert left_over("(8*b2*s2)//(b*s)", sizes | {"b2": 7}) == (17, 11)
+    assert left_over("(8*s2*b2)//(s*b)", sizes) == (13, 7), "axes pair in the order of the inputs"
     assert left_over("4*(s2//s)", sizes) == (17, 11)
     for whole in ("(8*b*s)//(b*s)", "(s + 63)//64", "(b*s)//b2", "(b*s)//b", "b*s", "?"):
         assert left_over(whole, sizes) is None

@@ -75,7 +75,8 @@ def left_over(text: str, symbols: Mapping[str, int]) -> tuple[int, int] | None:
         over, under = (_factors(side) for side in (node.left, node.right))
         if over is None or under is None or set(over) & set(under) or len(over) != len(under):
             continue
-        for a, b in zip(over, under, strict=True):
+        place = list(symbols).index  # exporters sort factors by name; inputs have axes in order
+        for a, b in zip(sorted(over, key=place), sorted(under, key=place), strict=True):
             if symbols[a] != symbols[b]:
                 return symbols[a], symbols[b]
     return None
@@ -83,8 +84,7 @@ def left_over(text: str, symbols: Mapping[str, int]) -> tuple[int, int] | None:
 
 def _factors(tree: ast.expr) -> list[str] | None:
     """The symbols of a product; None where it is something else."""
-    found = (n for n in ast.walk(tree) if isinstance(n, ast.Name))
-    names = [n.id for n in sorted(found, key=lambda n: n.col_offset)]
+    names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
     inner = (n for n in ast.walk(tree) if isinstance(n, ast.expr))
     plain = all(
         isinstance(n, ast.Name | ast.Constant)
