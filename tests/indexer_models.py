@@ -159,6 +159,10 @@ def _masked(s: Spelling, x: Any, more: tuple[Any, ...]) -> Any:
         return x.masked_fill(~table, s.low)
     if s.mask == "triu":
         return x + torch.full(x.shape[1:], s.low).triu(1 + x.shape[-1] - x.shape[1])
+    if s.mask == "padding first":  # of a longer mask
+        return x.masked_fill(more[0][:, : x.shape[-1]].unsqueeze(1) == 0, s.low)
+    if s.mask == "padding last":
+        return x.masked_fill(more[0][:, -x.shape[-1] :].unsqueeze(1) == 0, s.low)
     if s.mask == "padding":
         return x.masked_fill(more[0].unsqueeze(1) == 0, s.low)
     if s.mask == "both":
@@ -198,6 +202,10 @@ def inputs(s: Spelling, batch: int = 2, rows: int = 0, keys: int = 0, seed: int 
     start = torch.randint(0, max(keys - rows, 0) + 1, (batch,), generator=make)
     if s.mask in ("padding", "both", "rows"):
         given["kept"] = kept
+    if s.mask in ("padding first", "padding last"):
+        longer = (torch.rand(batch, keys + 3, generator=make) < 0.7).to(torch.int64)
+        longer[:, [0, 3]] = 1
+        given["longer"] = longer
     if s.mask == "lengths":
         given["lengths"] = start + 1
     if s.mask == "start":
@@ -213,7 +221,8 @@ def inputs(s: Spelling, batch: int = 2, rows: int = 0, keys: int = 0, seed: int 
 
 _AXES = {
     "q": {0: "batch", 1: "rows"}, "k": {0: "batch", 1: "keys"}, "w": {0: "batch", 1: "rows"},
-    "kept": {0: "batch", 1: "keys"}, "lengths": {0: "batch"}, "start": {0: "batch"},
+    "kept": {0: "batch", 1: "keys"}, "longer": {0: "batch", 1: "total"},
+    "lengths": {0: "batch"}, "start": {0: "batch"},
     "positions": {0: "batch", 1: "rows"}, "seen": {0: "batch", 1: "rows", 2: "keys"},
     "scale": {0: "batch", 1: "keys"},
 }  # fmt: skip

@@ -34,6 +34,8 @@ SPELLINGS = {
     "triu": replace(BASE, mask="triu"),
     "assigned": replace(BASE, mask="assigned"),
     "padding": replace(BASE, mask="padding"),
+    "padding first": replace(BASE, mask="padding first"),
+    "padding last": replace(BASE, mask="padding last"),
     "both": replace(BASE, mask="both", low=-1e30),
     "lengths": replace(BASE, mask="lengths", rows=1),
     "positions": replace(BASE, mask="positions"),
