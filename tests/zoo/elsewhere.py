@@ -283,10 +283,10 @@ def cases() -> Iterator[Case]:
             Spec(product="reshaped"),
         ),
         ("kept by another mask", "scaled by", Spec(select="arithmetic")),
-        ("another score", "weights are set to zero|not bool", Spec(guard="all")),
+        ("another score", "which is no mask|not bool", Spec(guard="all")),
         (
             "one hidden key",
-            "set to zero unless|not bool|joins several flags",
+            "differs per head|not bool|joins several flags",
             Spec(guard="all"),
         ),
         ("complement", "hides the selected|not a selection|mask", Spec(mask="max")),
