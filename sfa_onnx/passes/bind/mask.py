@@ -52,9 +52,11 @@ class Masks:
     def __init__(self, tracer: Tracer) -> None:
         self.tracer, self.reader = tracer, Conditions(tracer)
         self.found: dict[Term, Visible] = {}
+        self._whole: dict[Ref, Term] = {}  # what masks are made of
 
     def take(self, condition: Term, mask: Visible) -> None:
         """A condition that a mask is, or is made of."""
+        self._whole.setdefault(mask.ref, condition)
         for part in condition.args if condition.op == "and" else (condition,):
             if part.op != "true":
                 self.found.setdefault(part, mask)
@@ -124,6 +126,7 @@ class Masks:
         held = (leaf.ref, positive, True) if leaf.op == "element" else reader.held(term)
         if held is None:  # entries were taken out of a mask
             parts = [x for t in term.walk() if t.op in _MADE for x in (t, reader.n.negate(t))]
+            parts += self._whole[mask.ref].args  # or keys were taken out of a selection
             among = tuple(s for x in parts if (s := selected(reader, x)) is not None)
             if not among:
                 raise _unread(self.tracer, mask.ref)

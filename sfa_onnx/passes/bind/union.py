@@ -174,8 +174,8 @@ def _span(tracer: Tracer, parts: Sequence[Term]) -> Bound | None:
     for at, low in lows.items():
         label = label_of(at)
         if label is not None:
-            size = _size(tracer, label)
-            size = size if is_open(low) else int(size)  # what is compared in the graph is a number
+            # a number that is compared in the graph has lost what it is: both assignments are asked
+            size = label.size if is_open(low) else int(_size(tracer, label))
             return Bound((), max(size - low, 0), at.labels)
     return None
 

@@ -169,12 +169,24 @@ def ranges(r: Asks, step: Pieces) -> Term | None:
             break
     else:
         return None
-    position, here = index(Expr.of(step.label)), []
+    position, here, last = index(Expr.of(step.label)), [], _last(r, step)
     for (low, high, _), condition in zip(step.parts, known, strict=True):
+        low, high = last.get(low, low), last.get(high, high)
         ends = [r.n.make("lt", (position, index(Expr(high))))] if high < step.label.size else []
         ends += [r.n.negate(r.n.make("lt", (position, index(Expr(low)))))] if low else []
         here.append(r.n.make("and", (*ends, condition)))
     return r.n.where(r.n.make("or", tuple(here)), then, other)
+
+
+def _last(r: Asks, step: Pieces) -> dict[int, int]:
+    """Where a last part of fixed length begins, counted from an end that may be open."""
+    found = {}
+    for low, high, part in step.parts:
+        own = [i for i, c in enumerate(part.coords) if step.label in c.labels]
+        length = r.tracer.shape(part.value)[own[0]] if len(own) == 1 else step.label.size
+        if high == step.label.size and high - low == length and not r.tracer.open(length):
+            found[low] = step.label.size - length
+    return found
 
 
 def _shown(n: Normal, term: Term, then: Term, other: Term) -> Term | None:
