@@ -60,6 +60,8 @@ FUSED = (
     "kernels-halves-dynamo-static",
     "kernels-prefill-all-dynamo-static",
     "kernels-decode-sink-dynamo-static",
+    "guarded-open-last-dynamo",
+    "guarded-join-without-first-dynamo",
     "foreign-expanded-4-2-dynamo-static",
     "foreign-tiles-divided-dynamo-static",
 )
