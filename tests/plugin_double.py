@@ -129,6 +129,14 @@ def atc_node(contract: op.OpContract, binding="kv-quant", **values) -> onnx.Node
     return flavour.to_atc(fused(contract, node), binding=binding).graph.node[0]
 
 
+def bound_node(binding: op.Binding) -> onnx.NodeProto:
+    """The node that `atc` writes for a binding; every one of the table, a newcomer's too."""
+    choice = binding.name if binding.name in op.CHOICES else op.CHOICES[0]
+    node = atc_node(binding.canonical, choice)
+    assert node.op_type == binding.atc_type
+    return node
+
+
 def given(*attributes):
     """A change to a node: these attributes (name, value) instead of what it has."""
 

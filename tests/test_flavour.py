@@ -90,13 +90,17 @@ def fused(contract=op.SPARSE_FLASH_ATTENTION_ANTIQUANT, node=None, qtype=TensorP
     if contract in (op.LIGHTNING_INDEXER, op.QUANT_LIGHTNING_INDEXER):  # the kernel's own sizes
         shapes = {"query": [1, 1, 64, 128], "key": [1, 128, 1, 128], "weights": [1, 1, 64]}
         shapes |= {"query_dequant_scale": [1, 1, 64], "key_dequant_scale": [1, 128, 1]}
-    inputs = []
-    for tensor, name in zip(contract.inputs, node.input, strict=False):
+
+    def kind(tensor):
         types = contract.types_of(tensor)
-        kind = qtype if len(types) > 1 else kinds[types[0]]
-        if name:
-            inputs.append((name, kind, shapes.get(tensor.name)))
-    outputs = [(node.output[0], qtype, None)]
+        return qtype if len(types) > 1 else kinds[types[0]]
+
+    inputs = [
+        (name, kind(tensor), shapes.get(tensor.name))
+        for tensor, name in zip(contract.inputs, node.input, strict=False)
+        if name
+    ]
+    outputs = [(node.output[0], kind(contract.outputs[0]), None)]
     return build([node], inputs, outputs, domains=(contract.domain,))
 
 

@@ -18,7 +18,7 @@ ALONE = [contract for contract in op.ALL_OPS if contract is not op.KV_CACHE_WRIT
 
 
 @pytest.mark.parametrize("contract", ALONE, ids=lambda c: c.name)
-@pytest.mark.parametrize("binding", ["kv-quant", "recipes"])
+@pytest.mark.parametrize("binding", op.CHOICES)
 def test_round_trip_gives_the_canonical_node_back(contract, binding):
     model = fused(contract)
     atc = flavour.to_atc(model, binding=binding)
@@ -82,7 +82,7 @@ def test_unknown_attribute_and_binding_are_refused():
     node.attribute.append(helper.make_attribute("foo", 3))
     with pytest.raises(ContractError, match="attribute foo is not part of the operator"):
         flavour.to_atc(fused(node=node))
-    with pytest.raises(UsageError, match="kv-quant, recipes"):
+    with pytest.raises(UsageError, match=", ".join(op.CHOICES)):
         flavour.to_atc(fused(), binding="sfa")
 
 
@@ -95,7 +95,7 @@ def test_a_sliding_window_has_no_canonical_form():
         flavour.from_atc(atc)
 
 
-@pytest.mark.parametrize("binding", ["kv-quant", "recipes"])
+@pytest.mark.parametrize("binding", op.CHOICES)
 @pytest.mark.parametrize("name", ["npu_kv_quant_sparse_flash_attention", None])
 def test_a_sliding_window_is_not_dropped_on_the_way_to_atc(binding, name):
     """Found in CANN's parser: the GE operator had no window where the node had one."""

@@ -82,7 +82,7 @@ def test_everything_is_there_and_the_report_says_what_to_do(fused, tmp_path):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("binding", ["kv-quant", "recipes"])
+@pytest.mark.parametrize("binding", op.CHOICES)
 def test_the_atc_file_gives_the_same_bits_in_onnxruntime(fused, tmp_path, binding):
     path, feeds = fused
     report = handover.write(path, tmp_path / "out", soc_version=SOC, binding=binding, inputs=feeds)

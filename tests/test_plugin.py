@@ -18,6 +18,7 @@ from tests.plugin_double import (
     ROOT,
     as_hex,
     atc_node,
+    bound_node,
     given,
     key,
     needs_compiler,
@@ -77,17 +78,13 @@ def test_no_string_of_either_abi_and_no_protobuf_crosses_the_border(plugin):
 # ---- one node in, one GE operator out ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("contract", [b.contract for b in op.BINDINGS], ids=lambda c: c.name)
+@pytest.mark.parametrize("binding", op.BINDINGS, ids=lambda b: b.name)
 @pytest.mark.parametrize("opset", [11, 18])
-def test_every_attribute_is_set_explicitly_with_ges_type(plugin, contract, opset):
-    canonical = contract
-    binding = "recipes"
-    if contract is op.KV_QUANT_SPARSE_FLASH_ATTENTION:
-        canonical, binding = op.SPARSE_FLASH_ATTENTION_ANTIQUANT, "kv-quant"
-    node = atc_node(canonical, binding)
+def test_every_attribute_is_set_explicitly_with_ges_type(plugin, binding, opset):
+    node = bound_node(binding)
     done = plugin.parse(key(node.op_type, opset), parser_text(node), node.input)
     given = {a.name: a for a in node.attribute}
-    expected = {a.name: typed(given[a.name], a) for a in contract.attributes}
+    expected = {a.name: typed(given[a.name], a) for a in binding.contract.attributes}
     assert {k: as_hex(v) for k, v in done["node"]["attrs"].items()} == expected
 
 

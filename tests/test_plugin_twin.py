@@ -15,6 +15,7 @@ from tests.plugin_double import (
     ROOT,
     as_hex,
     atc_node,
+    bound_node,
     given,
     key,
     needs_compiler,
@@ -73,12 +74,9 @@ class Target:
         self.attrs[name] = value
 
 
-@pytest.mark.parametrize("contract", [b.contract for b in op.BINDINGS], ids=lambda c: c.name)
-def test_the_twin_sets_what_the_plug_in_sets(plugin, twin, contract):
-    canonical, binding = contract, "recipes"
-    if contract is op.KV_QUANT_SPARSE_FLASH_ATTENTION:
-        canonical, binding = op.SPARSE_FLASH_ATTENTION_ANTIQUANT, "kv-quant"
-    node = atc_node(canonical, binding)
+@pytest.mark.parametrize("binding", op.BINDINGS, ids=lambda b: b.name)
+def test_the_twin_sets_what_the_plug_in_sets(plugin, twin, binding):
+    node = bound_node(binding)
     ge_type, function = twin[key(node.op_type)]
     target = Target()
     assert function(ge_node(node), target) is None

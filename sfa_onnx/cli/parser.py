@@ -13,7 +13,7 @@ from typing import Any, Final
 from sfa_onnx.ascend.cann import CANN_VERSIONS, DEFAULT_CANN
 from sfa_onnx.cli import options
 from sfa_onnx.cli.options import Help, Verb
-from sfa_onnx.operator.op import CHOICES
+from sfa_onnx.operator.op import BINDINGS, CHOICES
 from sfa_onnx.version import __version__
 
 __all__ = ["CACHE_FORMS", "SHELLS", "build_parser"]
@@ -278,8 +278,8 @@ def _atc(verbs: Any) -> None:
         "--binding",
         choices=CHOICES,
         default="kv-quant",
-        help="operator of int8 sites: CANN's KvQuantSparseFlashAttention, or the recipes'"
-        " SparseFlashAttentionAntiquant",
+        help="operator of int8 sites: "
+        + ", ".join(f"{b.name}: {b.ge_type}" for b in BINDINGS if b.name in CHOICES),
     )
     verb.add(
         "--npu-dtype",

@@ -10,6 +10,7 @@ K entries per row of `sparse_indices`, D the packed row in bytes, C nope width, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from sfa_onnx.operator.contract import (
@@ -125,13 +126,11 @@ SPARSE_FLASH_ATTENTION_ANTIQUANT: Final = OpContract(
         ("npu", "npu_sparse_flash_attention_antiquant"),
         ("npu", "npu_kv_quant_sparse_flash_attention"),
         ("custom", "npu_kv_quant_sparse_flash_attention"),
-        ("npu", "NPUKvQuantSparseFlashAttention"),
         ("npu", "SparseFlashAttentionAntiquant"),
         ("npu", "KvQuantSparseFlashAttention"),
         ("custom", "SparseFlashAttentionAntiquant"),
         ("custom", "KvQuantSparseFlashAttention"),
         ("", "NPUSparseFlashAttentionAntiquant"),
-        ("", "NPUKvQuantSparseFlashAttention"),
     ),
 )
 
@@ -351,9 +350,18 @@ def written_as(op: OpContract) -> tuple[OpContract, ...]:
     return tuple(way for way in ways if way.name != op.name)
 
 
+def _spelled() -> Iterator[tuple[tuple[str, str], OpContract]]:
+    """Every (domain, op_type) of every operator; of a pair, the other name too."""
+    for op in ALL_OPS:
+        yield op.key, op
+        yield from ((spelling, op) for spelling in op.spellings)
+        for way in written_as(op):
+            yield from (((domain, way.name), op) for domain in (way.domain, ""))
+
+
+_SPELLED: Final = dict(_spelled())
+
+
 def find_op(domain: str, op_type: str) -> OpContract | None:
     """The contract a node with this (domain, op_type) stands for, other spellings included."""
-    for op in ALL_OPS:
-        if (domain, op_type) == op.key or (domain, op_type) in op.spellings:
-            return op
-    return None
+    return _SPELLED.get((domain, op_type))

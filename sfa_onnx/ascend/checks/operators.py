@@ -26,13 +26,13 @@ from sfa_onnx.operator.op import (
     NPU,
     QUANT_LIGHTNING_INDEXER,
     SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
     PackedRow,
 )
 
 __all__ = ["operators"]
 
 _T = onnx.TensorProto
-_ANTIQUANT: Final = ("NPUSparseFlashAttentionAntiquant", "NPUKvQuantSparseFlashAttention")
 _INDEXERS: Final = (LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name)
 _RANK: Final = {"BSND": 4, "TND": 3, "PA_BSND": 4}
 _HINTS: Final = {
@@ -119,7 +119,7 @@ def operators(ctx: Context) -> Iterator[Finding]:
         yield from _layouts(site)
         yield from _batch(site)
         yield from _output(site)
-        if site.op.name in _ANTIQUANT:
+        if op is SPARSE_FLASH_ATTENTION_ANTIQUANT:
             yield from _antiquant(site)
         elif op is SPARSE_FLASH_ATTENTION:
             yield from _float_cache(site)

@@ -87,7 +87,7 @@ def convert(
 
     Args:
         model: a fused model (canonical, portable or ATC already), weights embedded or external.
-        binding: "kv-quant" (CANN's KvQuantSparseFlashAttention) or "recipes".
+        binding: the operator of int8 sites, one of `sfa_onnx.operator.op.CHOICES`.
         npu_dtype: "bf16" or "fp16": cast float32 queries (and float keys) of our nodes to it.
         opset: the opset to stay at or below, 11..18; default 18.
         cann: the CANN line whose plug-ins will read the file, one of `CANN_VERSIONS`; None: all

@@ -82,7 +82,7 @@ def write(
         out_dir: the folder to write, created when missing.
         soc_version: the exact chip ("Ascend910B2", "Ascend910_9391").
         cann: the CANN line, one of `CANN_VERSIONS`; the ATC flavour is right for it.
-        binding: "kv-quant" or "recipes".
+        binding: one of `sfa_onnx.operator.op.CHOICES`.
         npu_dtype: "bf16" or "fp16": cast float32 queries of our operators.
         norms: write root mean square norms as the vendor's fused operators.
         dims: symbolic dim -> number, "a~b" or gears "a,b,c"; dims derived from them ("past + 1")
