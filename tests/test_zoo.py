@@ -60,6 +60,7 @@ FUSED = (
     "kernels-halves-dynamo-static",
     "kernels-prefill-all-dynamo-static",
     "kernels-decode-sink-dynamo-static",
+    "pools-rows-causal-ts-dyn",
     "guarded-open-last-dynamo",
     "guarded-join-without-first-dynamo",
     "foreign-expanded-4-2-dynamo-static",

@@ -115,10 +115,10 @@ class Natural:
         """Integers for a source: of a TopK's choice, which may be pools of keys, in its range."""
         source, axis = self.among.get(name, ("", 0))
         of = sizes.shape(source) if source else None
-        free = of is not None and bool(shape) and of[axis] < shape[-1]  # a size of its own name
-        if of is None or free or of[axis] == problem.dims.capacity:
+        if of is None or of[axis] == problem.dims.capacity:
             return ordinary(name, shape, problem, way, chosen=name in self.chosen)
-        return selected(shape, int(of[axis]), way)
+        # A size of its own name may be drawn too small: nothing chooses k of fewer.
+        return selected(shape, max((int(of[axis]), *shape[-1:])), way)
 
 
 @dataclass
