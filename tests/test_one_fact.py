@@ -161,3 +161,13 @@ def test_unknown_attributes_are_refused_by_every_writer() -> None:
     for contract in op.ALL_OPS:
         with pytest.raises(ContractError, match="no attribute 'fresh_mode'"):
             contract.complete({"fresh_mode": 1})
+
+
+def test_the_limits_are_those_that_cann_documents() -> None:
+    """No machine here can try them, and every reader takes them from the one table."""
+    known = {"nope": 512, "rope": 64, "block_size_multiple": 16, "block_size_max": 1024}
+    known |= {"indexer_heads": 64, "indexer_dim": 128, "sparse_count_max": 2048}
+    table = dataclasses.asdict(op.NPU)
+    changed = {n: (v, table[n]) for n, v in known.items() if table[n] != v}
+    assert not changed, f"{changed}: name the page of CANN that says so, and change it here too"
+    assert table["heads"] == tuple(2**n for n in range(8))
