@@ -34,6 +34,7 @@ _TOP_K_TYPES: Final[dict[int, int]] = {
     **dict.fromkeys((_T.BOOL, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16), _T.INT32),
     **dict.fromkeys((_T.UINT32, _T.UINT64), _T.INT64),
 }
+_ALONE: Final = {"SumSquare": "Mul", "LogSum": "Log", "L1": "Abs", "L2": "Abs"}  # of one element
 _LONGEST_PRODUCT: Final = 64  # factors written out one by one
 _LOWEST: Final = float(np.finfo(np.float32).min)
 
@@ -58,21 +59,13 @@ def readable_reductions(line: str | None) -> Rule:
         if node.op_type not in REDUCTIONS or node.domain:
             return None
         form = form_of(scope, node)
-        if form == "noop":
-            return [_over_nothing(scope, node)]
+        if form == "noop":  # what is computed beside the sum stays
+            alone = _ALONE.get(node.op_type.removeprefix("Reduce"), "Identity")
+            return [scope.replace(node, alone, [node.input[0]] * (2 if alone == "Mul" else 1))]
         made = _Reduction(scope, node, form).rewritten(lines)
         return made or None
 
     return rule
-
-
-def _over_nothing(scope: Scope, node: NodeProto) -> NodeProto:
-    """A reduction over no axes: what it computes beside the sum stays (ReduceSumSquare squares)."""
-    x, kind = node.input[0], node.op_type
-    if kind == "ReduceSumSquare":
-        return scope.replace(node, "Mul", [x, x])
-    alone = {"ReduceL1": "Abs", "ReduceL2": "Abs", "ReduceLogSum": "Log"}
-    return scope.replace(node, alone.get(kind, "Identity"), [x])
 
 
 @dataclass

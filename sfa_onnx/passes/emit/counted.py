@@ -1,12 +1,13 @@
-"""0, 1, 2 ... as a constant: of a size that a graph may hold."""
+"""Whole numbers as a constant: of a size that a graph, and a tensor, may hold."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from sfa_onnx.guard.budgets import CONSTANT_BYTES
+from sfa_onnx.passes.axes.steps import Stop
 
-__all__ = ["counted"]
+__all__ = ["counted", "whole"]
 
 
 def counted(count: int) -> np.ndarray:
@@ -17,3 +18,14 @@ def counted(count: int) -> np.ndarray:
     """
     CONSTANT_BYTES.check(8 * count, f"counting {count} positions in a constant")
     return np.arange(count, dtype=np.int64)
+
+
+def whole(numbers: list[int], at: str) -> np.ndarray:
+    """An int64 vector.
+
+    Raises:
+        Stop: a number does not fit; sizes of the file multiply to more than any tensor has.
+    """
+    if any(not -(1 << 63) <= n < 1 << 63 for n in numbers):
+        raise Stop(f"sizes that no tensor has: {numbers} do not fit 64 bits", at)
+    return np.asarray(numbers, np.int64)

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem
 from sfa_onnx.passes.axes.places import axis_labels, blocks, repeated, single
 from sfa_onnx.passes.axes.trace import Causal, Ref, Stop, Tracer
-from sfa_onnx.passes.emit.counted import counted
+from sfa_onnx.passes.emit.counted import counted, whole
 from sfa_onnx.passes.emit.sized import sized
 from sfa_onnx.passes.graph.order import in_order
 from sfa_onnx.passes.shapes.size import form_of
@@ -138,15 +138,8 @@ class Emitter:
         return self._constants[key]
 
     def ints(self, values: Iterable[int]) -> str:
-        """An int64 vector.
-
-        Raises:
-            Stop: a number does not fit.
-        """
-        numbers = list(values)
-        if any(not -(1 << 63) <= n < 1 << 63 for n in numbers):
-            raise Stop(f"sizes that no tensor has: {numbers} do not fit 64 bits", self.stem)
-        return self.constant(np.asarray(numbers, np.int64))
+        """An int64 vector; stops recognition where a number does not fit."""
+        return self.constant(whole(list(values), self.stem))
 
     def elem_type(self, value: str) -> int:
         """The type of a value, made here or not."""
