@@ -299,9 +299,11 @@ def _grown(index: GraphIndex, sizes: dict[str, int], short: _Short, order: list[
             continue
         other = sizes | {symbol: sizes[symbol] + short.by}
         after = _shape(Concrete(index, other), short.value) or before
-        grown = after[short.axis] - before[short.axis]
-        still = [s for s in _misfits(index, other) if s.place == short.place]
+        if after[short.axis] - before[short.axis] != short.by:
+            continue
         # The k of a top-k may grow with its axis, up to the number it is the smaller of.
-        if grown == short.by and (short.chosen or all(s.by < short.by for s in still)):
+        if short.chosen or all(
+            s.by < short.by for s in _misfits(index, other) if s.place == short.place
+        ):
             return symbol
     return None
