@@ -211,11 +211,7 @@ void add_best(const IndexerPath& path, const Best& piece, SharedBest* shared) {
     path.keep_best(best);
     raise_floor(*best, shared);
   }
-  for (int64_t i = 0; i < piece.n; ++i) {
-    best->order[best->n] = piece.order[i];
-    best->key[best->n] = piece.key[i];
-    best->n += piece.order[i] > shared->floor;
-  }
+  path.join(piece, shared->floor, best);
   leave(&shared->lock);
 }
 

@@ -51,6 +51,8 @@ struct IndexerPath {
   void (*collect)(const float* scores, int n, int64_t first, Best* best);
   // Cuts the buffer down to `want` entries: the largest scores, among equal ones the lowest keys.
   void (*keep_best)(Best* best);
+  // Adds those of `from` that lie above `floor`; `to` has room for all of them.
+  void (*join)(const Best& from, int32_t floor, Best* to);
 };
 
 // Path tables of the files that this build contains.

@@ -23,11 +23,33 @@ inline vf round_f16(vf v) {
 inline vf relu(vf x) { return (vf)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x); }
 inline uint32_t bits(vi take) { return (uint32_t)_mm256_movemask_ps((__m256)take); }
 
+// For every set of lanes its numbers, the lowest first, a byte each.
+struct LaneSets {
+  uint64_t lanes[256];
+};
+constexpr LaneSets lane_sets() {
+  LaneSets sets = {};
+  for (int set = 0; set < 256; ++set) {
+    for (int lane = 0, at = 0; lane < 8; ++lane) {
+      if (set >> lane & 1) sets.lanes[set] |= (uint64_t)lane << 8 * at++;
+    }
+  }
+  return sets;
+}
+constexpr LaneSets kLaneSets = lane_sets();
+
+// As in indexer_append.h, without a branch: which lanes are chosen is as good as random.
+inline int64_t append(vi a, vi b, vi, uint32_t bits, int32_t* to_a, int32_t* to_b, int64_t n) {
+  const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)kLaneSets.lanes[bits]));
+  _mm256_storeu_si256((__m256i*)(to_a + n), _mm256_permutevar8x32_epi32((__m256i)a, from));
+  _mm256_storeu_si256((__m256i*)(to_b + n), _mm256_permutevar8x32_epi32((__m256i)b, from));
+  return n + __builtin_popcount(bits);
+}
+
 }  // namespace simd
 }  // namespace
 }  // namespace sfa
 
-#include "indexer_append.h"
 #include "indexer_path.h"
 #include "indexer_select.h"
 

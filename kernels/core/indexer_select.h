@@ -1,7 +1,7 @@
 // Keeping the best keys of a row: an exact, streaming top-k in O(k) memory.
 //
 // Scores go past in tiles; what lies above the floor is appended to a buffer of several times k.
-// When that is full, the k-th largest is found by halving the range of scores and counting, the
+// When that is full, the k-th largest is found by narrowing the range of scores and counting, the
 // buffer is cut down to k, and the floor rises. Of n scores in random order only about
 // k log(n / k) are ever stored. Needs simd::bits (lane mask to integer) and simd::append.
 #ifndef SFA_ONNX_KERNELS_CORE_INDEXER_SELECT_H_
@@ -77,15 +77,17 @@ void bounds(const Best& b, int32_t* low, int32_t* high) {
 // Keeps what lies above `floor`, and of what equals it the keys up to `last`.
 void cut(Best* b, int32_t floor, int32_t last) {
   const vi limit = splati(floor), last_key = splati(last);
+  int32_t *const orders = b->order, *const keys = b->key;
   const int64_t n = b->n;
-  b->n = 0;
+  int64_t end = 0;
   for (int64_t i = 0; i < n; i += W) {
-    const vi order = loadi(b->order + i), key = loadi(b->key + i);
+    const vi order = loadi(orders + i), key = loadi(keys + i);
     vi take = (order > limit) | ((order == limit) & (key <= last_key));
     if (n - i < W) take &= iota() < splati((int32_t)(n - i));
     // Never writes past i + W: no entry is overwritten before it was read.
-    b->n = simd::append(order, key, take, simd::bits(take), b->order, b->key, b->n);
+    end = simd::append(order, key, take, simd::bits(take), orders, keys, end);
   }
+  b->n = end;
 }
 
 // The lowest key such that `count` of the entries that equal `order` are at or before it.
@@ -107,8 +109,14 @@ void keep_best(Best* b) {
   int32_t lowest, highest;
   bounds(*b, &lowest, &highest);
   int64_t low = lowest, high = highest;  // the want-th largest lies in [low, high]
+  int64_t many = b->n, few = 0;          // at or above low, above high
+  bool halve = false;
   while (low < high) {
-    const int64_t mid = low + (high - low) / 2;
+    // Where the count would pass `want` if it fell evenly; after a step that gained little, half.
+    const int64_t span = high - low;
+    const double share = halve ? 0.5 : (double)(many - b->want) / (double)(many - few);
+    const int64_t step = (int64_t)((double)span * share),
+                  mid = low + (step < span ? step : span - 1);
     const int64_t above = count_above(*b, (int32_t)mid);
     if (above == b->want) {
       cut(b, (int32_t)mid, -1);
@@ -117,9 +125,12 @@ void keep_best(Best* b) {
     }
     if (above < b->want) {
       high = mid;
+      few = above;
     } else {
       low = mid + 1;
+      many = above;
     }
+    halve = 2 * (high - low) > span;
   }
   const int32_t order = (int32_t)low;
   const int64_t equal = b->want - count_above(*b, order);
@@ -130,20 +141,35 @@ void keep_best(Best* b) {
 void collect(const float* scores, int n, int64_t first, Best* b) {
   if (b->n + n > b->room) keep_best(b);
   const vi floor = splati(b->floor);
+  int32_t *const orders = b->order, *const keys = b->key;
+  int64_t end = b->n;  // not in memory: what is stored might change it, as the compiler sees it
   for (int i = 0; i < n; i += W) {
     const vi order = order_of(loadu(scores + i));
     vi take = order > floor;
     if (n - i < W) take &= iota() < splati(n - i);
-    const uint32_t bits = simd::bits(take);
-    if (!bits) continue;
     const vi key = iota() + splati((int32_t)(first + i));
-    b->n = simd::append(order, key, take, bits, b->order, b->key, b->n);
+    end = simd::append(order, key, take, simd::bits(take), orders, keys, end);
   }
+  b->n = end;
+}
+
+void join(const Best& from, int32_t floor, Best* to) {
+  const vi limit = splati(floor);
+  const int32_t *const orders = from.order, *const keys = from.key;
+  const int64_t n = from.n;
+  int64_t end = to->n;
+  for (int64_t i = 0; i < n; i += W) {
+    const vi order = loadi(orders + i), key = loadi(keys + i);
+    vi take = order > limit;
+    if (n - i < W) take &= iota() < splati((int32_t)(n - i));
+    end = simd::append(order, key, take, simd::bits(take), to->order, to->key, end);
+  }
+  to->n = end;
 }
 
 template <class D>
 constexpr IndexerPath indexer_table(const char* name) {
-  return {name, D::kTile, scratch_bytes<D>, load_query<D>, scores<D>, collect, keep_best};
+  return {name, D::kTile, scratch_bytes<D>, load_query<D>, scores<D>, collect, keep_best, join};
 }
 
 }  // namespace

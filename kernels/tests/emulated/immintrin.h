@@ -117,6 +117,20 @@ inline T fold(Register x, Function function) {
   return out;
 }
 
+// Products of 8-bit or 16-bit integers, `n` of them added to each lane.
+template <typename A, typename B>
+inline __m512i dot_ints(__m512i sum, __m512i a, __m512i b) {
+  constexpr int n = 4 / sizeof(A);
+  const auto s = lanes<int32_t>(sum);
+  const auto x = lanes<A>(a);
+  const auto y = lanes<B>(b);
+  return each<int32_t, __m512i>([&](int i) {
+    int32_t total = s.at[i];
+    for (int j = 0; j < n; ++j) total += (int32_t)x.at[n * i + j] * y.at[n * i + j];
+    return total;
+  });
+}
+
 // ---- bfloat16 ----
 
 inline float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
@@ -232,6 +246,21 @@ inline uint64_t test_bytes(__m512i a, __m512i b) {
   for (int i = 0; i < 64; ++i) mask |= (uint64_t)((x.at[i] & y.at[i]) != 0) << i;
   return mask;
 }
+inline __mmask16 signs(__m512i a) {
+  const auto x = lanes<int32_t>(a);
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= (uint32_t)(x.at[i] < 0) << i;
+  return (__mmask16)mask;
+}
+// The lanes of x that are in the mask, side by side; then zeros.
+inline __m512i compress(__mmask16 mask, __m512i x) {
+  const auto v = lanes<int32_t>(x);
+  Lanes<int32_t> out = {};
+  for (int i = 0, n = 0; i < 16; ++i) {
+    if (mask >> i & 1) out.at[n++] = v.at[i];
+  }
+  return as<__m512i>(out);
+}
 inline __m512 from_f16(__m256i x) {
   return insert(widen<__m512>(_mm256_cvtph_ps(_mm256_castsi256_si128(x))),
                 _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)), 1);
@@ -260,6 +289,7 @@ SFA_EMULATE_BINARY(sub, float, __m512, x - y)
 SFA_EMULATE_BINARY(div, float, __m512, x / y)
 SFA_EMULATE_BINARY(add_bytes, uint8_t, __m512i, x + y)
 SFA_EMULATE_BINARY(add_dwords, uint32_t, __m512i, x + y)
+SFA_EMULATE_BINARY(xor_bits, uint64_t, __m512i, x ^ y)
 SFA_EMULATE_BINARY(max_dwords, int32_t, __m512i, x > y ? x : y)
 inline __m512i abs_bytes(__m512i a) {
   const auto v = lanes<int8_t>(a);
@@ -330,6 +360,12 @@ inline __m512i shift_left(__m512i a, int n) {
 #define _mm512_slli_epi32 sfa_emulated::shift_left
 #define _mm512_ternarylogic_epi32 sfa_emulated::logic
 #define _mm512_test_epi8_mask sfa_emulated::test_bytes
+#define _mm512_xor_si512 sfa_emulated::xor_bits
+#define _mm512_dpbusd_epi32 sfa_emulated::dot_ints<uint8_t, int8_t>
+#define _mm512_madd_epi16(a, b) \
+  sfa_emulated::dot_ints<int16_t, int16_t>(_mm512_setzero_si512(), a, b)
+#define _mm512_movepi32_mask sfa_emulated::signs
+#define _mm512_maskz_compress_epi32 sfa_emulated::compress
 
 #define _mm512_dpbf16_ps sfa_emulated::dot
 #define _mm512_cvtneps_pbh sfa_emulated::round_bf16
@@ -337,6 +373,7 @@ inline __m512i shift_left(__m512i a, int n) {
 #define _mm512_cvtph_ps sfa_emulated::from_f16
 #define _mm512_cvtps_ph(x, how) sfa_emulated::to_f16(x)
 #define _mm512_cvtepi32_ps sfa_emulated::convert<float, int32_t, __m512>
+#define _mm512_cvtepi8_epi16 sfa_emulated::convert<int16_t, int8_t, __m512i>
 #define _mm512_cvtepi8_epi32 sfa_emulated::convert<int32_t, int8_t, __m512i>
 #define _mm512_cvtepu16_epi32 sfa_emulated::convert<int32_t, uint16_t, __m512i>
 
