@@ -90,6 +90,26 @@ def test_shapes_that_do_not_meet_are_refused() -> None:
                for m in messages)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("op", "axes"), [("Unsqueeze", [1, 1]), ("Unsqueeze", [5]), ("Squeeze", [0, -3])]
+)
+def test_an_axis_that_is_named_twice_or_not_there_is_refused(op: str, axes: list[int]) -> None:
+    nodes = [N(op, ["x", "a"], ["y"], "s")]
+    dims = [2, 3, 8] if op == "Unsqueeze" else [1, 3, 8]
+    given = [("a", np.array(axes))]
+    found = clashes(build(nodes, [("x", 1, dims)], [("y", 1, None)], inits=given))
+    assert [f"refuses: axes {axes} of a tensor of rank" in f.message for f in found] == [True]
+
+
+@pytest.mark.parametrize("op", ["Unsqueeze", "Squeeze", "Reshape", "TopK"])
+def test_a_constant_of_floats_where_whole_numbers_belong_tells_nothing(op: str) -> None:
+    outputs = ["y", "j"] if op == "TopK" else ["y"]
+    given = [("a", np.array([-np.inf, np.nan], np.float32)[: 1 if op == "TopK" else 2])]
+    model = build([N(op, ["x", "a"], outputs)], [("x", 1, [2, 3, 8])], [("y", 1, None)],
+                  inits=given)  # fmt: skip
+    assert not clashes(model)
+
+
 def test_open_dims_contradict_nothing() -> None:
     model = build([N("Neg", ["x"], ["y"])], [("x", 1, ["b", 3])], [("y", 1, ["other", 3])])
     assert not clashes(model)

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from sfa_onnx import runtime
-from sfa_onnx.errors import ModelError
+from sfa_onnx.errors import ContractError, ModelError
 from sfa_onnx.operator import kv_cache, reference
 from sfa_onnx.operator.op import (
     KV_CACHE_PACK,
@@ -262,6 +262,19 @@ def test_old_opsets_and_unknown_types_are_refused():
     model.graph.node.insert(0, helper.make_node("Maker", [], ["mystery"], domain="theirs"))
     with pytest.raises(ModelError, match="type of 'mystery', input query"):
         make_portable(model)
+
+
+@pytest.mark.parametrize("rewrite", [make_portable, unfuse])
+def test_types_that_the_contract_does_not_have_are_refused(rewrite):
+    rows = {"nope": np.zeros((3, 16), np.float32), "rope": np.zeros((3, 8), np.float32)}
+    for model, name in (
+        (pack_model(rows, tile_size=16), "rope"),
+        (op_model(make_case(dtype=np.float32)), "query"),
+    ):
+        given = next(i for i in model.graph.input if i.name == name)
+        given.type.tensor_type.elem_type = TensorProto.DOUBLE
+        with pytest.raises(ContractError, match=f"its input {name} is of type double, .*bfloat16"):
+            rewrite(model)
 
 
 # ------------------------------------------------------------------ indexers

@@ -227,9 +227,16 @@ def _concat(_: Context, node: Node, given: Shapes) -> Shapes | None:
 def _axes_of(ctx: Context, node: Node) -> list[int] | None:
     axes = attribute(node.proto, "axes")
     if axes is None and len(node.proto.input) > 1:
-        value = ctx.view.constant(node.scope, node.proto.input[1])
-        axes = None if value is None else value.ravel().tolist()
+        axes = ctx.view.whole_numbers(node.scope, node.proto.input[1])
     return None if axes is None else [int(a) for a in axes]
+
+
+def _once_each(axes: Sequence[int], rank: int) -> set[int]:
+    """The axes of a tensor of this rank, counted from the front."""
+    places = {a % rank for a in axes if -rank <= a < rank}
+    if len(places) < len(axes):
+        raise _ClashError(f"axes {list(axes)} of a tensor of rank {rank}")
+    return places
 
 
 def _unsqueeze(ctx: Context, node: Node, given: Shapes) -> Shapes | None:
@@ -237,7 +244,7 @@ def _unsqueeze(ctx: Context, node: Node, given: Shapes) -> Shapes | None:
     if axes is None:
         return None
     rank = len(dims) + len(axes)
-    places, rest = {a % rank for a in axes}, iter(dims)
+    places, rest = _once_each(axes, rank), iter(dims)
     return [tuple(1 if i in places else next(rest) for i in range(rank))]
 
 
@@ -245,7 +252,7 @@ def _squeeze(ctx: Context, node: Node, given: Shapes) -> Shapes | None:
     axes, dims = _axes_of(ctx, node), given[0] or ()
     if axes is None or not dims:
         return None
-    gone = {a % len(dims) for a in axes}
+    gone = _once_each(axes, len(dims))
     if any(isinstance(dims[a], int) and dims[a] != 1 for a in gone):
         raise _ClashError(f"axes {axes} of {_text(dims)}")
     return [tuple(d for i, d in enumerate(dims) if i not in gone)]
@@ -262,10 +269,10 @@ def _gather(_: Context, node: Node, given: Shapes) -> Shapes | None:
 
 def _top_k(ctx: Context, node: Node, given: Shapes) -> Shapes | None:
     dims, axis = given[0] or (), int(attribute(node.proto, "axis", -1))
-    k = ctx.view.constant(node.scope, node.proto.input[1])
-    if k is None or k.size != 1 or not -len(dims) <= axis < len(dims):
+    k = ctx.view.whole_numbers(node.scope, node.proto.input[1])
+    if k is None or len(k) != 1 or not -len(dims) <= axis < len(dims):
         return None
-    size, wanted = dims[axis], int(k.reshape(-1)[0])
+    size, wanted = dims[axis], k[0]
     if isinstance(size, int) and wanted > size:
         raise _ClashError(f"k {wanted} of {size}")
     axis %= len(dims)
@@ -273,10 +280,9 @@ def _top_k(ctx: Context, node: Node, given: Shapes) -> Shapes | None:
 
 
 def _reshape(ctx: Context, node: Node, given: Shapes) -> Shapes | None:
-    dims, target = given[0] or (), ctx.view.constant(node.scope, node.proto.input[1])
-    if target is None or attribute(node.proto, "allowzero", 0):
+    dims, wanted = given[0] or (), ctx.view.whole_numbers(node.scope, node.proto.input[1])
+    if wanted is None or attribute(node.proto, "allowzero", 0):
         return None
-    wanted = [int(t) for t in target.ravel()]
     made: list[Any] = [dims[i] if t == 0 and i < len(dims) else t for i, t in enumerate(wanted)]
     numbers = [d for d in dims if isinstance(d, int)]
     if len(numbers) < len(dims) or any(not isinstance(m, int) for m in made):

@@ -78,13 +78,13 @@ def _top_k(ctx: Context, node: Node, family: str) -> Route:
 
 
 def _declines_top_k(ctx: Context, node: Node) -> str:
-    shape, k = _shape(ctx, node, 0), ctx.view.constant(node.scope, node.proto.input[1])
+    shape, k = _shape(ctx, node, 0), ctx.view.whole_numbers(node.scope, node.proto.input[1])
     axis = int(attribute(node.proto, "axis", -1))
     if shape is None or not -len(shape) <= axis < len(shape):
         return ""
     if shape[axis] == 1:
         return "the sorted axis has size 1"
-    few = k is not None and k.size == 1 and 0 < int(k.reshape(-1)[0]) < 8
+    few = k is not None and len(k) == 1 and 0 < k[0] < 8
     if few and math.prod(shape) > _TOP_K_INPUT:
         return f"k below 8 over more than {_TOP_K_INPUT} elements"
     return ""
@@ -117,8 +117,9 @@ def _gather_elements(ctx: Context, node: Node, family: str) -> Route:
 def _strided_slice(ctx: Context, node: Node, family: str) -> Route:
     if family == "950":
         return Route(("StridedSliceV2",))
-    steps = ctx.view.constant(node.scope, node.proto.input[4]) if len(node.proto.input) > 4 else ()
-    if steps is None or any(int(s) < 0 for s in steps):
+    given = node.proto.input
+    steps = ctx.view.whole_numbers(node.scope, given[4]) if len(given) > 4 else []
+    if steps is None or any(s < 0 for s in steps):
         note = "a negative or computed step"
         return Route(("StridedSlice",), (("StridedSlice", note),))
     out = ctx.view.shape(node.scope, node.proto.output[0])

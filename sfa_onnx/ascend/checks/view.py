@@ -201,6 +201,11 @@ class ModelView:
             return _constant_node(node)
         return _array(tensor)
 
+    def whole_numbers(self, scope: Scope, name: str) -> list[int] | None:
+        """As `constant`, flat, of a constant of whole numbers; None for all others."""
+        value = self.constant(scope, name)
+        return None if value is None or value.dtype.kind not in "iu" else value.ravel().tolist()
+
     def origin(self, scope: Scope, name: str, through: frozenset[str]) -> onnx.NodeProto | None:
         """The first producer upstream of `name` whose type is not in `through` (first inputs)."""
         for _ in range(64):

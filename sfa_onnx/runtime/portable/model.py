@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import onnx
-from onnx import FunctionProto, ModelProto, NodeProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
-from sfa_onnx.errors import ModelError
+from sfa_onnx.errors import ContractError, ModelError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.files.onnx_attrs import attributes, graphs, subgraphs
 from sfa_onnx.guard.doors import door
@@ -215,10 +215,22 @@ def _signature(node: NodeProto, types: ElemTypes) -> Signature:
                 f"the type of {values[name]!r}, input {name} of {node.op_type} {node.name!r}, is"
                 " not in the model and cannot be inferred: add it to graph.value_info"
             )
+        _check_type(op, node, name, found)
         elem_types[name] = found
     kept = tuple(sorted((k, v) for k, v in attrs.items() if k not in _AT_RUN_TIME))
     outputs = max((i + 1 for i, name in enumerate(node.output) if name), default=1)
     return Signature(op.key, frozenset(values), kept, tuple(elem_types.items()), outputs)
+
+
+def _check_type(op: OpContract, node: NodeProto, name: str, found: int) -> None:
+    tensor = next(t for t in op.inputs if t.name == name)
+    given = TensorProto.DataType.Name(found).lower()
+    if f"tensor({given})" not in op.types_of(tensor):
+        legal = ", ".join(t.removeprefix("tensor(")[:-1] for t in op.types_of(tensor))
+        raise ContractError(
+            f"{op.name} {node.name!r}: its input {name} is of type {given}, expected one of {legal}:"
+            " cast it in front of the operator"
+        )
 
 
 def write_body(signature: Signature, style: Style) -> tuple[list[NodeProto], list[str]]:
