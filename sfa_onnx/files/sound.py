@@ -9,7 +9,7 @@ Declared shapes may still contradict each other; who reads them deals with that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import onnx
@@ -163,12 +163,12 @@ class _Reader:
     ) -> dict[str, Reader]:
         """Look at the nodes of one graph: at all together, and at each where that is not enough."""
         bodies = _Bodies(self, nodes, rules, where)
-        known: Mapping[str, object] = made
-        if (seen := free_values(nodes, data, made, rules, bodies.sound)) is not None:
-            known, free = seen
-        else:
-            free = self._each(nodes, made, bodies)
-        return free | {n: f"output {n!r}" for n in results if n not in known and n not in free}
+        results = list(results)
+        seen = free_values(nodes, data, made, results, rules, bodies.sound)
+        if seen is not None:
+            return seen
+        free = self._each(nodes, made, bodies)
+        return free | {n: f"output {n!r}" for n in results if n not in made and n not in free}
 
     def _each(
         self, nodes: Sequence[NodeProto], made: dict[str, str], bodies: _Bodies

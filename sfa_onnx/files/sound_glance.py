@@ -9,154 +9,171 @@ and length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import compress
+from itertools import repeat
 from typing import Any, Final
 
+import numpy as np
 from onnx import GraphProto, NodeProto, StringStringEntryProto, TensorProto
 
-from sfa_onnx.files.columns import Columns, counts, rows
+from sfa_onnx.files.fields import Column, Fields, Numbers, split
 from sfa_onnx.files.sound_nodes import NodeRules, holds_graphs
 from sfa_onnx.files.sound_tensors import tensor_problem
 
 __all__ = ["Reader", "free_values", "serialised", "unseen_tensors"]
 
-_GRAPH: Final = Columns(GraphProto.DESCRIPTOR, ("node", "initializer"))
-_NODES: Final = Columns(
-    NodeProto.DESCRIPTOR, ("input", "output", "domain", "attribute"), single=("op_type",)
-)
-_TENSORS: Final = Columns(
-    TensorProto.DESCRIPTOR, ("dims", "external_data", "data_location"), single=("data_type",)
-)
-_ENTRIES: Final = Columns(StringStringEntryProto.DESCRIPTOR, (), single=("key", "value"))
-_END: Final = "\0"
+_NODE: Final = {n: f.number for n, f in NodeProto.DESCRIPTOR.fields_by_name.items()}
+_TENSOR: Final = {n: f.number for n, f in TensorProto.DESCRIPTOR.fields_by_name.items()}
+_ENTRY: Final = {n: f.number for n, f in StringStringEntryProto.DESCRIPTOR.fields_by_name.items()}
+_MANY: Final = 1 << 20  # inputs, outputs, or letters of an operator: nobody has so many
+_NOWHERE: Final = -2  # the node that makes what nothing makes
+_WORD: Final = 8  # bytes
+_FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits well mixed
+_BEFORE: Final = -1  # of what is there before all nodes
 
 Reader = NodeProto | str  # who reads a value: a node, or what messages say
 
 
 def serialised(graph: GraphProto, *, small: bool) -> tuple[Iterable[bytes], Iterable[bytes]]:
-    """The nodes and the initializers of a graph, as their bytes; a small one is copied at once."""
+    """The nodes and the initializers of a graph, as their bytes; a small one is copied at once.
+
+    Of a large graph, initializers that lie in the file itself are left empty.
+    """
     if small:
-        columns = _GRAPH.read([graph])
-        assert columns is not None, "no message consists of a zero"
-        return columns["node"][:-1], columns["initializer"][:-1]
-    nodes = (node.SerializeToString() for node in graph.node)
-    return nodes, (tensor.SerializeToString() for tensor in graph.initializer)
+        return split(graph)
+    outside = TensorProto.EXTERNAL
+    return (node.SerializeToString() for node in graph.node), (
+        t.SerializeToString() if t.data_location == outside else b"" for t in graph.initializer
+    )
 
 
 def free_values(
     nodes: Sequence[NodeProto],
     data: Iterable[bytes],
     made: Iterable[str],
+    results: Iterable[str],
     rules: NodeRules,
     inside: Callable[[int], dict[str, Reader] | None],
-) -> tuple[dict[str, int], dict[str, Reader]] | None:
-    """What the nodes of a graph make, and what they read that nothing here makes.
+) -> dict[str, Reader] | None:
+    """What the nodes of a graph and its outputs read that nothing here makes.
 
     Args:
         nodes: of one graph.
         data: the same, serialised.
         made: inputs and initializers of the graph.
+        results: outputs of the graph.
         rules: what operators ask of their nodes.
         inside: the free values of the graphs that a node holds, by its number; None: something is
             wrong there.
 
     Returns:
-        All that is made, `made` included, and the free values with who reads them; None where a
-        look at every node is needed: something is wrong, or an order that runs has to be found.
+        The free values with who reads them; None where a look at every node is needed: something
+        is wrong, or an order that runs has to be found.
     """
-    columns = _NODES.parse(data)
-    if columns is None:
+    fields = Fields.of(data)
+    if fields is None:
         return None
-    outputs = columns["output"]
-    known = dict.fromkeys(made, -1)
+    inputs, outputs = (fields.column(_NODE[name]) for name in ("input", "output"))
+    known = dict.fromkeys((name.encode() for name in made), _BEFORE)
     before = len(known)
-    known.update(_made_at(outputs))
-    if len(known) - before != len(outputs) - len(nodes) - outputs.count(""):
+    makers = outputs.owner.tolist()
+    known.update(zip(fields.texts(outputs.begin, outputs.end), makers, strict=True))
+    known.pop(b"", None)
+    if len(known) - before != np.count_nonzero(outputs.value):
         return None  # a name that is made twice
-    early = _read_before(columns["input"], known)
-    inner = None if early is None else _inside(nodes, columns, known, rules, inside)
+    early = _read_before(fields, inputs, known)
+    inner = None if early is None else _inside(nodes, fields, known, rules, inside)
     if early is None or inner is None:
         return None
-    free: dict[str, Reader] = {name: nodes[at] for name, at in early.items()}
-    return known, free | inner
+    free: dict[str, Reader] = {name.decode(): nodes[at] for name, at in early.items()}
+    free |= inner
+    wanted = (n for n in results if n not in free and n.encode() not in known)
+    return free | {name: f"output {name!r}" for name in wanted}
 
 
-def _made_at(outputs: Iterable[str]) -> dict[str, int]:
-    """Value -> the node that makes it."""
-    found, at = {}, 0
-    for name in outputs:
-        if name == _END:
-            at += 1
-        elif name:
-            found[name] = at
-    return found
-
-
-def _read_before(inputs: Iterable[str], known: dict[str, int]) -> dict[str, int] | None:
+def _read_before(
+    fields: Fields, inputs: Column, known: dict[bytes, int]
+) -> dict[bytes, int] | None:
     """Values that are read and not known, by reader; None where one is read before it is made."""
-    free, at = dict[str, int](), 0
-    for name in inputs:
-        if name == _END:
-            at += 1
-        elif name not in known:
-            free.setdefault(name, at)
-        elif known[name] >= at:
-            return None
-    free.pop("", None)
+    names = fields.texts(inputs.begin, inputs.end)
+    makers = np.fromiter(map(known.get, names, repeat(_NOWHERE)), np.int64, len(names))
+    if (makers >= inputs.owner).any():
+        return None
+    free = dict[bytes, int]()
+    for at in np.flatnonzero((makers == _NOWHERE) & (inputs.value > 0)).tolist():
+        free.setdefault(names[at], int(inputs.owner[at]))
     return free
 
 
 def _inside(
     nodes: Sequence[NodeProto],
-    columns: dict[str, list[Any]],
-    known: dict[str, int],
+    fields: Fields,
+    known: dict[bytes, int],
     rules: NodeRules,
     inside: Callable[[int], dict[str, Reader] | None],
 ) -> dict[str, Reader] | None:
     """Look at one node of every kind; the free values of the graphs that nodes hold."""
     free: dict[str, Reader] = {}
-    for at in _kinds(columns):
+    kinds = _kinds(fields)
+    if kinds is None:
+        return None
+    for at in kinds:
         if next(rules.problems(nodes[at]), None) is not None:
             return None
         names = inside(at) if holds_graphs(nodes[at]) else {}
-        if names is None or any(known.get(name, -1) >= at for name in names):
+        if names is None or any(known.get(name.encode(), _BEFORE) >= at for name in names):
             return None
-        free |= {name: reader for name, reader in names.items() if name not in known}
+        free |= {name: reader for name, reader in names.items() if name.encode() not in known}
     return free
 
 
-def _kinds(columns: dict[str, list[Any]]) -> list[int]:
-    """The first node of every kind: operator, attributes, how many inputs and outputs.
+def _kinds(fields: Fields) -> list[int] | None:
+    """A node of every kind: operator, attributes, domain, how many inputs and outputs.
 
-    Nodes that leave an input empty are each a kind.
+    Nodes that leave an input empty are each a kind. None where a node has no operator.
     """
-    inputs = counts(columns["input"], _END)
-    nodes = range(len(inputs))
-    alike = list(zip(columns["op_type"], inputs, counts(columns["output"], _END), strict=True))
-    attributes = _filled(columns["attribute"], b"\0")
-    domains = _filled(columns["domain"], _END)
-    plain = bytearray(b"\1") * len(nodes)
-    first: dict[Any, int] = {}
-    for at in sorted({*attributes, *domains}):
-        plain[at] = 0
-        first.setdefault((alike[at], *attributes.get(at, ()), *domains.get(at, ())), at)
-    first |= dict(zip(compress(alike, plain), compress(nodes, plain), strict=True))
-    found = list(first.values())
-    if "" in columns["input"]:
-        found += [i for i, names in enumerate(rows(columns["input"], inputs)) if "" in names]
-    return found
+    many = len(fields.starts)
+    inputs, outputs, op_type, attribute, domain = (
+        fields.column(_NODE[name]) for name in ("input", "output", "op_type", "attribute", "domain")
+    )
+    if len(op_type.owner) != many:
+        return None
+    sizes = np.stack([inputs.counts(many), outputs.counts(many), op_type.value])
+    if sizes.size and sizes.max() >= _MANY:
+        return None
+    alike = (sizes[0] * _MANY + sizes[1]) * _MANY + sizes[2]
+    short = op_type.value <= 2 * _WORD
+    short[attribute.owner] = short[domain.owner] = False
+    found = _plain_kinds(fields, op_type, alike, np.flatnonzero(short))
+    if found is None:
+        return None
+    end = op_type.end.copy()
+    end[attribute.owner] = attribute.end  # of several the last, and no field lies between
+    domains = dict(zip(domain.owner.tolist(), fields.texts(domain.begin, domain.end), strict=True))
+    left = np.flatnonzero(~short)
+    written = fields.texts(op_type.begin[left], end[left])
+    keys = zip(written, alike[left].tolist(), map(domains.get, left.tolist()), strict=True)
+    found += dict(zip(keys, left.tolist(), strict=True)).values()
+    return [*found, *np.unique(inputs.owner[inputs.value == 0]).tolist()]
 
 
-def _filled(column: list[Any], mark: Any) -> dict[int, list[Any]]:
-    """The entries of those messages that have any."""
-    found: dict[int, list[Any]] = {}
-    if column.count(mark) < len(column):
-        at = 0
-        for entry in column:
-            if entry == mark:
-                at += 1
-            else:
-                found.setdefault(at, []).append(entry)
+def _plain_kinds(
+    fields: Fields, op_type: Column, alike: Numbers, nodes: Numbers
+) -> list[int] | None:
+    """A node of every kind of those that have a short operator and nothing beside it.
+
+    They are sorted by a hash, and what the hash holds to be equal is compared; None where it erred.
+    """
+    begin, size = op_type.begin[nodes], op_type.value[nodes]
+    parts = [alike[nodes].view(np.uint64), fields.words(begin, size)]
+    parts.append(fields.words(begin + _WORD, np.maximum(size - _WORD, 0)))
+    mixed = np.zeros(len(nodes), np.uint64)
+    for part in parts:
+        mixed = (mixed ^ part) * _FACTOR
+        mixed ^= mixed >> np.uint64(29)
+    _, first, kind = np.unique(mixed, return_index=True, return_inverse=True)
+    if any((part != part[first][kind]).any() for part in parts):
+        return None
+    found: list[int] = nodes[first].tolist()
     return found
 
 
@@ -165,47 +182,65 @@ def unseen_tensors(tensors: Sequence[TensorProto], data: Iterable[bytes]) -> Seq
 
     Args:
         tensors: of one graph.
-        data: the same, serialised.
+        data: the same, serialised; empty for tensors that are not external.
     """
-    columns = _TENSORS.parse(data)
-    if columns is None:
+    fields = Fields.of(data)
+    if fields is None:
         return tensors
-    places = _filled(columns["data_location"], -1)
-    outside = [at for at, place in places.items() if place == [TensorProto.EXTERNAL]]
-    entries = _entries(columns["external_data"], outside)
-    if entries is None:
+    place, kind = fields.column(_TENSOR["data_location"]), fields.column(_TENSOR["data_type"])
+    outside = place.owner[place.value == TensorProto.EXTERNAL]
+    typed = np.full(len(fields.starts), -1, np.int64)
+    typed[kind.owner] = kind.end
+    entries = _entries(fields, outside)
+    if entries is None or (typed[outside] < 0).any():
         return tensors
-    shapes = [tuple(dims) for dims in rows(columns["dims"], counts(columns["dims"], -1))]
-    lengths = entries.get("length", [""] * len(outside))
-    alike = list(zip(columns["data_type"], shapes, strict=True))
-    kinds = zip(map(alike.__getitem__, outside), lengths, strict=True)
-    first: dict[Any, int] = dict(zip(kinds, outside, strict=True))
-    first |= dict(zip(entries.get("location", ()), outside, strict=False))
+    locations, lengths = entries
+    shapes = fields.texts(fields.starts[outside], typed[outside])  # nothing but shape and type
+    first: dict[Any, int] = dict(zip(zip(shapes, lengths, strict=True), outside, strict=True))
+    first |= dict(zip(locations, outside, strict=True))
     if any(tensor_problem(tensors[at]) for at in first.values()):
         return tensors
-    seen = set(outside)
-    return [t for at, t in enumerate(tensors) if at not in seen]
+    unseen = np.ones(len(tensors), bool)
+    unseen[outside] = False
+    return [tensors[at] for at in np.flatnonzero(unseen).tolist()]
 
 
-def _entries(column: list[bytes], outside: list[int]) -> dict[str, list[str]] | None:
-    """Entry -> what each external tensor has there; None where they differ in what they have."""
-    sizes = counts(column, b"\0")
-    each = sizes[outside[0]] if outside else 0
-    pairs = _ENTRIES.parse(entry for entry in column if entry != b"\0")
-    if not each or pairs is None or sum(sizes) != each * len(outside):
+def _entries(fields: Fields, outside: Numbers) -> tuple[list[bytes], list[bytes]] | None:
+    """Location and length of each external tensor; None where one has something unusual."""
+    all_entries = fields.column(_TENSOR["external_data"])
+    wanted = np.zeros(len(fields.starts), bool)
+    wanted[outside] = True
+    theirs = wanted[all_entries.owner]
+    owner, begin, end = (c[theirs] for c in (all_entries.owner, all_entries.begin, all_entries.end))
+    pairs = fields.within(begin, end)
+    if pairs is None:
         return None
-    if any(sizes[at] != each for at in outside):
+    keys, values = pairs.column(_ENTRY["key"]), pairs.column(_ENTRY["value"])
+    if not len(keys.owner) == len(values.owner) == len(begin):
         return None
-    keys, values = pairs["key"], pairs["value"]
-    names = keys[:each]
-    if keys != names * len(outside) or len(set(names)) != each:
+    found: dict[str, tuple[Numbers, list[bytes]]] = {}
+    for word in ("location", "offset", "length"):
+        at = _spelled(pairs, keys, word.encode())
+        whose, texts = owner[at], pairs.texts(values.begin[at], values.end[at])
+        if (whose[1:] == whose[:-1]).any() or not values.value[at].all():
+            return None  # twice, or empty
+        if word != "location" and texts and not b"".join(texts).isdigit():
+            return None
+        found[word] = whose, texts
+    if not np.array_equal(found["location"][0], outside):
         return None
-    found = {name: values[i::each] for i, name in enumerate(names)}
-    numbers = [found[name] for name in ("offset", "length") if name in found]
-    return found if all(_are_numbers(given) for given in numbers) else None
+    lengths = [b""] * len(outside)
+    for at, text in zip(
+        np.searchsorted(outside, found["length"][0]), found["length"][1], strict=True
+    ):
+        lengths[at] = text
+    return found["location"][1], lengths
 
 
-def _are_numbers(values: list[str]) -> bool:
-    """Whether all of these texts are whole numbers of bytes."""
-    joined = "".join(values)
-    return "" not in values and joined.isascii() and joined.isdecimal()
+def _spelled(fields: Fields, texts: Column, word: bytes) -> Numbers:
+    """Which of some texts are this word."""
+    data = np.frombuffer(fields.data, np.uint8)
+    at = np.flatnonzero(texts.value == len(word))
+    letters = data[texts.begin[at, None] + np.arange(len(word))]
+    same: Numbers = at[(letters == np.frombuffer(word, np.uint8)).all(axis=1)]
+    return same

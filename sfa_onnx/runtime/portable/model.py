@@ -228,8 +228,8 @@ def _check_type(op: OpContract, node: NodeProto, name: str, found: int) -> None:
     if f"tensor({given})" not in op.types_of(tensor):
         legal = ", ".join(t.removeprefix("tensor(")[:-1] for t in op.types_of(tensor))
         raise ContractError(
-            f"{op.name} {node.name!r}: its input {name} is of type {given}, expected one of {legal}:"
-            " cast it in front of the operator"
+            f"{op.name} {node.name!r}: its input {name} is of type {given}, expected one of"
+            f" {legal}: cast it in front of the operator"
         )
 
 
