@@ -1,14 +1,17 @@
 """The torch operator against the same node in onnxruntime: one process, the two taking turns.
 
-    python -m benchmarks.torch_ops [--heads 16 128] [--rounds 60]
+    python -m benchmarks.torch_ops [--heads 16 128] [--rounds 15]
 
-Decode of one token, K = 2048, int8 rows of 656 bytes, bfloat16; the ratio is of medians. Neither
-side's threads wait in a loop while the other has its turn.
+Decode of one token, K = 2048, int8 rows of 656 bytes, bfloat16; the ratio is of medians. A turn is
+a pause, in which the other side's threads fall asleep, two calls that wake one's own, and some that
+count. By default onnxruntime's threads watch for work in a loop for some 50 ms after each run
+("spinning"), on a core that whatever else runs has to share; both settings are shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +31,7 @@ from sfa_onnx.torch.tensors import as_torch
 
 BF16 = ml_dtypes.bfloat16
 KEYS, COUNT = 8192, 2048
+PAUSE, CALLS = 0.1, 8  # seconds, calls in a turn
 ATTRIBUTES = SPARSE_FLASH_ATTENTION_ANTIQUANT.complete(
     {"scale_value": 0.135, "sparse_block_size": 1, "tile_size": 128, "rope_head_dim": 64}
 )
@@ -44,7 +48,7 @@ def inputs(heads: int) -> dict[str, np.ndarray]:
     }
 
 
-def session(heads: int, threads: int) -> ort.InferenceSession:
+def session(heads: int, threads: int, spinning: bool) -> ort.InferenceSession:
     names = ["query", "key", "key", "sparse_indices"]
     op = SPARSE_FLASH_ATTENTION_ANTIQUANT
     node = helper.make_node(op.name, names, ["out"], domain=op.domain, **ATTRIBUTES)
@@ -61,9 +65,8 @@ def session(heads: int, threads: int) -> ort.InferenceSession:
     onnx.checker.check_model(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    # Otherwise its threads keep a core busy for a while after a run, and whatever has its turn then
-    # shares that core: with two threads on two cores the other side took 1.3 to 1.8 times as long.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return runtime.session(model, options)
 
 
@@ -80,7 +83,9 @@ def bound(sess: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> Callable[
     return lambda: sess.run_with_iobinding(binding)
 
 
-def compare(heads: int, threads: int, rounds: int, rounding: str) -> tuple[float, float]:
+def compare(
+    heads: int, threads: int, rounds: int, rounding: str, spinning: bool
+) -> tuple[float, float]:
     """Median seconds of torch and of onnxruntime."""
     feeds = inputs(heads)
     tensors = {n: as_torch(a) for n, a in feeds.items()}
@@ -91,15 +96,17 @@ def compare(heads: int, threads: int, rounds: int, rounding: str) -> tuple[float
     sides = (
         lambda: call(query, key, key, indices, ATTRIBUTES["scale_value"], **attributes,
                      rounding=rounding),
-        bound(session(heads, threads), feeds),
+        bound(session(heads, threads, spinning), feeds),
     )  # fmt: skip
     times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(rounds + 5):
+    for _ in range(rounds):
         for side, run in enumerate(sides):
-            run()  # its threads awake, its caches warm
-            start = time.perf_counter()
+            time.sleep(PAUSE)
             run()
-            if round_ >= 5:
+            run()
+            for _ in range(CALLS):
+                start = time.perf_counter()
+                run()
                 times[side].append(time.perf_counter() - start)
     return statistics.median(times[0]), statistics.median(times[1])
 
@@ -108,17 +115,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--heads", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rounding", default="exact", choices=["exact", "npu"])
     asked = parser.parse_args()
     assert sfa_onnx.torch is not None
     print(f"{runtime.kernel_isa()}, torch {torch.__version__}, onnxruntime {ort.__version__}")
-    for threads in dict.fromkeys(asked.threads):
-        for heads in asked.heads:
-            ours, theirs = compare(heads, threads, asked.rounds, asked.rounding)
+    for threads, heads in itertools.product(dict.fromkeys(asked.threads), asked.heads):
+        for spinning in (False, True):
+            ours, theirs = compare(heads, threads, asked.rounds, asked.rounding, spinning)
             print(
-                f"{heads:4} heads, {threads} threads: torch {ours * 1e3:.3f} ms, onnxruntime"
-                f" {theirs * 1e3:.3f} ms, ratio {ours / theirs:.3f}"
+                f"{heads:4} heads, {threads} threads, spinning {'on' if spinning else 'off'}:"
+                f" torch {ours * 1e3:.3f} ms, onnxruntime {theirs * 1e3:.3f} ms,"
+                f" ratio {ours / theirs:.3f}"
             )
 
 

@@ -1,22 +1,16 @@
-"""The attention operators of torch, computed by the C++ core on torch's own memory.
-
-A call's shapes, types and attributes are checked once and kept as a filled parameter block; a
-further call of the same form only puts in the addresses. What a shape cannot show (lengths, tables,
-indices) is checked by the core before it reads.
-"""
+"""The attention operators of torch: what the C++ core is called with."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
 from sfa_onnx.operator.contract import PackedRow
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, OpContract
-from sfa_onnx.runtime.core import LAYOUTS, ROUNDINGS, Error, Params, core, refuse_if
+from sfa_onnx.runtime.core import LAYOUTS, ROUNDINGS, Params
 from sfa_onnx.torch.checks import (
     FLOATS,
     check_attributes,
@@ -27,32 +21,25 @@ from sfa_onnx.torch.checks import (
     refuse,
     sizes,
 )
+from sfa_onnx.torch.form import Form, Result
 
-__all__ = ["attend", "softmax_shape"]
+__all__ = ["attention_form", "softmax_shape"]
 
-_KEPT: Final = 512  # forms of calls
 _UNREAD: Final = ("value",)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """Everything of a call but its addresses."""
-
-    block: bytes
-    out_shape: tuple[int, ...]
-    addresses: tuple[str, ...]
+def softmax_shape(query: torch.Tensor) -> tuple[int, ...]:
+    """CANN's [B, N2, S1, N1/N2] or [N2, T, N1/N2], of one key head."""
+    return (*query.shape[:-3], 1, *query.shape[-3:-1])
 
 
-_forms: dict[Any, _Form] = {}
-
-
-def attend(
+def attention_form(
     op: OpContract,
     tensors: Mapping[str, torch.Tensor],
     attributes: Mapping[str, Any],
     rounding: str,
-) -> tuple[torch.Tensor, ...]:
-    """One call of an attention operator, on as many threads as torch uses.
+) -> Form:
+    """One call of an attention operator, checked.
 
     Args:
         op: which of the two.
@@ -62,61 +49,12 @@ def attend(
         rounding: "exact" or "npu" (of packed latents; float caches are what they are).
 
     Returns:
-        attention_out, [B, S1, N1, C] or [T, N1, C] in the query's type; with return_softmax_lse
-        also softmax_max and softmax_sum, float32 [B, 1, S1, N1] or [1, T, N1].
+        A form with the results attention_out, [B, S1, N1, C] or [T, N1, C] in the query's type, and
+        with return_softmax_lse softmax_max and softmax_sum, float32 [B, 1, S1, N1] or [1, T, N1].
 
     Raises:
-        ContractError: a shape, type, attribute or value breaks the contract.
-        MissingError: the library was not built.
+        ContractError: a shape, type or attribute breaks the contract.
     """
-    form = _form_of(op, tensors, attributes)
-    query = tensors["query"]
-    out = query.new_empty(form.out_shape)
-    params = Params.from_buffer_copy(form.block)
-    params.holes, params.rounding = holes(), ROUNDINGS[rounding]
-    for name in form.addresses:
-        setattr(params, name, tensors[name].data_ptr())
-    params.out = out.data_ptr()
-    results = [out]
-    if attributes.get("return_softmax_lse"):
-        top, total = (query.new_zeros(softmax_shape(query), dtype=torch.float32) for _ in "01")
-        params.softmax_max, params.softmax_sum = top.data_ptr(), total.data_ptr()
-        results += [top, total]
-    if out.numel() == 0:
-        return tuple(results)
-    error = Error()
-    status = core().sfa_core_run_threads(
-        ctypes.byref(params), torch.get_num_threads(), ctypes.byref(error)
-    )
-    refuse_if(status, error)
-    return tuple(results)
-
-
-def softmax_shape(query: torch.Tensor) -> tuple[int, ...]:
-    """CANN's [B, N2, S1, N1/N2] or [N2, T, N1/N2], of one key head."""
-    return (*query.shape[:-3], 1, *query.shape[-3:-1])
-
-
-def _form_of(
-    op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
-) -> _Form:
-    key = (
-        op.name,
-        *((name, t.dtype, t.shape) for name, t in tensors.items()),
-        *attributes.values(),
-    )
-    form = _forms.get(key)
-    if form is None:
-        form = _checked(op, tensors, attributes)
-        if len(_forms) >= _KEPT:
-            _forms.clear()
-        _forms[key] = form
-    return form
-
-
-def _checked(
-    op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
-) -> _Form:
     check_attributes(op, attributes)
     _check_types(op, tensors)
     query, indices = tensors["query"], tensors["sparse_indices"]
@@ -139,10 +77,16 @@ def _checked(
         tile_size=tile,
         sparse_block_size=attributes["sparse_block_size"],
         sparse_count=indices.shape[-1],
+        holes=holes(),
+        rounding=ROUNDINGS[rounding],
         **common,
     )
+    results = [Result("out", (*query.shape[:-1], nope))]
+    if attributes.get("return_softmax_lse"):
+        shape = softmax_shape(query)
+        results += [Result(f"softmax_{n}", shape, torch.float32, True) for n in ("max", "sum")]
     read = tuple(name for name in tensors if name not in _UNREAD)
-    return _Form(bytes(params), (*query.shape[:-1], nope), read)
+    return Form(Params, bytes(params), read, tuple(results))
 
 
 def _check_types(op: OpContract, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from sfa_onnx.runtime.core import DTYPES, HOLES
 
 __all__ = [
     "FLOATS",
+    "HOLES_VARIABLE",
     "check_attributes",
     "check_ints",
     "check_lengths",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
+HOLES_VARIABLE: Final = "SFA_ONNX_HOLES"
 _RANKS: Final = {"BSND": 4, "TND": 3, "PA_BSND": 4}
 
 
@@ -46,9 +48,9 @@ def holes() -> int:
     Raises:
         ContractError: it says something else.
     """
-    value = os.environ.get("SFA_ONNX_HOLES", "error") or "error"
+    value = os.environ.get(HOLES_VARIABLE) or "error"
     if value not in HOLES:
-        raise refuse("environment variable SFA_ONNX_HOLES", "error, skip or stop", value)
+        raise refuse(f"environment variable {HOLES_VARIABLE}", "error, skip or stop", value)
     return HOLES[value]
 
 

@@ -23,19 +23,22 @@ from sfa_onnx.operator.op import (
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
 from sfa_onnx.runtime.core import DTYPES, Error, PackParams, core, refuse_if
-from sfa_onnx.torch.attend import attend, softmax_shape
+from sfa_onnx.torch.attend import attention_form, softmax_shape
 from sfa_onnx.torch.checks import FLOATS, check_ints, check_traced, refuse
 from sfa_onnx.torch.float8 import as_float_attention
-from sfa_onnx.torch.index import select
+from sfa_onnx.torch.form import Form
+from sfa_onnx.torch.index import indexer_form
 from sfa_onnx.torch.index_golden import select_golden
 from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable, dense_pages
 
-__all__ = ["ROUNDINGS", "compute", "compute_float8", "shapes_of"]
+__all__ = ["ROUNDINGS", "compute", "compute_float8", "form_of", "shapes_of", "usable"]
 
 ROUNDINGS: Final = ("exact", "npu", "golden")
 # By name: comparing two contracts compares whole tables.
-_INDEXERS: Final = frozenset({LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name})
 _ATTENTIONS: Final = frozenset({SPARSE_FLASH_ATTENTION.name, SPARSE_FLASH_ATTENTION_ANTIQUANT.name})
+_FORMS: Final = dict.fromkeys(_ATTENTIONS, attention_form) | dict.fromkeys(
+    (LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name), indexer_form
+)
 
 
 def compute(
@@ -56,18 +59,34 @@ def compute(
     Raises:
         ContractError: the call breaks the contract.
     """
-    tensors = _usable(tensors, attributes, rounding)
+    tensors = usable(tensors, attributes, rounding)
     if op is KV_CACHE_PACK:
         return (_pack(op, tensors, attributes),)
+    form = form_of(op, tensors, attributes, rounding)
+    if form is not None:
+        return form.run(tensors)
     if op is LIGHTNING_INDEXER and rounding == "golden":
         return select_golden(op, tensors, attributes)
-    if op.name in _INDEXERS and rounding == "golden":
-        rounding = "npu"  # the vendors' checks of the quantised indexer round as its kernel does
-    if op.name in _ATTENTIONS and rounding != "golden" and _core_is_built():
-        return attend(op, tensors, attributes, rounding)
-    if op.name in _INDEXERS and _core_is_built():
-        return select(op, tensors, attributes, rounding)
     return _by_reference(op, tensors, attributes, rounding)
+
+
+def form_of(
+    op: OpContract,
+    tensors: Mapping[str, torch.Tensor],
+    attributes: Mapping[str, Any],
+    rounding: str,
+) -> Form | None:
+    """The call as the C++ core takes it; None: it has nothing for it, or was not built.
+
+    Raises:
+        ContractError: a shape, type or attribute breaks the contract.
+    """
+    if op is QUANT_LIGHTNING_INDEXER and rounding == "golden":
+        rounding = "npu"  # the vendors' checks of it round as its kernel does
+    make = _FORMS.get(op.name)
+    if make is None or rounding == "golden" or not _core_is_built():
+        return None
+    return make(op, tensors, attributes, rounding)
 
 
 def compute_float8(
@@ -78,15 +97,20 @@ def compute_float8(
     rounding: str,
 ) -> tuple[torch.Tensor, ...]:
     """As `compute`, of the packed attention over 8-bit float latents; see `float8.py`."""
-    tensors = _usable(tensors, attributes, rounding)
+    tensors = usable(tensors, attributes, rounding)
     given, own = as_float_attention(op, tensors, attributes, types, rounding)
     out, *softmax = compute(SPARSE_FLASH_ATTENTION, given, own, rounding)
     return (out.to(tensors["query"].dtype), *softmax)
 
 
-def _usable(
+def usable(
     tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any], rounding: str
 ) -> Mapping[str, torch.Tensor]:
+    """The tensors as the kernels read them; pages that lie apart are copied together.
+
+    Raises:
+        ContractError: a tensor that cannot be read in place, or an unknown rounding.
+    """
     if "PA_BSND" in (attributes.get("layout_kv"), attributes.get("layout_key")):
         tensors = dense_pages(tensors)
     check_usable(tensors)

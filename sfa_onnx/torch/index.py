@@ -1,4 +1,4 @@
-"""The indexers of torch, computed by the C++ core on torch's own memory."""
+"""The indexers of torch: what the C++ core is called with."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import QUANT_LIGHTNING_INDEXER
-from sfa_onnx.runtime.core import LAYOUTS, ROUNDINGS, Error, IndexerParams, core, refuse_if
+from sfa_onnx.runtime.core import LAYOUTS, ROUNDINGS, IndexerParams
 from sfa_onnx.torch.checks import FLOATS, check_attributes, check_ints, dtype_number, refuse, sizes
+from sfa_onnx.torch.form import Form, Result
 
-__all__ = ["check_indexer", "select"]
+__all__ = ["check_indexer", "indexer_form"]
 
 
-def select(
+def indexer_form(
     op: OpContract,
     tensors: Mapping[str, torch.Tensor],
     attributes: Mapping[str, Any],
     rounding: str,
-) -> tuple[torch.Tensor, ...]:
-    """One call of an indexer, on as many threads as torch uses.
+) -> Form:
+    """One call of an indexer, checked.
 
     Args:
         op: the float or the quantised one.
@@ -31,11 +32,11 @@ def select(
         rounding: "exact" or "npu" (two roundings to float16 of the quantised one).
 
     Returns:
-        sparse_indices int32 [B, S1, 1, K] or [T, 1, K], tail -1; of the float indexer also their
-        scores in the query's type, tail -inf.
+        A form with the result sparse_indices, int32 [B, S1, 1, K] or [T, 1, K], tail -1, and of the
+        float indexer their scores in the query's type, tail -inf.
 
     Raises:
-        ContractError: a shape, type, attribute or value breaks the contract.
+        ContractError: a shape, type or attribute breaks the contract.
     """
     check_attributes(op, attributes)
     quant = op is QUANT_LIGHTNING_INDEXER
@@ -55,20 +56,10 @@ def select(
         sparse_count=count,
         **sizes(tensors, *layouts, "actual_seq_lengths_key"),
     )
-    for name, tensor in tensors.items():
-        setattr(params, name, tensor.data_ptr())
-    results = [query.new_empty(shape, dtype=torch.int32)]
-    params.sparse_indices = results[0].data_ptr()
+    results = [Result("sparse_indices", shape, torch.int32)]
     if not quant:
-        results.append(query.new_empty(shape))
-        params.sparse_values = results[1].data_ptr()
-    if results[0].numel():
-        error = Error()
-        status = core().sfa_core_indexer_run_threads(
-            ctypes.byref(params), torch.get_num_threads(), ctypes.byref(error)
-        )
-        refuse_if(status, error)
-    return tuple(results)
+        results.append(Result("sparse_values", shape))
+    return Form(IndexerParams, bytes(params), tuple(tensors), tuple(results))
 
 
 def check_indexer(tensors: Mapping[str, torch.Tensor], quant: bool) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
@@ -20,8 +21,10 @@ import torch
 from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import ALL_OPS, INT64_MAX, LIGHTNING_INDEXER
-from sfa_onnx.torch.compute import compute, compute_float8, shapes_of
+from sfa_onnx.torch.checks import HOLES_VARIABLE
+from sfa_onnx.torch.compute import compute, compute_float8, form_of, shapes_of, usable
 from sfa_onnx.torch.float8 import is_float8
+from sfa_onnx.torch.form import Form
 
 __all__ = [
     "Adapter",
@@ -132,6 +135,15 @@ def schema_in_torch(qualified: str, overload: str = "") -> torch.FunctionSchema 
         return None
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A call seen before: a layer is called in the same form step after step."""
+
+    core: Form
+    places: tuple[int, ...]  # of the core's inputs among the values of the call
+    attributes: Mapping[str, Any]
+
+
 class Adapter:
     """A call under a vendor's name as tensors and attributes of the contract, and back."""
 
@@ -151,7 +163,7 @@ class Adapter:
         self.takes_float8 = schema.name.endswith("::npu_kv_quant_sparse_flash_attention")
         self._words = [n for n in self._names if _SPELLINGS.get(n, n) not in self._tensors]
         self._inputs = [n for n in self._names if n in self._tensors]
-        self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._forms: dict[tuple[Any, ...], _Known] = {}
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by the vendor's name."""
@@ -171,22 +183,48 @@ class Adapter:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rounding: str) -> Any:
         """The CPU implementation."""
+        values = (*args, *kwargs.values())
+        # What two calls of one form have in common: all but addresses.
+        key: list[Hashable] = [rounding, os.environ.get(HOLES_VARIABLE), *kwargs]
+        plain, graded = True, torch.is_grad_enabled()
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                key += value.dtype, value.shape
+                if not (value.is_cpu and value.is_contiguous()) or (graded and value.requires_grad):
+                    plain = False
+            else:
+                key.append(value)
+        form = self._forms.get(tuple(key)) if plain else None
+        if form is None:
+            return self._first(args, kwargs, rounding, tuple(key))
+        results = form.core.run_at(values[0], [values[at].data_ptr() for at in form.places])
+        if self.results == 1:
+            return results[0]
+        return self._shaped(results, values[0], form.attributes)
+
+    def _first(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rounding: str, key: tuple[Any, ...]
+    ) -> Any:
+        """A call of a new form, or over tensors that are not used as they are."""
         given = self.given(args, kwargs)
         tensors = {n: t for n in self._inputs if (t := given[n]) is not None}
-        # A layer is called with the same words step after step.
-        said = tuple(map(given.__getitem__, self._words))
-        attributes = self._seen.get(said)
-        if attributes is None:
-            attributes = self._attributes_of(given)
-            if len(self._seen) >= _KEPT:
-                self._seen.clear()
-            self._seen[said] = attributes
+        attributes = self._attributes_of(given)
         types = given.get("key_dtype"), given.get("value_dtype")
         if self.takes_float8 and is_float8(tensors, types[0]):
             values = compute_float8(self.op, tensors, attributes, types, rounding)
+            return self._shaped(values, tensors["query"], attributes)
+        used = usable(tensors, attributes, rounding)
+        core = form_of(self.op, used, attributes, rounding)
+        if core is None:
+            values = compute(self.op, used, attributes, rounding)
         else:
-            values = compute(self.op, tensors, attributes, rounding)
-        return self._shaped(values, tensors, attributes)
+            values = core.run(used)
+            if len(self._forms) >= _KEPT:
+                self._forms.clear()
+            names = [*self._names[: len(args)], *kwargs]
+            places = tuple(names.index(n) for n in core.inputs)
+            self._forms[key] = _Known(core, places, attributes)
+        return self._shaped(values, tensors["query"], attributes)
 
     def _attributes_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
         attributes = dict(self._attributes)
@@ -209,18 +247,17 @@ class Adapter:
     def fake(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The same results without values."""
         tensors, attributes = self.bind(args, kwargs)
-        return self._shaped(shapes_of(self.op, tensors, attributes), tensors, attributes)
+        return self._shaped(shapes_of(self.op, tensors, attributes), tensors["query"], attributes)
 
     def _shaped(
         self,
         values: tuple[torch.Tensor, ...],
-        tensors: Mapping[str, torch.Tensor],
+        query: torch.Tensor,
         attributes: Mapping[str, Any],
     ) -> Any:
         """As many results as the schema has; what was not asked for is empty, as the vendor's."""
         if self.results == 1:
             return values[0]
-        query = tensors["query"]
         if self.op is LIGHTNING_INDEXER:
             asked, empty = attributes["return_values"], query.dtype
         else:
