@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "half.h"
+
 namespace sfa {
 namespace {
 
@@ -32,12 +34,24 @@ inline vf round_bf16(vf x) {
   return x == x ? even : x;
 }
 
+// The same for numbers of moderate size, see `moderate`. The difference c - x is rounded to eight
+// bits of x, and a tie among those has an even c. (Where c - x falls below the binade of c it is
+// rounded more finely, to what is exact: x is then within 2^-16 of a power of two.)
+inline vf round_bf16_moderate(vf x) {
+  const vf c = x * 65536.0f;
+  return c - (c - x);
+}
+
+// Whether int8 times this number is zero, or neither subnormal nor too large for the sums above.
+inline bool moderate(float scale) {
+  const uint32_t size = f32_bits(scale) & 0x7fffffff, least = 0x00800000, most = 0x71800000;
+  return size - least <= most - least || size == 0;  // 2^-126 to 2^100
+}
+
 // A float of the same size, or the next larger one, that is no tie between two float16: what rounds
 // to even then rounds ties away from zero. Infinities and NaN stay.
-inline vf break_ties(vf x) {
-  const vf finite = (vf)((vi)x | 1);
-  return x - x == vf{} ? finite : x;
-}
+inline vf break_finite_ties(vf x) { return (vf)((vi)x | 1); }
+inline vf break_ties(vf x) { return x - x == vf{} ? break_finite_ties(x) : x; }
 
 // 2^x for x <= 0, relative error 2^-24; NaN stays NaN, below -126 is 0.
 inline vf exp2_fine(vf x) {

@@ -212,7 +212,7 @@ class Adapter:
         types = given.get("key_dtype"), given.get("value_dtype")
         if self.takes_float8 and is_float8(tensors, types[0]):
             values = compute_float8(self.op, tensors, attributes, types, rounding)
-            return self._shaped(values, tensors["query"], attributes)
+            return self._shaped(values, args[0], attributes)
         used = usable(tensors, attributes, rounding)
         core = form_of(self.op, used, attributes, rounding)
         if core is None:
@@ -224,7 +224,7 @@ class Adapter:
             names = [*self._names[: len(args)], *kwargs]
             places = tuple(names.index(n) for n in core.inputs)
             self._forms[key] = _Known(core, places, attributes)
-        return self._shaped(values, tensors["query"], attributes)
+        return self._shaped(values, args[0], attributes)
 
     def _attributes_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
         attributes = dict(self._attributes)
