@@ -12,6 +12,7 @@ import sfa_onnx
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.find.search import find_candidates
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.verify.sizes import concrete
 from sfa_onnx.passes.verify.sizes.choices import BASES
 from sfa_onnx.passes.verify.verifier import Verifier
@@ -218,3 +219,26 @@ def test_the_last_keys_are_those_of_each_run(masked: bool) -> None:
         }
         (want,), (got,) = run_original(model, given), run_fused(report.model, given)
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-6, err_msg=f"{keys} keys")
+
+
+def test_repeats_are_read_through_a_one_hot_row_of_counts():
+    """`repeat_interleave` by TorchScript: counts per axis are a OneHot of (1, count)."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    f (float[b,1,s,6] x, float[b,n,s] q) => (float[b,n,s,6] y)
+    <int64[1] axis={2}, int64 five={5}, int64[1] one={1}, int64[1] first={1}, int64[1] after={2}> {
+        shape = Shape(q)
+        n = Slice(shape, first, after)
+        counts = Concat<axis=0>(one, n)
+        hot = OneHot<axis=-1>(axis, five, counts)
+        flat = Constant<value=int64[1] {-1}>()
+        each = Reshape(hot, flat)
+        wide = Unsqueeze(x, axis)
+        tiled = Tile(wide, each)
+        y = Squeeze(tiled, one)
+    }"""
+    graph = onnx.parser.parse_model(text).graph
+    del graph.output[0].type.tensor_type.shape.dim[:]
+    sizes = Concrete(GraphIndex(graph))
+    b, n, s = sizes.shape("q")
+    assert sizes.shape("tiled") == (b, 1, n, s, 6)
+    assert sizes.entries("each") == [1, 1, n, 1, 1]

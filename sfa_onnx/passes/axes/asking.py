@@ -43,6 +43,9 @@ class Tracing(Protocol):
     def shown(self, condition: Ref, holds: bool) -> bool:
         """Whether keys are seen only where a condition says `holds`."""
 
+    def whole(self, value: str, axis: int) -> str:
+        """A name for `value`, were nothing left out along an axis of what a mask keeps."""
+
     def spend(self, value: str) -> None:
         """Count one step of the budget."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, Read
+from sfa_onnx.passes.axes.kept import whole_step
 from sfa_onnx.passes.axes.one_hot import picked
 from sfa_onnx.passes.axes.rules import STEPS
 from sfa_onnx.passes.axes.steps import (
@@ -26,9 +26,11 @@ from sfa_onnx.passes.axes.steps import (
     Stop,
     is_float,
 )
+from sfa_onnx.passes.axes.tables import known_index
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import VIEWS
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
+from sfa_onnx.passes.shapes.kept import kept_mask
 from sfa_onnx.passes.shapes.size import form_of, is_open
 
 __all__ = [
@@ -82,6 +84,7 @@ class Tracer:
         self.masks: frozenset[str] = frozenset()  # inputs that the caller asserts to be masks
         self.joined: dict[str, Joined | Causal] = {}  # tensors that only a replacement has
         self.products: dict[str, tuple[tuple[Label, ...], Product]] = {}  # that nobody needs
+        self.wholes: dict[str, tuple[str, int]] = {}  # that only recognition looks through
         self.opaque = False  # True: index tensors are read as they are, without arithmetic
         self.tables = False  # True: but for constant tables of positions
 
@@ -122,6 +125,29 @@ class Tracer:
             shape = tuple(_size_in(sizes, self.sizes, x) for x in labels)
             sizes.declare(name, shape, int(onnx.TensorProto.FLOAT))
         return Ref(name, tuple(map(Expr.of, labels)))
+
+    def whole(self, value: str, axis: int) -> str:
+        """A name for `value`, were nothing left out along an axis of what a mask keeps."""
+        for name, known in self.wholes.items():
+            if known == (value, axis):
+                return name
+        name = f"{self.stem}/whole_{len(self.wholes)}"
+        self.wholes[name] = value, axis
+        for sizes in (self.sizes, self.other):
+            shape = list(sizes.shape(value) or ())
+            shape[axis] = math.prod(sizes.shape(kept_mask(shape[axis])) or ())
+            sizes.declare(name, tuple(shape), self.sizes.elem_type(value))
+        return name
+
+    def made(self, ref: Ref) -> Shape:
+        """The shape of a tensor that the graph has, or a replacement makes.
+
+        Raises:
+            Stop: it has none of all rows, only of those that a mask picks.
+        """
+        if ref.value in self.wholes:
+            raise Stop(f"rows of {self.wholes[ref.value][0]} are picked by a mask", ref.value)
+        return self.shape(ref.value)
 
     def static(self, value: str, axis: int) -> bool:
         """Whether this dim has the same size whatever the symbols are."""
@@ -247,6 +273,8 @@ class Tracer:
         if (made := self.products.get(ref.value)) is not None:
             swap = dict(zip(made[0], ref.coords, strict=True))
             return Product(made[1].a.substitute(swap), made[1].b.substitute(swap))
+        if (picked_from := self.wholes.get(ref.value)) is not None:
+            return whole_step(self, *picked_from, ref)
         node = self.index.maker(ref.value)
         if node is None or (rule := STEPS.get(node.op_type)) is None:
             return Leaf(ref)
@@ -279,7 +307,9 @@ class Tracer:
         `size` is that of the axis it indexes: an index modulo that size is the index, wrapped.
         """
         self.spend(ref.value)
-        known = self._known_index(ref)  # also where index tensors are opaque, a number is a number
+        known = known_index(
+            self.sizes, ref
+        )  # also where index tensors are opaque, a number is a number
         if known is not None and (not self.opaque or self.tables or not known.terms):
             return known
         if not self.opaque:
@@ -330,36 +360,6 @@ class Tracer:
         if array is None or other is None or array.dtype.kind not in "iu" or array.size > _TINY:
             return None
         return (array.dtype.str, array.shape, array.tobytes(), other.tobytes())
-
-    def _known_index(self, ref: Ref) -> Expr | None:
-        """A constant table that is linear in its coordinates: arange, batch offsets, a number."""
-        array = self.sizes.value(ref.value)
-        if array is None or array.dtype.kind not in "iu" or array.size == 0:
-            return None
-        at_number = [
-            c.const if not c.terms and 0 <= c.const < n else None
-            for c, n in zip(ref.coords, array.shape, strict=True)
-        ]
-        array = array[tuple(slice(None) if i is None else slice(i, i + 1) for i in at_number)]
-        origin = int(array.reshape(-1)[0])
-        wide, line = [i for i, n in enumerate(array.shape) if n > 1], array.reshape(-1)
-        run = int((line == origin).sum()) if len(wide) == 1 else 0
-        if run > 1 and bool((line == origin + np.arange(line.size) // run).all()):
-            return ref.coords[wide[0]].floordiv(run) + origin  # 0 0 0 1 1 1 2 ..
-        steps = []
-        for axis, size in enumerate(array.shape):
-            at = tuple(1 if i == axis else 0 for i in range(array.ndim))
-            steps.append(int(array[at]) - origin if size > 1 else 0)
-        grid = np.full(array.shape, origin, np.int64)
-        for axis, by in enumerate(steps):
-            shape = [-1 if i == axis else 1 for i in range(array.ndim)]
-            grid = grid + (np.arange(array.shape[axis]) * by).reshape(shape)
-        if not bool((grid == array).all()):
-            return None
-        total = Expr(origin)
-        for coordinate, by in zip(ref.coords, steps, strict=True):
-            total = total + coordinate * by
-        return total
 
     def _wrapped(self, node: onnx.NodeProto, size: int) -> str:
         """The x of where(x < 0, x + size, x), as some libraries wrap indices before a gather."""

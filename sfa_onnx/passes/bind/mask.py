@@ -173,6 +173,8 @@ def _no_mask(tracer: Tracer, addend: Term, ref: Ref) -> Stop:
 def _bias(tracer: Tracer, ref: Ref, by: float) -> Stop:
     if ref.value in tracer.joined:  # one mask per chunk of keys, which the graph does not join
         ref = tracer.joined[ref.value].parts[0][0]
+    if ref.value in tracer.wholes:  # it is of kept keys only
+        ref = Ref(tracer.wholes[ref.value][0], ref.coords)
     hint = "build the mask from a bool tensor in the graph, or pass a bool mask"
     if by > 1:  # (1 - mask) * low
         hint = f"nothing tells that {ref.value} is 0 or 1: cast it to bool in the graph, and hide"

@@ -26,6 +26,7 @@ from sfa_onnx.passes.bind.usage import counts_batches, follows_itself, measured,
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import BODIES
+from sfa_onnx.passes.shapes.kept import counts_kept
 from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = ["Region", "cover"]
@@ -104,9 +105,10 @@ def _upstream(
         tracer.spend(value)
         if node.op_type in ("Shape", "Size"):
             name = node.input[0]
-            if name not in index.initializers and tracer.index.constant(name) is None:
-                entering[name] = None
-            continue
+            if not any(map(counts_kept, tracer.sizes.shape(name) or ())):
+                if name not in index.initializers and tracer.index.constant(name) is None:
+                    entering[name] = None
+                continue
         new = [n for n in node.input if n not in seen]
         seen.update(new)
         stack += new

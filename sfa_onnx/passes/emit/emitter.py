@@ -155,7 +155,7 @@ class Emitter:
 
     def learn(self, ref: Ref) -> None:
         """Remember where the size of a label can be read off in the graph."""
-        shape = self.tracer.shape(ref.value)
+        shape = self.tracer.made(ref)
         for axis, (coordinate, size) in enumerate(zip(ref.coords, shape, strict=True)):
             labels = single(coordinate)
             if labels is not None and labels.size == size and labels not in self._sources:

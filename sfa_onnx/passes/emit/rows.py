@@ -99,7 +99,7 @@ def _gather_again(plan: Plan, ref: Ref, groups: Sequence[Group]) -> str:
     where = [i for i, c in enumerate(ref.coords) if any(x in c.labels for x in column)]
     if where not in ([len(ref.coords) - 1], []) or not any(c.reads for c in ref.coords):
         return ""
-    shape = tracer.shape(ref.value)
+    shape = tracer.made(ref)
     rank = len(ref.coords) - 1
     rows = e.emit("Reshape", [ref.value, e.ints([-1, shape[-1]])], "flat", e.elem_type(ref.value))
     if not tracer.static(ref.value, rank):

@@ -168,6 +168,8 @@ def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[Root]:
     op = node.op_type
     if op in PRODUCTS or sums_products(index, node):
         return [(n, depth + 1) for n in node.input if n] if depth < 2 else []
+    if op == "NonZero" and depth == 1:  # rows that a mask picks: it hides the others
+        return [(node.input[0], 0)]
     if op in _ENDS or (depth > 1 and op not in _STRUCTURAL):
         return []
     return [(n, depth) for n in node.input if n]

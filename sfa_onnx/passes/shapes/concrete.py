@@ -23,6 +23,7 @@ from sfa_onnx.passes.shapes.dims import left_over, size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold
 from sfa_onnx.passes.shapes.fold_open import counts, keeps_open, numbers_of
 from sfa_onnx.passes.shapes.form import Atom, Form
+from sfa_onnx.passes.shapes.kept import kept_by
 from sfa_onnx.passes.shapes.meet import Swap, made_equal
 from sfa_onnx.passes.shapes.rules import RULES, Shape
 from sfa_onnx.passes.shapes.schema import infer_by_schema
@@ -288,6 +289,10 @@ class Concrete:
         """The open size that a plain number is, or is a multiple of; "" where it is none."""
         return self._home.within(number)
 
+    def kept(self, mask: str) -> int:
+        """The size of what a mask keeps."""
+        return self._home.size(kept_by(self.index.unaliased(mask)))
+
     def maker(self, value: str) -> onnx.NodeProto | None:
         """The node that makes `value`, for rules."""
         return self.index.real_maker(value)
@@ -318,8 +323,7 @@ class Concrete:
 
     def _fold(self, node: onnx.NodeProto, value: str) -> np.ndarray | None:
         if node.op_type in ("Shape", "Size"):
-            shape = self._shape_or_none(node.input[0])
-            if shape is None:
+            if (shape := self.look_up(node.input[0])) is None:
                 return None
             if node.op_type == "Size":
                 count = math.prod(shape)
@@ -363,10 +367,6 @@ class Concrete:
             return found
         told = [self._home.told(int(n), value, i, True) for i, n in enumerate(found.flat)]
         return np.asarray([*told, None], object)[:-1].reshape(found.shape)
-
-    def _shape_or_none(self, value: str) -> Shape | None:
-        # Inside shape inference the ancestors are already in order; outside, infer them first.
-        return self.look_up(value)
 
     def moves(self, value: str) -> bool:
         """Whether what `value` holds was computed of sizes in a way that others may change."""

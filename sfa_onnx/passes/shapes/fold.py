@@ -59,6 +59,8 @@ def _too_large(node: onnx.NodeProto, inputs: Arrays, limit: int) -> bool:
     shapes = [x.shape for x in inputs if x is not None]
     if node.op_type in _BROADCASTING:
         return math.prod(np.broadcast_shapes(*shapes)) > limit
+    if node.op_type == "OneHot":
+        return bool(inputs[0].size * int(inputs[1].reshape(-1)[0]) > limit)
     return node.op_type == "Tile" and inputs[0].size * math.prod(inputs[1].tolist()) > limit
 
 
@@ -95,6 +97,17 @@ def _constant_of_shape(a: dict[str, Any], x: Arrays) -> np.ndarray:
     tensor = a.get("value")
     fill = np.float32(0) if tensor is None else numpy_helper.to_array(tensor).reshape(-1)[0]
     return np.full([int(d) for d in x[0]], fill)
+
+
+def _one_hot(a: dict[str, Any], x: Arrays) -> np.ndarray:
+    """Indices along a new axis, whose length no open size may be; out of range are nowhere."""
+    if x[1].dtype == object:
+        raise ValueError("the depth is open")
+    depth, rank = int(x[1].reshape(-1)[0]), x[0].ndim + 1
+    axis = int(a.get("axis", -1)) % rank
+    own = np.where(x[0] < 0, x[0] + depth, x[0])
+    places = np.arange(depth).reshape([depth if i == axis else 1 for i in range(rank)])
+    return np.asarray(np.where(np.expand_dims(own, axis) == places, x[2][1:], x[2][:1]))
 
 
 def _divide(_: dict[str, Any], x: Arrays) -> np.ndarray:
@@ -180,6 +193,7 @@ FOLD: Final[dict[str, _Fold]] = {
     "Mul": _binary(np.multiply),
     "Neg": _unary(np.negative),
     "Not": _unary(np.logical_not),
+    "OneHot": _one_hot,
     "Or": _binary(np.logical_or),
     "Pow": lambda _, x: np.power(x[0], x[1]).astype(x[0].dtype),
     "Range": lambda _, x: np.arange(*(v.reshape(-1)[0] for v in x)).astype(x[0].dtype),

@@ -29,8 +29,8 @@ _KEEPING: Final = frozenset(
     (
         *("Add", "Cast", "Clip", "Concat", "Div", "Equal", "Expand", "Gather", "Greater"),
         *("GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg"),
-        *("Not", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Slice", "Split"),
-        *("Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"),
+        *("Not", "OneHot", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Slice"),
+        *("Split", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"),
     )
 )
 

@@ -278,10 +278,12 @@ _FUNCTIONS: Final[dict[str, Callable[..., int]]] = {
     "Max": max,
     "//": lambda a, b: a // b,
     "size": _opaque,
+    "kept": _opaque,
 }
 _CALLS: Final[dict[str, Callable[..., Form]]] = {
     "Min": smallest,
     "Max": largest,
     "//": quotient,
     "size": lambda *a: Form.of(Call("size", a)),
+    "kept": lambda *a: Form.of(Call("kept", a)),
 }

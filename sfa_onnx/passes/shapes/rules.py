@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.shapes.asking import Shape, Shapes, Sizes
+from sfa_onnx.passes.shapes.kept import nonzero
 from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = ["RULES", "Shape", "Shapes", "Sizes", "einsum_terms", "slice_bounds", "sliced"]
 
-Shape = tuple[int, ...]
-Shapes = list[Shape | None]
-
 _STANDS_FOR_A_SYMBOL = 10_000  # numbers from here on come from symbols, up to
 _TO_THE_END = 1 << 30  # where exporters write "to the end"
-
-
-class Sizes(Protocol):
-    """What a rule may ask of the values around its node."""
-
-    def look_up(self, value: str) -> Shape | None:
-        """The shape of a value; None when it is unknown."""
-
-    def value(self, value: str) -> np.ndarray | None:
-        """A constant, or what a chain of sizes evaluates to."""
-
-    def entries(self, value: str) -> list[int] | None:
-        """The same, flat, with open sizes as what they are."""
-
-    def meet(self, a: int, b: int) -> None:
-        """Two sizes must be equal."""
-
-    def broadcast(self, *shapes: Shape) -> Shape:
-        """The common shape of operands."""
-
-    def maker(self, value: str) -> onnx.NodeProto | None:
-        """The node that makes a value, Identity nodes skipped."""
 
 
 _Rule = Callable[[Sizes, onnx.NodeProto], Shapes]
@@ -379,13 +356,13 @@ RULES: Final[dict[str, _Rule]] = {
     "ConstantOfShape": _constant_of_shape,
     "Einsum": _einsum,
     "Expand": _expand,
-    "FusedMatMul": _matmul,
     "Gather": _gather,
     "Flatten": _flatten,
     "GatherElements": lambda sizes, node: [sizes.look_up(node.input[1])],
     "GatherND": _gather_nd,
     "Gemm": _gemm,
-    "MatMul": _matmul,
+    **dict.fromkeys(("FusedMatMul", "MatMul"), _matmul),
+    "NonZero": nonzero,
     "Range": _range,
     "Reshape": _reshape,
     **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND"), _scatter),

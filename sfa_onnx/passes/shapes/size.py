@@ -32,6 +32,7 @@ _APART: Final = 8  # sizes that are nearer to each other than this are taken for
 _SMALLEST: Final = 10_007  # for Min: below every symbol, as Min(8, keys) is never above the keys
 _SYMBOLS: Final = 14_009
 _LARGEST: Final = 60_000  # for Max
+_KEPT: Final = 90_000  # for what a mask keeps
 
 
 class CollisionError(ValueError):
@@ -169,7 +170,7 @@ class StandIns:
         else:
             kind = atom.name if isinstance(atom, Call) else ""
             if kind not in self._lines:
-                first = _SMALLEST if kind == "Min" else _LARGEST
+                first = {"Min": _SMALLEST, "kept": _KEPT}.get(kind, _LARGEST)
                 self._lines[kind] = _line(first, self._start)
             number = next(self._lines[kind])
         self._numbers[atom] = number
