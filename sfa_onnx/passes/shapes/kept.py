@@ -19,8 +19,9 @@ def kept_by(mask: str) -> Form:
 def kept_mask(size: int) -> str:
     """The mask whose elements a size counts; "" where it is another size."""
     atom = form_of(size).alone
-    counts = isinstance(atom, Call) and atom.name == "kept"
-    return atom.arguments[0].plain or "" if counts else ""
+    if not isinstance(atom, Call) or atom.name != "kept":
+        return ""
+    return atom.arguments[0].plain or ""
 
 
 def counts_kept(size: int) -> bool:
