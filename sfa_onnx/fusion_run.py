@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 
 from sfa_onnx.errors import BudgetError, CrashError, UsageError
+from sfa_onnx.files.empty_views import settled
 from sfa_onnx.files.external import StorageReader
 from sfa_onnx.files.model import load_model
 from sfa_onnx.files.weights_file import WeightsFile
@@ -83,6 +84,7 @@ class Run:
     indexer: bool = True
     options: FindOptions = field(default_factory=FindOptions)
     sorted: bool = False  # nodes were not in an order that runs
+    settled: tuple[str, ...] = ()  # sizes that the file left open against ONNX's rules
     file: WeightsFile | None = None  # takes what materialize makes of external weights
     before: certificates.Snapshot = field(default_factory=certificates.Snapshot)
 
@@ -119,7 +121,7 @@ class Run:
             self._judge(scopes, plan, Verifier)
         if not selecting and not any(scope.ready for scope in scopes):
             inlined = Inlined(given, left=inlined.left)
-        model, notes = inlined.model, inlined.notes
+        model, notes = inlined.model, [*self.settled, *inlined.notes]
         if self.sorted:
             notes = ["nodes that read what is made later were sorted", *notes]
         own_weights = self._materialize(scopes)
@@ -211,12 +213,13 @@ class Run:
 
     def _load(self, source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
         """The model, ours to edit."""
-        model = load_model(source)
-        if isinstance(source, onnx.ModelProto):
+        model, self.settled = settled(load_model(source))
+        if not isinstance(source, onnx.ModelProto):
+            self.source_dir = Path(source).parent
+        elif not self.settled:
             copy = onnx.ModelProto()
             copy.CopyFrom(model)
             return copy
-        self.source_dir = Path(source).parent
         return model
 
     def _judge(

@@ -148,6 +148,10 @@ CASES: list[Case] = [
     ("concat-axis", lambda: one("Concat"), "error", "EZ9999", "no attribute axis"),
     ("not-sound", lambda: model([N("Relu", ["y"], ["t"]), N("Relu", ["t"], ["y"])]),
      "error", "", "depends on itself"),
+    ("reshape-open-empty", lambda: one(
+        "Reshape", "x", "to", ins=[("x", F, ("b", 1, 0))], init=[const("to", [-1, 1, 1, 0])],
+        allowzero=1,
+    ), "error", "", "-1 beside 0"),
     ("negative-size", lambda: one("Relu", ins=[("x", F, (2, -1))]), "warning", "", "size -1"),
     ("no-inference", lambda: model([N("Foo", ["x"], ["y"], domain="nowhere")]),
      "warning", "", "infers no shapes"),

@@ -376,3 +376,16 @@ def test_what_is_mechanical_is_fixed_and_told(tmp_path):
     assert any(note.startswith("fixed:") and "top" in note for note in report.notes)
     x = np.array([3, 9, 1, 7], np.float32)
     np.testing.assert_array_equal(runtime.run(report.model, {"x": x})["y"], [2, 6])
+
+
+def test_a_size_of_zero_is_a_size_and_not_an_open_one(tmp_path):
+    """Rows without elements, as the cache of a layer without rope holds them."""
+    nodes = [helper.make_node("Concat", ["past", "new"], ["all"], "grow", axis=1)]
+    inputs = [("past", HALF, [2, "s", 0]), ("new", HALF, [2, 1, 0])]
+    onnx.save(build(nodes, inputs, [("all", HALF, [2, "t", 0])]), tmp_path / "m.onnx")
+    report = handover.write(tmp_path / "m.onnx", tmp_path / "out", soc_version=SOC, dims={"s": 3})
+    assert not report.unbound
+    assert "--input_shape='past:2,3,0;new:2,1,0'" in report.command
+    assert (tmp_path / "out" / "inputs" / "inputs.json").is_file(), report.notes
+    outputs = json.loads((tmp_path / "out" / "outputs.json").read_text())
+    assert outputs[0]["shape"][2] == 0

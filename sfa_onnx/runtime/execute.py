@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx.errors import ModelError, WeightsError
-from sfa_onnx.files.external import iter_tensors
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.guarded import infer_shapes
 from sfa_onnx.guard.worker import RemoteError, call
 from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.runtime.elem_types import ElemTypes, light_copy
+from sfa_onnx.runtime.located import in_folder
 from sfa_onnx.runtime.ort import open_session, run
 from sfa_onnx.runtime.timing import Timing, time_session
 from sfa_onnx.runtime.twin import float32_twin, uses
@@ -35,9 +35,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-_FOLDER: Final = "session.model_external_initializers_file_folder_path"
-# Before 1.22 a model in memory finds its weights by absolute paths, which later ones reject.
-_KNOWS_FOLDER: Final = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 22)
 _TWO_GIB: Final = 2**31
 _SMALL: Final = 1 << 12  # elements of an integer tensor that is structure, not weights
 
@@ -105,17 +102,6 @@ def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
     return out
 
 
-def _located(model: ModelProto, folder: Path) -> ModelProto:
-    """A copy that names its external files by absolute paths."""
-    out = ModelProto()
-    out.CopyFrom(model)
-    for tensor in iter_tensors(out):
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = str(folder / entry.value)
-    return out
-
-
 def opened(
     model: ModelProto,
     folder: Path | None,
@@ -128,25 +114,26 @@ def opened(
     if as_written:  # optimisers fuse into operators that lack a float64 kernel
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # errors are raised; the log would repeat them
-    if folder is not None and _KNOWS_FOLDER:
-        options.add_session_config_entry(_FOLDER, str(folder))
-    elif folder is not None:
-        model = _located(model, folder)
+    if folder is not None:
+        model = in_folder(model, folder, options)
     return open_session(model, options, rounding=rounding, allow_external=folder is not None)
 
 
 def runnable(
     path: str | os.PathLike[str], *, rounding: Rounding = "exact"
 ) -> tuple[ort.InferenceSession, str]:
-    """A session of a file, and a note: as it is, or its float32 twin where bfloat16 forbids it.
+    """A session of a file, and a note: as it is, or with what onnxruntime needs changed.
+
+    That is a float32 twin where bfloat16 forbids the model, and sizes that it left open.
 
     onnxruntime's CPU provider lacks bfloat16 for most operators; ours keep it either way.
 
     Raises:
         ModelError: onnxruntime refuses the model for another reason.
     """
+    notes: list[str] = []
     try:
-        return open_session(path, rounding=rounding), ""
+        return open_session(path, rounding=rounding, notes=notes), "; ".join(notes)
     except ModelError:
         model = load_model(path)
         if not uses(model, TensorProto.BFLOAT16):

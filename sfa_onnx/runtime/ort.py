@@ -213,9 +213,10 @@ def open_session(
     *,
     rounding: Rounding = "exact",
     allow_external: bool = False,
+    notes: list[str] | None = None,
     **kw: Any,
 ) -> ort.InferenceSession:
-    """`session` for a model that was looked at already."""
+    """`session` for a model that was looked at already; `notes` takes what was changed to run."""
     options = sess_options or ort.SessionOptions()
     missing: MissingError | None = None
     try:
@@ -229,15 +230,12 @@ def open_session(
     except Exception as error:
         if missing and "is not a registered function/op" in str(error):
             raise missing from error
+        from sfa_onnx.runtime.refused import mended, next_step
+
+        if other := mended(str(error), model, options, notes):
+            return open_session(other, options, rounding=rounding, allow_external=True, **kw)
         said = f"onnxruntime {ort.__version__} refuses {name}: {error}"
-        raise ModelError(said + _next_step(str(error), model)) from error
-
-
-def _next_step(text: str, model: Model | bytes) -> str:
-    from sfa_onnx.runtime.refused import next_step
-
-    whole = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else load_model(model)
-    return next_step(text, whole)
+        raise ModelError(said + next_step(str(error), model)) from error
 
 
 def _source(model: Model | bytes, allow_external: bool) -> tuple[str | bytes, str]:

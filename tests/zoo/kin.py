@@ -196,6 +196,9 @@ def filled(cache: Any, flat: Any) -> Any:
     new.layers = [copy.copy(layer) for layer in cache.layers]
     for (i, part), value in zip(tensors(cache), flat, strict=True):
         setattr(new.layers[i], part, value)
+        if part == "keys" and isinstance(getattr(new.layers[i], "cumulative_length", None), int):
+            # A sliding layer counts in Python: left alone, the traced length would be a constant.
+            new.layers[i].cumulative_length = value.shape[-2]
     return new
 
 

@@ -26,7 +26,7 @@ from sfa_onnx.ascend.checks.operators import operators
 from sfa_onnx.ascend.checks.parser import replay
 from sfa_onnx.ascend.checks.plugin import OWN_PLUGINS, Plugin, parse_plugin
 from sfa_onnx.ascend.checks.rules import RULES
-from sfa_onnx.ascend.checks.soundness import broken, inferred
+from sfa_onnx.ascend.checks.soundness import broken, inferred, open_and_empty
 from sfa_onnx.ascend.checks.support import layer_summary, support_findings, support_rows
 from sfa_onnx.ascend.checks.view import ModelView, contract_of
 from sfa_onnx.files.model import read_model
@@ -105,7 +105,7 @@ def check(
             contradictions,
         ):
             findings += rules(ctx)
-        findings += [*support_findings(support), *inferred(ctx.view)]
+        findings += [*support_findings(support), *inferred(ctx.view), *open_and_empty(ctx.view)]
     except Exception:  # rules lean on what a sound model keeps
         if not unsound:
             raise

@@ -24,6 +24,7 @@ from sfa_onnx.ascend.flavour.reductions import readable_reductions
 from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Names, Rule, Scope, apply
 from sfa_onnx.errors import ModelError, SfaError
+from sfa_onnx.files.empty_views import settled
 from sfa_onnx.files.model import load_model, save_model
 from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.guard.doors import door
@@ -31,9 +32,10 @@ from sfa_onnx.guard.doors import door
 __all__ = ["FixResult", "fix", "fix_file"]
 
 # Findings about names and where bytes lie, not about what is computed.
-_FORM_RULES = frozenset(
-    ("duplicate-name", "empty-output", "external-key", "external-in-branch", "sparse-initializer")
-)
+_FORM_RULES = frozenset((
+    *("duplicate-name", "empty-output", "external-key", "external-in-branch"),
+    *("reshape-open-empty", "sparse-initializer"),
+))  # fmt: skip
 # Tried before the others: what takes a node away spares it other repairs.
 _FIRST = frozenset(("scatter-mask",))
 
@@ -234,6 +236,9 @@ class _Tried:
 
 
 def _form_rules(result: FixResult, wanted: set[str]) -> None:
+    if "reshape-open-empty" in wanted:
+        result.model, lines = settled(result.model)
+        result.applied += [f"reshape-open-empty: {line}" for line in lines]
     model, names = result.model, Names(result.model)
     if "empty-output" in wanted:
         count = form.name_outputs(model.graph, names)

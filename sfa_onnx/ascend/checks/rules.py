@@ -118,6 +118,7 @@ _GRAPH: Final = {
     "int8-input-dynamic": "an int8 graph input with open dims",
     "precision-mode": "bfloat16 under the default precision mode",
     "recipes-package": "a binding that needs a package no longer published",
+    "reshape-open-empty": "a Reshape that asks for -1 beside 0, which ONNX forbids",
     "scatter-dtype": "a scatter over a dtype no definition lists",
     "scatter-mask": "a mask written by ScatterElements: AI CPU on A2 and A3",
     "scatternd-copies-cache": "ScatterND on a graph input: the whole cache is copied",

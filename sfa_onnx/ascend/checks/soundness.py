@@ -9,9 +9,10 @@ import onnx
 
 from sfa_onnx.ascend.checks.finding import Finding
 from sfa_onnx.ascend.checks.view import ModelView
+from sfa_onnx.files.empty_views import label, settled, unsettled
 from sfa_onnx.files.sound import problems
 
-__all__ = ["broken", "inferred"]
+__all__ = ["broken", "inferred", "open_and_empty"]
 
 _TOLD: Final = 8  # problems that get a finding of their own
 _AGAIN: Final = "export the model again, or repair it: no runtime loads it either"
@@ -29,6 +30,25 @@ def broken(model: onnx.ModelProto) -> Iterator[Finding]:
     if len(found) > _TOLD:
         text = f"{len(found) - _TOLD} more such faults"
         yield Finding("not-sound", "error", "graph", text, hint=_AGAIN, evidence="model")
+
+
+def open_and_empty(view: ModelView) -> Iterator[Finding]:
+    """Reshapes whose open size no number of elements tells."""
+    _, told = settled(view.model)
+    for node in unsettled(view.model):
+        mended = any(line.startswith(label(node)) for line in told)
+        step = "`--fix` writes the size that its input has" if mended else "write the size"
+        yield Finding(
+            "reshape-open-empty",
+            "error",
+            "graph",
+            "Reshape asks for -1 beside 0 (allowzero = 1), which ONNX forbids: a tensor without"
+            " elements fits every size, and onnxruntime refuses the model",
+            node.name or node.output[0],
+            hint=step,
+            evidence="model",
+            fixable=mended,
+        )
 
 
 def inferred(view: ModelView) -> Iterator[Finding]:

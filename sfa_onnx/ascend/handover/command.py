@@ -240,7 +240,8 @@ def _shape(
     for axis, dim in enumerate(value.type.tensor_type.shape.dim):
         name = _dim_name(value, axis)
         if name is None:
-            parts.append(str(dim.dim_value or size_of(dim.dim_param, {})))
+            declared = dim.HasField("dim_value")  # 0 too: rows without elements
+            parts.append(str(dim.dim_value if declared else size_of(dim.dim_param, {})))
         elif any(symbol in unbound for symbol in _symbols(name)):
             parts.append(_for_shell(name, bound, unbound))
         else:

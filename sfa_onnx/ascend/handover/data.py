@@ -85,7 +85,9 @@ def write_output_names(model: ModelProto, path: Path) -> Path:
         dtype = _NARROW.get(tensor.elem_type) or str(
             np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         )
-        shape = [d.dim_value or d.dim_param or "?" for d in tensor.shape.dim]
+        shape = [
+            d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim
+        ]
         entries.append(_entry(index, value.name, dtype, shape))
     atomic_write(path, (json.dumps(entries, indent=2) + "\n").encode(), force=True)
     return path

@@ -269,7 +269,9 @@ def _write_inputs(
 def _all_bound(model: ModelProto, sizes: Mapping[str, int]) -> bool:
     """Whether every dim of every input is a number."""
     dims = [d for v in model.graph.input for d in v.type.tensor_type.shape.dim]
-    return all(d.dim_value > 0 or size_of(d.dim_param, sizes) for d in dims)
+    return all(
+        (d.HasField("dim_value") and d.dim_value >= 0) or size_of(d.dim_param, sizes) for d in dims
+    )
 
 
 def _sample(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from sfa_onnx.errors import SfaError, UsageError
+from sfa_onnx.files.empty_views import settled
 from sfa_onnx.files.model import load_model
 from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.interface import Interface, float_outputs, read_interface
@@ -122,11 +123,8 @@ class _Comparison:
         self.progress = progress or (lambda _what, _fraction: None)
         self.bounds, self.inputs, self.seed, self.rounding = bounds, inputs, seed, rounding
         self.folders = [_folder(m) for m in (before, after)]
-        self.original, self.fused = (
-            with_structure(load_model(m), f)
-            for m, f in zip((before, after), self.folders, strict=True)
-        )
         self.report = CompareReport(_name(before), _name(after))
+        self.original, self.fused = map(self._loaded, (before, after), self.folders)
         self.interface = _conversion(self.original, self.fused)
         packs = [sum(map(packs_floats, m.graph.node)) for m in (self.original, self.fused)]
         kinds = {c.kind for c in self.interface.caches} if self.interface is not None else set()
@@ -146,6 +144,12 @@ class _Comparison:
 
         if rounding == "npu":
             self._note("rounding npu: our operators round as CANN's kernels do")
+
+    def _loaded(self, source: Model, folder: Path | None) -> ModelProto:
+        model, lines = settled(with_structure(load_model(source), folder))
+        for line in lines:
+            self._note(f"{_name(source)}: {line}")
+        return model
 
     def _execute(self, *args: Any, **kw: Any) -> dict[str, Array]:
         return execute(*args, rounding=self.rounding, **kw)
