@@ -262,6 +262,14 @@ def test_inputs_of_ranks_that_no_layout_has_end_in_no_fault(op, rank, symbolic):
         assert random_feeds(model)[name].shape == (3,) * rank, name
 
 
+@pytest.mark.parametrize("given", [[], ["x"]])
+@pytest.mark.parametrize("op", ["GatherND", "ScatterElements", "GatherElements"])
+def test_operators_that_the_opset_lacks_may_lack_inputs_too(op, given):
+    model = one_node(helper.make_node(op, given, ["y"]), [("x", TensorProto.FLOAT, ["n", 3])])
+    model.opset_import[0].version = 8
+    assert random_feeds(model, seed=1)["x"].shape[1] == 3
+
+
 def test_a_seed_below_zero_is_refused():
     with pytest.raises(UsageError, match="seed=-1: expected a number from 0 on"):
         random_feeds(decoder(np.float32), -1)

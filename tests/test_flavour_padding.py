@@ -173,3 +173,14 @@ def test_a_converted_cache_without_a_rope_says_what_the_npu_wants():
     (got,) = outputs(converted.model, feeds | {"key_packed": rows})
     np.testing.assert_array_equal(got, want)
     assert not {"heads", "row-size", "attribute-value"} & findings(converted.model)
+
+
+@pytest.mark.parametrize("op", [SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT])
+def test_queries_without_a_head_get_none(op):
+    case = make_case(op, ("BSND", "BSND"), dtype=np.float16, heads=24, rope=64, **SIZES)
+    model = op_model(case)
+    for value in model.graph.input:
+        if value.name in ("query", "query_rope"):
+            value.type.tensor_type.shape.dim[-2].dim_value = 0
+    assert "heads" in findings(model)
+    assert not any("heads" in note for note in flavour.convert(model).notes)

@@ -234,8 +234,8 @@ def _shape_of(
 
 
 def _missing_heads(heads: int | None) -> int:
-    """How many zero heads make a number that the kernel takes; 0 where none does."""
-    if heads is None or heads in NPU.heads or heads > max(NPU.heads):
+    """How many zero heads make a number that the kernel takes; 0 where none does, or none is."""
+    if not heads or heads in NPU.heads or heads > max(NPU.heads):
         return 0
     return min(n for n in NPU.heads if n > heads) - heads
 

@@ -162,6 +162,8 @@ def _misfits(index: GraphIndex, sizes: dict[str, int]) -> Iterator[_Short]:
     """Axes that are too short at these sizes, in graph order."""
     known = Concrete(index, sizes)
     for node in index.nodes:
+        if not node.input:
+            continue
         if node.domain not in ("", "ai.onnx"):
             yield from _slots_meeting(known, node)
         elif node.op_type in _MEETS:
@@ -270,6 +272,8 @@ def _value(known: Concrete, name: str) -> NDArray[Any] | None:
 
 def _leaving(known: Concrete, node: NodeProto) -> Iterator[_Short]:
     """Axes that an index known from sizes and integers leaves."""
+    if len(node.input) < 2:  # an operator that this opset does not have, so nobody counted
+        return
     at = _value(known, node.input[1])
     if at is None or not at.size or at.dtype.kind not in "iu":
         return
