@@ -148,6 +148,25 @@ def test_build_om_says_everything_to_ge(tmp_path: Path, toolkit: Path) -> None:
     assert f"build ge.exec.outputReuseInputMemIndexes={reuse}" in said
     assert json.loads((out / "model.in_place.json").read_text()) == plan["in_place"]
     assert "${" not in done.stdout
+    assert not list(out.glob(".*"))
+
+
+@needs_compiler
+def test_a_build_that_fails_or_is_killed_leaves_the_old_model(tmp_path, toolkit) -> None:
+    out = hand_over(tmp_path)
+    texts = json.loads((out / "build_om.json").read_text())["build"].values()
+    dims = {name: "4" for text in texts for name in _variables(text)}
+    assert build(out, toolkit, **dims).returncode == 0
+    pairs = (out / "model.in_place.json").read_text()
+    (out / "model.om").write_text("old")
+    for end, code in (("exit 3", 3), ("kill -9 $$", 128 + 9), ("exit 0", 1)):
+        half = "" if end == "exit 0" else 'echo half > "$2.om"; '
+        (out / "build_om").write_text(f"#!/bin/bash\n{half}{end}\n")
+        done = build(out, toolkit, **dims)
+        assert done.returncode % 256 in (code, 256 - 9), done.stderr
+        assert (out / "model.om").read_text() == "old"
+        assert (out / "model.in_place.json").read_text() == pairs
+        assert not list(out.glob(".*"))
 
 
 def _variables(text: str) -> list[str]:

@@ -100,15 +100,25 @@ def main() -> None:
     """Compile the builder, then run it with what build_om.json says."""
     plan = json.loads((HERE / "build_om.json").read_text(encoding="utf-8"))
     home = toolkit()
-    words = [str(compile_builder(home)), str(HERE / plan["model"]), str(HERE / plan["output"])]
+    unfinished = HERE / f".{plan['output']}.tmp"
+    words = [str(compile_builder(home)), str(HERE / plan["model"]), str(unfinished)]
     for kind in ("global", "build"):
         for key, text in plan[kind].items():
             words += [f"{kind}:{key}", fill(text)]
-    if code := subprocess.run(words, env=environment(plan), check=False).returncode:
+    code = subprocess.run(words, env=environment(plan), check=False).returncode
+    written = sorted(HERE.glob(f"{unfinished.name}*.om"))  # GE may add the platform to the name
+    if code:
+        for path in written:
+            path.unlink()
         sys.exit(code)
-    # run_om.py passes one address for both sides of these pairs, for this file alone.
+    if not written:
+        sys.exit(f"the builder ended without an error, but wrote no {plan['output']}.om")
+    # run_om.py passes one address for both sides of these pairs, for this file alone: they never
+    # lie beside a model that was built otherwise.
     pairs = HERE / f"{plan['output']}.in_place.json"
-    unfinished = pairs.with_name(f".{pairs.name}.tmp")
+    pairs.unlink(missing_ok=True)
+    for path in written:
+        path.replace(HERE / f"{plan['output']}{path.name.removeprefix(unfinished.name)}")
     unfinished.write_text(json.dumps(plan["in_place"], indent=2), encoding="utf-8")
     unfinished.replace(pairs)
     for pair in plan["in_place"]:
