@@ -71,7 +71,8 @@ def _guarded(topic: str, look: Callable[[], list[Probe]]) -> list[Probe]:
     try:
         return look()
     except Exception as error:
-        return [Probe(topic, "probe failed", "warning", f"{type(error).__name__}: {error}")]
+        state: State = "missing" if topic == "weights" else "warning"  # the model that was given
+        return [Probe(topic, "probe failed", state, f"{type(error).__name__}: {error}")]
 
 
 def _python() -> list[Probe]:
@@ -141,4 +142,8 @@ def _weights(model: Path) -> list[Probe]:
     from sfa_onnx.files.weights import weights_findings
 
     found = weights_findings(load_model(model), model.parent)
-    return [Probe("weights", f.location, "ok" if f.ok else "warning", f.advice) for f in found]
+    lies: dict[bool, State] = {True: "warning", False: "missing"}  # some readers take it, or none
+    return [
+        Probe("weights", f.location, "ok" if f.ok else lies[bool(f.accepted_by)], f.advice)
+        for f in found
+    ]

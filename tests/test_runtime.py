@@ -204,6 +204,26 @@ def test_a_machine_without_the_library_is_not_healthy(monkeypatch, tmp_path):
 
 
 @needs_library
+@pytest.mark.parametrize(
+    ("location", "code"),
+    [("w.bin", 0), ("gone.bin", 3), ("../w.bin", 3), ("/etc/passwd", 3), ("link.bin", 0)],
+)
+def test_weights_that_no_reader_takes_are_no_health(location, code, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for place in (folder, tmp_path):
+        (place / "w.bin").write_bytes(bytes(16))
+    (folder / "link.bin").symlink_to(tmp_path / "w.bin")  # some readers take it
+    model = op_model(make_case(SPARSE_FLASH_ATTENTION))
+    weight = model.graph.initializer.add(name="w", dims=[4], data_type=1, data_location=1)
+    weight.external_data.add(key="location", value=location)
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    assert main(["doctor", str(folder / "m.onnx")]) == code
+    (folder / "m.onnx").write_bytes(b"no model")
+    assert main(["doctor", str(folder / "m.onnx")]) == 3
+
+
+@needs_library
 def test_a_model_as_bytes():
     case = make_case(SPARSE_FLASH_ATTENTION)
     model = op_model(case)

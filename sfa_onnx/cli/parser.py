@@ -320,7 +320,10 @@ def _doctor(verbs: Any) -> None:
     verb.add(
         "--library", action="store_true", help="print the path of the operator library, no more"
     )
-    verb.finish(example="sfa-onnx doctor model.sfa.onnx", met="something is missing")
+    verb.finish(
+        example="sfa-onnx doctor model.sfa.onnx",
+        met="something is missing, or lies where no reader takes it",
+    )
 
 
 def _completion(verbs: Any) -> None:
