@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -28,6 +29,22 @@ def test_measured_tables_are_those_of_the_recorded_runs(page: str) -> None:
     assert text == write_measured.written(page), "run python -m scripts.write_measured"
     for table in write_measured.PAGES[page]:
         assert text.count(f"<!-- measured: {table} -->") == 1
+
+
+FIGURE = re.compile(
+    r"(?<![\d.])\d[\d.,]*(?:\s(?:to|->|and|-)\s[\d.]+)?"
+    r"(?:x|\s?(?:%|us|ms|s|GB/s|GB|MB|times|GFLOP/s))(?![\w/])"
+)
+
+
+@pytest.mark.parametrize("page", write_measured.PAGES)
+def test_other_figures_in_prose_say_where_they_are_from(page: str) -> None:
+    """A figure that was measured is written from its run; the few others are listed there."""
+    known = json.loads(write_measured.RUNS.read_text())["prose"][page]
+    assert set(FIGURE.findall(write_measured.outside(page))) == set(known)
+    assert all(len(origin) > 5 for origin in known.values())
+    told = "it runs at 12.5 % and 1.9x, in 2.0 to 2.6 s, 64 x 128 values, 5 sites"
+    assert FIGURE.findall(told) == ["12.5 %", "1.9x", "2.0 to 2.6 s"]
 
 
 def test_terms_of_ours_lead_to_the_glossary() -> None:
