@@ -323,3 +323,24 @@ def test_ragged_sequences_in_pages_are_each_one_as_alone() -> None:
     got = run(converted, mine)["o"]
     for b, feeds in enumerate(single):
         assert 1e-4 < loss(got[b : b + 1], run(source, feeds)["o"]) < 2e-2
+
+
+@pytest.mark.parametrize(("picked", "reads"), [([0], False), ([3, 1], False), ([-2], True)])
+def test_another_layers_tensor_tells_a_size_only_where_it_is_asked_for(picked, reads) -> None:
+    """The capacity of pages: a stage of the layer must not want what only its number is read of."""
+    source = static_cache("hf")
+    graph = source.graph
+    graph.input.append(vi("layers.0.other", ["b", "cap", 5]))
+    graph.initializer.append(const("picked", picked))
+    graph.node.extend([
+        helper.make_node("Shape", ["buf_c"], ["dims"], "dims"),
+        helper.make_node("Gather", ["dims", "picked"], ["sizes"], "sizes"),
+    ])  # fmt: skip
+    graph.output.append(vi("sizes", [len(picked)], TensorProto.INT64))
+    feeds = feeds_for(source)
+    report = convert(source, to="paged", block_size=16)
+    assert any("layers.0.other" in n.input for n in report.model.graph.node) is reads
+    interface = read_interface(report.model)
+    assert interface is not None
+    mine = adapt_feeds(interface, feeds)
+    np.testing.assert_array_equal(run(report.model, mine)["sizes"], run(source, feeds)["sizes"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -20,6 +20,7 @@ from sfa_onnx.guard.guarded import infer_shapes
 
 __all__ = ["label", "settled", "unsettled"]
 
+_BODIES: Final = ("If", "Loop", "Scan", "SequenceMap")
 Dims = tuple[int | str | None, ...]  # sizes, names of open sizes, None for unknown ones
 
 
@@ -55,13 +56,17 @@ def label(node: NodeProto) -> str:
 def _found(
     graph: GraphProto, outer: Mapping[str, TensorProto]
 ) -> Iterator[tuple[NodeProto, list[int]]]:
-    known = _constants(graph, outer)
-    for node in graph.node:
-        target = _target(node, known)
-        if target:
+    asked = [n for n in graph.node if n.op_type in _BODIES or _zero_is_meant(n)]
+    known = _constants(graph, outer) if asked else {}
+    for node in asked:
+        if target := _target(node, known):
             yield node, target
         for body in subgraphs(node):
             yield from _found(body, known)
+
+
+def _zero_is_meant(node: NodeProto) -> bool:
+    return bool(node.op_type == "Reshape" and not node.domain and attribute(node, "allowzero", 0))
 
 
 def _constants(graph: GraphProto, outer: Mapping[str, TensorProto]) -> dict[str, TensorProto]:
@@ -75,7 +80,7 @@ def _constants(graph: GraphProto, outer: Mapping[str, TensorProto]) -> dict[str,
 
 def _target(node: NodeProto, known: Mapping[str, TensorProto]) -> list[int]:
     """The sizes asked for, if one is -1 and one 0 and 0 is meant; else nothing."""
-    if node.op_type != "Reshape" or node.domain or not attribute(node, "allowzero", 0):
+    if not _zero_is_meant(node):
         return []
     target = known.get(node.input[1])
     if target is None or target.data_location == TensorProto.EXTERNAL:

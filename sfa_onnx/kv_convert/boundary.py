@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -226,31 +227,46 @@ class Boundary:
         declared = self.index.shape(stream.value)
         width = declared[-1] if declared and isinstance(declared[-1], int) else None
         columns = width if width is not None else row.nope if is_latent else row.rope
-        sizes = self._batch_and_length(done)
-        parts = {"B": sizes[0], "S": sizes[1]}
-        parts |= {"1": self.emit.constant([1]), "C": self.emit.constant([columns])}
-        whole = self.emit.op("Concat", [parts[label] for label in stream.axes], axis=0)
         attrs = attributes(node)
         start = attrs.get("start", 0)
         end = attrs.get("end", len(stream.axes))
+        asked = self._asked(node.output[0], stream.axes[slice(start, end)])
+        # A size that nobody reads is not looked up: it may be told by another layer's tensors.
+        length = self._length(done) if "S" in asked else self.emit.constant([1])
+        parts = {"B": self._batch(done), "S": length}
+        parts |= {"1": self.emit.constant([1]), "C": self.emit.constant([columns])}
+        whole = self.emit.op("Concat", [parts[label] for label in stream.axes], axis=0)
         sliced = self.emit.columns(whole, 0, start, end)
         node.op_type = "Identity"
         del node.input[:], node.attribute[:]
         node.input.append(sliced)
 
-    def _batch_and_length(self, done: Translated) -> tuple[str, str]:
+    def _asked(self, shape: str, axes: Sequence[str]) -> set[str]:
+        """Labels of the sizes that are read of a shape with these axes; all unless it is seen."""
+        found: set[str] = set()
+        for i, place in self.index.readers(shape):
+            reader = self.index.nodes[i]
+            picked = self.index.constant(reader.input[1]) if reader.op_type == "Gather" else None
+            if place != 0 or picked is None or picked.size == 0:
+                return set(axes)
+            found |= {axes[int(n)] for n in picked.ravel() if -len(axes) <= n < len(axes)}
+        return set(axes) if self.index.is_graph_output(shape) else found
+
+    def _batch(self, done: Translated) -> str:
+        shape = BLOCK_TABLE if self.form in PAGED_FORMS else done.packed
+        return self.emit.op("Gather", [self.emit.op("Shape", [shape]), self.emit.constant([0])])
+
+    def _length(self, done: Translated) -> str:
         emit = self.emit
         if self.form not in PAGED_FORMS:
-            shape = emit.op("Shape", [done.packed])
-            return tuple(emit.op("Gather", [shape, emit.constant([i])]) for i in (0, 1))  # type: ignore[return-value]
-        batch = emit.op("Gather", [emit.op("Shape", [BLOCK_TABLE]), emit.constant([0])])
+            return emit.op("Gather", [emit.op("Shape", [done.packed]), emit.constant([1])])
         if done.cache is not None and done.cache.writes:
-            return batch, self._capacity(done.cache)
+            return self._capacity(done.cache)
         longest = emit.op("ReduceMax", [emit.op("Cast", [LENGTHS_KV], to=7)], keepdims=1)
         if done.cache is None or done.packed != done.cache.packed:
-            return batch, longest
+            return longest
         fresh = emit.op("Shape", [SLOT_MAPPING])
-        return batch, emit.op("Sub", [longest, emit.op("Div", [fresh, batch])])
+        return emit.op("Sub", [longest, emit.op("Div", [fresh, self._batch(done)])])
 
     def _capacity(self, cache: CacheInput) -> str:
         """Rows per sequence of a cache that is written in place: what its float form declared."""
