@@ -28,6 +28,7 @@ from sfa_onnx.torch.checks import FLOATS, check_ints, check_traced, refuse
 from sfa_onnx.torch.float8 import as_float_attention
 from sfa_onnx.torch.form import Form
 from sfa_onnx.torch.index import indexer_form
+from sfa_onnx.torch.index_float8 import select_float8
 from sfa_onnx.torch.index_golden import select_golden
 from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable, dense_pages
 
@@ -93,11 +94,17 @@ def compute_float8(
     op: OpContract,
     tensors: Mapping[str, torch.Tensor],
     attributes: Mapping[str, Any],
-    types: tuple[int | None, int | None],
+    types: tuple[int | None, ...],
     rounding: str,
 ) -> tuple[torch.Tensor, ...]:
-    """As `compute`, of the packed attention over 8-bit float latents; see `float8.py`."""
+    """As `compute`, over 8-bit floats: the packed attention and the quantised indexer.
+
+    `types` are the two numbers of types that torch_npu's schema has; see `float8.py` and
+    `index_float8.py`.
+    """
     tensors = usable(tensors, attributes, rounding)
+    if op is QUANT_LIGHTNING_INDEXER:
+        return (select_float8(op, tensors, attributes, types, rounding),)
     given, own = as_float_attention(op, tensors, attributes, types, rounding)
     out, *softmax = compute(SPARSE_FLASH_ATTENTION, given, own, rounding)
     return (out.to(tensors["query"].dtype), *softmax)

@@ -18,7 +18,7 @@ kv_quant_sparse_flash_attention.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -28,23 +28,31 @@ from sfa_onnx.operator.contract import OpContract, PackedRow
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.torch.checks import FLOATS, check_attributes, check_reserved, refuse
 
-__all__ = ["FLOAT8_E4M3FN", "HIFLOAT8", "as_float_attention", "hifloat8_values", "is_float8"]
+__all__ = [
+    "FLOAT8_E4M3FN",
+    "HIFLOAT8",
+    "as_float_attention",
+    "float8_table",
+    "hifloat8_values",
+    "is_float8",
+]
 
 HIFLOAT8: Final = 290  # torch_npu's numbers of types that torch lacks
 FLOAT8_E4M3FN: Final = 292
 _BYTES: Final = (torch.uint8, torch.int8)
 
 
-def is_float8(tensors: Mapping[str, torch.Tensor], key_dtype: int | None) -> bool:
-    """Whether a call's latents are 8-bit floats."""
-    return key_dtype is not None or tensors["key"].dtype == torch.float8_e4m3fn
+def is_float8(tensors: Mapping[str, torch.Tensor], *dtypes: int | None) -> bool:
+    """Whether a call's cache, or an indexer's query, holds 8-bit floats."""
+    kinds = {tensors[n].dtype for n in ("query", "key") if n in tensors}
+    return dtypes.count(None) < len(dtypes) or torch.float8_e4m3fn in kinds
 
 
 def as_float_attention(
     op: OpContract,
     tensors: Mapping[str, torch.Tensor],
     attributes: Mapping[str, Any],
-    types: tuple[int | None, int | None],
+    types: Sequence[int | None],
     rounding: str,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The call as one of `NPUSparseFlashAttention`.
@@ -95,7 +103,7 @@ def _table(key: torch.Tensor, key_dtype: int | None, value_dtype: int | None) ->
     if key_dtype == HIFLOAT8:
         if key.dtype not in _BYTES:
             raise refuse("key", "torch.uint8 (key_dtype hifloat8)", key.dtype)
-        return hifloat8_values()
+        return float8_table(hifloat8=True)
     if key_dtype not in (None, FLOAT8_E4M3FN):
         raise ContractError(
             f"key_dtype: expected None, {HIFLOAT8} (hifloat8) or {FLOAT8_E4M3FN} (float8_e4m3fn),"
@@ -103,6 +111,13 @@ def _table(key: torch.Tensor, key_dtype: int | None, value_dtype: int | None) ->
         )
     if key.dtype not in (torch.float8_e4m3fn, *_BYTES):
         raise refuse("key", "torch.float8_e4m3fn", key.dtype)
+    return float8_table(hifloat8=False)
+
+
+def float8_table(hifloat8: bool) -> torch.Tensor:
+    """Float32 [256]: the number that each byte of hifloat8 or float8_e4m3fn stands for."""
+    if hifloat8:
+        return hifloat8_values()
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 

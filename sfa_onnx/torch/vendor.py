@@ -20,7 +20,7 @@ import torch
 
 from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.operator.contract import OpContract
-from sfa_onnx.operator.op import ALL_OPS, INT64_MAX, LIGHTNING_INDEXER
+from sfa_onnx.operator.op import ALL_OPS, INT64_MAX, LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from sfa_onnx.torch.checks import HOLES_VARIABLE
 from sfa_onnx.torch.compute import compute, compute_float8, form_of, shapes_of, usable
 from sfa_onnx.torch.float8 import is_float8
@@ -39,6 +39,9 @@ _FIXED: Final = {"pre_tokens": INT64_MAX, "next_tokens": INT64_MAX}
 # What a vendor's schema may ask of an operator whose node has no word for it.
 _LSE: Final = "return_softmax_lse"
 _KEPT: Final = 512  # ways to call one operator
+# By which torch_npu says that bytes are an 8-bit float that torch lacks.
+_TYPES_ATTENTION: Final = ("key_dtype", "value_dtype")
+_TYPES_INDEXER: Final = ("query_dtype", "key_dtype")
 # Arguments by which a vendor says what the contract says with another word.
 _SPELLINGS: Final = {"return_value": "return_values"}
 
@@ -160,7 +163,11 @@ class Adapter:
         if self.lse_beyond_node:
             self._attributes[_LSE] = 0
         # torch_npu's and vLLM's; the recipes' operator is of int8 alone, as is ours.
-        self.takes_float8 = schema.name.endswith("::npu_kv_quant_sparse_flash_attention")
+        self.takes_float8 = (
+            schema.name.endswith("::npu_kv_quant_sparse_flash_attention")
+            or "query_dtype" in self._names
+        )
+        self._types = _TYPES_INDEXER if op is QUANT_LIGHTNING_INDEXER else _TYPES_ATTENTION
         self._words = [n for n in self._names if _SPELLINGS.get(n, n) not in self._tensors]
         self._inputs = [n for n in self._names if n in self._tensors]
         self._forms: dict[tuple[Any, ...], _Known] = {}
@@ -209,8 +216,8 @@ class Adapter:
         given = self.given(args, kwargs)
         tensors = {n: t for n in self._inputs if (t := given[n]) is not None}
         attributes = self._attributes_of(given)
-        types = given.get("key_dtype"), given.get("value_dtype")
-        if self.takes_float8 and is_float8(tensors, types[0]):
+        types = tuple(given.get(name) for name in self._types)
+        if self.takes_float8 and is_float8(tensors, *types):
             values = compute_float8(self.op, tensors, attributes, types, rounding)
             return self._shaped(values, args[0], attributes)
         used = usable(tensors, attributes, rounding)
@@ -239,8 +246,8 @@ class Adapter:
                     raise ContractError(f"{word}: expected {_FIXED[word]}, got {value}")
             elif value is not None and not self.takes_float8:
                 raise ContractError(
-                    f"{word}: expected None (of float8 and hifloat8, types of Ascend 950, only the"
-                    f" attention's are computed here), got {value!r}"
+                    f"{word}: expected None (float8 and hifloat8, types of Ascend 950, are computed"
+                    f" of the packed attention and the quantised indexer), got {value!r}"
                 )
         return attributes
 
