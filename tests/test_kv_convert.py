@@ -326,7 +326,7 @@ def test_unknown_form_and_second_conversion_are_refused() -> None:
     with pytest.raises(UsageError, match="expected one of int8, packed-int8, paged-int8"):
         convert(growing(), to="fp8")
     once = convert(growing(), to="packed-int8", tile_size=TILE).model
-    with pytest.raises(ModelError, match="converted already"):
+    with pytest.raises(ModelError, match="converted already, to packed-int8"):
         convert(once, to="packed-int8")
 
 

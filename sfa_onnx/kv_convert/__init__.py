@@ -129,8 +129,12 @@ def _check_index_cache(index_cache: str, to: str) -> None:
 
 
 def _check(model: onnx.ModelProto) -> None:
-    if read_interface(model) is not None:
-        raise ModelError("this model's caches were converted already (see its metadata)")
+    known = read_interface(model)
+    if known is not None:
+        raise ModelError(
+            f"this model's caches were converted already, to {known.form}: convert the fused model"
+            " that it was made of"
+        )
     if float_sites(model.graph):
         return
     if inner := _in_bodies(model):
