@@ -80,7 +80,9 @@ def fuse(
             fold views of constants; an Einsum with one beside a site becomes a MatMul over heads.
         assume: what no file can carry, asserted by the caller: "two-valued:NAME" says that the
             float input NAME holds 0 and numbers of -1e4 or less (-inf) only, so it is a mask and
-            no bias. A plan may hold such entries too. They stand in record, report, certificate.
+            no bias; "zero-one:NAME" that an input, float or integer, holds 0 and 1 only, as
+            (1 - mask) * low expects. A plan may hold such entries too. They stand in record,
+            report and certificate.
         indexer: put `NPULightningIndexer` in place of lightning indexers as well; False leaves
             selections alone. `expect_sites` counts attention only.
         trace: give each site's normal form and the identities that led to it (`SiteReport.terms`).

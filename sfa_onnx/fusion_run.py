@@ -21,7 +21,7 @@ from sfa_onnx.files.weights_file import WeightsFile
 from sfa_onnx.guard import worker
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
-from sfa_onnx.passes.assume import note_assumptions, two_valued
+from sfa_onnx.passes.assume import FLAGS, MASKS, asserted, note_assumptions
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find.search import FindOptions, find_candidates
 from sfa_onnx.passes.graph.functions import Inlined, inline_sites
@@ -108,7 +108,8 @@ class Run:
         reader = StorageReader(self.source_dir)
         assumed = (*self.assume, *(() if plan is None else plan.assume))
         self.assume = tuple(dict.fromkeys(assumed))
-        self.options = FindOptions(masks=two_valued(self.assume, given.graph), trace=self.trace)
+        said = asserted(self.assume, given.graph)
+        self.options = FindOptions(masks=said[MASKS], flags=said[FLAGS], trace=self.trace)
         with self.stage("find"):
             inlined = inline_sites(given, lambda m: self._findings(m, reader))
             scopes = self._find(inlined.model, reader)

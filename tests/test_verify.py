@@ -5,6 +5,7 @@ import math
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -49,6 +50,23 @@ def test_integer_casts_keep_their_meaning():
         x=np.array([2.9, -2.9]),
     )
     np.testing.assert_array_equal(out, [2, -2])
+
+
+@pytest.mark.parametrize(("limit", "smooth"), [(20.0, True), (2.0, False)])
+def test_softplus_is_the_identity_where_float32_sees_no_difference(limit, smooth):
+    """F.softplus: x above its threshold. From 20 on float32 has one number for both."""
+    text = f"""<ir_version: 9, opset_import: ["" : 18]> f (float[3] x) => (float[3] y)
+    <float limit = {{{limit}}}> {{
+        soft = Softplus(x)
+        far = Greater(x, limit)
+        y = Where(far, x, soft)
+    }}"""
+    x = np.array([-1.0, 3.0, 21.0])
+    out = Executable(promote(onnx.parser.parse_model(text))).run({"x": x})[0]
+    np.testing.assert_allclose(
+        out[[0, 2]], np.log1p(np.exp(x))[[0, 2]], rtol=1e-15 if smooth else 1e-9
+    )
+    assert (out[1] == 3.0) != smooth
 
 
 def test_default_of_constant_of_shape_is_promoted():

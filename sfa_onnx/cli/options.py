@@ -112,7 +112,8 @@ def assume(verb: Verb) -> None:
         action="append",
         default=[],
         metavar="two-valued:NAME",
-        help="assert that the float input NAME holds 0 and -1e4 or less only: a mask, no bias",
+        help="assert that the float input NAME holds 0 and -1e4 or less only: a mask, no bias;"
+        " zero-one:NAME: that an input holds 0 and 1 only",
     )
 
 

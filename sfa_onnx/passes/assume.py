@@ -2,8 +2,9 @@
 
 A float mask that enters the graph may be a bias. Who knows better says so, by name:
 `two-valued:attention_mask` is the assertion that this input holds 0 and numbers of -1e4 or less
-(-inf included). Nothing is assumed unasked; what was stands in the record, the certificate, the
-report, and in the fused model, so that `compare` draws such masks.
+(-inf included); `zero-one:attention_mask`, that it holds 0 and 1, as `(1 - mask) * low` expects.
+Nothing is assumed unasked; what was stands in the record, the certificate, the report, and in the
+fused model, so that `compare` draws such masks.
 """
 
 from __future__ import annotations
@@ -15,36 +16,38 @@ import onnx
 
 from sfa_onnx.errors import UsageError
 
-__all__ = ["METADATA", "assumed_masks", "note_assumptions", "two_valued"]
+__all__ = ["FLAGS", "MASKS", "METADATA", "asserted", "assumed_inputs", "note_assumptions"]
 
 METADATA: Final = "sfa_onnx.assume"
-_KIND: Final = "two-valued"
+MASKS: Final = "two-valued"  # 0 and -1e4 or less
+FLAGS: Final = "zero-one"  # 0 and 1
+_T = onnx.TensorProto
+_FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16)
+_INTEGERS: Final = (_T.INT64, _T.INT32, _T.INT16, _T.INT8, _T.UINT8)
+_TYPES: Final = {MASKS: ("float", _FLOATS), FLAGS: ("float or integer", _FLOATS + _INTEGERS)}
 
 
-def two_valued(assume: Iterable[str], graph: onnx.GraphProto) -> frozenset[str]:
-    """The inputs that `two-valued:NAME` entries name.
+def asserted(assume: Iterable[str], graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
+    """The inputs that `two-valued:NAME` and `zero-one:NAME` entries name, by kind.
 
     Raises:
-        UsageError: an entry of another form, or a name that is no float input of the graph.
+        UsageError: an entry of another form, or a name that is no input of a type that can be so.
     """
-    floats = {
-        v.name
-        for v in graph.input
-        if v.type.tensor_type.elem_type
-        in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    }
-    found = set()
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.input}
+    found: dict[str, set[str]] = {kind: set() for kind in _TYPES}
     for entry in assume:
         kind, _, name = entry.partition(":")
-        if kind != _KIND or not name:
-            raise UsageError(f"assume={entry!r}: expected '{_KIND}:NAME', NAME an input")
-        if name not in floats:
-            known = ", ".join(sorted(floats)) or "none"
+        if kind not in _TYPES or not name:
+            forms = " or ".join(f"'{k}:NAME'" for k in _TYPES)
+            raise UsageError(f"assume={entry!r}: expected {forms}, NAME an input")
+        what, fitting = _TYPES[kind]
+        if types.get(name) not in fitting:
+            known = ", ".join(sorted(n for n, t in types.items() if t in fitting)) or "none"
             raise UsageError(
-                f"assume={entry!r}: the model has no float input {name!r} (float inputs: {known})"
+                f"assume={entry!r}: the model has no {what} input {name!r} ({what} inputs: {known})"
             )
-        found.add(name)
-    return frozenset(found)
+        found[kind].add(name)
+    return {kind: frozenset(names) for kind, names in found.items()}
 
 
 def note_assumptions(model: onnx.ModelProto, assume: Iterable[str]) -> None:
@@ -63,6 +66,7 @@ def assumed_entries(model: onnx.ModelProto) -> list[str]:
     return next((p.value.split() for p in model.metadata_props if p.key == METADATA), [])
 
 
-def assumed_masks(model: onnx.ModelProto) -> frozenset[str]:
-    """Inputs of a model that were assumed to be masks of two values."""
-    return frozenset(e.partition(":")[2] for e in assumed_entries(model))
+def assumed_inputs(model: onnx.ModelProto, kind: str) -> frozenset[str]:
+    """Inputs of a model that were assumed to be of a kind."""
+    entries = (e.partition(":") for e in assumed_entries(model))
+    return frozenset(name for own, _, name in entries if own == kind)

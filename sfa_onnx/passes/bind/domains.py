@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
+from sfa_onnx.passes.assume import FLAGS
 from sfa_onnx.passes.axes.expr import label_of
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.site import Site
@@ -58,13 +59,17 @@ def finished_domain(site: Site, ref: Ref) -> Domain:
 def mask_domain(is_bool: bool, positive: bool, assumed: str = "") -> Domain:
     """Of a mask: True (or 1, or 0.0) is visible; `positive` False: what is True is hidden.
 
-    `assumed`: the input that is a mask because the caller says so.
+    `assumed`: what the caller says of the input that the mask is, "two-valued:mask".
     """
     if assumed:
+        kind, _, name = assumed.partition(":")
+        values, what = (0.0, _ASSERTED), "numbers of -1e4 or less only"
+        if kind == FLAGS:
+            values, what = (1.0, 0.0) if positive else (0.0, 1.0), "1 only"
         return Domain(
-            values=(0.0, _ASSERTED),
-            assumption=f"the mask {assumed!r} holds 0 and numbers of -1e4 or less only",
-            discharged_by=f"the caller (assume two-valued:{assumed})",
+            values=values,
+            assumption=f"the mask {name!r} holds 0 and {what}",
+            discharged_by=f"the caller (assume {assumed})",
         )
     if is_bool:
         return Domain() if positive else Domain(values=(0.0, 1.0))

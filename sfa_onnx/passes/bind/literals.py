@@ -16,7 +16,7 @@ class Visible:
 
     `among`: it is part of a selection and made from these as well, so it cannot be any mask;
     `hides`: it hides the keys that are selected;
-    `assumed`: the input that is a mask of two values, as the caller asserts;
+    `assumed`: what the caller asserts of the input that it is, "two-valued:mask";
     """
 
     ref: Ref

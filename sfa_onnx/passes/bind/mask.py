@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from sfa_onnx.passes.assume import FLAGS, MASKS
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Kept, Literal, Visible
@@ -131,7 +132,7 @@ class Masks:
             if not among:
                 raise _unread(self.tracer, mask.ref)
             return replace(mask, among=among)
-        here = Visible(*held)
+        here = Visible(*held, assumed=_asserted(self.tracer, held[0]))
         whole = bound(reader, term) if term.op == "or" else None
         if whole is not None and whole.among:
             return Kept(here, whole.among, whole.extra, whole.over)
@@ -139,10 +140,11 @@ class Masks:
 
 
 def _asserted(tracer: Tracer, ref: Ref) -> str:
-    """The input that is a mask as the caller asserts, where `ref` is an element of it."""
+    """What the caller asserts of an input that `ref` is an element of; "" where it is of none."""
     for _ in range(_FAR):
-        if ref.value in tracer.masks:
-            return ref.value
+        for kind, names in ((MASKS, tracer.masks), (FLAGS, tracer.flags)):
+            if ref.value in names:
+                return f"{kind}:{ref.value}"
         step = tracer.step(ref) if tracer.index.maker(ref.value) is not None else None
         if not isinstance(step, Move):
             break
@@ -179,8 +181,10 @@ def _bias(tracer: Tracer, ref: Ref, by: float) -> Stop:
     if by > 1:  # (1 - mask) * low
         hint = f"nothing tells that {ref.value} is 0 or 1: cast it to bool in the graph, and hide"
         hint += " keys where that is false"
+        if tracer.index.is_given(ref.value):
+            hint += f"; if it is, say so: --assume {FLAGS}:{ref.value}"
     elif tracer.index.is_given(ref.value):
-        hint += f"; if it is a mask, say so: --assume two-valued:{ref.value}"
+        hint += f"; if it is a mask, say so: --assume {MASKS}:{ref.value}"
     return Stop(
         f"{ref.value} is added to the scores and cannot be shown to hold only 0 and -inf: it may be"
         " a bias",

@@ -36,12 +36,14 @@ class FindOptions:
         max_steps: how many tracing steps one site may take before it is refused.
         absorb: whether per-head expanded (MHA) forms may be fused by absorption.
         masks: float inputs that hold 0 and -1e4 or less only, as the caller asserts.
+        flags: inputs that hold 0 and 1 only, as the caller asserts.
         trace: whether to report each site's normal form and the identities that led to it.
     """
 
     max_steps: int = 200_000
     absorb: bool = True
     masks: frozenset[str] = frozenset()
+    flags: frozenset[str] = frozenset()
     trace: bool = False
 
 
@@ -92,7 +94,7 @@ class _Search:
 
     def _look(self, region: AttentionRegion) -> Candidate | RefusedSite | None:
         tracer = Tracer(self.index, self.sizes, self.other, self.options.max_steps)
-        tracer.masks = self.options.masks
+        tracer.masks, tracer.flags = self.options.masks, self.options.flags
         tracer.terms = [] if self.options.trace else None
         label = self.index.label(region.anchor)
         tracer.stem = label if self.named[label] <= 1 else region.weights or region.result

@@ -34,7 +34,7 @@ def find_selections(
     found = []
     for region in regions:
         tracer = Tracer(index, sizes, other, options.max_steps)
-        tracer.masks = options.masks
+        tracer.masks, tracer.flags = options.masks, options.flags
         tracer.terms = [] if options.trace else None
         tracer.stem = index.label(region.node)
         found.append(_one(tracer, region, read))

@@ -117,7 +117,8 @@ class Conditions(Reader):
             return own
         if self._is_float(ref.value) and self._hides(ref):
             return self.n.where(Term("lt", (_LOW, own)), ZERO, number(-math.inf))
-        return self.n.flag(own) if self._is_table(ref.value) else own
+        zero_one = ref.value in self.tracer.flags or self._is_table(ref.value)
+        return self.n.flag(own) if zero_one else own
 
     def _is_float(self, value: str) -> bool:
         return is_float(self.tracer.sizes.elem_type(value))

@@ -13,7 +13,7 @@ from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, ZERO, Term, number
 
 __all__ = ["ROWS", "seen"]
 
-_LINEAR: Final = 20.0  # above it log(1 + exp(x)) is x in float32
+LINEAR: Final = 20.0  # above it log(1 + exp(x)) is x in float32
 # -- conditions -----------------------------------------------------------------------------------
 
 
@@ -219,7 +219,7 @@ def _softplus(n: Normal, term: Term) -> Term | None:
         if not ends or n.log(n.add(ONE, n.exp(own))) != smooth:
             continue
         limit, tested = ends if holds else ends[::-1]
-        if tested == own and limit.is_number() and limit.value >= _LINEAR:
+        if tested == own and limit.is_number() and limit.value >= LINEAR:
             return smooth
     return None
 

@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.files.onnx_attrs import find_attribute
+from sfa_onnx.passes.values.logic import LINEAR
 
 __all__ = ["FLOAT_TYPES", "promote"]
 
@@ -31,7 +32,8 @@ def promote(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` in float64; integer and boolean values keep their types.
 
     The lowest finite float16 and bfloat16, which masks use for "minus infinity", become float32's;
-    roundings of log2(e) and ln(2) become the numbers they stand for.
+    roundings of log2(e) and ln(2) become the numbers they stand for, and so does a softplus that is
+    the identity from a number on.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -47,7 +49,27 @@ def promote(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
+    _complete_softplus(graph)
     return result
+
+
+def _complete_softplus(graph: onnx.GraphProto) -> None:
+    """Where(x > 20, x, Softplus(x)) becomes Softplus(x): in float32 the two are one number."""
+    made = {o: node for node in graph.node for o in node.output}
+    numbers = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    for name, node in made.items():
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            numbers[name] = numpy_helper.to_array(node.attribute[0].t)
+    for node in graph.node:
+        if node.op_type != "Where":
+            continue
+        test, smooth = made.get(node.input[0]), made.get(node.input[2])
+        if not test or not smooth or (test.op_type, smooth.op_type) != ("Greater", "Softplus"):
+            continue
+        same = test.input[0] == node.input[1] == smooth.input[0]
+        limit = numbers.get(test.input[1])
+        if same and limit is not None and bool((limit >= LINEAR).all()):
+            node.CopyFrom(helper.make_node("Identity", [smooth.output[0]], node.output, node.name))
 
 
 def _promote_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:

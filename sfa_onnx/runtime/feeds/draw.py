@@ -26,7 +26,7 @@ from sfa_onnx.guard.budgets import INPUT_BYTES
 from sfa_onnx.guard.doors import door
 from sfa_onnx.kv_convert.interface import BLOCK_TABLE, read_interface
 from sfa_onnx.operator.op import find_op
-from sfa_onnx.passes.assume import assumed_masks
+from sfa_onnx.passes.assume import FLAGS, MASKS, assumed_inputs
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.runtime.elem_types import ElemTypes
@@ -111,7 +111,8 @@ class _Feeds:
         self.inputs = {v.name: v for v in self.graph.input if v.name not in weights}
         if unknown := [name for name in given if name not in self.inputs]:
             raise UsageError(f"the model has no input {unknown}; it takes {list(self.inputs)}")
-        self.masks = assumed_masks(fused or model)
+        self.masks = assumed_inputs(fused or model, MASKS)
+        self.flags = assumed_inputs(fused or model, FLAGS)
         self.rng = np.random.default_rng(seed)
         self.readers: dict[str, list[tuple[NodeProto, int]]] = {}
         for graph in (*((fused.graph,) if fused else ()), self.graph):
@@ -265,6 +266,8 @@ class _Feeds:
                 return made
         if dtype == np.bool_:
             return self._visible(shape)
+        if value.name in self.flags:
+            return self._visible(shape).astype(dtype)
         if np.issubdtype(dtype, np.integer):
             return self._integers(value.name, node, role, shape).astype(dtype)
         if value.name in self.masks or ("mask" in value.name.lower() and len(shape) >= 2):
