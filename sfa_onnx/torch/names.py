@@ -20,6 +20,7 @@ import torch
 
 from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.torch.compute import ROUNDINGS
+from sfa_onnx.torch.schedules import define_schedule, schedules
 from sfa_onnx.torch.vendor import Adapter, VendorOperator, schema_in_torch, vendor_operators
 
 __all__ = ["enable_ascend_names", "owners"]
@@ -92,6 +93,11 @@ def _add() -> None:
         else:
             _complete(library, vendor, schema)
         _libraries[vendor.qualified] = library
+    for schedule in schedules():
+        library = torch.library.Library(schedule.namespace, "FRAGMENT")
+        ours = define_schedule(library, schedule)
+        _owners[schedule.qualified] = "sfa_onnx" if ours else "vendor"
+        _libraries[schedule.qualified] = library
 
 
 def _release() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from sfa_onnx.torch.float8 import HIFLOAT8
+from sfa_onnx.torch.schedules import schedules
 from sfa_onnx.torch.vendor import vendor_schemas
 
 __all__ = ["install"]
@@ -128,10 +129,11 @@ def _torch_npu(module: ModuleType) -> None:
 
 
 def _mount(module: ModuleType, namespace: str) -> None:
-    for vendor in vendor_schemas():
-        home = getattr(torch.ops, namespace)
-        if vendor.namespace == namespace and hasattr(home, vendor.name):
-            setattr(module, vendor.name, getattr(home, vendor.name))
+    home = getattr(torch.ops, namespace)
+    published = [v.qualified for v in vendor_schemas()] + [s.qualified for s in schedules()]
+    for space, name in (qualified.split("::") for qualified in published):
+        if space == namespace and hasattr(home, name):
+            setattr(module, name, getattr(home, name))
 
 
 def _custom_ops(_module: ModuleType) -> None:

@@ -35,7 +35,13 @@ __all__ = [
 ]
 
 # Arguments with one legal value that some of the contracts leave out.
-_FIXED: Final = {"pre_tokens": INT64_MAX, "next_tokens": INT64_MAX}
+_FIXED: Final = {
+    "pre_tokens": INT64_MAX,
+    "next_tokens": INT64_MAX,
+    "cmp_ratio": 1,  # keys of the indexer that stand for several tokens are another operator
+    "return_value": False,  # of the quantised indexer
+}
+_IGNORED: Final = ("metadata",)  # how the NPU's cores share the work
 # What a vendor's schema may ask of an operator whose node has no word for it.
 _LSE: Final = "return_softmax_lse"
 _KEPT: Final = 512  # ways to call one operator
@@ -239,8 +245,8 @@ class Adapter:
             name, value = _SPELLINGS.get(word, word), given[word]
             if name in attributes:
                 attributes[name] = int(value) if isinstance(value, bool) else value
-            elif word == "rounding":
-                continue  # of our own names: the caller's choice, no part of the node
+            elif word == "rounding" or word in _IGNORED:
+                continue  # the first is of our own names: the caller's choice, no part of the node
             elif word in _FIXED:
                 if value != _FIXED[word]:
                     raise ContractError(f"{word}: expected {_FIXED[word]}, got {value}")
@@ -265,11 +271,8 @@ class Adapter:
         """As many results as the schema has; what was not asked for is empty, as the vendor's."""
         if self.results == 1:
             return values[0]
-        if self.op is LIGHTNING_INDEXER:
-            asked, empty = attributes["return_values"], query.dtype
-        else:
-            asked, empty = attributes[_LSE], torch.float32
-        if asked:
+        if attributes.get("return_values") or attributes.get(_LSE):
             return values
+        empty = query.dtype if self.op is LIGHTNING_INDEXER else torch.float32
         rest = self.results - 1
         return (values[0], *(query.new_empty((0,), dtype=empty) for _ in range(rest)))
