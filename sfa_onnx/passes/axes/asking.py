@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from sfa_onnx.passes.axes.expr import Expr
@@ -17,7 +18,6 @@ class Tracing(Protocol):
 
     index: GraphIndex
     sizes: Concrete
-    opaque: bool
 
     def shape(self, value: str) -> Shape:
         """The concrete shape; stops recognition when it cannot be known."""
@@ -54,6 +54,9 @@ class Tracing(Protocol):
 
     def operand(self, value: str, coords: tuple[Expr, ...]) -> Ref:
         """`value` as it is broadcast to the shape that `coords` address."""
+
+    def following(self) -> AbstractContextManager[None]:
+        """Index arithmetic is followed inside."""
 
     def index_value(self, ref: Ref, size: int = 0) -> Expr:
         """What an integer tensor holds at `ref`, on an axis of this size."""

@@ -71,6 +71,13 @@ class Expr:
     const: int = 0
     terms: tuple[tuple[Atom, int], ...] = field(default=())
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.const, self.terms))
+
     @staticmethod
     def of(atom: Atom) -> Expr:
         """The expression that is one atom; a label of size 1 is always 0."""
@@ -79,6 +86,8 @@ class Expr:
     def __add__(self, other: Expr | int) -> Expr:
         if isinstance(other, int):
             return Expr(self.const + other, self.terms)
+        if not self.terms or not other.terms:
+            return Expr(self.const + other.const, self.terms or other.terms)
         merged = dict(self.terms)
         for atom, coefficient in other.terms:
             merged[atom] = merged.get(atom, 0) + coefficient
@@ -261,6 +270,8 @@ def _only_atom(expr: Expr) -> Atom | None:
 def _canonical(const: int, merged: dict[Atom, int]) -> Expr:
     """Drop zeros, put quotient and remainder of one expression together again, and sort."""
     merged = {a: c for a, c in merged.items() if c}
+    if len(merged) < 2:
+        return Expr(const, tuple(merged.items()))
     _join_nested(merged)
     for atom in list(merged):
         if isinstance(atom, Quot) and merged.get(atom):

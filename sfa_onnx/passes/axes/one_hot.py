@@ -120,11 +120,8 @@ def _of_equal(
         table = tracer.operand(positions, ref.coords)
         if label in own.labels or tracer.sizes.value(positions) is None:
             continue
-        was, tracer.opaque = tracer.opaque, False  # constants are always read
-        try:
+        with tracer.following():  # constants are always read
             place = tracer.index_value(table)
-        finally:
-            tracer.opaque = was
         if place == Expr.of(label):
             return tracer.index_value(own), indices, label.size
     return None

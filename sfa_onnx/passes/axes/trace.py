@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import onnx
 
@@ -88,6 +89,7 @@ class Tracer:
         self.wholes: dict[str, tuple[str, int]] = {}  # that only recognition looks through
         self.opaque = False  # True: index tensors are read as they are, without arithmetic
         self.tables = False  # True: but for constant tables of positions
+        self.followed = False  # whether anything was read that an opaque tracer reads otherwise
 
     # -- sizes and constants ----------------------------------------------------------------------
 
@@ -302,6 +304,15 @@ class Tracer:
         own = coords[len(coords) - len(shape) :]
         return Ref(value, tuple(ZERO if d == 1 else c for c, d in zip(own, shape, strict=True)))
 
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Index arithmetic is followed inside, whatever it is outside: that of constant tables."""
+        was, self.opaque = self.opaque, False
+        try:
+            yield
+        finally:
+            self.opaque = was
+
     def index_value(self, ref: Ref, size: int = 0) -> Expr:
         """What an integer tensor holds at `ref`, as far as arithmetic shows.
 
@@ -312,11 +323,13 @@ class Tracer:
             self.sizes, ref
         )  # also where index tensors are opaque, a number is a number
         if known is not None and (not self.opaque or self.tables or not known.terms):
+            self.followed |= bool(known.terms)
             return known
         if not self.opaque:
             node = self.index.maker(ref.value)
             arithmetic = None if node is None else self._index_arithmetic(node, ref, size)
             if arithmetic is not None:
+                self.followed = True
                 return arithmetic
         step = self.step(ref)
         if isinstance(step, Move) and not is_float(self.sizes.elem_type(step.ref.value)):

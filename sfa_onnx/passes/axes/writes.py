@@ -59,17 +59,16 @@ def _first_positions(tracer: Tracing, node: onnx.NodeProto) -> list[int] | None:
     if table is None or len(table) - 1 != table[-1]:
         return None
     labels = [fresh("w", d) for d in table[:-1]]
-    was, tracer.opaque = tracer.opaque, False
     first = []
     for j, label in enumerate(labels):
-        at = tracer.index_value(Ref(node.input[1], (*map(Expr.of, labels), Expr(j))))
+        with tracer.following():
+            at = tracer.index_value(Ref(node.input[1], (*map(Expr.of, labels), Expr(j))))
         offset = at - Expr.of(label)
         if offset.terms:
-            break
+            return None
         size = tracer.shape(node.input[0])[j]
         first.append(offset.const + size if offset.const < 0 else offset.const)
-    tracer.opaque = was
-    return first if len(first) == len(labels) else None
+    return first
 
 
 def all_written(tracer: Tracing, node: onnx.NodeProto) -> list[str]:

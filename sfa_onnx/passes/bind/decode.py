@@ -37,13 +37,11 @@ def stored_bytes(tracer: Tracer, ref: Ref) -> list[Ref]:
         read = [r for c in ref.coords for r in c.reads]  # a look-up table is a constant itself
         if not any(_holds(tracer, r.value, known) for r in read):
             return []
-    was, tracer.opaque = tracer.opaque, False  # constants that pick bytes are always read
-    try:
-        return _follow(tracer, ref, known)
-    except Stop:  # a shape on the way is not known
-        return []
-    finally:
-        tracer.opaque = was
+    with tracer.following():  # constants that pick bytes are always read
+        try:
+            return _follow(tracer, ref, known)
+        except Stop:  # a shape on the way is not known
+            return []
 
 
 def _follow(tracer: Tracer, ref: Ref, known: dict[str, bool]) -> list[Ref]:

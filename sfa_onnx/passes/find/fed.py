@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 import onnx
 
-from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.axes.trace import Tracer
 from sfa_onnx.passes.bind.site import AttentionRegion
 from sfa_onnx.passes.bind.usage import kth_best
 from sfa_onnx.passes.find.bodies import gathered_in_body
+from sfa_onnx.passes.find.products import operands
+from sfa_onnx.passes.find.selections import INTEGERS, ROWS, chooses, picks_rows, selection
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import BITS, GATHERS, ORDERS, PARTS, PRODUCTS
 from sfa_onnx.passes.graph.weights import is_table, is_weight
@@ -21,9 +22,7 @@ __all__ = [
     "Seen",
     "attention_roots",
     "fed_by_selection",
-    "picks_rows",
     "reaches_selection",
-    "sums_products",
 ]
 
 # Behind the keys' own projection only views, casts, dequantisation and work on bytes are followed.
@@ -38,9 +37,7 @@ _STRUCTURAL = (BITS | GATHERS | PARTS) | {
     "Where",
 }
 _SCATTERS = frozenset(("ScatterElements", "ScatterND", "OneHot"))
-_INT_TYPES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 _ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK"))
-_ROWS = ("TopK", "input")
 _SEEN, _BEHIND = 20_000, 24
 
 Root = tuple[str, int]  # a value, and how many products lie between it and the weights
@@ -105,13 +102,13 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> Seen:
         node = index.maker(value)
         if node is None:
             continue
-        if depth and node.op_type == "Gather" and _selection(index, node.input[1]) == "row":
+        if depth and node.op_type == "Gather" and selection(index, node.input[1]) == "row":
             weakly = weakly or (Seen.NOTHING if is_table(index, node.input[0]) else Seen.GATHER)
         if not depth and node.op_type in PRODUCTS:
             met.add(any(is_weight(index, n) for n in node.input[:2]))
         if not depth and node.op_type in ORDERS:
             bounded = bounded or bool(kth_best(index, node)) or _orders_indices(tracer, node)
-        if depth and gathered_in_body(node, value, lambda a, b: _chooses(index, a, b)):
+        if depth and gathered_in_body(node, value, lambda a, b: chooses(index, a, b)):
             surely = True
         if _selects(index, node, depth):
             surely = surely or node.op_type != "Equal"
@@ -123,21 +120,10 @@ def reaches_selection(tracer: Tracer, roots: Iterable[Root]) -> Seen:
     return Seen.SELECTION if surely or (bounded and False in met) else weakly
 
 
-def sums_products(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """Whether this is (a * b).sum(axis), a contraction written out."""
-    made = index.real_maker(node.input[0]) if node.op_type == "ReduceSum" else None
-    return made is not None and made.op_type == "Mul"
-
-
 def _orders_indices(tracer: Tracer, node: onnx.NodeProto) -> bool:
     """Whether selected indices are compared by order with positions."""
-    integers = [n for n in node.input if tracer.sizes.elem_type(n) in _INT_TYPES]
-    return any(_selection(tracer.index, n) == "TopK" for n in integers)
-
-
-def _chooses(index: GraphIndex, data: str, indices: str) -> bool:
-    kind = _selection(index, indices)
-    return kind == "TopK" or (kind == "input" and not is_table(index, data))
+    integers = [n for n in node.input if tracer.sizes.elem_type(n) in INTEGERS]
+    return any(selection(tracer.index, n) == "TopK" for n in integers)
 
 
 def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
@@ -147,52 +133,19 @@ def _selects(index: GraphIndex, node: onnx.NodeProto, depth: int) -> bool:
             return picks_rows(index, node)
         if op not in GATHERS:
             return False
-        return _chooses(index, node.input[0], node.input[1])
+        return chooses(index, node.input[0], node.input[1])
     if op in _SCATTERS:
         inputs = node.input[:2] if op == "OneHot" else node.input[:3]
-        return any(_selection(index, n) in _ROWS for n in inputs)
-    return op == "Equal" and any(_selection(index, n) in _ROWS for n in node.input)
-
-
-def picks_rows(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """Whether a product picks stored rows: one-hot rows of a selection times no weight."""
-    for own, other in (node.input[:2], node.input[1::-1]):
-        made = one_hot_node(index, own) if node.op_type in PRODUCTS and other else None
-        if made is not None and not is_weight(index, other):
-            names = made.input[:1] if made.op_type == "OneHot" else made.input
-            return any(_selection(index, n) in _ROWS for n in names)
-    return False
+        return any(selection(index, n) in ROWS for n in inputs)
+    return op == "Equal" and any(selection(index, n) in ROWS for n in node.input)
 
 
 def _follow(index: GraphIndex, node: onnx.NodeProto, depth: int) -> list[Root]:
     op = node.op_type
-    if op in PRODUCTS or sums_products(index, node):
+    if operands(index, node):
         return [(n, depth + 1) for n in node.input if n] if depth < 2 else []
     if op == "NonZero" and depth == 1:  # rows that a mask picks: it hides the others
         return [(node.input[0], 0)]
     if op in _ENDS or (depth > 1 and op not in _STRUCTURAL):
         return []
     return [(n, depth) for n in node.input if n]
-
-
-def _selection(index: GraphIndex, value: str) -> str:
-    """Where indices come from: "TopK", "input", "row" (an input of rank 1) or nowhere, ""."""
-    stack, seen, found = [value], set[str](), ""
-    while stack and len(seen) < 400:
-        name = stack.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        node = index.maker(name)
-        if node is None or index.is_given(name):
-            if index.is_given(name) and index.elem_type(name) in _INT_TYPES:
-                shape = index.shape(name)
-                rows = shape is None or len(shape) >= 2
-                found = "input" if rows else found or ("row" if shape else "")
-            continue
-        if node.op_type in ("ArgMax", "TopK") or node.domain in ("npu", "custom", "sfa_onnx"):
-            return "TopK"
-        if node.op_type in ("Shape", "Size", "Constant", "NonZero", "MatMul", "Softmax"):
-            continue
-        stack += [n for n in node.input if n]
-    return found

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
 
-from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Tracer
 from sfa_onnx.passes.candidate import Refusal, RefusedSite
 from sfa_onnx.passes.find.fed import (
     Seen,
     attention_roots,
-    picks_rows,
     reaches_selection,
-    sums_products,
 )
+from sfa_onnx.passes.find.products import NEAR, operands, products_above
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import GATHERS, PARTS, PRODUCTS, VIEWS
-from sfa_onnx.passes.graph.weights import is_weight
 
-__all__ = ["is_product", "operands", "other_attention", "products_above"]
+__all__ = ["other_attention"]
 
-_NEAR, _FAR = 48, 256  # nodes between two products; nodes behind a selection
-_ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK", "Attention")) | GATHERS
+_FAR = 256  # nodes behind a selection
 # What changes no weight's kind: the operator that does is named in the reason.
 _QUIET = frozenset(
     ("Add", "Cast", "Concat", "Div", "Dropout", "Equal", "Expand", "Flatten", "Greater", "Identity")
@@ -53,26 +49,23 @@ class _Pair:
     sides: tuple[str, ...]  # values that meet the scores on their way
 
 
-def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Iterator[RefusedSite]:
+def other_attention(
+    tracer: Tracer, products: Sequence[int], taken: set[int], anchors: set[int]
+) -> Iterator[RefusedSite]:
     """Weighted sums over selected keys without a softmax, and selections that nobody reads.
 
     Args:
         tracer: of the graph; nothing is charged to its budget.
+        products: as `find.products` lists them.
         taken: nodes of attention that is listed already.
         anchors: nodes that name a region, listed or not.
     """
     index = tracer.index
-    kinds = {i: index.nodes[i].op_type for i in index.own}
-    contrib = [i for i, k in kinds.items() if k in _CONTRIB and _is_contrib(index.nodes[i])]
+    contrib = [i for i in index.of_kinds(_CONTRIB) if _is_contrib(index.nodes[i])]
     for i in contrib:
         if reaches_selection(tracer, attention_roots(index.nodes[i])) is Seen.SELECTION:
             yield _opaque(index, i)
     taken = taken | set(contrib)
-    products = [
-        i
-        for i, kind in kinds.items()
-        if (kind in PRODUCTS or kind == "ReduceSum") and is_product(index, index.nodes[i])
-    ]
     for i in products:
         pair = _pair(index, i, taken)
         if pair is not None and _is_fed(tracer, pair) and not _makes_scores(index, i, taken):
@@ -81,12 +74,14 @@ def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Itera
             yield _of_weights(index, i, *best)
     if not products:
         return
-    for i in [i for i, kind in kinds.items() if kind == "Softmax" and i not in taken | anchors]:
+    for i in index.of_kinds(("Softmax",)):
+        if i in taken or i in anchors:
+            continue
         if (body := _reader_in_body(index, i)) is not None and _is_selective(tracer, i):
             yield _weighed_in_body(index, i, body)
     if (single := _key_by_key(tracer, taken | anchors)) is not None:
         yield single
-    for i in [i for i, kind in kinds.items() if kind == "TopK"]:
+    for i in index.of_kinds(("TopK",)):
         node = index.nodes[i]
         if _is_indexer(index, node) and not _is_read(index, node):
             label = index.label(i)
@@ -106,11 +101,9 @@ def other_attention(tracer: Tracer, taken: set[int], anchors: set[int]) -> Itera
 def _key_by_key(tracer: Tracer, taken: Collection[int]) -> RefusedSite | None:
     """The first exponential whose weight meets the row of its own key, one key at a time."""
     index = tracer.index
-    for i in index.own:
+    for i in index.of_kinds(("Exp", "Softmax")):
         node = index.nodes[i]
-        if node.op_type not in ("Exp", "Softmax") or i in taken:
-            continue
-        if (by := _times_row(index, i)) is None or not _is_selective(tracer, i):
+        if i in taken or (by := _times_row(index, i)) is None or not _is_selective(tracer, i):
             continue
         label, times = index.label(i), index.label(by)
         refusal = Refusal(
@@ -125,7 +118,7 @@ def _key_by_key(tracer: Tracer, taken: Collection[int]) -> RefusedSite | None:
 def _times_row(index: GraphIndex, exponential: int) -> int | None:
     """The Mul of a weight, which may be scaled and cut first, and a gathered row of keys."""
     stack, seen = list(index.nodes[exponential].output), set[int]()
-    while stack and len(seen) < _NEAR:
+    while stack and len(seen) < NEAR:
         own = stack.pop()
         for i, position in index.uses(own):
             node = index.nodes[i] if position >= 0 else None
@@ -141,7 +134,7 @@ def _times_row(index: GraphIndex, exponential: int) -> int | None:
 
 def _is_gathered(index: GraphIndex, value: str) -> bool:
     """Whether a value is rows that a gather has read, behind views."""
-    for _ in range(_NEAR):
+    for _ in range(NEAR):
         node = index.maker(value)
         if node is None or node.op_type not in PARTS | GATHERS:
             return False
@@ -154,7 +147,7 @@ def _is_gathered(index: GraphIndex, value: str) -> bool:
 def _reader_in_body(index: GraphIndex, softmax: int) -> int | None:
     """The node with a body that reads the weights of a softmax, which may be cut or cast first."""
     stack, seen = list(index.nodes[softmax].output), set[int]()
-    while stack and len(seen) < _NEAR:
+    while stack and len(seen) < NEAR:
         for i, position in index.uses(stack.pop()):
             if position < 0:
                 return i
@@ -197,30 +190,6 @@ def _opaque(index: GraphIndex, i: int) -> RefusedSite:
     return RefusedSite(i, index.layer(i), refusal, (f"{form} {label}",))
 
 
-def is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """A contraction of two tensors neither of which is a weight."""
-    if node.op_type == "Einsum" and not _contracts(node):
-        return False
-    if any(n in index.initializers for n in node.input[:2]) and node.op_type in PRODUCTS:
-        return False
-    factors = operands(index, node)
-    return bool(factors) and not any(is_weight(index, n) for n in factors)
-
-
-def _contracts(node: onnx.NodeProto) -> bool:
-    """Whether an Einsum sums over a label; rows times scales are written without."""
-    terms, _, out = str(attributes(node)["equation"]).partition("->")
-    return not out or any(c.isalpha() and c not in out for c in terms)
-
-
-def operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
-    """The two factors of a product, also of one that is written as Mul and ReduceSum."""
-    if node.op_type in PRODUCTS:
-        return list(node.input[:2])
-    made = index.real_maker(node.input[0]) if sums_products(index, node) else None
-    return list(made.input) if made is not None else []
-
-
 def _pair(index: GraphIndex, weighted: int, taken: set[int]) -> _Pair | None:
     """The product of which the operand of another one is made, without softmax between them."""
     factors = operands(index, index.nodes[weighted])
@@ -232,33 +201,6 @@ def _pair(index: GraphIndex, weighted: int, taken: set[int]) -> _Pair | None:
         if products:
             return _between(index, min(products), weighted, other, nodes)
     return None
-
-
-def products_above(
-    index: GraphIndex, value: str, taken: Collection[int] = ()
-) -> tuple[set[int], set[int]] | None:
-    """(products, nodes passed) upstream of a value; None where an anchor is among them."""
-    products: set[int] = set()
-    nodes: set[int] = set()
-    stack = [value]
-    while stack and len(nodes) < _NEAR:
-        i = index.producer.get(stack.pop())
-        if i is None or i in nodes:
-            continue
-        node = index.nodes[i]
-        if i in taken or node.op_type == "Softmax":
-            return None
-        if node.op_type in PRODUCTS or node.op_type == "ReduceSum":
-            if is_product(index, node) and not picks_rows(index, node):
-                products.add(i)
-                continue
-            if node.op_type in PRODUCTS:
-                continue
-        if node.op_type in _ENDS or node.domain not in ("", "ai.onnx", "com.microsoft"):
-            continue
-        nodes.add(i)
-        stack += [n for n in node.input if n]
-    return products, nodes
 
 
 def _between(index: GraphIndex, scores: int, weighted: int, other: str, nodes: set[int]) -> _Pair:
@@ -304,7 +246,7 @@ def _refused(index: GraphIndex, pair: _Pair) -> RefusedSite:
 def _makes_scores(index: GraphIndex, product: int, taken: set[int]) -> bool:
     """Whether a softmax comes behind a product, before the next one."""
     stack, seen = list(index.nodes[product].output), set[int]()
-    while stack and len(seen) < _NEAR:
+    while stack and len(seen) < NEAR:
         for i, _ in index.uses(stack.pop()):
             if i in taken or index.nodes[i].op_type == "Softmax":
                 return True
@@ -317,7 +259,7 @@ def _makes_scores(index: GraphIndex, product: int, taken: set[int]) -> bool:
 def _best_weights(index: GraphIndex, weighted: int, taken: set[int]) -> tuple[int, int] | None:
     """(softmax, TopK) where the weights of a sum are the best that a softmax of q.k leaves."""
     stack, seen = operands(index, index.nodes[weighted]), set[int]()
-    while stack and len(seen) < _NEAR:
+    while stack and len(seen) < NEAR:
         i = index.producer.get(stack.pop())
         if i is None or i in seen:
             continue

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 import onnx
 
 from sfa_onnx.passes.bind.site import AttentionRegion
-from sfa_onnx.passes.find.others import is_product, operands
+from sfa_onnx.passes.find.products import is_product, operands
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import (
     BODIES,
@@ -49,8 +50,10 @@ FOLLOWED: Final = (
 _ROUTED: Final = FOLLOWED | {"TopK"}  # between a softmax and the scores it is over
 
 
-def attention_regions(index: GraphIndex, sizes: Concrete) -> list[AttentionRegion]:
-    """Every region of the graph, in graph order; products that reach one result share it.
+def attention_regions(
+    index: GraphIndex, sizes: Concrete, products: Iterable[int]
+) -> list[AttentionRegion]:
+    """Every region of the graph, in graph order; `products` that reach one result share it.
 
     A softmax that no product leads to, and an Attention operator, begin a region of their own.
     """
@@ -63,14 +66,11 @@ def attention_regions(index: GraphIndex, sizes: Concrete) -> list[AttentionRegio
             sweeps.setdefault(sweep.result, []).append(sweep)
             inner.update(sweep.inner)
 
-    for i in index.own:
-        node = index.nodes[i]
-        contracts = node.op_type in PRODUCTS or node.op_type == "ReduceSum"
-        if is_attention(node) or (contracts and is_product(index, node)):
-            start(i)
-    for i in index.own:
-        node = index.nodes[i]
-        if node.op_type in _SOFTMAX and node.output[0] not in inner and not _routes(index, i):
+    whole = (i for i in index.of_kinds(("Attention",)) if is_attention(index.nodes[i]))
+    for i in sorted((*products, *whole)):
+        start(i)
+    for i in index.of_kinds(_SOFTMAX):
+        if index.nodes[i].output[0] not in inner and not _routes(index, i):
             start(i, softmax=True)
     found = [_joined(index, result, group) for result, group in sweeps.items()]
     return sorted((r for r in found if r is not None), key=lambda r: r.anchor)

@@ -19,7 +19,8 @@ from sfa_onnx.passes.emit.plan import Built
 from sfa_onnx.passes.emit.site import build_site
 from sfa_onnx.passes.find.attempt import FAULTS, plain, refused, unified
 from sfa_onnx.passes.find.fed import Seen, fed_by_selection
-from sfa_onnx.passes.find.others import other_attention, products_above
+from sfa_onnx.passes.find.others import other_attention
+from sfa_onnx.passes.find.products import products, products_above
 from sfa_onnx.passes.find.regions import attention_regions
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.provenance import SITE
@@ -60,7 +61,8 @@ def find_candidates(
     search = _Search(index, sizes, other, options)
     found = search.sites()
     tracer = Tracer(index, sizes, other, options.max_steps)
-    for site in other_attention(tracer, search.taken, {r.anchor for r in search.everyone}):
+    anchors = {r.anchor for r in search.everyone}
+    for site in other_attention(tracer, search.products, search.taken, anchors):
         if not isinstance(found.get(site.anchor), Candidate):
             found[site.anchor] = site
     return [found[anchor] for anchor in sorted(found)]
@@ -73,7 +75,8 @@ class _Search:
         self, index: GraphIndex, sizes: Concrete, other: Concrete, options: FindOptions
     ) -> None:
         self.index, self.sizes, self.other, self.options = index, sizes, other, options
-        self.everyone = attention_regions(index, sizes)
+        self.products = products(index)
+        self.everyone = attention_regions(index, sizes, self.products)
         self.named = Counter(index.label(r.anchor) for r in self.everyone)
         self.taken = {r.anchor for r in self.everyone}
 
@@ -136,10 +139,10 @@ def _scores_outside(index: GraphIndex, region: AttentionRegion) -> Refusal | Non
     begins = min(index.producer[v] for v in region.inner)
     if begins < region.anchor or "Softmax" not in index.nodes[begins].op_type:
         return None  # at a product, or an operator that holds one
-    products, _ = products_above(index, region.scores) or (set(), set())
-    if not products or max(products) >= index.first:
+    above, _ = products_above(index, region.scores) or (set(), set())
+    if not above or max(above) >= index.first:
         return None
-    value = index.nodes[max(products)].output[0]
+    value = index.nodes[max(above)].output[0]
     return Refusal(
         f"the scores {value} are computed outside of {index.path}, the body that holds the softmax",
         value,
@@ -212,9 +215,11 @@ def _bind_and_build(
     stem = tracer.stem + SITE
     named: Site | None = None
     for tracer.opaque in (False, True):
-        del bound[1:]
-        site = bind_packed(bind(tracer, region, bound))
-        named = named or site
+        if named is None or tracer.followed:  # else an opaque tracer binds the very same
+            del bound[1:]
+            tracer.followed = False
+            site = bind_packed(bind(tracer, region, bound))
+            named = named or site
         if site.nope.kind == "expanded" and not options.absorb:
             raise Stop(
                 "keys and values are expanded per head, and absorption is switched off",

@@ -100,7 +100,7 @@ class GraphIndex:
             for name in node.output:
                 if name:
                     producer[name] = i
-            if bodies(node):
+            if node.attribute and bodies(node):
                 self.owners.append(i)
                 self._captures[i] = captured(node)
                 for name in self._captures[i]:
@@ -112,6 +112,18 @@ class GraphIndex:
     def own(self) -> range:
         """Indices of the nodes of `graph` itself; those before belong to outer scopes."""
         return range(self.first, len(self.nodes))
+
+    @functools.cached_property
+    def _by_kind(self) -> dict[str, list[int]]:
+        """The own nodes of every operator type."""
+        found: dict[str, list[int]] = {}
+        for i in self.own:
+            found.setdefault(self.nodes[i].op_type, []).append(i)
+        return found
+
+    def of_kinds(self, kinds: Iterable[str]) -> list[int]:
+        """Indices of the own nodes of these operator types, in order."""
+        return sorted(i for kind in kinds for i in self._by_kind.get(kind, ()))
 
     @property
     def inputs(self) -> Sequence[onnx.ValueInfoProto]:

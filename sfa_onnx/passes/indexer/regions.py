@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sfa_onnx.files.onnx_attrs import attributes
-from sfa_onnx.passes.find.others import is_product, operands
+from sfa_onnx.passes.find.products import is_product, operands
 from sfa_onnx.passes.find.regions import FOLLOWED
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import PRODUCTS
@@ -62,7 +62,7 @@ def selection_regions(index: GraphIndex) -> list[SelectionRegion]:
 
     Routers (a product with a weight) and a TopK over the bare product are none.
     """
-    tops = [i for i in index.own if _keeps_largest(index, i)]
+    tops = [i for i in index.of_kinds(("TopK",)) if _keeps_largest(index, i)]
     if not tops:
         return []
     depends = _dependent(index)
@@ -72,7 +72,7 @@ def selection_regions(index: GraphIndex) -> list[SelectionRegion]:
 
 def _keeps_largest(index: GraphIndex, i: int) -> bool:
     node = index.nodes[i]
-    if node.op_type != "TopK" or node.domain not in ("", "ai.onnx") or len(node.output) < 2:
+    if node.domain not in ("", "ai.onnx") or len(node.output) < 2:
         return False
     return bool(node.output[1]) and bool(attributes(node).get("largest", 1))
 

@@ -97,7 +97,8 @@ class Concrete:
 
         Raises: SizesMeetError where sizes meet that cannot be equal.
         """
-        return self._settled(lambda: self.look_up(value))
+        known = self._shapes.get(value)
+        return known if known is not None else self._settled(lambda: self.look_up(value))
 
     def declare(self, value: str, shape: Shape, elem_type: int) -> None:
         """Give the shape and type of a value that no node of the graph makes."""
