@@ -10,7 +10,8 @@ from onnx import helper, parser
 import sfa_onnx
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
-from sfa_onnx.passes.shapes.dims import left_over
+from sfa_onnx.passes.shapes.meet import of_quotient, of_view
+from sfa_onnx.passes.shapes.size import StandIns
 from tests.zoo.judge import run_fused, run_original
 from tests.zoo.write import Graph
 
@@ -211,12 +212,22 @@ def test_indices_for_a_part_of_the_rows_are_refused() -> None:
 
 def test_quotients_of_sizes_say_what_must_be_one():
     sizes = {"b": 7, "s": 11, "b2": 13, "s2": 17}
-    assert left_over("(8*b2*s2)//(b*s)", sizes) == (13, 7)
-    assert left_over("(8*b2*s2)//(b*s)", sizes | {"b2": 7}) == (17, 11)
-    assert left_over("(8*s2*b2)//(s*b)", sizes) == (13, 7), "axes pair in the order of the inputs"
-    assert left_over("4*(s2//s)", sizes) == (17, 11)
+    assert of_quotient("(8*b2*s2)//(b*s)", sizes) == (13, 7)
+    assert of_quotient("(8*b2*s2)//(b*s)", sizes | {"b2": 7}) == (17, 11)
+    assert of_quotient("(8*s2*b2)//(s*b)", sizes) == (13, 7), "axes pair in the order of the inputs"
+    assert of_quotient("4*(s2//s)", sizes) == (17, 11)
     for whole in ("(8*b*s)//(b*s)", "(s + 63)//64", "(b*s)//b2", "(b*s)//b", "b*s", "?"):
-        assert left_over(whole, sizes) is None
+        assert of_quotient(whole, sizes) is None
+
+
+def test_views_say_what_must_be_one():
+    home = StandIns()
+    symbols = {name: home.symbol(name) for name in ("b", "s", "b2", "s2")}
+    b, s, b2, s2 = symbols.values()
+    assert of_view((b2, s2, 8), (b * s, 8), symbols) == ("b2", "b")
+    assert of_view((b, s2, 8), (b * s, 8), symbols) == ("s2", "s"), "what both have is one already"
+    for same in (((b, s, 8), (b * s, 8)), ((b, 4), (b, 2)), ((b, 8), (b * s, 8))):
+        assert of_view(*same, symbols) is None
 
 
 DIM = "(8*b2*s2)//(b*s)"  # as exporters declare it

@@ -54,8 +54,9 @@ def layer_costs(
 ) -> list[LayerLine]:
     """The counts of both models for every CANN line on one chip."""
     lines = []
+    view = ModelView(before)
     for line in CANN_VERSIONS:
-        first = _cost(before, line, chip, soc_version, dims)
+        first = _cost(view, line, chip, soc_version, dims)
         try:
             model = convert(after, cann=line).model
             report = checks.check(model, cann=line, soc_version=soc_version)
@@ -63,14 +64,14 @@ def layer_costs(
         except SfaError as error:
             lines.append(LayerLine(line, first, None, str(error)))
             continue
-        lines.append(LayerLine(line, first, _cost(model, line, chip, soc_version, dims)))
+        lines.append(LayerLine(line, first, _cost(ModelView(model), line, chip, soc_version, dims)))
     return lines
 
 
 def _cost(
-    model: onnx.ModelProto, line: str, chip: Chip, soc_version: str, dims: Mapping[str, int]
+    view: ModelView, line: str, chip: Chip, soc_version: str, dims: Mapping[str, int]
 ) -> LayerCost:
-    ctx = Context(ModelView(model), cann(line), checks.OWN_PLUGINS, soc_version)
+    ctx = Context(view, cann(line), checks.OWN_PLUGINS, soc_version)
     rows = support_rows(ctx)
     copied = list(copies(ctx, chip, dims))
     sizes = [c.bytes for c in copied]

@@ -39,7 +39,7 @@ class Node:
         own = self.scope.names[self.index]
         return f"{self.scope.path}/{own}" if self.scope.path else own
 
-    @property
+    @cached_property
     def op_type(self) -> str:
         """ONNX op type."""
         return self.proto.op_type
@@ -64,6 +64,7 @@ class Context:
         self._nodes: list[Node] | None = None
         self._by_scope: dict[Scope, list[Node]] = {}
         self._rewrite_scopes: dict[Scope, RewriteScope] = {}
+        self._merged = {d or "ai.onnx": v for d, v in self.view.imports.items()}
 
     def nodes(self) -> list[Node]:
         """Every node the parser meets, root first."""
@@ -112,7 +113,7 @@ class Context:
     def _node(self, scope: Scope, index: int, proto: onnx.NodeProto) -> Node:
         spelled, imports = proto.domain, self.view.imports
         domain = spelled or "ai.onnx"
-        merged = {d or "ai.onnx": v for d, v in imports.items()}.get(domain)
+        merged = self._merged.get(domain)
         if self.cann.many_domains:
             return Node(scope, index, proto, domain, merged, merged is not None)
         if not spelled and len(imports) == 1:

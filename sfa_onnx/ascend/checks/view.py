@@ -136,6 +136,8 @@ class ModelView:
                 if not name:
                     name, counter = f"{node.op_type}_{counter}", counter + 1
                 scope.names.append(name)
+                if node.op_type != "If":
+                    continue
                 branches = list(_branches(node))
                 outer = sorted(set().union(*(_outer_values(g) for _, g in branches)))
                 for label, graph in branches:
@@ -245,10 +247,11 @@ class ModelView:
         facts = Facts()
         for scope, _, node in self.nodes():
             for name in (*node.input, *node.output):
-                elem, dims = self.dtype(scope, name), self.shape(scope, name)
-                if name and elem:
+                info = self._info(scope, name) if name else None
+                elem, dims = info or (0, None)
+                if elem:
                     facts.types[name] = elem
-                if name and dims is not None:
+                if dims is not None:
                     facts.dims[name] = tuple(d if isinstance(d, int) else None for d in dims)
         return facts
 

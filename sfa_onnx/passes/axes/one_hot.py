@@ -17,6 +17,7 @@ from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Dot, Move, Ref
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import PARTS, VIEWS
+from sfa_onnx.passes.graph.walk import back
 
 __all__ = ["Picked", "one_hot_node", "picked", "picks"]
 
@@ -42,18 +43,12 @@ class Picked:
 
 def one_hot_node(index: GraphIndex, value: str) -> onnx.NodeProto | None:
     """The node that makes one-hot rows of integers, looked for behind views and casts."""
-    for _ in range(_FAR):
-        node = index.maker(value)
-        if node is None:
-            return None
-        if node.op_type == "OneHot":
-            return node
-        if node.op_type == "Equal":
-            return node if index.elem_type(node.input[0]) in (*_INTS, 0) else None
-        if node.op_type not in VIEWS | {"Concat"}:
-            return None
-        value = node.input[0]
-    return None
+    *_, made = back(index, value, VIEWS | {"Concat"})
+    node = index.maker(made)
+    if node is None or node.op_type not in ("OneHot", "Equal"):
+        return None
+    whole = node.op_type == "OneHot" or index.elem_type(node.input[0]) in (*_INTS, 0)
+    return node if whole else None
 
 
 def picked(tracer: Tracing, dot: Dot) -> Move | None:
@@ -130,18 +125,12 @@ def _of_equal(
 def _inside(tracer: Tracing, value: str, size: int) -> bool:
     """Whether an integer tensor holds positions on an axis of this size: those of TopK, ArgMax."""
     index = tracer.index
-    for _ in range(_FAR):
-        node = index.maker(value)
-        if node is None:
-            return False
-        if node.op_type in ("TopK", "ArgMax", "ArgMin"):
-            source = tracer.shape(node.input[0])
-            default = -1 if node.op_type == "TopK" else 0
-            axis = int(attributes(node).get("axis", default)) % len(source)
-            return source[axis] == size and (node.op_type != "TopK" or value == node.output[1])
-        if node.op_type not in _SAME_VALUES:
-            return False
-        if node.op_type == "Cast" and int(attributes(node)["to"]) not in _INTS:
-            return False
-        value = node.input[0]
-    return False
+    path = [*back(index, value, _SAME_VALUES)]
+    made, node = path[-1], index.maker(path[-1])
+    if node is None or node.op_type not in ("TopK", "ArgMax", "ArgMin"):
+        return False
+    if any(tracer.sizes.elem_type(v) not in _INTS for v in path):
+        return False
+    source, default = tracer.shape(node.input[0]), -1 if node.op_type == "TopK" else 0
+    axis = int(attributes(node).get("axis", default)) % len(source)
+    return source[axis] == size and (node.op_type != "TopK" or made == node.output[1])

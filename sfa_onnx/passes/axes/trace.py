@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 
 import onnx
@@ -32,6 +31,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import VIEWS
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 from sfa_onnx.passes.shapes.kept import kept_mask
+from sfa_onnx.passes.shapes.meet import of_view
 from sfa_onnx.passes.shapes.size import form_of, is_open
 
 __all__ = [
@@ -233,26 +233,13 @@ class Tracer:
                 )
 
     def same_count(self, source: Shape, target: Shape) -> None:
-        """A view keeps the number of elements; where it does not, symbols are too many.
-
-        Exporters give each input its own symbols: a view from [b2, s2, k] to [b * s, k'] with
-        k' = b2 * s2 * k // (b * s) only makes sense when b2 = b and s2 = s.
+        """A view keeps the number of elements.
 
         Raises:
-            UnifyError: the first pair of symbols that must be equal.
+            UnifyError: symbols must be equal for that.
         """
-        if math.prod(source) == math.prod(target):
-            return
-        here, there = self._symbols_in(source), self._symbols_in(target)
-        here, there = [s for s in here if s not in there], [s for s in there if s not in here]
-        if here and there:
-            raise UnifyError(there[0], here[0])
-
-    def _symbols_in(self, shape: Shape) -> list[str]:
-        symbols = self.sizes.symbols.items()
-        return [
-            name for dim in shape for name, size in symbols if is_open(size) and dim % size == 0
-        ]
+        if (pair := of_view(source, target, self.sizes.symbols)) is not None:
+            raise UnifyError(pair[1], pair[0])
 
     def shown(self, condition: Ref, holds: bool) -> bool:
         """Whether keys are seen only where a condition says `holds`: others have no weight."""

@@ -3,6 +3,9 @@
 Rows that a graph decodes itself (BitCast, shifts, powers of two, tables) are followed by position
 only: elementwise arithmetic keeps positions, reductions over bytes start at the first one. Whether
 the arithmetic is the right one is for verification to decide, by execution.
+
+No terms are read here: a term of a decoder would hold each shift, mask and table entry, no identity
+makes two spellings of one equal, and where the bytes lie is all that binding asks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Who outside asks whether the result is a number: rows without keys are NaN there, and 0 fused."""
+"""Who outside asks whether the result is a number: rows without keys are NaN there, and 0 fused.
+
+What is computed from the result and such a test is read as a term, twice. Who reads the result has
+to be walked for: terms are read upwards. Whether masks hide by -inf or by a finite number is not in
+the terms of the scores: the identities make them equal, as they are in every row that sees a key.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer, is_float
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import PARTS, PRODUCTS
+from sfa_onnx.passes.graph.walk import below
 from sfa_onnx.passes.values.arithmetic import LOW
 from sfa_onnx.passes.values.attention_op import is_attention
 from sfa_onnx.passes.values.read import Reader
@@ -18,7 +24,7 @@ from sfa_onnx.passes.values.terms import FALSE, TRUE, ZERO, Term, element
 
 __all__ = ["check_nan"]
 
-_LIMIT: Final = 64  # values looked at, in each direction
+_LIMIT: Final = 64  # values looked at
 _PASSING: Final = (PARTS | PRODUCTS) | {
     "Add",
     "CastLike",
@@ -62,37 +68,29 @@ def check_nan(site: Site) -> None:
 
 def _reached(index: GraphIndex, value: str) -> tuple[set[str], list[int]]:
     """Values that are NaN where `value` is, and the nodes that test them for it."""
-    reached, todo, tests = {value}, [value], []
-    while todo and len(reached) < _LIMIT:
-        for i, _ in index.uses(todo.pop()):
-            node = index.nodes[i]
-            if node.op_type == "IsNaN" or (node.op_type == "Equal" and len(set(node.input)) == 1):
-                tests.append(i)
-            elif node.op_type in _PASSING:
-                new = [o for o in node.output if o and o not in reached]
-                reached.update(new)
-                todo += new
-    return reached, list(dict.fromkeys(tests))
+    reached, tests = {value}, []
+    for i, _ in below(index, [value], lambda n: n.op_type in _PASSING):
+        node = index.nodes[i]
+        if node.op_type == "IsNaN" or (node.op_type == "Equal" and len(set(node.input)) == 1):
+            tests.append(i)
+        elif node.op_type in _PASSING:
+            reached.update(filter(None, node.output))
+    return reached, tests
 
 
 def _read_by(index: GraphIndex, test: str, reached: set[str]) -> tuple[set[str], set[str] | None]:
     """(values computed from a test, those that what is tested goes into; None: others leave)."""
-    inner, ends, todo = {test}, set[str](), [test]
-    while todo:
-        value = todo.pop()
-        if index.is_graph_output(value) or len(inner) > _LIMIT:
+    inner, ends = {test}, set[str]()
+    for i, position in below(index, [test], lambda n: reached.isdisjoint(n.input)):
+        node = index.nodes[i]
+        if position < 0:
             return inner, None
-        for i, position in index.uses(value):
-            node = index.nodes[i]
-            if position < 0:
-                return inner, None
-            new = {o for o in node.output if o and o not in inner}
-            inner |= new
-            if reached.isdisjoint(node.input):
-                todo += new
-            else:
-                ends |= new
-    return inner, ends
+        made = set(filter(None, node.output))
+        inner |= made
+        if not reached.isdisjoint(node.input):
+            ends |= made
+    leaves = len(inner) > _LIMIT or any(index.is_graph_output(v) for v in inner - ends)
+    return inner, None if leaves else ends
 
 
 def _same(site: Site, inner: set[str], tests: list[int], value: str) -> bool:
@@ -132,18 +130,9 @@ class _Behind(Reader):
 
 def _scrubbed(tracer: Tracer, site: Site) -> bool:
     """Whether a guard between the weights and the result zeroes such rows already."""
-    index = tracer.index
-    todo, seen = [site.attention.weights], set[str]()
-    while todo and len(seen) < _LIMIT:
-        value = todo.pop()
-        seen.add(value)
-        if value == site.out.value:
-            continue
-        for i, _ in index.uses(value):
-            if index.nodes[i].op_type in ("Where", "IsNaN", "ScatterND"):
-                return True
-            todo += [o for o in index.nodes[i].output if o and o not in seen]
-    return False
+    nodes, out = tracer.index.nodes, site.out.value
+    inner = below(tracer.index, [site.attention.weights], lambda n: out not in n.output)
+    return any(nodes[i].op_type in ("Where", "IsNaN", "ScatterND") for i, _ in inner)
 
 
 def _infinite(tracer: Tracer, site: Site) -> bool:

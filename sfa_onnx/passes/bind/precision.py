@@ -10,6 +10,8 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Stop, is_float
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
+from sfa_onnx.passes.graph.kinds import SIZES
+from sfa_onnx.passes.graph.walk import below
 from sfa_onnx.passes.shapes.types import MANTISSA
 
 __all__ = ["check_precision"]
@@ -62,13 +64,9 @@ def _between(site: Site) -> list[int]:
     """Nodes on the way from the products of queries and keys to the weighted sum."""
     index = site.tracer.index
     last = index.producer[site.out.value]
-    found: set[int] = set()
-    stack = list(site.products)
-    while stack and len(found) < _NODES:
-        for i, _ in index.uses(stack.pop()):
-            if i != last and i not in found and index.nodes[i].op_type not in ("Shape", "Size"):
-                found.add(i)
-                stack += [o for o in index.nodes[i].output if o]
+    ends = {site.out.value}
+    inner = below(index, site.products, lambda n: ends.isdisjoint(n.output), _NODES)
+    found = {i for i, _ in inner if index.nodes[i].op_type not in SIZES} - {last}
     reaching = {last}
     for i in sorted(found, reverse=True):
         if any(user in reaching for o in index.nodes[i].output if o for user, _ in index.uses(o)):

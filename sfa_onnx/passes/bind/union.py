@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
@@ -17,14 +16,12 @@ from sfa_onnx.passes.axes.expr import Expr, Label, Quot, fresh, label_of
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer, UnifyError
 from sfa_onnx.passes.bind.literals import Selected
 from sfa_onnx.passes.shapes.size import is_open
-from sfa_onnx.passes.values.conditions import Conditions
+from sfa_onnx.passes.values.conditions import Conditions, positions_compared
 from sfa_onnx.passes.values.terms import Term
 from sfa_onnx.passes.values.written import is_hit
 
 __all__ = ["Bound", "bound", "selected"]
 
-_ABOVE: Final = ("Greater", "GreaterOrEqual")
-_BELOW: Final = ("Less", "LessOrEqual")
 _End = tuple[Expr, int, bool]  # (x, limit, True) of x <= limit, (x, limit, False) of x >= limit
 
 
@@ -189,24 +186,16 @@ def _size(tracer: Tracer, label: Label) -> int:
 
 def _end(tracer: Tracer, term: Term) -> _End | None:
     """An end of keys, x without a constant; None: it is none."""
-    own, positive = (term.args[0], False) if term.op == "not" else (term, True)
-    if own.op == "lt" and own.args[0].op == own.args[1].op == "index":
-        difference, below, strict = own.args[0].expr - own.args[1].expr, True, True
-    elif own.op == "element":
-        node = tracer.index.maker(own.ref.value)
-        if node is None or node.op_type not in (*_ABOVE, *_BELOW):
-            return None
-        a, b = (tracer.index_value(tracer.operand(n, own.ref.coords)) for n in node.input)
-        difference, below = a - b, node.op_type in _BELOW
-        strict = node.op_type in ("Greater", "Less")
-    else:
+    own, upper = (term.args[0], False) if term.op == "not" else (term, True)
+    order = positions_compared(tracer, own)
+    if order is None:
         return None
-    upper, strict = below == positive, strict == positive
+    difference = order.args[0].expr - order.args[1].expr
     if any(not isinstance(x, Label) or abs(c) != 1 for x, c in difference.terms):
         return None
     limit = -difference.const
     difference = difference + limit
-    limit += (-1 if upper else 1) if strict else 0
+    limit -= 1 if upper else 0  # a < b ends at b - 1; where that does not hold, a begins at b
     if difference.terms and difference.terms[0][1] < 0:  # one sign for both ends
         return difference * -1, -limit, not upper
     return difference, limit, upper

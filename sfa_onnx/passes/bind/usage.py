@@ -7,6 +7,7 @@ import onnx
 from sfa_onnx.passes.axes.one_hot import one_hot_node
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import GATHERS, ORDERS, PARTS
+from sfa_onnx.passes.graph.walk import above, back
 
 __all__ = ["counts_batches", "follows_itself", "kth_best", "measured", "prefix_sums", "reworked"]
 __all__ += ["threshold"]
@@ -32,8 +33,7 @@ def measured(index: GraphIndex, inner: set[int], kept: set[str]) -> set[int]:
         if index.nodes[i].op_type not in ("Shape", "Size"):
             continue
         chain: list[int] = []
-        value = index.nodes[i].input[0]
-        for _ in range(_MEASURE_STEPS):
+        for value in back(index, index.nodes[i].input[0], None, _MEASURE_STEPS):
             producer = index.producer.get(value)
             if producer is None or value in kept:
                 break
@@ -41,7 +41,6 @@ def measured(index: GraphIndex, inner: set[int], kept: set[str]) -> set[int]:
                 between.update(chain)
                 break
             chain.append(producer)
-            value = index.nodes[producer].input[0] if index.nodes[producer].input else ""
     return between
 
 
@@ -118,32 +117,18 @@ def kth_best(index: GraphIndex, node: onnx.NodeProto) -> str:
     if node.op_type not in ORDERS:
         return ""
     for value in node.input:
-        made = value
-        for _ in range(_MEASURE_STEPS):
-            maker = index.maker(made)
-            if maker is None:
-                break
-            if maker.op_type == "TopK" and made == maker.output[0]:
-                return index.label(index.producer[made])
-            if maker.op_type not in _CUTS:
-                break
-            made = maker.input[0]
+        *_, made = back(index, value, _CUTS, _MEASURE_STEPS)
+        maker = index.maker(made)
+        if maker is not None and maker.op_type == "TopK" and made == maker.output[0]:
+            return index.label(index.producer[made])
     return ""
 
 
 def threshold(index: GraphIndex, mask: str) -> tuple[str, str] | None:
     """(comparison, TopK) where a mask keeps what is at least the k-th best score."""
-    stack, seen = [mask], set[str]()
-    while stack and len(seen) < _REWORK_STEPS:
-        value = stack.pop()
-        node = index.maker(value)
-        if node is None or value in seen:
-            continue
-        seen.add(value)
-        if best := kth_best(index, node):
-            return f"{node.op_type} {index.label(index.producer[value])}", best
-        if node.op_type in _LOGIC:
-            stack += node.input
+    for i in above(index, [mask], lambda n: n.op_type in _LOGIC, _REWORK_STEPS):
+        if best := kth_best(index, index.nodes[i]):
+            return f"{index.nodes[i].op_type} {index.label(i)}", best
     return None
 
 

@@ -17,6 +17,7 @@ from sfa_onnx.passes.find.fed import (
 from sfa_onnx.passes.find.products import NEAR, operands, products_above
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import GATHERS, PARTS, PRODUCTS, VIEWS
+from sfa_onnx.passes.graph.walk import above, back, below
 
 __all__ = ["other_attention"]
 
@@ -117,44 +118,33 @@ def _key_by_key(tracer: Tracer, taken: Collection[int]) -> RefusedSite | None:
 
 def _times_row(index: GraphIndex, exponential: int) -> int | None:
     """The Mul of a weight, which may be scaled and cut first, and a gathered row of keys."""
-    stack, seen = list(index.nodes[exponential].output), set[int]()
-    while stack and len(seen) < NEAR:
-        own = stack.pop()
-        for i, position in index.uses(own):
-            node = index.nodes[i] if position >= 0 else None
-            if node is None or i in seen or node.op_type not in _QUIET:
-                continue
-            seen.add(i)
-            other = [n for n in node.input if n != own]
-            if node.op_type == "Mul" and other and _is_gathered(index, other[0]):
-                return i
-            stack += [o for o in node.output if o]
+    for i, position in below(index, index.nodes[exponential].output, _is_quiet, NEAR):
+        node = index.nodes[i]
+        if (
+            node.op_type == "Mul"
+            and position >= 0
+            and _is_gathered(index, node.input[1 - position])
+        ):
+            return i
     return None
 
 
 def _is_gathered(index: GraphIndex, value: str) -> bool:
     """Whether a value is rows that a gather has read, behind views."""
-    for _ in range(NEAR):
-        node = index.maker(value)
-        if node is None or node.op_type not in PARTS | GATHERS:
-            return False
-        if node.op_type in GATHERS:
-            return node.input[1] not in index.initializers
-        value = node.input[0]
-    return False
+    *_, made = back(index, value, PARTS, NEAR)
+    node = index.maker(made)
+    gathered = node is not None and node.op_type in GATHERS
+    return gathered and node is not None and node.input[1] not in index.initializers
 
 
 def _reader_in_body(index: GraphIndex, softmax: int) -> int | None:
     """The node with a body that reads the weights of a softmax, which may be cut or cast first."""
-    stack, seen = list(index.nodes[softmax].output), set[int]()
-    while stack and len(seen) < NEAR:
-        for i, position in index.uses(stack.pop()):
-            if position < 0:
-                return i
-            if i not in seen and index.nodes[i].op_type in _QUIET:
-                seen.add(i)
-                stack += [o for o in index.nodes[i].output if o]
-    return None
+    uses = below(index, index.nodes[softmax].output, _is_quiet, NEAR)
+    return next((i for i, position in uses if position < 0), None)
+
+
+def _is_quiet(node: onnx.NodeProto) -> bool:
+    return node.op_type in _QUIET
 
 
 def _is_selective(tracer: Tracer, softmax: int) -> bool:
@@ -245,36 +235,23 @@ def _refused(index: GraphIndex, pair: _Pair) -> RefusedSite:
 
 def _makes_scores(index: GraphIndex, product: int, taken: set[int]) -> bool:
     """Whether a softmax comes behind a product, before the next one."""
-    stack, seen = list(index.nodes[product].output), set[int]()
-    while stack and len(seen) < NEAR:
-        for i, _ in index.uses(stack.pop()):
-            if i in taken or index.nodes[i].op_type == "Softmax":
-                return True
-            if i not in seen and index.nodes[i].op_type not in PRODUCTS | {"Shape", "TopK"}:
-                seen.add(i)
-                stack += index.nodes[i].output
-    return False
+    ends = PRODUCTS | {"Shape", "TopK"}
+    uses = below(index, index.nodes[product].output, lambda n: n.op_type not in ends, NEAR)
+    return any(i in taken or index.nodes[i].op_type == "Softmax" for i, _ in uses)
 
 
 def _best_weights(index: GraphIndex, weighted: int, taken: set[int]) -> tuple[int, int] | None:
     """(softmax, TopK) where the weights of a sum are the best that a softmax of q.k leaves."""
-    stack, seen = operands(index, index.nodes[weighted]), set[int]()
-    while stack and len(seen) < NEAR:
-        i = index.producer.get(stack.pop())
-        if i is None or i in seen:
+    ends = PRODUCTS | GATHERS | {"Softmax", "Shape", "TopK"}
+    factors = operands(index, index.nodes[weighted])
+    for i in above(index, factors, lambda n: n.op_type not in ends, NEAR):
+        if index.nodes[i].op_type != "TopK":
             continue
-        seen.add(i)
-        node = index.nodes[i]
-        if node.op_type == "TopK":
-            made = index.producer.get(node.input[0])
-            while made is not None and index.nodes[made].op_type in VIEWS:
-                made = index.producer.get(index.nodes[made].input[0])
-            soft = made is not None and (made in taken or index.nodes[made].op_type == "Softmax")
-            if made is not None and soft:
-                scores = products_above(index, index.nodes[made].input[0], set())
-                return (made, i) if scores is not None and scores[0] else None
-        elif node.op_type not in PRODUCTS | GATHERS | {"Softmax", "Shape"} and i not in taken:
-            stack += [n for n in node.input if n]
+        *_, source = back(index, index.nodes[i].input[0], VIEWS, NEAR)
+        made = index.producer.get(source)
+        if made is not None and (made in taken or index.nodes[made].op_type == "Softmax"):
+            scores = products_above(index, index.nodes[made].input[0], set())
+            return (made, i) if scores is not None and scores[0] else None
     return None
 
 
@@ -309,13 +286,9 @@ def _is_read(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether the indices end in a gather, a mask or an operator that is not standard."""
     if len(node.output) < 2 or not node.output[1]:
         return True
-    stack, seen = [node.output[1]], set[int]()
-    while stack and len(seen) < _FAR:
-        for i, position in index.uses(stack.pop()):
-            user = index.nodes[i]
-            if position < 0 or user.op_type in _READERS or user.domain not in ("", "ai.onnx"):
-                return True
-            if i not in seen:
-                seen.add(i)
-                stack += [o for o in user.output if o]
-    return len(seen) >= _FAR
+    count = 0
+    for i, position in below(index, [node.output[1]], lambda _: True, _FAR):
+        user, count = index.nodes[i], count + 1
+        if position < 0 or user.op_type in _READERS or user.domain not in ("", "ai.onnx"):
+            return True
+    return count >= _FAR

@@ -27,6 +27,7 @@ from sfa_onnx.passes.graph.kinds import (
     REDUCTIONS,
     SIZES,
 )
+from sfa_onnx.passes.graph.walk import above
 from sfa_onnx.passes.graph.weights import is_weight
 from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.shapes.known import known_shape
@@ -78,19 +79,12 @@ def attention_regions(
 
 def _routes(index: GraphIndex, softmax: int) -> bool:
     """Whether a softmax is over the best of numbers that no query and key made: a router's."""
-    best, stack, seen = False, [softmax], {softmax}
-    while stack:
-        node = index.nodes[stack.pop()]
+    best = False
+    nodes = above(index, index.nodes[softmax].output, lambda n: n.op_type in _ROUTED, _MOST)
+    for node in map(index.nodes.__getitem__, nodes):
         if is_product(index, node):
             return False
         best = best or node.op_type == "TopK"
-        if len(seen) > _MOST or node.op_type not in _ROUTED:
-            continue
-        for name in filter(None, node.input):
-            made = index.producer.get(name)
-            if made is not None and made not in seen:
-                seen.add(made)
-                stack.append(made)
     return best
 
 

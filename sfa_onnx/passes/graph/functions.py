@@ -20,6 +20,7 @@ from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.candidate import Candidate, RefusedSite
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies
+from sfa_onnx.passes.graph.walk import above
 
 __all__ = ["FunctionId", "Inlined", "inline_functions", "inline_sites"]
 
@@ -298,13 +299,8 @@ def _functions_of(
     if isinstance(item, Candidate):
         nodes = {item.anchor, *item.nodes, *item.support}
     else:
-        nodes, stack = {item.anchor}, [item.anchor]
-        while stack and len(nodes) < _NEAR:
-            for name in index.nodes[stack.pop()].input:
-                i = index.producer.get(name)
-                if i is not None and i not in nodes:
-                    nodes.add(i)
-                    stack.append(i)
+        made = [o for o in index.nodes[item.anchor].output if o]
+        nodes = {item.anchor, *above(index, made[:1], lambda _: True, _NEAR)}
     found: set[FunctionId] = set()
     for i in nodes:
         first = next((o for o in index.nodes[i].output if o), "")

@@ -6,10 +6,11 @@ from typing import Final
 
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import GATHERS, PRODUCTS, VIEWS
+from sfa_onnx.passes.graph.walk import back
 
 __all__ = ["is_table", "is_weight"]
 
-_FAR: Final = 24  # views in front of a weight
+_VIEWS: Final = VIEWS | {"DequantizeLinear"}
 _MOST: Final = 64  # values that a table is made of
 
 
@@ -20,17 +21,11 @@ def is_weight(index: GraphIndex, value: str) -> bool:
     """
     if value in index.initializers:
         return True
-    first = value
-    for _ in range(_FAR):
-        if value in index.initializers:
-            return True
-        node = index.maker(value)
-        if node is None or node.op_type in PRODUCTS:
-            return False
-        if node.op_type not in VIEWS | {"DequantizeLinear"}:
-            return node.op_type == "Constant" or is_table(index, first)
-        value = node.input[0]
-    return False
+    *_, source = back(index, value, _VIEWS)
+    node = index.maker(source)
+    if source in index.initializers or node is None:
+        return source in index.initializers
+    return node.op_type == "Constant" or is_table(index, value)
 
 
 def is_table(index: GraphIndex, value: str) -> bool:

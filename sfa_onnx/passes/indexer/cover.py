@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import onnx
 
@@ -11,27 +10,18 @@ from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref
 from sfa_onnx.passes.bind.domains import mask_domain
+from sfa_onnx.passes.bind.region import Region
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.build import Replacement
 from sfa_onnx.passes.indexer.site import Selection
 
-__all__ = ["Cover", "cover"]
+__all__ = ["cover"]
 
 _BOUND = Domain(low=-1, high="S2", assumption="a row's last visible key is one of those stored")
 
 
-@dataclass
-class Cover:
-    """Node indices and entering values."""
-
-    nodes: tuple[int, ...] = ()
-    support: tuple[int, ...] = ()
-    operands: tuple[Operand, ...] = ()
-    sizes: dict[str, int | str] = field(default_factory=dict)
-
-
-def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Cover:
+def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Region:
     """The region that computes `outputs`, from the operands on."""
     names = _Names(site)
     known = _operands(site, made, names)
@@ -44,7 +34,7 @@ def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Cover:
     removed = _dead(index, inner, wanted, needed)
     read = {n for i in inner for n in index.nodes[i].input} | set(made.e.used)
     live = [o for v, o in known.items() if v in read]
-    return Cover(
+    return Region(
         tuple(sorted(removed)), tuple(sorted(inner - removed)), tuple(live), dict(names.sizes)
     )
 

@@ -6,12 +6,13 @@ import functools
 
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.passes.axes.trace import Stop, Tracer
+from sfa_onnx.passes.bind.region import Region
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find.attempt import FAULTS, plain, refused, unified
 from sfa_onnx.passes.find.search import FindOptions
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.build import Replacement, build
-from sfa_onnx.passes.indexer.cover import Cover, cover
+from sfa_onnx.passes.indexer.cover import cover
 from sfa_onnx.passes.indexer.regions import SelectionRegion, selection_regions
 from sfa_onnx.passes.indexer.rows import Entries, entries_of, read_by_attention
 from sfa_onnx.passes.indexer.site import Selection, bind_selection
@@ -58,7 +59,7 @@ def _one(tracer: Tracer, region: SelectionRegion, read: list[str]) -> Candidate 
 
 def _delivered(
     site: Selection, made: Replacement, rows: list[Entries], outputs: tuple[str, ...]
-) -> Cover:
+) -> Region:
     """What is covered once attention gets the operator's rows."""
     for entries in rows:
         made.deliver_rows(entries.value, entries.axes)

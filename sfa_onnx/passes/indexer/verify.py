@@ -25,8 +25,7 @@ from sfa_onnx.passes.indexer.draws import Question, draw
 from sfa_onnx.passes.indexer.runs import at_sizes
 from sfa_onnx.passes.indexer.same import Difference, compare_entries, compare_indices, margin_at
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
-from sfa_onnx.passes.verify.assumptions import assumptions_of
-from sfa_onnx.passes.verify.classes import fingerprint
+from sfa_onnx.passes.verify.classes import Classes, Verdict, fingerprint
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import (
     UnverifiableError,
@@ -34,13 +33,13 @@ from sfa_onnx.passes.verify.extract import (
     extract_replacement,
 )
 from sfa_onnx.passes.verify.promote import promote
+from sfa_onnx.passes.verify.sizes.equal import unified
 from sfa_onnx.passes.verify.unrunnable import first_line
 from sfa_onnx.report import ProbeResult, VerifyRecord
 
 __all__ = ["SelectionVerifier"]
 
 Array = NDArray[Any]
-_Verdict = VerifyRecord | Refusal
 BOUND: Final = 1e-9  # relative to the largest score of a row
 _WORK: Final = 4e8  # multiply-adds of one run
 _MOST_WORK: Final = 2e10  # where the file fixes its sizes
@@ -68,10 +67,10 @@ class SelectionVerifier:
 
     def __init__(self, index: GraphIndex, budget: float = 120.0) -> None:
         self._index, self._budget = index, budget
-        self._known: dict[str, tuple[str, _Verdict]] = {}
+        self._classes = Classes(index)
         self._sizes: dict[tuple[tuple[str, str], ...], Concrete] = {}
 
-    def verify(self, candidate: Candidate) -> _Verdict:
+    def verify(self, candidate: Candidate) -> Verdict:
         """The record of what was verified, or why the selection is not the operator's."""
         index = self._index
         scores = index.nodes[candidate.anchor].input[0]
@@ -79,34 +78,15 @@ class SelectionVerifier:
             shown = dataclasses.replace(candidate, outputs=(scores, *candidate.outputs))
             region = extract_region(index, shown)
             replacement = extract_replacement(index, candidate)
-            sizes = self._at(candidate.equal)
+            sizes = self._sizes.setdefault(candidate.equal, unified(index, candidate))
             own = (sizes.shape(o.value) for o in candidate.operands)
             shapes = [tuple(map(str, shape or ())) for shape in own]
             key = fingerprint(candidate, region, replacement, [], shapes)
         except UnverifiableError as error:
             return error.refusal
-        label = index.label(candidate.anchor)
-        shared = key in self._known
-        if not shared:
-            begin = time.monotonic()
-            result = self._judge(candidate, region, replacement, sizes)
-            if isinstance(result, VerifyRecord):
-                result = dataclasses.replace(result, seconds=time.monotonic() - begin)
-            self._known[key] = (label, result)
-        first, known = self._known[key]
-        if isinstance(known, Refusal):
-            return known
-        assumptions = (*assumptions_of(index, candidate), *known.assumptions)
-        known = dataclasses.replace(known, assumptions=assumptions)
-        return dataclasses.replace(known, shared_with=first, seconds=0.0) if shared else known
-
-    def _at(self, equal: tuple[tuple[str, str], ...]) -> Concrete:
-        """Sizes of the graph, with these made one."""
-        if equal not in self._sizes:
-            self._sizes[equal] = sizes = Concrete(self._index)
-            for form, symbol in equal:
-                sizes.unify(form, symbol)
-        return self._sizes[equal]
+        return self._classes.verdict(
+            candidate, key, lambda: self._judge(candidate, region, replacement, sizes)
+        )
 
     def _judge(
         self,
@@ -114,7 +94,7 @@ class SelectionVerifier:
         region: onnx.ModelProto,
         replacement: onnx.ModelProto,
         sizes: Concrete,
-    ) -> _Verdict:
+    ) -> Verdict:
         begin = time.monotonic()
         try:
             pair = Executable(promote(region)), Executable(promote(replacement))

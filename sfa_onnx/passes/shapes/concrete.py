@@ -19,12 +19,12 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.operator.op import INT64_MAX
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.shapes.dims import left_over, size_of
+from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold import FOLD, fold
 from sfa_onnx.passes.shapes.fold_open import counts, keeps_open, numbers_of
 from sfa_onnx.passes.shapes.form import Atom, Form
 from sfa_onnx.passes.shapes.kept import kept_by
-from sfa_onnx.passes.shapes.meet import Swap, made_equal
+from sfa_onnx.passes.shapes.meet import Swap, made_equal, of_quotient
 from sfa_onnx.passes.shapes.rules import RULES, Shape
 from sfa_onnx.passes.shapes.schema import infer_by_schema
 from sfa_onnx.passes.shapes.size import CollisionError, StandIns, form_of, is_open
@@ -151,7 +151,7 @@ class Concrete:
         dims = self.index.shape(value)
         if dims is None:
             return None
-        for pair in (left_over(d, self.symbols) for d in dims if isinstance(d, str)):
+        for pair in (of_quotient(d, self.symbols) for d in dims if isinstance(d, str)):
             self.meet(*pair or (1, 1))
         sizes = [d if isinstance(d, int) else size_of(d, self.symbols) for d in dims]
         return None if any(s is None for s in sizes) else tuple(s or 0 for s in sizes)

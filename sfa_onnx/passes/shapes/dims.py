@@ -11,7 +11,7 @@ import onnx
 from sfa_onnx.files.onnx_attrs import graphs
 from sfa_onnx.passes.shapes.size import broadcast, greatest, least
 
-__all__ = ["left_over", "size_of", "text_of", "write_numbers"]
+__all__ = ["size_of", "text_of", "write_numbers"]
 
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -59,39 +59,6 @@ def _evaluate(tree: ast.expr, symbols: Mapping[str, int]) -> int:
         case ast.Call(func=ast.Name(id=name), args=args):
             return _FUNCTIONS[name](*(_evaluate(a, symbols) for a in args))
     raise ValueError(text_of(tree))
-
-
-def left_over(text: str, symbols: Mapping[str, int]) -> tuple[int, int] | None:
-    """Two sizes that must be one for the quotients of a dim to be whole; None: they are, or may be.
-
-    Exporters give each input its own symbols. A view from [b2, s2, k] to [b * s, k'] has
-    k' = (b2*s2*k)//(b*s), which only makes sense when b2 = b and s2 = s.
-    """
-    if "//" not in text or size_of(text, symbols) is None:
-        return None
-    for node in ast.walk(ast.parse(text, mode="eval")):
-        if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.FloorDiv):
-            continue
-        over, under = (_factors(side) for side in (node.left, node.right))
-        if over is None or under is None or set(over) & set(under) or len(over) != len(under):
-            continue
-        place = list(symbols).index  # exporters sort factors by name; inputs have axes in order
-        for a, b in zip(sorted(over, key=place), sorted(under, key=place), strict=True):
-            if symbols[a] != symbols[b]:
-                return symbols[a], symbols[b]
-    return None
-
-
-def _factors(tree: ast.expr) -> list[str] | None:
-    """The symbols of a product; None where it is something else."""
-    names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    inner = (n for n in ast.walk(tree) if isinstance(n, ast.expr))
-    plain = all(
-        isinstance(n, ast.Name | ast.Constant)
-        or (isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult))
-        for n in inner
-    )
-    return names if plain and names and len(set(names)) == len(names) else None
 
 
 def text_of(tree: ast.expr) -> str:

@@ -1,13 +1,28 @@
-"""Which symbols are one size when two expressions meet on one axis."""
+"""Where sizes turn out to be one, and which symbols that makes the same.
+
+Exporters give every input symbols of its own, though many of them must be equal for the graph to
+run. Three things tell, and this is all of them:
+
+* two sizes meet on one axis (broadcast to each other, declared and inferred): `made_equal`;
+* a view keeps the number of elements: `of_view`;
+* a declared quotient of sizes is whole: `of_quotient`.
+
+Nothing is guessed: what cannot be solved for a symbol stays apart. Whoever notices (a shape rule,
+by `Concrete.meet`; a step of tracing, by `UnifyError`) drops what it was doing, the symbol becomes
+the other size everywhere (`Concrete.unify`), and the question is asked again.
+"""
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.form import Atom, Call, Form
+from sfa_onnx.passes.shapes.size import is_open
 
-__all__ = ["Swap", "made_equal"]
+__all__ = ["Swap", "made_equal", "of_quotient", "of_view"]
 
 Swap = tuple[str, Form]  # a symbol, and what it is
 
@@ -121,3 +136,53 @@ def _inside(
     if one.name == "size" or len(mine) != 1 or len(theirs) != 1:
         return None
     return made_equal(mine[0], theirs[0], symbols, inputs)
+
+
+def of_view(
+    source: Sequence[int], target: Sequence[int], symbols: Mapping[str, int]
+) -> tuple[str, str] | None:
+    """(symbol, what it is) for a view to keep the number of elements; None: it does, or may.
+
+    A view from [b2, s2, k] to [b * s, k'] only makes sense when b2 = b and s2 = s.
+    """
+    if math.prod(source) == math.prod(target):
+        return None
+
+    def inside(shape: Sequence[int]) -> list[str]:
+        return [s for dim in shape for s, n in symbols.items() if is_open(n) and dim % n == 0]
+
+    here, there = inside(source), inside(target)
+    mine, theirs = [s for s in here if s not in there], [s for s in there if s not in here]
+    return (mine[0], theirs[0]) if mine and theirs else None
+
+
+def of_quotient(text: str, symbols: Mapping[str, int]) -> tuple[int, int] | None:
+    """Two sizes that must be one for the quotients of a dim to be whole; None: they are, or may be.
+
+    The number of elements is told by a declared (b2*s2*k)//(b*s), the k' of the view above.
+    """
+    if "//" not in text or size_of(text, symbols) is None:
+        return None
+    for node in ast.walk(ast.parse(text, mode="eval")):
+        if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.FloorDiv):
+            continue
+        over, under = (_symbols_of(side) for side in (node.left, node.right))
+        if over is None or under is None or set(over) & set(under) or len(over) != len(under):
+            continue
+        place = list(symbols).index  # exporters sort factors by name; inputs have axes in order
+        for a, b in zip(sorted(over, key=place), sorted(under, key=place), strict=True):
+            if symbols[a] != symbols[b]:
+                return symbols[a], symbols[b]
+    return None
+
+
+def _symbols_of(tree: ast.expr) -> list[str] | None:
+    """The symbols of a product; None where it is something else."""
+    names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    inner = (n for n in ast.walk(tree) if isinstance(n, ast.expr))
+    plain = all(
+        isinstance(n, ast.Name | ast.Constant)
+        or (isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult))
+        for n in inner
+    )
+    return names if plain and names and len(set(names)) == len(names) else None

@@ -12,15 +12,15 @@ from typing import Final
 import onnx
 
 from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Tracer, is_float
-from sfa_onnx.passes.graph.kinds import COMPARISONS, LAYOUT
+from sfa_onnx.passes.graph.kinds import COMPARISONS, LAYOUT, ORDERS
 from sfa_onnx.passes.values.arithmetic import LOW, factors
 from sfa_onnx.passes.values.pointwise import POINTWISE
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
-from sfa_onnx.passes.values.terms import ZERO, Term, element, number
+from sfa_onnx.passes.values.terms import ZERO, Term, element, index, number
 from sfa_onnx.passes.values.written import equal_positions, is_hit, ranges, written
 
-__all__ = ["Conditions", "Held", "is_number_mask"]
+__all__ = ["Conditions", "Held", "is_number_mask", "positions_compared"]
 
 _NUMBERS: Final = frozenset(("Add", "Sum", "Sub", "Mul", "Neg", "Min", "Max", "Log", "Where"))
 _LOGIC: Final = frozenset(("And", "Not", "Or", "IsInf", "Where"))
@@ -160,6 +160,21 @@ class Conditions(Reader):
         node = self.tracer.index.maker(ref.value)
         step = self.tracer.step(ref) if node is not None and node.op_type in LAYOUT else None
         return self._unviewed(step.ref) if isinstance(step, Move) else ref
+
+
+def positions_compared(tracer: Tracer, condition: Term) -> Term | None:
+    """The a < b of two positions that a condition is; None: it is something else.
+
+    A comparison that is kept as an element, so that the mask stays one tensor, is read here.
+    """
+    if condition.op == "lt" and all(a.op == "index" for a in condition.args):
+        return condition
+    node = tracer.index.maker(condition.ref.value) if condition.op == "element" else None
+    if node is None or node.op_type not in ORDERS:
+        return None
+    a, b = (tracer.index_value(tracer.operand(n, condition.ref.coords)) for n in node.input)
+    a, b = (b, a) if node.op_type.startswith("Greater") else (a, b)
+    return Term("lt", (index(a), index(b + 1 if node.op_type.endswith("OrEqual") else b)))
 
 
 def is_number_mask(term: Term) -> bool:

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import onnx
 
-from sfa_onnx.passes.candidate import Candidate
+from sfa_onnx.passes.candidate import Candidate, Refusal
+from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.verify.assumptions import assumptions_of
+from sfa_onnx.report import VerifyRecord
 
-__all__ = ["fingerprint"]
+__all__ = ["Classes", "Verdict", "fingerprint"]
+
+Verdict = VerifyRecord | Refusal
+
+
+class Classes:
+    """Verdicts on the sites of one graph: each class is judged once."""
+
+    def __init__(self, index: GraphIndex) -> None:
+        self._index = index
+        self._known: dict[str, tuple[str, Verdict]] = {}
+
+    def verdict(self, candidate: Candidate, key: str, judge: Callable[[], Verdict]) -> Verdict:
+        """What `judge` says of the first site with this fingerprint, made out for this one."""
+        shared = key in self._known
+        if not shared:
+            begin = time.monotonic()
+            result = judge()
+            if isinstance(result, VerifyRecord):
+                result = replace(result, seconds=time.monotonic() - begin)
+            self._known[key] = (self._index.label(candidate.anchor), result)
+        first, known = self._known[key]
+        if isinstance(known, Refusal):
+            return known
+        assumptions = (*assumptions_of(self._index, candidate), *known.assumptions)
+        known = replace(known, assumptions=assumptions)
+        return replace(known, shared_with=first, seconds=0.0) if shared else known
 
 
 def fingerprint(

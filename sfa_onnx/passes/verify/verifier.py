@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Sequence
 
 import onnx
@@ -11,8 +10,7 @@ import onnx
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
-from sfa_onnx.passes.verify.assumptions import assumptions_of
-from sfa_onnx.passes.verify.classes import fingerprint
+from sfa_onnx.passes.verify.classes import Classes, Verdict, fingerprint
 from sfa_onnx.passes.verify.extract import (
     UnverifiableError,
     extract_region,
@@ -30,7 +28,6 @@ from sfa_onnx.report import VerifyRecord
 
 __all__ = ["Verifier"]
 
-_Verdict = VerifyRecord | Refusal
 _QUICK = 5.0  # seconds of all probes at the sizes that the file fixes; beyond, they are opened
 _ROOM = 1_000_000_000  # bytes of one run there
 _FEW = 4  # as many must fit, for one of them to be asked at the sizes of the file
@@ -58,9 +55,9 @@ class Verifier:
         self._budget = budget
         self._quick = quick
         self._sizes: dict[tuple[tuple[str, str], ...], Concrete] = {}
-        self._known: dict[str, tuple[str, _Verdict]] = {}
+        self._classes = Classes(index)
 
-    def verify(self, candidate: Candidate) -> _Verdict:
+    def verify(self, candidate: Candidate) -> Verdict:
         """The record of what was verified, or why the site is not the operator."""
         try:
             region = extract_region(self._index, candidate)
@@ -74,27 +71,17 @@ class Verifier:
             return rounded
         made = [] if natural is None else [natural.model]
         key = fingerprint(candidate, region, replacement, made, shapes)
-        label = self._index.label(candidate.anchor)
-        shared = key in self._known
-        if not shared:
-            begin = time.monotonic()
+
+        def judge() -> Verdict:
             try:
-                result = self._judge(candidate, region, replacement, natural)
+                return self._judge(candidate, region, replacement, natural)
             except UnverifiableError as error:
-                result = error.refusal
+                return error.refusal
             except SizesMeetError as meet:
                 hint = "export with these sizes fixed, or as one name"
-                result = Refusal(str(meet), candidate.outputs[0], hint)
-            if isinstance(result, VerifyRecord):
-                result = dataclasses.replace(result, seconds=time.monotonic() - begin)
-            self._known[key] = (label, result)
-        first, known = self._known[key]
-        if isinstance(known, Refusal):
-            return known
-        assumptions = (*assumptions_of(self._index, candidate), *known.assumptions)
-        if not shared:
-            return dataclasses.replace(known, assumptions=assumptions)
-        return dataclasses.replace(known, assumptions=assumptions, shared_with=first, seconds=0.0)
+                return Refusal(str(meet), candidate.outputs[0], hint)
+
+        return self._classes.verdict(candidate, key, judge)
 
     def _judge(
         self,
@@ -102,7 +89,7 @@ class Verifier:
         region: onnx.ModelProto,
         replacement: onnx.ModelProto,
         natural: Natural | None,
-    ) -> _Verdict:
+    ) -> Verdict:
         """Run the site at the sizes of the file if that is quick, else with its sizes opened.
 
         Raises:
@@ -138,7 +125,7 @@ class Verifier:
         except UnverifiableError as error:
             return _because(error.refusal, stuck)
 
-    def _small(self, opened: Opened, sizer: Sizer, true: Site | None) -> _Verdict:
+    def _small(self, opened: Opened, sizer: Sizer, true: Site | None) -> Verdict:
         """The verdict at small sizes, and where it fits one question at those of the file."""
         try:
             layout = inputs_as(opened.candidate).get("layout_kv", "")
