@@ -326,16 +326,12 @@ class Concrete:
         if node.op_type in ("Shape", "Size"):
             if (shape := self.look_up(node.input[0])) is None:
                 return None
-            if node.op_type == "Size":
-                count = math.prod(shape)
-                if not is_open(count) and count > INT64_MAX:
-                    return None
-                return np.asarray(count, object if is_open(count) else np.int64)
-            a = attributes(node)
-            part = shape[a.get("start", 0) : a.get("end", None)]
+            a, whole = attributes(node), node.op_type == "Size"
+            part = (math.prod(shape),) if whole else shape[a.get("start", 0) : a.get("end", None)]
             if any(not is_open(d) and d > INT64_MAX for d in part):  # such a tensor cannot be
                 return None
-            return np.asarray(part, object if any(map(is_open, part)) else np.int64)
+            kind = object if any(map(is_open, part)) else np.int64
+            return np.asarray(part[0] if whole else part, kind)
         if node.op_type not in FOLD or node.domain not in ("", "ai.onnx"):
             return None
         inputs: list[np.ndarray | None] = []
