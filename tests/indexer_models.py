@@ -167,10 +167,8 @@ def _masked(s: Spelling, x: Any, more: tuple[Any, ...]) -> Any:
         return x.masked_fill(more[0].unsqueeze(1) == 0, s.low)
     if s.mask == "both":
         return torch.where(seen & (more[0].unsqueeze(1) != 0), x, torch.tensor(s.low))
-    if s.mask == "rows":  # padding in front: rows of padding see no key
-        kept = more[0] != 0
-        rows_kept = kept[:, -x.shape[1] :].unsqueeze(2)
-        return x.masked_fill(~(seen & kept.unsqueeze(1) & rows_kept), s.low)
+    if s.mask == "rows":
+        return x.masked_fill(~_rows_seen(x, more[0]), s.low)
     if s.mask == "lengths":
         return x.masked_fill(keys >= more[0][:, None, None], s.low)
     if s.mask == "positions":
@@ -186,6 +184,15 @@ def _masked(s: Spelling, x: Any, more: tuple[Any, ...]) -> Any:
         x[~seen.expand(x.shape)] = s.low
         return x
     return x
+
+
+def _rows_seen(x: Any, kept: Any) -> Any:
+    """[B, S1, S2] of padding in front: causal, and rows of padding see no key."""
+    keys = torch.arange(x.shape[-1])
+    rows = torch.arange(x.shape[1]) + (x.shape[-1] - x.shape[1])
+    kept = kept != 0
+    seen = (keys[None, :] <= rows[:, None]) & kept.unsqueeze(1)
+    return seen & kept[:, -x.shape[1] :].unsqueeze(2)
 
 
 def inputs(s: Spelling, batch: int = 2, rows: int = 0, keys: int = 0, seed: int = 0) -> Any:
@@ -279,11 +286,14 @@ class Layer(nn.Module):
         super().__init__()
         self.indexer, self.form, self.also, self.s = Indexer(s), form, also, s
 
-    def forward(self, q: Any, k: Any, w: Any, query: Any, latent: Any) -> Any:
+    def forward(self, q: Any, k: Any, w: Any, *more: Any) -> Any:
+        *kept, query, latent = more
         x = _products(self.s, q, k)
-        x = _masked(self.s, _weighed(self.s, torch.relu(x), w), ())
+        x = _masked(self.s, _weighed(self.s, torch.relu(x), w), tuple(kept))
         best, idx = x.topk(K, dim=-1)
         rows = torch.arange(x.shape[1]) + (x.shape[-1] - x.shape[1])
+        if kept:
+            return self._gathered(query, latent, idx, torch.gather(_rows_seen(x, *kept), -1, idx))
         out = self._attend(query, latent, best, idx, rows)
         if self.also == "again":
             return out, self._attend(query * 0.5, latent + 1, best, idx, rows)
@@ -299,10 +309,13 @@ class Layer(nn.Module):
                 seen = torch.arange(keys)[None, :] <= rows[:, None]
                 scores = scores.masked_fill(~seen[None, :, None], -torch.inf)
             return torch.einsum("bsnt,btc->bsnc", torch.softmax(scores, -1), latent)
+        seen = best > -torch.inf if self.form == "scores" else idx <= rows[None, :, None]
+        return self._gathered(query, latent, idx, seen)
+
+    def _gathered(self, query: Any, latent: Any, idx: Any, seen: Any) -> Any:
         at = idx.reshape(idx.shape[0], -1, 1).expand(-1, -1, latent.shape[-1])
         found = torch.gather(latent, 1, at).reshape(*idx.shape, latent.shape[-1])
         scores = torch.einsum("bsnc,bskc->bsnk", query, found) * 0.3
-        seen = best > -torch.inf if self.form == "scores" else idx <= rows[None, :, None]
         scores = scores.masked_fill(~seen.unsqueeze(2), -torch.inf)
         return torch.einsum("bsnk,bskc->bsnc", torch.softmax(scores, -1), found)
 
@@ -320,7 +333,8 @@ def layer_inputs(s: Spelling, batch: int = 2, keys: int = 0, seed: int = 0) -> A
 def layer(s: Spelling, form: str, also: str = "") -> onnx.ModelProto:
     """The exported layer; batch and keys are open."""
     given = layer_inputs(s)
-    axes = {n: {0: "batch", 1: "keys"} if n in ("k", "latent") else {0: "batch"} for n in given}
+    keyed = ("k", "kept", "latent")
+    axes = {n: {0: "batch", 1: "keys"} if n in keyed else {0: "batch"} for n in given}
     names = ("out", also) if also else ("out",)
     with quiet():
         return export(

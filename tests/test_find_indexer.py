@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 import sfa_onnx
 from sfa_onnx import runtime
+from sfa_onnx.cli import main
 from sfa_onnx.passes.plan import write_plan
 from tests.indexer_models import K, Spelling, arrays, inputs, spelt
 
@@ -136,6 +138,21 @@ def test_a_plan_lists_selections_and_chooses_them(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("fuse: true", "fuse: false"))
     left = sfa_onnx.fuse(model, plan=path)
     assert [s.reason for s in left.selections] == ["left out by the plan"]
+
+
+def test_the_margin_behind_the_last_key_is_told_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(spelt(BASE), tmp_path / "m.onnx")
+    files = ["-o", tmp_path / "f.onnx", "--report", tmp_path / "r.md"]
+    files += ["--certificate", tmp_path / "proof.json"]
+    assert main(list(map(str, ["fuse", tmp_path / "m.onnx", *files, "-v"]))) == 0
+    (site,) = json.loads((tmp_path / "proof.json").read_text())["sites"]
+    told = f"{site['record']['margin']:.1e}"
+    assert f"| {told} |" in (tmp_path / "r.md").read_text()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"at least {told} of the largest score behind the last key taken" in said
+    assert f"least margin {told} behind the last key taken, of the largest score" in said
 
 
 def test_the_npu_takes_no_padding() -> None:

@@ -82,6 +82,23 @@ def test_written_by_hand(form: str, also: str) -> None:
             np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
 
 
+def test_rows_of_padding_are_hidden_from_selection_and_attention() -> None:
+    spelling = Spelling(mask="rows")
+    model = layer(spelling, "gather")
+    report = sfa_onnx.fuse(model, expect_sites=1)
+    assert [s.reason for s in (*report.selections, *report.sites)] == ["", ""]
+    left = BETWEEN & {n.op_type for n in report.model.graph.node}
+    assert left <= {"Relu"}, "the mask of rows asks for the shape of the scores"
+    for keys in (12, 7):
+        feeds = arrays(layer_inputs(spelling, 3, keys, seed=keys))
+        feeds["kept"] = (np.arange(keys) >= np.array([[0], [keys - 2], [1]])).astype(np.int64)
+        want, got = (runtime.run(m, feeds)["out"] for m in (model, report.model))
+        empty = np.isnan(want)  # rows that see no key: NaN before, zeros after
+        assert 0 < empty.sum() < empty.size
+        np.testing.assert_allclose(got[~empty], want[~empty], rtol=1e-4, atol=1e-5)
+        assert not got[empty].any()
+
+
 def test_scores_that_are_returned_hold_a_selection_back() -> None:
     model = layer(CAUSAL, "scores")
     top = next(n for n in model.graph.node if n.op_type == "TopK")

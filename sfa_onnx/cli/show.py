@@ -148,6 +148,9 @@ def _explain(console: Console, site: SiteReport) -> None:
         console.say(
             "  {}{} probes, worst {}", f"{'verified':14}", len(site.record.probes), f"{worst:.1e}"
         )
+        if site.record.margin is not None:
+            text = "behind the last key taken, of the largest score"
+            console.say("  {}{} {}", f"{'least margin':14}", f"{site.record.margin:.1e}", text)
         if site.record.shrunk:
             console.say("  {}{}", f"{'at sizes':14}", ", ".join(site.record.shrunk))
         for assumption in site.record.assumptions:
@@ -197,6 +200,10 @@ def _selected(console: Console, report: FuseReport) -> None:
     if report.selections:
         done, total = len(report.indexers), len(report.selections)
         console.say("{}/{} selections are NPULightningIndexer now", done, total)
+    margins = [s.record.margin for s in report.indexers if s.record and s.record.margin is not None]
+    if margins:
+        text = "  verified in float64: at least {} of the largest score behind the last key taken"
+        console.say(text, f"{min(margins):.1e}")
     refused = (s.reason for s in report.selections if s.status == "refused")
     for reason, times in Counter(refused).most_common():
         console.say("  [red]refused[/red] {} x {}", times, reason)

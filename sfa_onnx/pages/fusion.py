@@ -31,7 +31,9 @@ def sections(report: FuseReport, before: Graphs, after: Graphs, memory: str) -> 
         html.section("Assumptions", html.table(("assumption", "sites"), _assumptions(report))),
         html.section("Limits of the NPU kernel", html.table(("limit", "sites"), _limits(report))),
         html.section("Every site", html.table(_SITES, [_row(s) for s in report.sites])),
-        html.section("Selections", html.table(_SITES, [_selection(s) for s in report.selections])),
+        html.section(
+            "Selections", html.table(_SELECTIONS, [_selection(s) for s in report.selections])
+        ),
         html.section("Certificate in short", html.facts(_certificate(report))),
         html.section("Notes", html.table(("note",), [(n,) for n in _others(report)])),
         html.section("Time and memory", html.facts(_costs(report, memory))),
@@ -41,6 +43,7 @@ def sections(report: FuseReport, before: Graphs, after: Graphs, memory: str) -> 
 _UNTOUCHED = "untouched:"
 _REFUSED = ("reason", "what would help", "sites")
 _SITES = ("site", "where", "status", "operator", "form", "probes", "largest error")
+_SELECTIONS = (*_SITES, "least margin")
 
 
 def _site(site: SiteReport, alike: int, before: Graphs, after: Graphs) -> str:
@@ -73,14 +76,19 @@ def _reasons(report: FuseReport) -> list[tuple[object, ...]]:
 
 
 def _assumptions(report: FuseReport) -> list[tuple[str, int]]:
-    count = Counter(a for s in report.fused if s.record for a in s.record.assumptions)
+    done = (*report.fused, *report.indexers)
+    count = Counter(a for s in done if s.record for a in s.record.assumptions)
     return count.most_common()
 
 
 def _selection(site: SiteReport) -> tuple[object, ...]:
-    """As a site; a refused one says why in the place of its form."""
+    """As a site; a refused one says why in the place of its form.
+
+    The margin is the least gap behind the last key taken, next to the largest score.
+    """
     where, form = _row(site), site.reason or site.family
-    return (*where[:4], form, *where[5:])
+    margin = site.record.margin if site.record else None
+    return (*where[:4], form, *where[5:], "" if margin is None else f"{margin:.1e}")
 
 
 def _certificate(report: FuseReport) -> list[tuple[str, object]]:
@@ -113,7 +121,7 @@ def markdown(title: str, report: FuseReport) -> str:
     """The same in short, for a pull request."""
     lines = [f"# {title}", "", f"{summary(report)}.", ""]
     lines += _md_table(_SITES, [_row(s) for s in report.sites])
-    lines += _md_table(_SITES, [_selection(s) for s in report.selections])
+    lines += _md_table(_SELECTIONS, [_selection(s) for s in report.selections])
     lines += _md_table(_REFUSED, _reasons(report))
     lines += _md_table(("assumption", "sites"), _assumptions(report))
     lines += _md_table(("certificate in short", ""), _certificate(report))

@@ -88,15 +88,20 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
     for ref in site.formula.weights:
         add(ref, Role.INDEX_WEIGHTS)
     for literal in (*site.masks.padding, *site.masks.rows):
-        add(
-            literal.ref,
-            Role.MASK,
-            mask_domain(literal.is_bool, literal.positive, literal.assumed),
-        )
+        if literal in site.masks.rows and _made_of(index, literal.ref.value, set(known)):
+            continue  # of padding that is an operand: they are no masks of their own
+        domain = mask_domain(literal.is_bool, literal.positive, literal.assumed)
+        add(literal.ref, Role.MASK, domain)
     for prefix in site.masks.prefixes:
         if prefix.ref is not None and prefix in site.lengths and prefix.bound.reads:
             add(prefix.ref, Role.LENGTHS_KV, _BOUND)
     return known
+
+
+def _made_of(index: GraphIndex, value: str, known: set[str]) -> bool:
+    """Whether any of the known values enters the computation of another one."""
+    nodes, _ = _upstream(index, [value], known)
+    return any(n in known for i in nodes for n in index.nodes[i].input)
 
 
 def _upstream(

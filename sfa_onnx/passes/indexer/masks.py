@@ -157,7 +157,10 @@ def _all_there_is(tracer: Tracer, ref: Ref) -> bool:
 
 
 def _deepest(tracer: Tracer, literal: Visible) -> Visible:
-    """The literal at the tensor that others are views of, so that equal ones are equal."""
+    """The literal at the tensor that others are views of, so that equal ones are equal.
+
+    Exporters write a mask once for the selection and once for the attention.
+    """
     ref = literal.ref
     for _ in range(_MOST_STEPS):
         step = tracer.step(ref) if tracer.index.maker(ref.value) is not None else None
@@ -167,7 +170,7 @@ def _deepest(tracer: Tracer, literal: Visible) -> Visible:
         if not same or not _all_there_is(tracer, step.ref):
             break
         ref = step.ref
-    return replace(literal, ref=ref)
+    return replace(literal, ref=Ref(tracer.representative(ref.value), ref.coords))
 
 
 def _unknown(tracer: Tracer, literal: Visible) -> Stop:

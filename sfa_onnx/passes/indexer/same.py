@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Difference", "compare_entries", "compare_indices", "margin_at"]
+__all__ = ["Difference", "compare_entries", "compare_indices", "flat_rows", "margin_at"]
 
 Array = NDArray[Any]
 _HIDDEN: Final = -4.5e3  # half of what hides a key at least
@@ -77,8 +78,7 @@ def compare_entries(scores: Array, want: Array, got: Array, *, exact: bool) -> D
         got: those of the operator; they may have a longer tail.
         exact: scores are small whole numbers: equal ones must keep the order of their keys.
     """
-    rows = scores.reshape(-1, scores.shape[-1])
-    a, b = (x.reshape(-1, x.shape[-1]) for x in (want, got))
+    rows, a, b = (flat_rows(x) for x in (scores, want, got))
     if want.ndim != got.ndim or want.shape[:-1] != got.shape[:-1] or len(a) != len(rows):
         return Difference(0.0, f"rows are {want.shape}, the operator's {got.shape}")
     width = max(a.shape[-1], b.shape[-1])
@@ -99,6 +99,11 @@ def compare_entries(scores: Array, want: Array, got: Array, *, exact: bool) -> D
     if (ours[seen] <= _HIDDEN).any() and not (theirs[seen] <= _HIDDEN).any():
         return Difference(0.0, "a hidden key is attended to")
     return Difference(_distance(np.sort(theirs, -1), np.sort(ours, -1)))
+
+
+def flat_rows(x: Array) -> Array:
+    """All rows one below the other; rows may be empty."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _distance(want: Array, got: Array) -> float:
@@ -127,7 +132,7 @@ def margin_at(scores: Array, count: int) -> float | None:
     """
     if not 0 < count < scores.shape[-1]:
         return None
-    ranked = -np.sort(-scores.reshape(-1, scores.shape[-1]), axis=-1)
+    ranked = -np.sort(-flat_rows(scores), axis=-1)
     last, left = ranked[:, count - 1], ranked[:, count]
     told = (left > _HIDDEN) & (last > left) & np.isfinite(ranked[:, 0])
     if not told.any():

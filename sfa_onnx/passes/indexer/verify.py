@@ -23,7 +23,13 @@ from sfa_onnx.passes.candidate import Candidate, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.draws import Question, draw
 from sfa_onnx.passes.indexer.runs import at_sizes
-from sfa_onnx.passes.indexer.same import Difference, compare_entries, compare_indices, margin_at
+from sfa_onnx.passes.indexer.same import (
+    Difference,
+    compare_entries,
+    compare_indices,
+    flat_rows,
+    margin_at,
+)
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.passes.verify.classes import Classes, Verdict, fingerprint
 from sfa_onnx.passes.verify.execute import Executable
@@ -316,8 +322,7 @@ class _Run:
             mine, exact = (r.run(f)[1] for r, f in ((own, narrow), (self.region, wide)))
         except (RuntimeError, ValueError, TypeError):
             return [], None
-        rows = list(zip(mine.reshape(-1, mine.shape[-1]), exact.reshape(-1, mine.shape[-1]),
-                        strict=True))  # fmt: skip
+        rows = zip(*(flat_rows(x) for x in (mine, exact)), strict=True)
         other = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in rows)
         total = max(1, exact.size)
         if not other:

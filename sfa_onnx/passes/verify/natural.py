@@ -188,8 +188,8 @@ def hidden_by_mask(natural: Natural, problem: Problem, sizes: Concrete) -> Refus
         if values is None:
             return None
         shares.append(float(_hidden(problem, values).mean()))
-    if min(shares) <= _MOST:
-        return None
+        if shares[-1] <= _MOST:
+            return None
     made = {o.name for o in natural.model.graph.output}
     names = [o.value for o in problem.all(Role.MASK) if o.value in made]
     every = "every index that is in range" if min(shares) == 1 else "all keys of most rows"

@@ -14,8 +14,11 @@ from sfa_onnx.passes.verify.problem import Problem
 __all__ = ["WAYS", "Way", "ordinary", "ranked", "selected"]
 
 Array = NDArray[Any]
-Way = Literal["any", "first", "last"]
-WAYS: Final[tuple[Way, ...]] = ("any", "first", "last")  # which keys are selected
+Way = Literal["any", "first", "last", "few padded", "many padded"]
+# Which keys are selected; the last two: among the first ones, with padding (whatever marks it) that
+# is rare or common, for rows may be padding as well as keys.
+WAYS: Final[tuple[Way, ...]] = ("any", "first", "last", "few padded", "many padded")
+_SHARES: Final[dict[Way, float]] = {"few padded": 0.9, "many padded": 0.1}
 _FROM: Final = re.compile(r"pad|start|begin|offset|left", re.IGNORECASE)  # counts what is skipped
 
 
@@ -42,7 +45,7 @@ def ordinary(
         return selected(shape, dims.capacity, way)
     few = int(np.prod(shape, dtype=np.int64))
     if len(shape) > 1 and shape[-1] == dims.capacity:  # a key is there or padding, either way
-        return rng.random(shape) < 0.5
+        return rng.random(shape) < _SHARES.get(way, 0.5)
     if few in (1, dims.batches):
         return np.full(shape, 0 if _FROM.search(name) else dims.capacity)
     queries = dims.count // max(dims.batches, 1)
@@ -59,7 +62,7 @@ def ranked(shape: tuple[int, ...]) -> Array:
 def selected(shape: tuple[int, ...], capacity: int, way: Way) -> Array:
     """Keys in range, neither the first nor the last one where there are others."""
     inner = np.arange(1, capacity - 1) if capacity > 2 else np.arange(capacity)
-    if way == "first":
+    if way == "first" or way in _SHARES:
         row = np.resize(inner, shape[-1])
     elif way == "last":
         row = np.resize(inner[::-1], shape[-1])
