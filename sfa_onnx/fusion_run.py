@@ -24,6 +24,7 @@ from sfa_onnx.passes import plan as plans
 from sfa_onnx.passes.assume import FLAGS, MASKS, asserted, note_assumptions
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find.search import FindOptions, find_candidates
+from sfa_onnx.passes.graph.attention_caches import caches_joined
 from sfa_onnx.passes.graph.functions import Inlined, inline_sites
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
@@ -112,6 +113,9 @@ class Run:
         self.options = FindOptions(masks=said[MASKS], flags=said[FLAGS], trace=self.trace)
         with self.stage("find"):
             inlined = inline_sites(given, lambda m: self._findings(m, reader))
+            inlined.model, joined = caches_joined(
+                inlined.model, lambda m: self._findings(m, reader)
+            )
             scopes = self._find(inlined.model, reader)
             sites = [site for scope in scopes for site in scope.sites] + self.restored
             unique_ids(sites)
@@ -121,8 +125,10 @@ class Run:
         with self.stage("verify"):
             self._judge(scopes, plan, Verifier)
         if not selecting and not any(scope.ready for scope in scopes):
-            inlined = Inlined(given, left=inlined.left)
+            inlined, joined = Inlined(given, left=inlined.left), ()
         model, notes = inlined.model, [*self.settled, *inlined.notes]
+        if joined:
+            notes.append(f"the caches of Attention {', '.join(joined)} are joined in front of it")
         if self.sorted:
             notes = ["nodes that read what is made later were sorted", *notes]
         own_weights = self._materialize(scopes)
@@ -147,6 +153,7 @@ class Run:
             planned=() if plan is None else plan.chosen,
             materialized=materialized,
             inlined=inlined.functions,
+            joined=joined,
             assumed=self.assume,
             selections=selections,
         )

@@ -12,6 +12,7 @@ from sfa_onnx.errors import UsageError, VerificationError
 from sfa_onnx.files.model import hash_tensors_and_nodes
 from sfa_onnx.passes.candidate import Refusal, RefusedSite
 from sfa_onnx.passes.plan import read_plan, write_plan
+from tests.graphs import dense, gathered
 from tests.hand_sites import gather_site, several_sites
 
 
@@ -44,6 +45,14 @@ def test_report_lists_every_candidate(sites):
     assert hash_tensors_and_nodes(sites.graph) == before, "the caller's model was changed"
     onnx.checker.check_model(report.model)
     json.dumps(sfa_onnx.to_json(report))
+
+
+@pytest.mark.parametrize("model", [dense(), dense(types="float16"), gathered()])
+def test_every_fused_site_says_what_it_costs(model):
+    """Its replacement is counted node by node: masks and rows in any type."""
+    (site,) = sfa_onnx.fuse(model, verify=False).fused
+    assert site.cost["flops_before"] >= site.cost["flops_after"] > 0
+    assert min(site.cost["bytes_after"], site.cost["time_ratio"]) > 0
 
 
 def test_untouched_parts_keep_their_bytes(sites):

@@ -212,6 +212,7 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
         "weights_bytes_read": report.weights_bytes_read,
         "materialized": to_json(report.materialized),
         "inlined": to_json(report.inlined),
+        "joined": to_json(report.joined),
         "assumed": to_json(report.assumed),
         "sites": to_json([*report.sites, *report.selections]),
         "notes": to_json(report.notes),
@@ -240,10 +241,12 @@ def check_certificate(
         UsageError: the file is not a certificate of this version.
     """
     stated = _read(Path(path))
+    from sfa_onnx.passes.graph.attention_caches import join_caches
     from sfa_onnx.passes.graph.functions import inline_functions
 
     functions = [(domain, name) for domain, name in stated["inlined"]]
     original = inline_functions(load_model(before), functions).model
+    original = join_caches(original, stated.get("joined", ()))
     if not GraphIndex.of(original).ordered:
         original = onnx.ModelProto.FromString(original.SerializeToString())
         put_in_order(original.graph)

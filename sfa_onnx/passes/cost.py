@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attribute, attributes
@@ -20,7 +21,14 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, Shape
 from sfa_onnx.passes.shapes.known import known_shape
 
-__all__ = ["Cost", "compare_costs", "nominal_sizes", "region_cost", "selection_cost"]
+__all__ = [
+    "Cost",
+    "compare_costs",
+    "nominal_sizes",
+    "region_cost",
+    "replacement_cost",
+    "selection_cost",
+]
 
 NOMINAL_LENGTH = 4096  # for a symbolic sequence or cache length
 NOMINAL_BATCH = 1
@@ -68,6 +76,46 @@ def region_cost(sizes: Concrete, nodes: Iterable[onnx.NodeProto]) -> Cost:
         if node.op_type not in _VIEWS:
             total += _node_cost(sizes, node)
     return total
+
+
+def replacement_cost(sizes: Concrete, item: Candidate) -> Cost:
+    """Cost of what takes the place of a site, at these sizes of the graph around it."""
+    graph = onnx.GraphProto()
+    graph.node.extend(item.replacement)
+    graph.initializer.extend(item.replacement_initializers)
+    made = {name for node in item.replacement for name in node.output}
+    made |= {tensor.name for tensor in item.replacement_initializers}
+    for name in dict.fromkeys(n for node in item.replacement for n in node.input if n):
+        if name not in made:
+            _enter(graph, sizes, name)
+    own = Concrete(GraphIndex(graph, sizes.index.opsets))
+    total = Cost()
+    for node in item.replacement:
+        if (node.domain, node.op_type) in _FUSED:
+            _declare_result(own, node)
+        if node.op_type not in _VIEWS:
+            total += _node_cost(own, node)
+    return total
+
+
+def _enter(graph: onnx.GraphProto, sizes: Concrete, name: str) -> None:
+    """A value of the graph around a replacement: a number where sizes decide it, else its shape."""
+    known, shape = sizes.value(name), known_shape(sizes, name)
+    if known is not None and known.dtype.kind in "iub":
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(known), name))
+    elif shape is not None:
+        elem = sizes.elem_type(name)
+        info = onnx.helper.make_tensor_value_info(name, elem, [int(d) for d in shape])
+        graph.input.append(info)
+
+
+def _declare_result(sizes: Concrete, node: onnx.NodeProto) -> None:
+    """The rows that the operator gives: as many as queries, as wide as values."""
+    query = known_shape(sizes, node.input[0])
+    if query is not None:
+        packed = node.op_type == SPARSE_FLASH_ATTENTION_ANTIQUANT.name
+        width = query[-1] - (_rope_width(sizes, node, packed) if packed else 0)
+        sizes.declare(node.output[0], (*query[:-1], width), sizes.elem_type(node.input[0]))
 
 
 def compare_costs(before: Cost, after: Cost) -> dict[str, float]:

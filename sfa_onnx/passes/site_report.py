@@ -7,7 +7,13 @@ import logging
 from sfa_onnx.errors import ModelError
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.passes.candidate import Candidate, RefusedSite, Role
-from sfa_onnx.passes.cost import compare_costs, nominal_sizes, region_cost, selection_cost
+from sfa_onnx.passes.cost import (
+    compare_costs,
+    nominal_sizes,
+    region_cost,
+    replacement_cost,
+    selection_cost,
+)
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.limits import npu_limits
@@ -37,7 +43,7 @@ class Costs:
             if item.op is LIGHTNING_INDEXER:
                 after = selection_cost(self._sizes, item)
             else:
-                after = region_cost(self._sizes, item.replacement)
+                after = replacement_cost(self._sizes, item)
         except (ModelError, ValueError, KeyError, IndexError, TypeError) as error:
             _log.debug("no cost for %s: %s", item.site_id, error)
             return {}

@@ -128,6 +128,12 @@ def _plain(tracer: Tracer, node: onnx.NodeProto) -> None:
     name = f"Attention {tracer.index.label(tracer.index.producer[node.output[0]])}"
     if a.get("softcap"):
         raise Stop(f"{name} applies a soft-cap", node.output[0], "the operator has no soft-cap")
+    if max(int(a.get(f"{side}_window_size", -1)) for side in ("left", "right")) >= 0:
+        raise Stop(
+            f"{name} hides keys by a window of its own",
+            node.output[0],
+            "hide them in attn_mask",
+        )
     if any(node.input[4:6]):
         raise Stop(
             f"{name} keeps a cache of its own (past_key, past_value)",
