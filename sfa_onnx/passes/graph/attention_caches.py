@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
@@ -59,9 +58,10 @@ def join_caches(model: ModelProto, names: Collection[str]) -> ModelProto:
     index = GraphIndex.of(model)
     types = Concrete(index)
     for graph, node in list(_with_past(result.graph)):
-        if node.output[0] in names:
-            cut = _columns(index, node)
-            _join(graph, node, types.elem_type(node.input[3]) == _T.BOOL, cut)
+        kind = types.elem_type(node.input[3]) if node.input[3] else _T.BOOL
+        unclear = not kind and attributes(node).get("is_causal")  # how would it hide keys?
+        if node.output[0] in names and not unclear:
+            _join(graph, node, kind == _T.BOOL, _columns(index, node))
     return result
 
 
@@ -71,13 +71,12 @@ def _columns(index: GraphIndex, node: NodeProto) -> list[str]:
     if None in made or any(n.op_type != "Slice" or len(n.input) < 4 for n in made if n):
         return []
     (past, new), keys = (m for m in made if m is not None), (node.input[4], node.input[1])
-    first = [index.constant(name) for name in past.input[1:]]
-    second = [index.constant(name) for name in new.input[1:]]
-    known = len(first) == len(second) and not any(x is None for x in (*first, *second))
-    same = known and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    first, second = (
+        [x.tolist() for x in map(index.constant, m.input[1:]) if x is not None] for m in (past, new)
+    )
+    known = len(first) == len(past.input) - 1 and first == second
     own = (past.input[0], new.input[0]) == keys
-    last = same and np.asarray(first[2]).tolist() in ([3], [-1])
-    return list(past.input[1:]) if own and last else []
+    return list(past.input[1:]) if known and own and first[2] in ([3], [-1]) else []
 
 
 def _with_past(graph: GraphProto) -> Iterator[tuple[GraphProto, NodeProto]]:
@@ -131,10 +130,10 @@ def _join(graph: GraphProto, node: NodeProto, is_bool: bool, cut: list[str]) -> 
 def _causal(emit: Callable[..., str], inputs: Sequence[str], is_bool: bool) -> str:
     """The mask given, under the one that the operator makes itself: keys up to past + row."""
     query, mask, past = inputs[0], inputs[3], inputs[4]
-    numbers = (("nought", [], 0), ("step", [], 1), ("front", [1], 0), ("last", [1], -1))
+    numbers = {"nought": (0, 0), "step": (0, 1), "front": (1, 0), "last": (1, -1)}
     ints = {
-        name: emit("Constant", [], name, value=helper.make_tensor(name, _T.INT64, dims, [value]))
-        for name, dims, value in numbers
+        name: emit("Constant", [], name, value=helper.make_tensor(name, _T.INT64, [1] * rank, [n]))
+        for name, (rank, n) in numbers.items()
     }
     rows, before = (
         emit("Squeeze", [emit("Shape", [v], f"{n}_dim", start=2, end=3), ints["front"]], n)
