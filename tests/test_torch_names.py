@@ -252,11 +252,11 @@ def test_schema_data_parse_and_say_where_they_come_from():
                        "pre_tokens", "next_tokens", "return_softmax_lse", "metadata",
                        "cmp_ratio"}  # fmt: skip
         assert entry.source
-        assert bool(entry.releases) == (entry.namespace != "custom")
-    assert len(vendor_operators()) == 16
+        assert bool(entry.releases) == (not entry.namespace.startswith("custom"))
+    assert len(vendor_operators()) == 17
     # What a package's release has, and only that.
-    assert len(vendor_operators(vllm_release="0.18.0")) == 9 + 3
-    assert len(vendor_operators(vllm_release="0.13.0")) == 9 + 2
+    assert len(vendor_operators(vllm_release="0.18.0")) == 10 + 3
+    assert len(vendor_operators(vllm_release="0.13.0")) == 10 + 2
 
 
 @pytest.mark.parametrize("release", ["2.9.0", "2.13.0"])
@@ -342,7 +342,7 @@ def test_torch_npu_without_cann_is_one_sentence(tmp_path):
     assert lines[0].startswith(
         "torch_npu is installed but does not load here (libhccl.so: cannot open): it needs CANN"
     )
-    assert lines[1:] == ["18"]
+    assert lines[1:] == ["19"]
 
 
 def test_names_are_the_modules_facade():
@@ -354,4 +354,4 @@ def test_doctor_says_whose_each_name_is():
 
     found = {p.name: p.text for p in examine().probes if p.topic == "torch names"}
     assert found["custom.npu_sparse_flash_attention_antiquant"] == "sfa_onnx"
-    assert len(found) == 18
+    assert len(found) == 19

@@ -26,7 +26,7 @@ from sfa_onnx.torch.vendor import Adapter, VendorOperator, schema_in_torch, vend
 __all__ = ["enable_ascend_names", "owners"]
 
 # Modules whose import defines such names.
-_PACKAGES: Final = ("torch_npu", "custom_ops", "vllm_ascend.vllm_ascend_C")
+_PACKAGES: Final = ("torch_npu", "custom_ops", "custom_pypto", "vllm_ascend.vllm_ascend_C")
 
 _chosen: tuple[VendorOperator, ...] = ()
 _libraries: dict[str, torch.library.Library] = {}  # by qualified name

@@ -210,6 +210,7 @@ _BUILDERS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "torch_npu.dynamo": _do_nothing,
     "torch_npu.dynamo.torchair": _torchair,
     "custom_ops": _custom_ops,
+    "custom_pypto": _do_nothing,
     "vllm_ascend": _do_nothing,
     "vllm_ascend.utils": lambda module: module.__dict__.update(enable_custom_op=_answering(True)),
     "torchair": _torchair,
