@@ -11,7 +11,7 @@ import onnx
 from sfa_onnx.errors import UsageError, VerificationError
 from sfa_onnx.files.weights import external_files
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT
-from sfa_onnx.passes.graph.scopes import count_nodes
+from sfa_onnx.passes.scopes.splice import count_nodes
 from sfa_onnx.report import FuseReport
 
 __all__ = ["check_options", "convert_cache", "expect", "spare_weights", "worth_writing"]

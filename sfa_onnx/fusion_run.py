@@ -28,12 +28,12 @@ from sfa_onnx.passes.graph.attention_caches import caches_joined
 from sfa_onnx.passes.graph.functions import Inlined, inline_sites
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
-from sfa_onnx.passes.graph.scope_index import body_views
-from sfa_onnx.passes.graph.scopes import count_nodes, note_captures, splice_scopes
 from sfa_onnx.passes.indexer.find import find_selections
 from sfa_onnx.passes.indexer.regions import selection_regions
 from sfa_onnx.passes.indexer.verify import SelectionVerifier
 from sfa_onnx.passes.materialize import Materializer, materialized_notes
+from sfa_onnx.passes.scopes.index import body_views
+from sfa_onnx.passes.scopes.splice import count_nodes, note_captures, splice_scopes
 from sfa_onnx.passes.site_report import Costs, describe, unique_ids
 from sfa_onnx.passes.splice import check_region
 from sfa_onnx.passes.verify import Verifier

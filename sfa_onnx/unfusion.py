@@ -14,8 +14,8 @@ from sfa_onnx.operator.contract import Rounding
 from sfa_onnx.operator.op import find_op
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.provenance import site_of
-from sfa_onnx.passes.graph.scope_index import body_views
-from sfa_onnx.passes.graph.scopes import count_nodes
+from sfa_onnx.passes.scopes.index import body_views
+from sfa_onnx.passes.scopes.splice import count_nodes
 from sfa_onnx.report import FuseReport, SiteReport
 
 __all__ = ["unfuse"]

@@ -10,7 +10,7 @@ import pytest
 
 import sfa_onnx
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.scope_index import ScopeIndex
+from sfa_onnx.passes.scopes.index import ScopeIndex
 from tests import big_model
 from tests.zoo import bodies
 

@@ -27,7 +27,7 @@ from sfa_onnx.kv_convert.interface import PAGED_FORMS, Interface, read_interface
 from sfa_onnx.kv_convert.rewire import Conversion, float_sites
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.scope_index import body_views
+from sfa_onnx.passes.scopes.index import body_views
 from sfa_onnx.runtime.portable.restore import restored
 
 __all__ = ["FORMS", "INDEX_CACHES", "KvReport", "convert", "float_sites"]

@@ -24,9 +24,9 @@ from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.candidate import Candidate, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.region import free_name
-from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies, captured
 from sfa_onnx.passes.products import VALUE_PRODUCT, weight_products
+from sfa_onnx.passes.scopes.index import ScopeIndex
 from sfa_onnx.passes.shapes.fold import FOLD
 from sfa_onnx.report import MaterializedWeight, SiteReport
 

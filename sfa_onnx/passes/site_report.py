@@ -15,8 +15,8 @@ from sfa_onnx.passes.cost import (
     selection_cost,
 )
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.limits import npu_limits
+from sfa_onnx.passes.scopes.index import ScopeIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.report import SiteReport
 

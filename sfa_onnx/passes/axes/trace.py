@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 
@@ -39,13 +39,11 @@ __all__ = [
     "Causal",
     "Dot",
     "Joined",
-    "Leaf",
     "Move",
     "Pieces",
     "Product",
     "Ref",
     "Scaled",
-    "Step",
     "Stop",
     "Tracer",
     "UnifyError",
@@ -55,12 +53,6 @@ __all__ = [
 _FILLED = VIEWS | {"CastLike", "Tile"}
 _SOURCES = frozenset(("TopK", "MatMul", "If", "Loop", "Scan", "RandomUniform", "RandomNormal"))
 _TINY = 64  # elements of a constant that is compared by content
-
-
-def _size_in(sizes: Concrete, own: Concrete, label: Label) -> int:
-    """The size of a label of `own` where symbols have other sizes."""
-    symbol = next((name for name, size in own.symbols.items() if size == label.size), "")
-    return sizes.symbols.get(symbol, label.size)
 
 
 class UnifyError(Exception):
@@ -115,9 +107,7 @@ class Tracer:
         self.joined[name] = chunks
         made = [self.sizes.elem_type(ref.value) for ref, _ in chunks.parts[:1]]
         kind = made[0] if made else int(onnx.TensorProto.BOOL)
-        for sizes in (self.sizes, self.other):
-            shape = tuple(_size_in(sizes, self.sizes, x) for x in (*chunks.rows, chunks.whole))
-            sizes.declare(name, shape, kind)
+        self._declare(name, (*chunks.rows, chunks.whole), kind)
         return name
 
     def product(self, a: Ref, b: Ref) -> Ref:
@@ -125,10 +115,15 @@ class Tracer:
         labels = tuple(sorted(a.labels | b.labels, key=str))
         name = f"{self.stem}/product_{len(self.products)}"
         self.products[name] = labels, Product(a, b)
-        for sizes in (self.sizes, self.other):
-            shape = tuple(_size_in(sizes, self.sizes, x) for x in labels)
-            sizes.declare(name, shape, int(onnx.TensorProto.FLOAT))
+        self._declare(name, labels, int(onnx.TensorProto.FLOAT))
         return Ref(name, tuple(map(Expr.of, labels)))
+
+    def _declare(self, name: str, axes: Iterable[Label], kind: int) -> None:
+        """Give a new tensor an axis per label, of the label's size under either assignment."""
+        known = {size: symbol for symbol, size in reversed(self.sizes.symbols.items())}
+        for sizes in (self.sizes, self.other):
+            shape = tuple(sizes.symbols.get(known.get(x.size, ""), x.size) for x in axes)
+            sizes.declare(name, shape, kind)
 
     def whole(self, value: str, axis: int) -> str:
         """A name for `value`, were nothing left out along an axis of what a mask keeps."""
@@ -274,6 +269,15 @@ class Tracer:
         except (IndexError, ValueError) as error:
             raise self._contradicting(node) from error
         return (picked(self, step) or step) if isinstance(step, Dot) else step
+
+    def moves(self, ref: Ref) -> Iterator[Ref]:
+        """`ref`, and the elements behind it that it is, each of them moved only."""
+        while True:
+            yield ref
+            step = self.step(ref) if self.index.maker(ref.value) is not None else None
+            if not isinstance(step, Move):
+                return
+            ref = step.ref
 
     def _contradicting(self, node: onnx.NodeProto) -> Stop:
         """What is said where ranks and sizes around a node cannot be those of its operator."""

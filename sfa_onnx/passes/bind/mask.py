@@ -14,7 +14,7 @@ from typing import Final
 
 from sfa_onnx.passes.assume import FLAGS, MASKS
 from sfa_onnx.passes.axes.expr import Label
-from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Kept, Literal, Visible
 from sfa_onnx.passes.bind.union import bound, selected
 from sfa_onnx.passes.values.arithmetic import LOW, addends, all_flags, coefficient, factors
@@ -25,7 +25,6 @@ __all__ = ["Masks", "additive", "boolean"]
 
 _SCORE: Final = dot(Ref("", ()), Ref("", ()), Label("", 1))  # that a mask is added to
 _MADE: Final = ("any", "all", "eq", "not")  # what selections and their negations are
-_FAR: Final = 32  # moves between an asserted mask and where it is read
 
 
 def boolean(tracer: Tracer, ref: Ref, *, positive: bool) -> list[Literal]:
@@ -141,14 +140,10 @@ class Masks:
 
 def _asserted(tracer: Tracer, ref: Ref) -> str:
     """What the caller asserts of an input that `ref` is an element of; "" where it is of none."""
-    for _ in range(_FAR):
+    for own in tracer.moves(ref):
         for kind, names in ((MASKS, tracer.masks), (FLAGS, tracer.flags)):
-            if ref.value in names:
-                return f"{kind}:{ref.value}"
-        step = tracer.step(ref) if tracer.index.maker(ref.value) is not None else None
-        if not isinstance(step, Move):
-            break
-        ref = step.ref
+            if own.value in names:
+                return f"{kind}:{own.value}"
     return ""
 
 

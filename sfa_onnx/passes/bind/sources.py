@@ -13,7 +13,8 @@ from sfa_onnx.passes.axes.writes import assigned_where
 from sfa_onnx.passes.bind.rows import Columns
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import ELEMENTWISE
+from sfa_onnx.passes.graph.kinds import ELEMENTWISE, GATHERS
+from sfa_onnx.passes.graph.walk import back
 
 __all__ = [
     "all_reads",
@@ -25,7 +26,6 @@ __all__ = [
     "outside_reads",
 ]
 
-_STEPS = 8
 _T = onnx.TensorProto
 _SHORT = (_T.BOOL, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.FLOAT16, _T.BFLOAT16)
 
@@ -85,12 +85,8 @@ def _behind(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Ref]:
 def all_selected(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether joined indices are results of TopK and constants: none is negative."""
     for name in node.input:
-        for _ in range(_STEPS):
-            maker = index.maker(name)
-            if maker is None or maker.op_type not in ("Cast", "Expand", "Identity", "Slice"):
-                break
-            name = maker.input[0]
-        constant = index.constant(name)
+        *_, source = back(index, name, ("Cast", "Expand", "Identity", "Slice"))
+        constant, maker = index.constant(source), index.maker(source)
         if maker is not None and maker.op_type == "TopK":
             continue
         if constant is None or bool((constant < 0).any()):
@@ -100,19 +96,15 @@ def all_selected(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 def from_topk(tracer: Tracer, ref: Ref) -> str:
     """Name of the TopK whose indices `ref` reads unchanged; "" when they come from elsewhere."""
-    for _ in range(64):
-        node = tracer.index.maker(ref.value)
-        if node is None:
+    for own in tracer.moves(ref):
+        node = tracer.index.maker(own.value)
+        if node is None or node.op_type in GATHERS:
             return ""
         if node.op_type == "TopK":
-            is_indices = len(node.output) > 1 and ref.value == node.output[1]
-            return tracer.index.label(tracer.index.producer[ref.value]) if is_indices else ""
-        step = tracer.step(ref)
-        if not isinstance(step, Move) or node.op_type in ("Gather", "GatherElements", "GatherND"):
+            is_indices = len(node.output) > 1 and own.value == node.output[1]
+            return tracer.index.label(tracer.index.producer[own.value]) if is_indices else ""
+        if tracer.sizes.elem_type(own.value) in _SHORT:  # token 300 is 44 in uint8
             return ""
-        if tracer.sizes.elem_type(ref.value) in _SHORT:  # token 300 is 44 in uint8
-            return ""
-        ref = step.ref
     return ""
 
 

@@ -15,6 +15,7 @@ from sfa_onnx.passes.find.products import operands
 from sfa_onnx.passes.find.selections import INTEGERS, ROWS, chooses, picks_rows, selection
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import BITS, GATHERS, ORDERS, PARTS, PRODUCTS
+from sfa_onnx.passes.graph.walk import below
 from sfa_onnx.passes.graph.weights import is_table, is_weight
 from sfa_onnx.passes.values.attention_op import is_attention
 
@@ -72,18 +73,17 @@ def attention_roots(node: onnx.NodeProto) -> list[Root]:
 def _after(index: GraphIndex, weights: str) -> list[Root]:
     """What the weights meet before and in the weighted sum: masks and values."""
     found: list[Root] = []
-    stack, seen = [weights], {weights}
-    while stack and len(seen) < _BEHIND:
-        for i, position in index.uses(stack.pop()):
-            node = index.nodes[i]
-            if position < 0 or node.op_type in _ENDS:
-                continue
-            depth = 1 if node.op_type in PRODUCTS else 0
-            found += [(n, depth) for n in node.input if n and n not in seen]
-            if not depth:
-                new = [o for o in node.output if o and o not in seen]
-                seen.update(new)
-                stack += new
+    inner = {weights}
+    for i, position in below(
+        index, [weights], lambda n: n.op_type not in _ENDS | PRODUCTS, _BEHIND
+    ):
+        node = index.nodes[i]
+        if position < 0 or node.op_type in _ENDS:
+            continue
+        depth = 1 if node.op_type in PRODUCTS else 0
+        found += [(n, depth) for n in node.input if n and n not in inner]
+        if not depth:
+            inner.update(node.output)
     return found
 
 

@@ -1,1 +1,1 @@
-"""The raw graph: who makes and reads each value, in which scope, and small editable regions."""
+"""The raw graph: who makes and reads each value, walks over it, and small editable regions."""

@@ -115,7 +115,6 @@ class GraphIndex:
 
     @functools.cached_property
     def _by_kind(self) -> dict[str, list[int]]:
-        """The own nodes of every operator type."""
         found: dict[str, list[int]] = {}
         for i in self.own:
             found.setdefault(self.nodes[i].op_type, []).append(i)
@@ -370,8 +369,6 @@ class GraphIndex:
         length = int(entries.get("length", 0)) or _byte_size(tensor)
         self.bytes_read += length
         return self.reader(entries["location"], int(entries.get("offset", 0)), length)
-
-    # -- provenance -------------------------------------------------------------------------------
 
     def layer(self, node: int) -> str:
         """The torch module a node came from (`layer_of`)."""

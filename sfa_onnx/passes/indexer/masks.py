@@ -11,7 +11,7 @@ Everything else (windows, sequence ids, group routing) is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.places import single
-from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.indexer.runs import evaluated, of_sizes, reach, samples
@@ -44,7 +44,6 @@ _SWAPPED: Final = {  # a op b = b swapped a
     "Greater": "Less",
     "GreaterOrEqual": "LessOrEqual",
 }
-_MOST_STEPS: Final = 32
 _MOST_REACH: Final = 160  # sizes near which a mask made of sizes alone is looked at
 
 
@@ -117,13 +116,7 @@ def all_seen(prefix: Prefix, keys: Label) -> bool:
 
 def _whole(tracer: Tracer, literal: Visible, keys: Label) -> list[Visible]:
     """The literals of a mask that is read from a part of it: a row, or as many keys as are used."""
-    ref = literal.ref
-    for _ in range(_MOST_STEPS):
-        node = tracer.index.maker(ref.value)
-        step = tracer.step(ref) if node is not None else None
-        if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
-            break
-        ref = step.ref
+    *_, ref = _views(tracer, literal.ref)
     if ref == literal.ref:
         return [literal]
     try:
@@ -161,16 +154,21 @@ def _deepest(tracer: Tracer, literal: Visible) -> Visible:
 
     Exporters write a mask once for the selection and once for the attention.
     """
-    ref = literal.ref
-    for _ in range(_MOST_STEPS):
-        step = tracer.step(ref) if tracer.index.maker(ref.value) is not None else None
-        if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
+    kind, deepest = tracer.sizes.elem_type(literal.ref.value), literal.ref
+    for ref in _views(tracer, literal.ref):
+        whole = ref is literal.ref or _all_there_is(tracer, ref)
+        if not whole or tracer.sizes.elem_type(ref.value) != kind:
             break
-        same = tracer.sizes.elem_type(step.ref.value) == tracer.sizes.elem_type(ref.value)
-        if not same or not _all_there_is(tracer, step.ref):
-            break
-        ref = step.ref
-    return replace(literal, ref=Ref(tracer.representative(ref.value), ref.coords))
+        deepest = ref
+    return replace(literal, ref=Ref(tracer.representative(deepest.value), deepest.coords))
+
+
+def _views(tracer: Tracer, ref: Ref) -> Iterator[Ref]:
+    """`ref`, and the elements behind it that it is, as long as no index is read."""
+    for own in tracer.moves(ref):
+        if own is not ref and any(c.reads for c in own.coords):
+            return
+        yield own
 
 
 def _unknown(tracer: Tracer, literal: Visible) -> Stop:
@@ -198,21 +196,14 @@ def _prefix(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
     Raises:
         Stop: keys are bounded from below.
     """
-    ref = literal.ref
-    for _ in range(_MOST_STEPS):
+    for ref in tracer.moves(literal.ref):
         if (found := _table(tracer, replace_ref(literal, ref), keys)) is not None:
             return found
         node = tracer.index.maker(ref.value)
-        if node is None:
-            return None
-        if node.op_type in _TURNED and literal.is_bool:
+        if node is not None and node.op_type in _TURNED and literal.is_bool:
             return compared(tracer, replace_ref(literal, ref), keys, Expr.of(keys))
-        if node.op_type == "Trilu":
+        if node is not None and node.op_type == "Trilu":
             return _triangle(tracer, node, replace_ref(literal, ref), keys)
-        step = tracer.step(ref)
-        if not isinstance(step, Move):
-            return None
-        ref = step.ref
     return None
 
 

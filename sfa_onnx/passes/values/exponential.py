@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.values.arithmetic import LOW, addends, all_flags, coefficient, factors
-from sfa_onnx.passes.values.identity import Identity, Normal, row
+from sfa_onnx.passes.values.identity import Normal, row
 from sfa_onnx.passes.values.terms import ZERO, Term, number
 
 __all__ = ["ROWS", "is_positive", "reaches_one", "weighed"]
@@ -291,32 +290,32 @@ def _of_flags(n: Normal, term: Term) -> Term | None:
     return n.flag(n.make("any" if term.op == "maximum" else "all", body.args, term.label))
 
 
-def _rows() -> Iterable[Identity]:
+ROWS: Final = (
     # numbers; exp(-inf) = 0: a hidden key has no weight
-    yield row("exp of a number", "exp", "exp(-inf)", "0", _exp)
+    row("exp of a number", "exp", "exp(-inf)", "0", _exp),
     # a mask in front of the exponential is a flag behind it
-    yield row("exp of a mask", "exp", "exp(where(c, a, -inf))", "flag(c) * exp(a)", _exp_where)
+    row("exp of a mask", "exp", "exp(where(c, a, -inf))", "flag(c) * exp(a)", _exp_where),
     # mask * finfo.min
-    yield row(
+    row(
         *("exp of a low", "exp", "exp(a - 1e30 * flag(c))", "flag(not c) * exp(a)", _exp_low),
         *("exp(a - 2 * flag(c))", "flag(not c) * exp(a)"),
-    )
+    ),
     # subtracting a log-sum-exp divides by the sum; log2(e) ln(2) is 1 but for its rounding
-    yield row(
+    row(
         *("exp of a log", "exp", "exp(a - log(p))", "exp(a) * p ** -1", _exp_log),
         *("exp(a - 0.5 * log(p))", "exp(a) * p ** -1"),
-    )
+    ),
     # log-sum-exp of shifted scores is the shift and the rest
-    yield row("log", "log", "log(exp(a) * sum(t, exp(s)))", "a + log(sum(t, exp(s)))", _log)
+    row("log", "log", "log(exp(a) * sum(t, exp(s)))", "a + log(sum(t, exp(s)))", _log),
     # a running maximum starts at -inf
-    yield row("max of numbers", "max min", "max(-inf, a)", "a", _max)
+    row("max of numbers", "max min", "max(-inf, a)", "a", _max),
     # a floor under a maximum, below every score
-    yield row(
+    row(
         *("floor under scores", "max", "max(-1e30, maximum(t, s))", "maximum(t, s)", _max_low),
         *("max(2, maximum(t, s))", "maximum(t, s)"),
-    )
+    ),
     # a floor under a sum that holds exp(0)
-    yield row(
+    row(
         "floor under a shifted sum",
         "max",
         "max(1e-6, sum(t, exp(s - maximum(t, s))))",
@@ -324,37 +323,35 @@ def _rows() -> Iterable[Identity]:
         _floor,
         "max(2.5e3, sum(t, exp(s - maximum(t, s))))",
         "sum(t, exp(s - maximum(t, s)))",
-    )
-    yield row("empty sum", "sum", "sum(t, 0)", "0", _empty)
+    ),
+    row("empty sum", "sum", "sum(t, 0)", "0", _empty),
     # a Concat of keys
-    yield row(
+    row(
         *("sum by parts", "sum maximum minimum any all", "sum(t, pieces(s, v))"),
         *("sum_parts(s, v)", _by_parts),
-    )
-    yield row("sum of sums", "sum", "sum(t, s + v)", "sum(t, s) + sum(t, v)", _added)
+    ),
+    row("sum of sums", "sum", "sum(t, s + v)", "sum(t, s) + sum(t, v)", _added),
     # an axis of one element in the middle of the scores
-    yield row(
+    row(
         *("single element", "sum", "sum(t, sum(one, s * exp(dot)) * v)"),
         *("sum(t, s * exp(dot) * v)", _alone),
-    )
+    ),
     # any shift that does not depend on the key leaves the sum
-    yield row(
+    row(
         *("outside the sum", "sum", "sum(t, a * exp(s - b))", "a * exp(-b) * sum(t, exp(s))"),
         *(_outside, "sum(t, v * exp(s))", "v * sum(t, exp(s))"),
-    )
-    yield row(
+    ),
+    row(
         *("outside the maximum", "maximum", "maximum(t, s + a)", "maximum(t, s) + a"),
         _maximum_of_constant,
-    )
-    yield row("maximum of flags", "maximum", "maximum(t, flag(ct))", "flag(any(t, ct))", _of_flags)
+    ),
+    row("maximum of flags", "maximum", "maximum(t, flag(ct))", "flag(any(t, ct))", _of_flags),
     # entries along an axis of their own
-    yield row(
+    row(
         *("one point", "any", "any(u, at(u) == at(t) and su < 0)", "s < 0", _one_point),
         *("any(u, at(u) <= at(t) and su < 0)", "s < 0"),
-    )
-    yield row("minimum of flags", "minimum", "minimum(t, flag(ct))", "flag(all(t, ct))", _of_flags)
+    ),
+    row("minimum of flags", "minimum", "minimum(t, flag(ct))", "flag(all(t, ct))", _of_flags),
     # the sum over one key is that key
-    yield row("bound label", "sum maximum minimum any all", "sum(u, su)", "sum(t, s)", _named)
-
-
-ROWS: Final = tuple(_rows())
+    row("bound label", "sum maximum minimum any all", "sum(u, su)", "sum(t, s)", _named),
+)

@@ -8,7 +8,7 @@ from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.values.arithmetic import LOW, factors
-from sfa_onnx.passes.values.identity import Identity, Normal, row
+from sfa_onnx.passes.values.identity import Normal, row
 from sfa_onnx.passes.values.terms import FALSE, ZERO, Term, number
 
 __all__ = ["ROWS", "is_lonely", "parts_of", "shown_somewhere"]
@@ -142,19 +142,19 @@ _SEEN: Final = "any(t, ct)"
 _NONE: Final = "all(t, not ct)"
 
 
-def _rows() -> Iterable[Identity]:
+ROWS: Final = (
     # weights of keys, in rows that have none
-    yield row(
+    row(
         *("key of an empty row", "mul", f"flag(ct) * flag({_NONE}) * a", "0", _of_a_key),
         *("flag(c) * flag(all(t, not ct))", "0"),
-    )
-    yield row(
+    ),
+    row(
         *("flag of a sum", "mul", f"flag(ct) * (a + flag({_NONE}) * b)", "flag(ct) * a", _kept),
         *(f"flag(c) * (a + flag({_NONE}) * b)", "flag(c) * a"),
-    )
-    yield row("key and empty row", "and", f"ct and {_NONE}", "false", _joint)
+    ),
+    row("key and empty row", "and", f"ct and {_NONE}", "false", _joint),
     # scores of rows without a key are made finite, so that the softmax is no NaN
-    yield row(
+    row(
         "empty row filled",
         "where",
         f"where({_SEEN}, where(ct, a, -inf), b)",
@@ -162,16 +162,14 @@ def _rows() -> Iterable[Identity]:
         _filled,
         f"where({_SEEN}, where(c, a, -inf), b)",
         f"where(c, a, where({_NONE}, b, -inf))",
-    )
-    yield row(
+    ),
+    row(
         *("key or empty row", "where", f"where(ct, a, flag({_NONE}) * b)"),
         *(f"flag(ct) * a + flag({_NONE}) * b", _apart),
         *(f"where(c, a, flag({_NONE}) * b)", f"flag(c) * a + flag({_NONE}) * b"),
-    )
-    yield row(
+    ),
+    row(
         *("shifted fill", "add", "where(c, a, where(d, b, -inf)) + p"),
         *("where(c, a + p, where(d, b + p, -inf))", _shifted),
-    )
-
-
-ROWS: Final = tuple(_rows())
+    ),
+)

@@ -8,8 +8,8 @@ import onnx
 
 from sfa_onnx.passes.candidate import Candidate
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.scope_index import ScopeIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies, owners
+from sfa_onnx.passes.scopes.index import ScopeIndex
 from sfa_onnx.passes.splice import splice, taken_names
 from sfa_onnx.report import SiteReport
 
