@@ -46,7 +46,10 @@ def plain(tmp_path: Path) -> Path:
 def test_every_verb_has_json_and_help() -> None:
     actions = next(a for a in build_parser()._actions if a.dest == "verb")
     assert actions.choices is not None
-    assert set(actions.choices) == VERBS
+    assert set(actions.choices) == VERBS, (
+        "a verb has its part of sfa_onnx/cli/parser.py, its line in VERBS here and in VERBS of"
+        " tests/test_all_doors.py, and its row in README.md"
+    )
     for parser in actions.choices.values():  # type: ignore[union-attr]
         assert "--json" in parser.format_help()
 

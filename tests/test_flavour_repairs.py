@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -386,3 +387,14 @@ def test_cases_recorded_as_silently_misread_are_all_rewritten_or_refused():
             untouched.append(case)
     # Too many or too few inputs is no question of flavour: `check` reports both.
     assert set(untouched) <= {"041-surplus-inputs", "043-too-few-inputs"}
+
+
+def test_every_rewrite_is_in_a_table() -> None:
+    """A rule that nobody calls repairs nothing, and no test of models would miss it."""
+    rooms = Path(flavour.__file__).parent.parent
+    sources = "".join(p.read_text() for p in rooms.rglob("*.py"))
+    for name in re.findall(r"^def (\w+)\(scope: Scope, node: NodeProto\)", sources, re.M):
+        assert len(re.findall(rf"\b{name}\b", sources)) > 1, (
+            f"{name}: enter it in REPAIRS (or its module's list) of sfa_onnx/ascend/flavour, and"
+            " test it against onnxruntime in tests/test_flavour_*.py"
+        )

@@ -5,6 +5,7 @@ A value, default or layout that somebody changes in the table alone fails here, 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from benchmarks.kernel_abi import ISAS
 from sfa_onnx import runtime
 from sfa_onnx.errors import ContractError, ModelError
 from sfa_onnx.operator import op
@@ -46,11 +48,16 @@ def model_with(contract: OpContract, **values: Any) -> onnx.ModelProto:
 
 def takes(contract: OpContract, **values: Any) -> bool:
     """Whether the library makes a kernel of such a node; the default is what None stands for."""
+    return loads(model_with(contract, **values))
+
+
+def loads(model: onnx.ModelProto) -> bool:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
     try:
-        runtime.session(model_with(contract, **values), options)
+        runtime.session(model, options)
     except (ContractError, ModelError):
         return False
     return True
@@ -70,7 +77,11 @@ def legal(contract: OpContract, attribute: Attribute, value: Any) -> bool:
 
 def first_type(contract: OpContract, tensor: Tensor) -> int:
     """The first element type that is legal for an input or output."""
-    text = contract.types_of(tensor)[0]  # "tensor(float16)"
+    return element(contract.types_of(tensor)[0])
+
+
+def element(text: str) -> int:
+    """The element type behind onnx's "tensor(float16)"."""
     return TensorProto.DataType.Value(text[len("tensor(") : -1].upper())
 
 
@@ -99,6 +110,30 @@ def test_the_library_reads_every_attribute_and_input(contract: OpContract) -> No
         runtime.session(model)
     except ModelError as error:
         pytest.fail(f"{contract.name} with every input of op.py: {error}. {PLACE}")
+
+
+VARIABLES = [(c, *v) for c in CONTRACTS.values() for v in c.type_variables]
+KINDS = ("float", "float16", "bfloat16", "double", "float8e4m3fn", "int8", "uint8")
+
+
+@pytest.mark.parametrize(("contract", "variable", "types"), VARIABLES, ids=str)
+def test_the_library_takes_the_types_of_the_table(
+    contract: OpContract, variable: str, types: tuple[str, ...]
+) -> None:
+    others = {v: names[0] for v, names in contract.type_variables}
+    for kind in KINDS:
+        text = f"tensor({kind})"
+        model = model_with(contract)
+        given = set(model.graph.node[0].input)
+        for tensor in contract.inputs:
+            named = others | {variable: text}
+            told = named.get(tensor.types) if isinstance(tensor.types, str) else tensor.types[0]
+            if tensor.name in given and told is not None:
+                info = next(v for v in model.graph.input if v.name == tensor.name)
+                info.type.tensor_type.elem_type = element(told)
+        del model.graph.output[:]
+        model.graph.output.append(onnx.ValueInfoProto(name=model.graph.node[0].output[0]))
+        assert loads(model) == (text in types), f"{contract.name}: {variable} = {kind}. {PLACE}"
 
 
 @pytest.mark.parametrize(("contract", "attribute"), PAIRS, ids=lambda x: x.name)
@@ -139,3 +174,16 @@ def test_as_many_keys_as_the_table_says_are_selected_by_default(contract: OpCont
     default = next(a.default for a in contract.attributes if a.name == "sparse_count")
     (indices,) = runtime.run(model, feeds).values()
     assert indices.shape == (1, 1, 1, default), PLACE
+
+
+def test_every_instruction_set_has_its_places() -> None:
+    """The recipe is docs/contributing/instruction-set.md."""
+    header = (ROOT / "kernels/core/sfa_core.h").read_text()
+    found = {n.lower(): int(v) for n, v in re.findall(r"SFA_CORE_ISA_(\w+) = (\d+)", header)}
+    assert found == ISAS, "benchmarks/kernel_abi.py: ISAS has the names and values of sfa_core.h"
+    dispatch = (ROOT / "kernels/core/dispatch.cc").read_text()
+    page = (ROOT / "docs/onnxruntime.md").read_text()
+    for name in found.keys() - {"auto"}:
+        step = "name, run-time test and place in the order of preference"
+        assert f'"{name}"' in dispatch, f"{name}: kernels/core/dispatch.cc lacks its {step}"
+        assert f"`{name}`" in page, f"{name}: docs/onnxruntime.md, under SFA_ONNX_ISA"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -17,8 +19,10 @@ from onnx import helper
 import sfa_onnx
 from sfa_onnx import runtime
 from sfa_onnx.ascend import flavour
+from sfa_onnx.ascend.cann import CANN_VERSIONS
 from sfa_onnx.ascend.checks.plugin import EXPANSIONS
 from sfa_onnx.ascend.flavour import nodes
+from sfa_onnx.cli.parser import CACHE_FORMS
 from sfa_onnx.errors import ContractError
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.kv_convert import FORMS, convert
@@ -32,6 +36,7 @@ from tests.op_models import op_model
 from tests.test_flavour import fused
 from tests.test_kv_convert import growing
 
+ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = (op.SPARSE_FLASH_ATTENTION_ANTIQUANT, op.SPARSE_FLASH_ATTENTION)
 FORMULAS = {
     op.SPARSE_FLASH_ATTENTION_ANTIQUANT.name: reference.sparse_flash_attention_antiquant,
@@ -122,6 +127,39 @@ def test_every_operator_has_its_place_on_the_npu() -> None:
     lost = {o.name for o in op.ALL_OPS} - bound
     assert not lost, f"{lost}: add a Binding, or expand it in kernels/ascend/plugin and EXPANDED"
     assert set(EXPANSIONS) == {o.name for o in op.EXPANDED}, "say what it becomes: EXPANSIONS"
+
+
+@pytest.mark.parametrize("binding", op.BINDINGS, ids=lambda b: b.name)
+def test_outputs_have_the_names_of_ges_prototype(binding: op.Binding) -> None:
+    """The plug-ins, the torch results and the reference page call them so."""
+    named = tuple(t.name for t in binding.contract.outputs)
+    assert named == binding.ge_outputs, "rename both: `outputs` of the contract and of its Binding"
+
+
+def test_every_form_of_a_cache_is_offered_told_and_its_own() -> None:
+    assert set(FORMS) == set(CACHE_FORMS), "sfa_onnx/cli/parser.py offers the forms: CACHE_FORMS"
+    road = re.search(r"^FORMS = \(.*\)$", (ROOT / "tests/test_road.py").read_text(), re.M)
+    assert road is not None
+    assert all(f'"{form}"' in road[0] for form in FORMS), "tests/test_road.py walks them: FORMS"
+    page = (ROOT / "docs/kv-cache.md").read_text()
+    untold = [form for form in FORMS if f"`{form}`" not in page]
+    assert not untold, f"docs/kv-cache.md says nothing of {untold}"
+    made: dict[Any, str] = {}
+    for form in FORMS:
+        graph = convert(growing(), to=form).model.graph
+        inputs = tuple((v.name, v.type.tensor_type.elem_type) for v in graph.input)
+        operators = tuple(n.op_type for n in graph.node)
+        other = made.setdefault((inputs, operators), form)
+        assert other == form, f"{form} gives what {other} gives: teach sfa_onnx/kv_convert the form"
+
+
+def test_every_line_of_cann_has_facts_and_is_told() -> None:
+    """Only the one table names a line; what it does must have been run or read by somebody."""
+    page = (ROOT / "docs/ascend.md").read_text()
+    assert f"`--cann {'|'.join(CANN_VERSIONS)}`" in page, (
+        "a line of CANN: its row of sfa_onnx/ascend/cann.py from runs or sources, verdicts of its"
+        " parser (tests/data/atc), and docs/ascend.md: `--cann`, and what of it was run"
+    )
 
 
 def test_a_spelling_stands_for_one_operator() -> None:
