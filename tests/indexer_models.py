@@ -23,7 +23,8 @@ class Spelling:
         product: "matmul", "einsum", "sum", or "parts" (of two column ranges, added up).
         weigh: "matmul", "einsum", "mul" (times and sum), "mean" over heads.
         relu: "relu", "clamp", "where", "max".
-        scale: "products", "relu", "weights", "scores" or "query".
+        scale: "products", "relu", "weights", "scores" or "query"; of keys in int8: "keys" (behind
+            the sum), "keys inside" (the relu), "stored" (given, as the keys are).
         mask: "" or how keys are hidden: see `_masked`.
         top: "min" (min(K, keys)), "all" (K), "unsorted".
         rows: query rows, or open.
@@ -56,17 +57,28 @@ class Indexer(nn.Module):
             q = q * by
         if s.scale == "weights":
             w = w * by
+        by_key: Any = None
+        if s.scale == "stored":
+            k, by_key = k.float(), more[-1].unsqueeze(1)
+        if s.scale.startswith("keys"):
+            by_key = (k.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-9)
+            k, by_key = torch.round(k / by_key).to(torch.int8).float(), by_key.transpose(1, 2)
+        if s.wrong == "signed scale":
+            by_key = by_key - 0.5
         if s.wrong == "pooled":
             k = k.reshape(k.shape[0], k.shape[1] // 2, 2, k.shape[2]).mean(2)
         x = _products(s, q, k)
         if s.wrong == "negative":
             x = x * -0.5
         x = x * by if s.scale == "products" else x
+        x = x * by_key.unsqueeze(1) if s.scale == "keys inside" else x
         x = _relu(s, x)
         x = x * by if s.scale == "relu" else x
         x = _weighed(s, x, w)
         if s.scale == "scores":
             x = x * by
+        if s.scale in ("keys", "stored"):
+            x = x * by_key
         if s.wrong == "key weights":
             x = x * more[-1].unsqueeze(1)
         if s.wrong == "routing":
@@ -221,6 +233,9 @@ def inputs(s: Spelling, batch: int = 2, rows: int = 0, keys: int = 0, seed: int 
         given["positions"] = torch.randint(0, keys, (batch, rows), generator=make)
     if s.mask == "handed in":
         given["seen"] = torch.rand(batch, rows, keys, generator=make) < 0.7
+    if s.scale == "stored":
+        given["k"] = torch.randint(-127, 128, given["k"].shape, generator=make).to(torch.int8)
+        given["by_key"] = torch.rand(batch, keys, generator=make)
     if s.wrong == "key weights":
         given["scale"] = torch.randn(batch, keys, generator=make)
     return given
@@ -231,7 +246,7 @@ _AXES = {
     "kept": {0: "batch", 1: "keys"}, "longer": {0: "batch", 1: "total"},
     "lengths": {0: "batch"}, "start": {0: "batch"},
     "positions": {0: "batch", 1: "rows"}, "seen": {0: "batch", 1: "rows", 2: "keys"},
-    "scale": {0: "batch", 1: "keys"},
+    "scale": {0: "batch", 1: "keys"}, "by_key": {0: "batch", 1: "keys"},
 }  # fmt: skip
 
 

@@ -44,6 +44,9 @@ SPELLINGS = {
     "half": replace(BASE, mask="both", dtype=torch.float16),
     "start": replace(BASE, mask="start"),
     "decode": replace(BASE, rows=1),
+    "int8 keys": replace(BASE, scale="keys", mask="causal fill"),
+    "int8 keys inside": replace(BASE, scale="keys inside", product="einsum", weigh="einsum"),
+    "int8 keys stored": replace(BASE, scale="stored", mask="both", weigh="mul"),
 }
 
 
@@ -86,7 +89,8 @@ WRONG = {
     "floor": "a floor other than 0",
     "outside": "the relu is outside the sum over heads",
     "negative": "not positive",
-    "key weights": "depends on the key",
+    "key weights": "depends on the key, and scale may be negative",
+    "signed scale": "depends on the key",
     "per head": "every head selects keys of its own",
     "plain sum": "heads have no weights",
     "pooled": "keys are pooled by ReduceMean",
@@ -95,9 +99,20 @@ WRONG = {
 }
 
 
+def test_scales_that_are_given_are_assumed_not_to_be_negative() -> None:
+    (site,) = sfa_onnx.fuse(spelt(replace(BASE, scale="stored"))).selections
+    assert site.record is not None
+    told = [a for a in site.record.assumptions if "negative" in a]
+    assert [a.split(": ")[:2] for a in told] == [["by_key", "scales of keys are not negative"]]
+    (site,) = sfa_onnx.fuse(spelt(replace(BASE, scale="keys"))).selections
+    assert site.record is not None
+    assert not [a for a in site.record.assumptions if "negative" in a]
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_near_miss_is_refused_by_name(wrong: str) -> None:
-    model = spelt(replace(BASE, wrong=wrong), fixed=wrong in ("pooled", "routing"))
+    base = replace(BASE, scale="stored") if wrong == "signed scale" else BASE
+    model = spelt(replace(base, wrong=wrong), fixed=wrong in ("pooled", "routing"))
     report = sfa_onnx.fuse(model)
     assert all(site.status == "refused" for site in report.selections)
     assert any(WRONG[wrong] in site.reason for site in report.selections), report.selections

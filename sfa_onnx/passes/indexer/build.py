@@ -45,6 +45,9 @@ class Replacement:
         self.listed = ""  # as `rows`; with padding, its keys are listed behind those visible
         for states in (*site.query, *site.key):
             self.e.learn(states[0].ref)
+        for part in site.formula.parts:
+            for ref in (*part.query_by, *(scale.ref for scale in part.key_by)):
+                self.e.learn(ref)
         self._operator()
 
     # -- operands -------------------------------------------------------------------------------
@@ -90,6 +93,10 @@ class Replacement:
         found = []
         for part, states in zip(self.site.formula.parts, paths, strict=True):
             ref, value = self._side(states, [*groups, [part.column]], hint)
+            refs = part.query_by if hint == "query" else tuple(x.ref for x in part.key_by)
+            for by_ref in refs:
+                by = e.cast(e.arrange(by_ref, [*groups, []], "scale"), kind)
+                value = e.emit("Mul", [value, by], hint, kind)
             if hint == "query" and part.factor != 1:
                 by = e.cast(e.constant(np.asarray(part.factor, np.float32)), kind)
                 value = e.emit("Mul", [value, by], hint, kind)

@@ -85,7 +85,12 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
     for refs, role in ((made.query, Role.QUERY), (made.key, Role.INDEX_KEY)):
         for ref in refs:
             add(ref, role)
-    for ref in site.formula.weights:
+    for part in site.formula.parts:
+        for scale in part.key_by:
+            text = f"{', '.join(scale.assumed)}: scales of keys are not negative"
+            domain = Domain(assumption=text if scale.assumed else "")
+            add(scale.ref, Role.SCALE if scale.outside else Role.INDEX_WEIGHTS, domain)
+    for ref in (*site.formula.weights, *(r for p in site.formula.parts for r in p.query_by)):
         add(ref, Role.INDEX_WEIGHTS)
     for literal in (*site.masks.padding, *site.masks.rows):
         if literal in site.masks.rows and _made_of(index, literal.ref.value, set(known)):

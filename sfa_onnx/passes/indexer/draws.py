@@ -61,8 +61,11 @@ def _tensor(
     if operand.role is Role.LENGTHS_KV:
         return _lengths(operand, shape, sizes, question, rng).astype(dtype)
     if question.kind == "ties":
-        return rng.integers(-2, 3, shape).astype(np.float64)
+        drawn = rng.integers(-2, 3, shape).astype(np.float64)
+        return np.abs(drawn) if operand.role is Role.SCALE else drawn
     found = rng.standard_normal(shape)
+    if operand.role is Role.SCALE:  # of keys: not negative
+        return np.abs(found)
     if operand.role is Role.INDEX_KEY and question.kind in ("nan", "infinite"):
         rows = found.reshape(-1, shape[-1])
         rows[:: max(2, len(rows) // 3)] = np.nan if question.kind == "nan" else 1e300

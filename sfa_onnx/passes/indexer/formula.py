@@ -6,7 +6,7 @@ What keeps the normal form of a selection's scores from being one is said by nam
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
@@ -14,15 +14,31 @@ from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Literal, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
 from sfa_onnx.passes.indexer.regions import SelectionRegion
+from sfa_onnx.passes.indexer.signs import assumed_positive, stored_narrow
 from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient, factors
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
 from sfa_onnx.passes.values.terms import Term
 
-__all__ = ["Formula", "Part", "read_formula"]
+__all__ = ["Formula", "Part", "Scale", "read_formula"]
 
 _WANTED: Final = "expected sum over heads of weight * relu(query . key)"
 _PLAIN: Final = frozenset(("Exp", "Max", "Min", "Pow", "Sqrt"))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A factor of keys.
+
+    Attributes:
+        ref: one element per key.
+        outside: it stands behind the relu, so it must not be negative.
+        assumed: graph inputs that are taken for scales, which never are.
+    """
+
+    ref: Ref
+    outside: bool = False
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,12 +49,16 @@ class Part:
         query, key: elements that are multiplied, over `column`.
         column: runs over their width.
         factor: how much of it there is next to the first one.
+        query_by, key_by: elements that query and key are multiplied by, and whether each of them
+            must not be negative.
     """
 
     query: Ref
     key: Ref
     column: Label
     factor: float = 1.0
+    query_by: tuple[Ref, ...] = ()
+    key_by: tuple[Scale, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,6 +191,8 @@ class _Parts:
         self.heads: list[Label] = []
         self.scale = 1.0
         self.dots: list[tuple[float, Term]] = []
+        self.inside: list[list[Ref]] = []  # factors under the relu, beside each of the dots
+        self.outside: list[Scale] = []  # factors of keys behind it
 
     def take(self, term: Term) -> None:
         """One product, sums within it included."""
@@ -201,19 +223,26 @@ class _Parts:
             above = condition.op in ("lt", "le") and condition.args[0].is_number(0.0)
             by, rest = coefficient(condition.args[1]) if above else (0.0, flags[0])
             if by > 0 and rest == dots[0]:
-                self.dots = [(1.0, dots[0])]
+                self.dots, self.inside = [(1.0, dots[0])], [[]]
                 return [f for f in own if f is not dots[0] and f is not flags[0]]
         return list(own)
 
     def _weight(self, ref: Ref) -> None:
-        if self.keys in ref.labels:
-            raise Stop(
-                f"the weight {ref.value} depends on the key",
-                ref.value,
-                "the operator has one weight per query row and head; a scale of keys that is"
-                " positive belongs into the keys",
-            )
-        self.weights.append(ref)
+        if self.keys not in ref.labels:
+            self.weights.append(ref)
+            return
+        assumed = assumed_positive(self.reader.tracer.index, ref.value)
+        if assumed is None or ref.labels & set(self.heads):
+            raise self._by_key(ref, "")
+        self.outside.append(Scale(ref, True, tuple(assumed)))
+
+    def _by_key(self, ref: Ref, why: str) -> Stop:
+        return Stop(
+            f"the weight {ref.value} depends on the key{why}",
+            ref.value,
+            "the operator has one weight per query row and head; a scale of keys that cannot be"
+            " negative belongs to the keys",
+        )
 
     def _activated(self, term: Term) -> None:
         """Max(0, c <q, k>)."""
@@ -226,11 +255,18 @@ class _Parts:
                 self.region.scores,
                 _WANTED,
             )
-        self.dots = [self._product(rest[0], part) for part in addends(rest[0])]
+        for part in addends(rest[0]):
+            by, found, beside = self._product(rest[0], part)
+            self.dots.append((by, found))
+            self.inside.append(beside)
 
-    def _product(self, whole: Term, part: Term) -> tuple[float, Term]:
-        """C <q, k> as (c, <q, k>)."""
-        by, found = coefficient(part)
+    def _product(self, whole: Term, part: Term) -> tuple[float, Term, list[Ref]]:
+        """C <q, k> a b as (c, <q, k>, [a, b])."""
+        by, rest = coefficient(part)
+        own = factors(rest)
+        beside = [f.ref for f in own if f.op == "element" and f.ref.value not in self.reader.opaque]
+        dots = [f for f in own if f.op == "dot"]
+        found = dots[0] if len(dots) == 1 == len(own) - len(beside) else rest
         if found.op != "dot":
             inside = "masks, biases and weights belong behind it"
             raise Stop(
@@ -244,7 +280,7 @@ class _Parts:
                 self.region.scores,
                 "negate the query (or the keys) instead",
             )
-        return by, found
+        return by, found, beside
 
     def sides(self, rows: tuple[Label, ...], keys: Label) -> tuple[Part, ...]:
         """The products, with queries and keys told apart.
@@ -261,7 +297,20 @@ class _Parts:
                 "multiply each head's relu by its weight (ones, if need be)",
             )
         first = self.dots[0][0]
-        return tuple(self._sides(dot, by / first, rows, keys) for by, dot in self.dots)
+        parts = []
+        for (by, dot), beside in zip(self.dots, self.inside, strict=True):
+            part = self._sides(dot, by / first, rows, keys)
+            inside = tuple(Scale(ref) for ref in beside if keys in ref.labels)
+            of_query = tuple(ref for ref in beside if keys not in ref.labels)
+            self._check_stored(part)
+            parts.append(replace(part, query_by=of_query, key_by=(*inside, *self.outside)))
+        return tuple(parts)
+
+    def _check_stored(self, part: Part) -> None:
+        """Only numbers in eight bits have a scale, which is not negative whoever gives it."""
+        for scale in self.outside:
+            if scale.assumed and not stored_narrow(self.reader.tracer, part.key):
+                raise self._by_key(scale.ref, f", and {scale.assumed[0]} may be negative")
 
     def _sides(self, dot: Term, factor: float, rows: tuple[Label, ...], keys: Label) -> Part:
         a, b, column = dot.factors

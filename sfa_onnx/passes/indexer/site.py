@@ -106,7 +106,9 @@ def _told(site: Selection) -> str:
     kinds = ["causal"] * (site.mode == 3) + ["lengths"] * bool(site.lengths)
     kinds += ["a sequence per row"] * site.by_row
     kinds += ["padding"] * bool(site.masks.padding) + ["rows"] * bool(site.masks.rows)
-    return f"masks: {', '.join(kinds) or 'none'}; top {site.count}"
+    scaled = [scale.ref.value for part in site.formula.parts for scale in part.key_by]
+    by = f"; keys times {', '.join(dict.fromkeys(scaled))}" if scaled else ""
+    return f"masks: {', '.join(kinds) or 'none'}; top {site.count}{by}"
 
 
 def _along_the_last(tracer: Tracer, node: onnx.NodeProto) -> None:
@@ -130,6 +132,9 @@ def _check_labels(formula: Formula, rows: Sequence[Label], batch: Sequence[Label
     for part in formula.parts:
         allowed.append((part.query, {*rows, *heads, part.column}, "query"))
         allowed.append((part.key, {*batch, formula.keys, part.column}, "key"))
+        allowed += [(ref, {*rows, *heads}, "factor of queries") for ref in part.query_by]
+        stored = {*batch, formula.keys}
+        allowed += [(scale.ref, stored, "factor of keys") for scale in part.key_by]
     for ref, labels, what in allowed:
         if strange := ref.labels - labels:
             names = ", ".join(sorted(x.name for x in strange))
@@ -202,6 +207,8 @@ def _sides(tracer: Tracer, formula: Formula) -> tuple[int, list[list[State]], li
     paths = [_exact(tracer, ref) for ref in refs]
     kinds = [tracer.sizes.elem_type(p[-1].ref.value) for p in paths]
     own = kinds[0] if len(set(kinds)) == 1 else _T.FLOAT
+    if any(part.query_by or part.key_by for part in formula.parts):
+        own = _T.FLOAT  # products with scales are rounded
     if own not in (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16):
         raise Stop(
             f"the scores are computed in {_T.DataType.Name(own)}", formula.query.value,

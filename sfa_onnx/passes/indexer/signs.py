@@ -1,0 +1,115 @@
+"""Which factors of keys are never negative: they may pass a relu, max(0, x) s = max(0, x s)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import onnx
+
+from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
+from sfa_onnx.passes.graph.index import GraphIndex
+
+__all__ = ["assumed_positive", "stored_narrow"]
+
+_T = onnx.TensorProto
+_NARROW: Final = frozenset(
+    (_T.INT8, _T.UINT8, _T.INT4, _T.FLOAT8E4M3FN, _T.FLOAT8E4M3FNUZ, _T.FLOAT8E5M2,
+     _T.FLOAT8E5M2FNUZ)
+)  # fmt: skip
+_NEVER: Final = frozenset(
+    ("Abs", "Exp", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Relu", "Sigmoid", "Softmax",
+     "Softplus", "Sqrt")
+)  # fmt: skip
+_KEEPS: Final = frozenset(  # of what is not negative, by the first input
+    ("Cast", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity",
+     "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape",
+     "Round", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze")
+)  # fmt: skip
+_ALL: Final = frozenset(("Add", "Concat", "Div", "Min", "Mul", "Sum"))
+_MOST_STEPS: Final = 64
+
+
+def assumed_positive(index: GraphIndex, value: str) -> list[str] | None:
+    """The graph inputs that must not be negative so that `value` is not; None: it may be."""
+    found: dict[str, None] = {}
+    seen: set[str] = set()
+    stack = [value]
+    while stack:
+        here = stack.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        needs = _needs(index, here)
+        if needs is None or len(seen) > _MOST_STEPS:
+            return None
+        if needs == [here]:
+            found[here] = None
+        else:
+            stack += needs
+    return list(found)
+
+
+def _needs(index: GraphIndex, value: str) -> list[str] | None:
+    """What must not be negative; the value itself: it is given; None: it may be, as far as seen."""
+    constant = index.constant(value)
+    if constant is not None:
+        return [] if constant.dtype.kind in "biuf" and bool((constant >= 0).all()) else None
+    node = index.maker(value)
+    if node is None:
+        return None if value in index.initializers else [value]
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type in _NEVER:
+        return []
+    if node.op_type in _KEEPS:
+        return [node.input[0]]
+    if node.op_type in _ALL:
+        twice = node.op_type == "Mul" and node.input[0] == node.input[1]
+        return [] if twice else list(node.input)
+    rule = _RULES.get(node.op_type)
+    return rule(index, node) if rule is not None else None
+
+
+def _clip(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
+    low = index.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+    told = attributes(node).get("min")
+    floor = float(np.min(low)) if low is not None else None if told is None else float(told)
+    return [] if floor is not None and floor >= 0 else [node.input[0]]
+
+
+def _max(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
+    known = [
+        assumed_positive(index, name) for name in node.input if index.constant(name) is not None
+    ]
+    return [] if [] in known else list(node.input)
+
+
+def _where(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
+    del index
+    return list(node.input[1:])
+
+
+def _pow(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
+    by = index.constant(node.input[1])
+    even = by is not None and by.size == 1 and float(by.reshape(-1)[0]) % 2 == 0
+    return [] if even else [node.input[0]]
+
+
+_RULES: Final[dict[str, Callable[[GraphIndex, onnx.NodeProto], list[str] | None]]] = {
+    "Clip": _clip, "Max": _max, "Pow": _pow, "Where": _where,
+}  # fmt: skip
+
+
+def stored_narrow(tracer: Tracer, ref: Ref) -> bool:
+    """Whether an element is stored in eight bits or fewer, and only cast on its way."""
+    for _ in range(_MOST_STEPS):
+        if tracer.sizes.elem_type(ref.value) in _NARROW:
+            return True
+        step = tracer.step(ref)
+        if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):
+            return False
+        ref = step.ref
+    return False
