@@ -111,6 +111,12 @@ SITES = {
         + "}>()\n upper = Constant<value=int64 {22}>()\n tri = Trilu<upper=1>(table, upper)\n"
         " mask = Add(sel, tri)"
     ),
+    "a table of the file in a Constant node": _dense(
+        _SCATTER
+        + "\n table = Constant<value=float[3,24] {"
+        + ",".join("-1e30" if t > s + 20 else "0" for s in range(3) for t in range(24))
+        + "}>()\n mask = Add(sel, table)"
+    ),
     "cache rounded to float16 in a float32 graph": _gather(
         "half = Cast<to=10>(kv)\n val, idx = TopK(scores, kk)\n ix = Unsqueeze(idx, m1)\n"
         " kh = GatherND<batch_dims=1>(half, ix)\n k = Cast<to=1>(kh)"

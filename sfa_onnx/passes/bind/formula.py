@@ -176,7 +176,7 @@ def _stored(tracer: Tracer, by: float, ref: Ref) -> tuple[float, Ref]:
 
 def _flat(tracer: Tracer, ref: Ref) -> Ref:
     """An element of a constant, at 0 along every axis that it is the same along."""
-    table = tracer.index.mask_table(ref.value) if ref.value in tracer.index.initializers else None
+    table = tracer.index.mask_table(ref.value)
     if table is None or table.ndim != len(ref.coords):
         return ref
     same = [bool((table == table.take([0], i)).all()) for i in range(table.ndim)]

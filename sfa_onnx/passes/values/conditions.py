@@ -131,10 +131,10 @@ class Conditions(Reader):
         if ref.value in tracer.joined:  # one mask per chunk of keys
             parts = [part for part, _ in tracer.joined[ref.value].parts]
             return all(_is_mask(self.term(part)) for part in parts)
-        if ref.value in tracer.index.initializers:
+        node = tracer.index.maker(ref.value)
+        if ref.value in tracer.index.initializers or (node and node.op_type == "Constant"):
             table = tracer.index.mask_table(ref.value)
             return table is not None and bool(((table == 0) | (table < LOW)).all())
-        node = tracer.index.maker(ref.value)
         if node is not None and node.op_type == "Trilu":
             fill = tracer.fill(node.input[0])  # the other triangle is 0
             return fill is not None and fill < LOW
