@@ -260,7 +260,8 @@ class Adapter:
     def fake(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The same results without values."""
         tensors, attributes = self.bind(args, kwargs)
-        return self._shaped(shapes_of(self.op, tensors, attributes), tensors["query"], attributes)
+        first = next(iter(tensors.values()))  # of a query's device, where there is one
+        return self._shaped(shapes_of(self.op, tensors, attributes), first, attributes)
 
     def _shaped(
         self,
