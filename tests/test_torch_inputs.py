@@ -75,6 +75,20 @@ def test_pages_may_lie_apart_and_nothing_else():
             packet(**(given | {"query": given["query"][:1].expand(given["query"].shape)}))
 
 
+def test_what_is_no_dense_tensor_is_refused_by_name():
+    for packet, given, _ in calls():
+        needed = ["query", "key", *(n for n in ("sparse_indices", "weights") if n in given)]
+        for name in needed:
+            with pytest.raises(ContractError, match=f"{name}: expected a tensor, got None"):
+                packet(**(given | {name: None}))
+            sparse = given[name].float().to_sparse()
+            with pytest.raises(ContractError, match=rf"{name}: expected a dense .*{name}.to_dense"):
+                packet(**(given | {name: sparse}))
+    packet, given = quant()
+    with pytest.raises(ContractError, match=r"sparse_indices: expected shape \[3, 3, 1, K\], got"):
+        packet(**(given | {"sparse_indices": given["sparse_indices"][:1]}))
+
+
 def test_gradients_are_refused_only_where_they_are_wanted():
     packet, given = quant()
     want, asking = packet(**given), given["query"].clone().requires_grad_()

@@ -62,7 +62,8 @@ def attention_form(
     common = sizes(tensors, *layouts, "actual_seq_lengths_kv")
     lead = [*query.shape[:-2], 1]
     if list(indices.shape[:-1]) != lead:
-        raise refuse("sparse_indices", f"shape {[*lead, 'K']}", list(indices.shape))
+        expected = ", ".join(map(str, lead))
+        raise refuse("sparse_indices", f"shape [{expected}, K]", list(indices.shape))
     nope, rope, tile = _widths(op, tensors, attributes)
     params = Params(
         struct_size=ctypes.sizeof(Params),

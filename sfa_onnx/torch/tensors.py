@@ -38,13 +38,17 @@ def check_usable(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse what the kernels cannot read in place or cannot differentiate.
 
     Raises:
-        ContractError: a tensor is not on the CPU, is not contiguous, or wants a gradient.
+        ContractError: a tensor is not on the CPU, not dense, not contiguous, or wants a gradient.
     """
     for name, tensor in tensors.items():
         if not tensor.is_cpu:
             raise ContractError(
                 f"{name}: expected a tensor on cpu like the others, got one on {tensor.device};"
                 f" move it with {name}.cpu()"
+            )
+        if tensor.layout != torch.strided:
+            raise ContractError(
+                f"{name}: expected a dense tensor, got {tensor.layout}; call {name}.to_dense()"
             )
         if not tensor.is_contiguous():
             raise ContractError(
@@ -67,6 +71,8 @@ def dense_pages(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     dense = dict(tensors)
     for name in _CACHES:
         tensor = tensors.get(name)
-        if tensor is not None and tensor.dim() and tensor[:1].squeeze(0).is_contiguous():
+        if tensor is None or not tensor.dim() or tensor.layout != torch.strided:
+            continue
+        if tensor[:1].squeeze(0).is_contiguous():
             dense[name] = tensor.contiguous()
     return dense

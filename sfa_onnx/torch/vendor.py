@@ -176,6 +176,7 @@ class Adapter:
         self._types = _TYPES_INDEXER if op is QUANT_LIGHTNING_INDEXER else _TYPES_ATTENTION
         self._words = [n for n in self._names if _SPELLINGS.get(n, n) not in self._tensors]
         self._inputs = [n for n in self._names if n in self._tensors]
+        self._needed = [a.name for a in schema.arguments if str(a.type) == "Tensor"]
         self._forms: dict[tuple[Any, ...], _Known] = {}
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +189,19 @@ class Adapter:
         """Tensors and attributes of the contract; return_softmax_lse too, if only the schema's.
 
         Raises:
-            ContractError: an argument is given that CPU and A2/A3 know nothing of.
+            ContractError: a tensor is missing, or an argument is given that CPU and A2/A3 know
+                nothing of.
         """
         given = self.given(args, kwargs)
+        return self._tensors_of(given), self._attributes_of(given)
+
+    def _tensors_of(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Those of the contract; torch lets None pass for a tensor that has to be given."""
         tensors = {n: t for n in self._inputs if (t := given[n]) is not None}
-        return tensors, self._attributes_of(given)
+        for name in self._needed:
+            if name not in tensors:
+                raise ContractError(f"{name}: expected a tensor, got None")
+        return tensors
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rounding: str) -> Any:
         """The CPU implementation."""
@@ -220,8 +229,7 @@ class Adapter:
     ) -> Any:
         """A call of a new form, or over tensors that are not used as they are."""
         given = self.given(args, kwargs)
-        tensors = {n: t for n in self._inputs if (t := given[n]) is not None}
-        attributes = self._attributes_of(given)
+        tensors, attributes = self._tensors_of(given), self._attributes_of(given)
         types = tuple(given.get(name) for name in self._types)
         if self.takes_float8 and is_float8(tensors, *types):
             values = compute_float8(self.op, tensors, attributes, types, rounding)
