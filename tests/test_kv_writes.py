@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
+from sfa_onnx.kv_convert.trace import _place_units
 from tests.index_models import indexer
 from tests.test_kv_convert import (
     N1,
@@ -66,6 +67,36 @@ def test_float_pages_are_written_at_one_place() -> None:
     node(source.graph, "scr").input[1] = "pos_r"
     with pytest.raises(ModelError, match="buf_c and buf_r are written at places"):
         convert(source, to="paged")
+
+
+@pytest.mark.parametrize("where", ["keep", None])
+def test_the_length_of_a_buffer_is_taken_from_an_input_that_has_it(where: str | None) -> None:
+    """Pages are whole blocks: where a mask says how long the buffer was, its rows are as many."""
+    source = static_cache("hf")
+    if where:
+        source.graph.input.append(vi(where, ["b", "cap"]))
+        source.graph.node.append(helper.make_node("Neg", [where], ["kept"]))
+        source.graph.output.append(vi("kept", ["b", "cap"]))
+    source.graph.node.append(helper.make_node("Shape", ["buf_c"], ["dims"]))
+    source.graph.output.append(vi("dims", [4], TensorProto.INT64))
+    feeds = feeds_for(source)
+    report = convert(source, to="paged", block_size=32)
+    shapes = {n.input[0] for n in report.model.graph.node if n.op_type == "Shape"}
+    assert (where in shapes) == (where is not None)
+    interface = read_interface(report.model)
+    assert interface is not None
+    want = run(source, feeds)["dims"]
+    if where is None:
+        want[2] = -(-want[2] // 32) * 32
+    got = run(report.model, adapt_feeds(interface, feeds))
+    np.testing.assert_array_equal(got["dims"], want)
+
+
+def test_unit_dims_find_their_place_among_the_others() -> None:
+    for labels, want in (("BS1", "BS1"), ("SB1", "1SB"), ("SBN", "NSB"), ("1S1", "1S1")):
+        axes = ["1", "S", "1"]
+        _place_units(axes, {1}, tuple(labels))
+        assert "".join(axes) == want, labels
 
 
 def test_a_counter_that_each_layer_keeps_is_one() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sfa_onnx.errors import ContractError
-from sfa_onnx.operator import kv_cache, reference
+from sfa_onnx.operator import kv_cache, reference, sequences
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
 from sfa_onnx.operator.reference_npu import half_away
 from tests.attention_cases import BF16, LAYOUTS, make_case, softmax_reference
@@ -242,6 +242,13 @@ def test_violations_are_refused_with_their_cause(name):
     spoil(case)
     with pytest.raises(ContractError, match=text):
         case.reference()
+
+
+def test_a_sequence_without_a_token_between_two_others_is_one():
+    starts, counts = sequences._prefix(np.array([2, 2, 5]), 5, "kv")
+    assert (starts.tolist(), counts.tolist()) == ([0, 2, 2], [2, 0, 3])
+    with pytest.raises(ContractError, match=r"kv\[2\] \(prefix sum\): expected >= 2, got 1"):
+        sequences._prefix(np.array([0, 2, 1]), 5, "kv")
 
 
 def test_decreasing_prefix_sums_are_refused():
