@@ -6,8 +6,27 @@ import dataclasses
 
 import numpy as np
 import pytest
+from onnx import ModelProto, TensorProto
 
 from sfa_onnx.runtime.compare.difference import DECADES, CompareReport, OutputRow, measure
+from sfa_onnx.runtime.compare.room import weight_bytes
+from sfa_onnx.runtime.compare.rounded import in_order
+
+
+def test_weights_are_as_large_as_they_are_stored():
+    model = ModelProto()
+    for dims, kind in (([3, 5], TensorProto.FLOAT16), ([7], TensorProto.INT64), ([0, 9], 1)):
+        model.graph.initializer.add(dims=dims, data_type=kind)
+    assert weight_bytes(model) == 3 * 5 * 2 + 7 * 8
+
+
+def test_a_selection_is_compared_by_its_keys_and_numbers_by_their_place():
+    x = np.array([[[3, 1], [2, -1]], [[5, 4], [0, 7]]])
+    want = [[[1, 3], [-1, 2]], [[4, 5], [0, 7]]]
+    for kind in (np.int32, np.int64):
+        assert in_order(x.astype(kind)).tolist() == want
+    assert in_order(np.array([[2, 1]], np.uint8)).tolist() == [[1, 2]]
+    assert in_order(x.astype(np.float32)).tolist() == x.tolist()
 
 
 def test_nonfinite_values_must_stand_in_the_same_places():

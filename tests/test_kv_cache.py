@@ -129,6 +129,15 @@ def test_a_cache_that_no_sequence_uses_has_one_page_and_one_column():
     assert (kv_cache.unpage(pages, table, np.array([4])) == rows).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (3, 2), (2, 1), (0, 0)])
+def test_a_table_has_a_row_for_each_sequence_and_a_column_for_each_page(shape):
+    rows = np.zeros((2, 8, 1, 4), np.int8)
+    table = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    with pytest.raises(ContractError, match=r"block_table: expected \[2, >= 2\], got"):
+        kv_cache.page(rows, 4, block_table=table)
+    assert kv_cache.page(rows, 4, block_table=[[0, 1, -1], [2, 3, -1]])[0].shape[0] == 4
+
+
 def test_rows_without_a_rope_unpack_to_one_of_width_zero():
     rows = kv_cache.pack(np.ones((2, 3, 128), np.float32))
     nope, rope, scale = kv_cache.unpack(rows, PackedRow(nope=128, rope=0))

@@ -130,6 +130,20 @@ def test_growing_cache(form: str) -> None:
         assert loss(got[name], expected[name]) < 1.5e-2
 
 
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_a_row_holds_the_rope_in_the_type_of_the_query(kind: int) -> None:
+    source = growing()
+    for value in (*source.graph.input, *source.graph.output, *source.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = kind
+    report = convert(source, to="packed-int8", tile_size=TILE)
+    size = 4 if kind == TensorProto.FLOAT else 2
+    assert report.bytes_per_token_before == size * (C + R)
+    assert report.bytes_per_token_after == C + size * R + 4 * (C // TILE)
+    rows = report.model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
+    assert rows == report.bytes_per_token_after
+
+
 def test_packed_interface_is_listed_and_rows_are_exact() -> None:
     source = growing()
     report = convert(source, to="packed-int8", tile_size=TILE)
