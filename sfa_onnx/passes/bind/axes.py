@@ -74,19 +74,10 @@ def _is_few(union: Kept, key: Label) -> bool:
 
 def _unselected(site: Site) -> Stop | None:
     """Why a selection upstream is not one of these keys; None when pages explain the gather."""
-    tracer = site.tracer
-    for read in all_reads(site.nope.deep.ref.coords):
-        for value in index_sources(tracer, Ref(read.value, read.coords)):
-            if tracer.index.maker(value) is not None:  # a TopK, not a page table from outside
-                return Stop(
-                    f"{value} selects blocks of keys, not single ones (read at"
-                    f" {', '.join(map(str, read.coords))})",
-                    value,
-                    "select token by token",
-                    addressing=True,
-                )
-        return None
-    where = site.nope.deep.ref.value
+    reads = all_reads(site.nope.deep.ref.coords)
+    if (read := next(reads, None)) is not None:
+        return _of_blocks(site.tracer, read)
+    tracer, where = site.tracer, site.nope.deep.ref.value
     if (changed := rows_changed(tracer, where)) is not None:
         return changed
     if _gathered_apart(tracer, site.nope.deep.ref, site.key):
@@ -126,6 +117,20 @@ def _unselected(site: Site) -> Stop | None:
         where,
         "expected keys gathered by one index tensor, or a scattered mask",
     )
+
+
+def _of_blocks(tracer: Tracer, read: Read) -> Stop | None:
+    """What a selection of blocks is refused by; None where no selection makes the index."""
+    for value in index_sources(tracer, Ref(read.value, read.coords)):
+        if tracer.index.maker(value) is not None:  # a TopK, not a page table from outside
+            return Stop(
+                f"{value} selects blocks of keys, not single ones (read at"
+                f" {', '.join(map(str, read.coords))})",
+                value,
+                "select token by token",
+                addressing=True,
+            )
+    return None
 
 
 def _bounded_only(site: Site) -> Stop | None:

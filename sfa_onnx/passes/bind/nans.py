@@ -25,17 +25,9 @@ from sfa_onnx.passes.values.terms import FALSE, TRUE, ZERO, Term, element
 __all__ = ["check_nan"]
 
 _LIMIT: Final = 64  # values looked at
-_PASSING: Final = (PARTS | PRODUCTS) | {
-    "Add",
-    "CastLike",
-    "Concat",
-    "Div",
-    "Gather",
-    "Mul",
-    "Neg",
-    "Sub",
-    "Sum",
-}
+_PASSING: Final = (PARTS | PRODUCTS) | (
+    {"Add", "CastLike", "Concat", "Div", "Gather", "Mul", "Neg", "Sub", "Sum"}
+)
 
 
 def check_nan(site: Site) -> None:

@@ -19,24 +19,12 @@ from sfa_onnx.passes.graph.walk import below
 from sfa_onnx.passes.graph.weights import is_table, is_weight
 from sfa_onnx.passes.values.attention_op import is_attention
 
-__all__ = [
-    "Seen",
-    "attention_roots",
-    "fed_by_selection",
-    "reaches_selection",
-]
+__all__ = ["Seen", "attention_roots", "fed_by_selection", "reaches_selection"]
 
 # Behind the keys' own projection only views, casts, dequantisation and work on bytes are followed.
-_STRUCTURAL = (BITS | GATHERS | PARTS) | {
-    "Concat",
-    "DequantizeLinear",
-    "IsNaN",
-    "Mod",
-    "Mul",
-    "ScatterND",
-    "Tile",
-    "Where",
-}
+_STRUCTURAL = (BITS | GATHERS | PARTS) | (
+    {"Concat", "DequantizeLinear", "IsNaN", "Mod", "Mul", "ScatterND", "Tile", "Where"}
+)
 _SCATTERS = frozenset(("ScatterElements", "ScatterND", "OneHot"))
 _ENDS = frozenset(("Constant", "Shape", "Size", "Softmax", "TopK"))
 _SEEN, _BEHIND = 20_000, 24

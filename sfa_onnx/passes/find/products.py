@@ -21,8 +21,10 @@ _ENDS: Final = GATHERS | {"Attention", "Constant", "Shape", "Size", "Softmax", "
 
 def products(index: GraphIndex) -> list[int]:
     """Every product of the graph, in order."""
-    sums = index.of_kinds(PRODUCTS | {"ReduceSum"})
-    return [i for i in sums if is_product(index, index.nodes[i])]
+    free = index.initializers.keys().isdisjoint  # most products of a model have a weight
+    found = [i for i in index.of_kinds(PRODUCTS) if free(index.nodes[i].input[:2])]
+    found += index.of_kinds(("ReduceSum",))
+    return sorted(i for i in found if is_product(index, index.nodes[i]))
 
 
 def is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
@@ -30,9 +32,7 @@ def is_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
     if node.op_type == "Einsum" and not _contracts(node):
         return False
     factors = operands(index, node)
-    if not factors or not index.initializers.keys().isdisjoint(factors):
-        return False
-    return not any(is_weight(index, n) for n in factors)
+    return bool(factors) and not any(is_weight(index, n) for n in reversed(factors))
 
 
 def _contracts(node: onnx.NodeProto) -> bool:

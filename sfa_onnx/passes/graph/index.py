@@ -216,10 +216,12 @@ class GraphIndex:
         for value, i in reversed(self.producer.items()):
             if i < first or living[i - first]:
                 continue
-            users = readers.get(value, ())
-            early += [u for u, _ in users if first <= u < i]
-            if value in self._outputs or any(u < first or living[u - first] for u, _ in users):
-                living[i - first] = True
+            alive = value in self._outputs
+            for user, _ in readers.get(value, ()):
+                if first <= user < i:
+                    early.append(user)
+                alive = alive or user < first or living[user - first] > 0
+            living[i - first] = alive
         if early:
             self._wake(living, [i for i in self.own if living[i - first]])
         return living

@@ -20,24 +20,9 @@ __all__ = ["SelectionRegion", "selection_regions"]
 
 _MOST: Final = 400  # nodes between products and one TopK
 _ACTIVATIONS: Final = (
-    frozenset(
-        (
-            "Abs",
-            "Celu",
-            "Clip",
-            "Elu",
-            "Erf",
-            "Exp",
-            "Gelu",
-            "HardSigmoid",
-            "HardSwish",
-            "LeakyRelu",
-        )
-    )
-    | frozenset(
-        ("Max", "Mish", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Sqrt")
-    )
-    | frozenset(("Swish", "Tanh", "ThresholdedRelu"))
+    {"Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu"}
+    | {"Max", "Mish", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Sqrt"}
+    | {"Swish", "Tanh", "ThresholdedRelu"}
 )
 _SUMS: Final = frozenset(("ReduceSum", "ReduceMean", "ReduceMax")) | PRODUCTS
 
