@@ -25,6 +25,7 @@ from sfa_onnx.passes.assume import FLAGS, MASKS, asserted, note_assumptions
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find.search import FindOptions, find_candidates
 from sfa_onnx.passes.graph.attention_caches import caches_joined
+from sfa_onnx.passes.graph.constant_ifs import branches_taken
 from sfa_onnx.passes.graph.functions import Inlined, inline_sites
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
@@ -113,6 +114,9 @@ class Run:
         self.options = FindOptions(masks=said[MASKS], flags=said[FLAGS], trace=self.trace)
         with self.stage("find"):
             inlined = inline_sites(given, lambda m: self._findings(m, reader))
+            inlined.model, taken = branches_taken(
+                inlined.model, lambda m: self._findings(m, reader)
+            )
             inlined.model, joined = caches_joined(
                 inlined.model, lambda m: self._findings(m, reader)
             )
@@ -125,8 +129,12 @@ class Run:
         with self.stage("verify"):
             self._judge(scopes, plan, Verifier)
         if not selecting and not any(scope.ready for scope in scopes):
-            inlined, joined = Inlined(given, left=inlined.left), ()
+            inlined, joined, taken = Inlined(given, left=inlined.left), (), ()
         model, notes = inlined.model, [*self.settled, *inlined.notes]
+        if taken:
+            notes.append(
+                f"the branch that its constant chooses was written out: {', '.join(taken)}"
+            )
         if joined:
             notes.append(f"the caches of Attention {', '.join(joined)} are joined in front of it")
         if self.sorted:
@@ -153,6 +161,7 @@ class Run:
             planned=() if plan is None else plan.chosen,
             materialized=materialized,
             inlined=inlined.functions,
+            taken=taken,
             joined=joined,
             assumed=self.assume,
             selections=selections,

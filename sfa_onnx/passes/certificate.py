@@ -212,6 +212,7 @@ def make_certificate(report: FuseReport, before: Snapshot) -> dict[str, Any]:
         "weights_bytes_read": report.weights_bytes_read,
         "materialized": to_json(report.materialized),
         "inlined": to_json(report.inlined),
+        "taken": to_json(report.taken),
         "joined": to_json(report.joined),
         "assumed": to_json(report.assumed),
         "sites": to_json([*report.sites, *report.selections]),
@@ -242,10 +243,12 @@ def check_certificate(
     """
     stated = _read(Path(path))
     from sfa_onnx.passes.graph.attention_caches import join_caches
+    from sfa_onnx.passes.graph.constant_ifs import take_branches
     from sfa_onnx.passes.graph.functions import inline_functions
 
     functions = [(domain, name) for domain, name in stated["inlined"]]
     original = inline_functions(load_model(before), functions).model
+    original = take_branches(original, stated.get("taken", ()))
     original = join_caches(original, stated.get("joined", ()))
     if not GraphIndex.of(original).ordered:
         original = onnx.ModelProto.FromString(original.SerializeToString())
