@@ -17,6 +17,15 @@ from sfa_onnx.errors import ModelError
 from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.interface import BLOCK_TABLE, LENGTHS_KV
+from sfa_onnx.kv_convert.padded_keys import (
+    PaddedKeys,
+    finite_weights,
+    gathered,
+    only_hides,
+    padded_keys,
+    quantised_column,
+    scores_by_column,
+)
 from sfa_onnx.kv_convert.pages import write_pages
 from sfa_onnx.kv_convert.trace import Stream
 from sfa_onnx.kv_convert.translate import Translated, Translator
@@ -130,16 +139,48 @@ class IndexKeys:
         label = node.name or node.output[0]
         inputs = {t.name: n for t, n in zip(LIGHTNING_INDEXER.inputs, node.input, strict=False)}
         rows = self._rows(node, inputs.get("block_table", ""), label)
-        if self.int8 and len(node.output) > 1 and node.output[1]:
+        padded = padded_keys(self.index, node)
+        scores = node.output[1] if len(node.output) > 1 else ""
+        if self.int8 and scores and not (padded and only_hides(self.index, scores)):
             raise ModelError(f"{label}: the quantised indexer gives no scores (sparse_values)")
-        translator, done = self.pages(node.input[1], label, int8=self.int8)
+        value = padded.rows if padded is not None else node.input[1]
+        translator, done = self.pages(value, label, int8=self.int8)
         own = inputs.get("actual_seq_lengths_key", "")
-        inputs |= {"key": done.packed, "block_table": self._of(rows, BLOCK_TABLE)}
         inputs["actual_seq_lengths_key"] = self.lengths(own, self._of(rows, LENGTHS_KV))
+        scales = translator.scales.get(done.packed, "")
         op = QUANT_LIGHTNING_INDEXER if self.int8 else LIGHTNING_INDEXER
+        if padded is not None:
+            inputs |= self._beside(padded, done.packed, translator.row.nope, scales)
+            layout = str(attribute(node, "layout_key", "BSND"))
+        else:
+            inputs |= {"key": done.packed, "block_table": self._of(rows, BLOCK_TABLE)}
+            layout = "PA_BSND"
+        hidden = inputs.pop("hidden", "")
         if self.int8:
-            inputs |= self._quantised_side(inputs, translator.scales[done.packed])
-        _rewrite(node, op, inputs)
+            inputs |= self._quantised_side(inputs, inputs.pop("scales", scales), bool(padded))
+        _rewrite(node, op, inputs, layout)
+        if self.int8 and padded is not None and scores:
+            self._without_scores(node.output[0], scores, hidden, rows)
+
+    def _beside(self, padded: PaddedKeys, pages: str, width: int, scales: str) -> dict[str, str]:
+        """Gathered keys with the column that marks padding beside them."""
+        emit = self.emit
+        keys = gathered(emit, pages, width)
+        column = padded.room(emit, keys)
+        if not self.int8:
+            kind = self.index.elem_type(padded.rows)
+            wide = column if kind == _T.FLOAT else emit.op("Cast", [column], to=kind)
+            return {"key": emit.op("Concat", [keys, wide], "key", axis=-1)}
+        narrow, scaled = quantised_column(emit, column, gathered(emit, scales, 1))
+        key = emit.op("Concat", [keys, narrow], "key", axis=-1)
+        return {"key": key, "scales": scaled, "hidden": column}
+
+    def _without_scores(self, indices: str, scores: str, hidden: str, rows: str) -> None:
+        """Let readers of the scores see which keys the mask hides."""
+        kind = self.index.elem_type(scores)
+        found = scores_by_column(self.emit, indices, hidden, rows, kind)
+        for i, place in list(self.index.uses(scores)):
+            self.index.nodes[i].input[place] = found
 
     def lengths(self, own: str, there: str = LENGTHS_KV) -> str:
         """How many keys are there and, of those, how many the model lets a sequence see."""
@@ -201,23 +242,27 @@ class IndexKeys:
             )
         return self.translators[key], done
 
-    def _quantised_side(self, inputs: dict[str, str], scales: str) -> dict[str, str]:
+    def _quantised_side(self, inputs: dict[str, str], scales: str, padded: bool) -> dict[str, str]:
         """Query, weights and scales as the quantised operator takes them."""
         query, scale = quantised(self.emit, inputs["query"])
+        if padded:
+            weights = finite_weights(self.emit, inputs["weights"], self.index)
+        else:
+            weights = self.emit.op("Cast", [inputs["weights"]], to=_T.FLOAT16)
         return {
             "query": query,
-            "weights": self.emit.op("Cast", [inputs["weights"]], to=_T.FLOAT16),
+            "weights": weights,
             "query_dequant_scale": self.emit.squeeze(scale, [3]),
             "key_dequant_scale": self.emit.squeeze(scales, [3]),
         }
 
 
-def _rewrite(node: onnx.NodeProto, op: OpContract, inputs: dict[str, str]) -> None:
-    """Make `node` the operator `op` over pages; its other attributes stay."""
+def _rewrite(node: onnx.NodeProto, op: OpContract, inputs: dict[str, str], layout: str) -> None:
+    """Make `node` the operator `op` over keys of that layout; its other attributes stay."""
     given: dict[str, Any] = {
         a.name: attribute(node, a.name, a.default) for a in LIGHTNING_INDEXER.attributes
     }
-    given["layout_key"] = "PA_BSND"
+    given["layout_key"] = layout
     known = {a.name for a in op.attributes}
     values = op.complete({n: v for n, v in given.items() if n in known})
     names = [inputs.get(tensor.name, "") for tensor in op.inputs]

@@ -254,11 +254,14 @@ def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
 def _index_with_shapes(model: onnx.ModelProto) -> GraphIndex:
     """An index over the graph; where the file declares no widths, onnx infers them (no weights).
 
-    Widths are those of the operator's inputs, and of the indices that rows are written at.
+    Widths are those of the operator's inputs, of what an indexer's keys are put together from, and
+    of the indices that rows are written at.
     """
     index = GraphIndex.of(model)
     wanted = [_input(model.graph.node[i], n) for i in float_sites(model.graph) for n in _WIDTHS]
     wanted += [n.input[1] for n in model.graph.node if n.op_type == "ScatterND"]
+    keys = (index.maker(model.graph.node[i].input[1]) for i in indexer_sites(model.graph))
+    wanted += [v for node in keys if node and node.op_type == "Concat" for v in node.input]
     if all(index.shape(v) and isinstance(index.shape(v)[-1], int) for v in wanted if v):  # type: ignore[index]
         return index
     inferred, _ = infer_shapes(model)
