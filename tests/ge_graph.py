@@ -71,6 +71,7 @@ def evaluate(graph, feeds, output):
             "Bitcast": lambda x: x.view(kinds[attrs["type"]]).reshape(*x.shape, x.itemsize),
         }
         assert ml_dtypes.bfloat16 not in [getattr(a, "dtype", None) for a in args] or kind == "Cast"
+        assert kind in table, f"say here what GE's {kind} computes"
         return table[kind](*args)
 
     return value(output)

@@ -127,6 +127,10 @@ def test_every_operator_has_its_place_on_the_npu() -> None:
     lost = {o.name for o in op.ALL_OPS} - bound
     assert not lost, f"{lost}: add a Binding, or expand it in kernels/ascend/plugin and EXPANDED"
     assert set(EXPANSIONS) == {o.name for o in op.EXPANDED}, "say what it becomes: EXPANSIONS"
+    page = (ROOT / "docs/ascend.md").read_text().partition("How our nodes arrive in GE")[2]
+    rows = {b.atc_type for b in op.BINDINGS} | {o.name for o in op.EXPANDED}
+    untold = [name for name in rows if f"`{name}`" not in page]
+    assert not untold, f"docs/ascend.md, How our nodes arrive in GE: a row for {untold}"
 
 
 @pytest.mark.parametrize("binding", op.BINDINGS, ids=lambda b: b.name)

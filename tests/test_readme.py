@@ -49,7 +49,8 @@ def test_every_operator_is_in_the_table() -> None:
     from sfa_onnx.operator.op import ALL_OPS
 
     for op in ALL_OPS:
-        assert f"`{op.domain}::{op.name}`" in README
+        row = f"`{op.domain}::{op.name}`"
+        assert row in README, f"README.md: {row} in the table of operators"
 
 
 def test_every_verb_is_in_the_table() -> None:
