@@ -8,7 +8,6 @@ well under a second. Weights are never read: `constant` serves structural consta
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -16,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from sfa_onnx.passes.graph.constants import READ_LIMIT, byte_size, constant_of, is_structural
 from sfa_onnx.passes.graph.provenance import layer_of
 from sfa_onnx.passes.graph.sub_graphs import Dim, bodies, captured, declared_dims, returned_info
 
@@ -23,13 +23,6 @@ __all__ = ["READ_LIMIT", "Dim", "ExternalReader", "GraphIndex"]
 
 # (location, offset, length) -> exactly that byte range of the external data file.
 ExternalReader = Callable[[str, int, int], bytes]
-
-READ_LIMIT = 1 << 20  # bytes of one structural constant
-
-_INTEGRAL = frozenset(
-    getattr(onnx.TensorProto, name)
-    for name in ("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
-)
 
 
 class GraphIndex:
@@ -320,13 +313,13 @@ class GraphIndex:
             return self._constants[value]
         array: np.ndarray | None = None
         if (tensor := self.initializers.get(value)) is not None:
-            array = self._read(tensor) if _is_structural(tensor) else None
+            array = self._read(tensor) if is_structural(tensor) else None
         elif (node := self.maker(value)) is not None and node.op_type == "Constant":
             stored = next((a.t for a in node.attribute if a.name == "value"), None)
             if stored is not None and stored.data_location == onnx.TensorProto.EXTERNAL:
-                array = self._read(stored) if _is_structural(stored) else None
+                array = self._read(stored) if is_structural(stored) else None
             else:
-                array = _constant_node(node)
+                array = constant_of(node)
         self._constants[value] = array
         return array
 
@@ -336,11 +329,11 @@ class GraphIndex:
         Only mask recognition asks for these: `constant` does not serve float tables.
         """
         tensor = self.initializers.get(value)
-        if tensor is None or _is_structural(tensor):
+        if tensor is None or is_structural(tensor):
             return self.constant(value)
         key = f"{value} (mask table)"
         if key not in self._constants:
-            small = _byte_size(tensor) <= READ_LIMIT
+            small = byte_size(tensor) <= READ_LIMIT
             self._constants[key] = self._read(tensor) if small else None
         return self._constants[key]
 
@@ -368,35 +361,10 @@ class GraphIndex:
         if self.reader is None:
             return None
         entries = {e.key: e.value for e in tensor.external_data}
-        length = int(entries.get("length", 0)) or _byte_size(tensor)
+        length = int(entries.get("length", 0)) or byte_size(tensor)
         self.bytes_read += length
         return self.reader(entries["location"], int(entries.get("offset", 0)), length)
 
     def layer(self, node: int) -> str:
         """The torch module a node came from (`layer_of`)."""
         return layer_of(self.nodes[node])
-
-
-def _is_structural(tensor: onnx.TensorProto) -> bool:
-    if tensor.data_type not in _INTEGRAL and math.prod(tensor.dims) != 1:
-        return False
-    return _byte_size(tensor) <= READ_LIMIT
-
-
-def _byte_size(tensor: onnx.TensorProto) -> int:
-    try:
-        item = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-    except (KeyError, TypeError, ValueError):
-        item = 8
-    return int(math.prod(tensor.dims)) * item
-
-
-def _constant_node(node: onnx.NodeProto) -> np.ndarray | None:
-    for a in node.attribute:
-        if a.name == "value":
-            return np.asarray(numpy_helper.to_array(a.t))
-        if a.name in ("value_int", "value_ints"):
-            return np.asarray(a.i if a.name == "value_int" else list(a.ints), np.int64)
-        if a.name in ("value_float", "value_floats"):
-            return np.asarray(a.f if a.name == "value_float" else list(a.floats), np.float32)
-    return None
