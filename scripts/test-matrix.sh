@@ -50,7 +50,8 @@ run_row() { # name interpreter packages tests
   for test in $4; do files+=("tests/$test.py"); done
   echo "== $1: $("$env/bin/python" -c 'import sys, onnx, onnxruntime as o
 print("Python", sys.version.split()[0], "onnx", onnx.__version__, "onnxruntime", o.__version__)')"
-  (cd "$root" && "$env/bin/python" -m pytest -q -p no:cacheprovider -o addopts= "${files[@]}")
+  # Every environment exports its own models.
+  (cd "$root" && SFA_ONNX_ZOO_CACHE="$env/zoo" "$env/bin/python" -m pytest -q -p no:cacheprovider -o addopts= "${files[@]}")
 }
 
 while IFS='|' read -r name interpreter packages tests <&3; do
