@@ -1,4 +1,4 @@
-"""Whether a whole model fits this machine's memory."""
+"""Whether a whole model may run here: it fits this machine's memory, and comes to an end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 import os
 from typing import Final
 
-from onnx import ModelProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError
+from sfa_onnx.files.onnx_attrs import find_attribute, graphs
 
-__all__ = ["check_room", "weight_bytes"]
+__all__ = ["check_end", "check_room", "weight_bytes"]
 
 _MEMORY_SHARE: Final = 0.6  # of this machine's memory for a model's weights
+_ENDLESS: Final = 1 << 40  # turns that nobody waits for: exporters write 2^63 - 1 for "while"
 
 
 def weight_bytes(model: ModelProto) -> int:
@@ -32,3 +34,49 @@ def check_room(model: ModelProto) -> None:
         raise ModelError(
             f"its weights take {need / 1e9:.0f} GB and this machine has {memory / 1e9:.0f} GB"
         )
+
+
+def check_end(model: ModelProto) -> None:
+    """Refuse to run a loop that goes on for ever: no number of turns, and nothing that stops it."""
+    known: dict[str, TensorProto] = {}
+    for graph in graphs(model.graph):
+        known |= {t.name: t for t in graph.initializer}
+        for node in graph.node:
+            value = find_attribute(node, "value") if node.op_type == "Constant" else None
+            if value is not None and node.output:
+                known[node.output[0]] = value.t
+    for graph in graphs(model.graph):
+        for node in graph.node:
+            if node.op_type == "Loop" and _endless(node, known):
+                raise ModelError(
+                    f"{node.name or node.output[0]} (Loop) never ends: it has no number of turns,"
+                    " and the condition of its body is always true"
+                )
+
+
+def _endless(node: NodeProto, known: dict[str, TensorProto]) -> bool:
+    turns, start = (*node.input, "", "")[:2]
+    body = find_attribute(node, "body")
+    if body is None or not body.g.output or (turns and not _at_least(known.get(turns), _ENDLESS)):
+        return False
+    begins = not start or _at_least(known.get(start), 1)
+    return begins and _goes_on(body.g, known)
+
+
+def _goes_on(body: GraphProto, known: dict[str, TensorProto]) -> bool:
+    """Whether the condition that a body returns is true, or the one that it was given."""
+    name, makers = body.output[0].name, {n.output[0]: n for n in body.node if n.output}
+    while name in makers and makers[name].op_type == "Identity":
+        name = makers.pop(name).input[0]
+    given = len(body.input) > 1 and name == body.input[1].name
+    return given or _at_least(known.get(name), 1)
+
+
+def _at_least(tensor: TensorProto | None, least: int) -> bool:
+    """Whether a constant is one number of at least this size; True counts as 1."""
+    whole = (TensorProto.BOOL, TensorProto.INT64)
+    if tensor is None or tensor.data_type not in whole or math.prod(tensor.dims) != 1:
+        return False
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return False
+    return bool(numpy_helper.to_array(tensor).reshape(-1)[0] >= least)

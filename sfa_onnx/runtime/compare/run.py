@@ -42,7 +42,7 @@ from sfa_onnx.runtime.compare.extract import (
 )
 from sfa_onnx.runtime.compare.precision import as_typed, in_other_precision, narrowest
 from sfa_onnx.runtime.compare.reasons import unreadable, untaken
-from sfa_onnx.runtime.compare.room import check_room, weight_bytes
+from sfa_onnx.runtime.compare.room import check_end, check_room, weight_bytes
 from sfa_onnx.runtime.compare.rounded import (
     in_order,
     is_selection,
@@ -170,6 +170,7 @@ class _Comparison:
             feeds = self._draw(wide=wide)
             try:
                 check_room(self.original)
+                check_end(self.original)
                 self._whole(self._sites(sites, feeds), feeds)
                 return self.report
             except UsageError:
