@@ -252,6 +252,18 @@ def _by_softplus(threshold: float) -> Callable:
     return merge
 
 
+def _floored(least: float) -> Callable:
+    """As loops over ranks do: shares of the larger logarithm, and no division by zero."""
+
+    def merge(a, b, x, y):
+        most = torch.maximum(x, y)
+        most = torch.where(torch.isinf(most), torch.zeros_like(most), most)
+        u, v = torch.exp(x - most), torch.exp(y - most)
+        return (torch.nan_to_num(a) * u + torch.nan_to_num(b) * v) / (u + v).clamp(min=least)
+
+    return merge
+
+
 def _stacked(a, b, x, y):
     return (torch.stack([a, b]) * torch.softmax(torch.stack([x, y]), 0)).sum(0)
 
@@ -262,12 +274,14 @@ MERGES: dict[str, Callable] = {
     "lerp": _lerp,
     "softplus": _by_softplus(20.0),
     "stacked": _stacked,
+    "floored": _floored(1e-20),
 }
 MERGE_MISSES: dict[str, Callable] = {
     "swapped": lambda a, b, x, y: a * torch.sigmoid(y - x) + b * torch.sigmoid(x - y),
     "half": lambda a, b, x, y: a + torch.sigmoid((y - x) / 2) * (b - a),
     "softplus-early": _by_softplus(0.5),
     "mean": lambda a, b, x, y: (a + b) / 2,
+    "floored-high": _floored(1.5),  # a row whose chunks weigh 1 and 0.2 is divided by 1.5
 }
 
 

@@ -117,12 +117,25 @@ def _floor(n: Normal, term: Term) -> Term | None:
     floor, total = term.args[0].value, term.args[1]
     if not 0 <= floor <= 1:
         return None
-    acts = not (floor == 0 and is_positive(total)) and not reaches_one(total)
+    acts = not (floor == 0 and is_positive(total)) and not reaches_one(total, merged=False)
     return None if acts else total
 
 
-def reaches_one(total: Term) -> bool:
-    """Whether a sum of exponentials is shifted by the largest of their very exponents."""
+def _merge_floor(n: Normal, term: Term) -> Term | None:
+    """Max(floor, exp(log p - m) + exp(log q - m)) = the sum, where m is the larger logarithm."""
+    del n
+    if len(term.args) != 2 or not term.args[0].is_number():
+        return None
+    floor, total = term.args[0].value, term.args[1]
+    plain = reaches_one(total, merged=False)
+    return total if 0 <= floor <= 1 and not plain and reaches_one(total) else None
+
+
+def reaches_one(total: Term, *, merged: bool = True) -> bool:
+    """Whether a sum of exponentials is shifted by the largest of their very exponents.
+
+    `merged`: or by the largest logarithm of their partial sums.
+    """
     shift = next((f for f in factors(total) if f.op == "exp"), None)
     rest = [f for f in factors(total) if f.op != "exp"]
     if shift is None or len(rest) != 1 or any(f.is_number() for f in rest):
@@ -131,7 +144,7 @@ def reaches_one(total: Term) -> bool:
     if abs(by + 1) > _NEAR:
         return False
     summed = {_addend(a) for a in addends(rest[0])}
-    return None not in summed and _largest(most) <= summed  # another's maximum may be larger
+    return None not in summed and _largest(most, merged) <= summed  # another's may be larger
 
 
 def _addend(term: Term) -> _Weighed | None:
@@ -143,11 +156,14 @@ def _addend(term: Term) -> _Weighed | None:
     return (None, term) if term.op == "exp" else None
 
 
-def _largest(most: Term) -> set[_Weighed | None]:
+def _largest(most: Term, merged: bool) -> set[_Weighed | None]:
     """What the largest exponents are of; a number is that of a constant sink."""
     parts = most.args if most.op == "max" else (most,)
     found: set[_Weighed | None] = set()
     for part in parts:
+        if merged and part.op == "log":
+            found |= {_addend(a) for a in addends(part.args[0])}
+            continue
         alone = part if part.is_number() else Term("exp", (part,))
         found |= weighed(part) or {(None, alone)}
     return found
@@ -290,6 +306,8 @@ def _of_flags(n: Normal, term: Term) -> Term | None:
     return n.flag(n.make("any" if term.op == "maximum" else "all", body.args, term.label))
 
 
+_P: Final = "log(sum(t, exp(s)))"
+_Q: Final = "log(sum(t, exp(v)))"
 ROWS: Final = (
     # numbers; exp(-inf) = 0: a hidden key has no weight
     row("exp of a number", "exp", "exp(-inf)", "0", _exp),
@@ -323,6 +341,16 @@ ROWS: Final = (
         _floor,
         "max(2.5e3, sum(t, exp(s - maximum(t, s))))",
         "sum(t, exp(s - maximum(t, s)))",
+    ),
+    # partial softmaxes merged by their log-sum-exps: the larger share is 1
+    row(
+        "floor under a merge",
+        "max",
+        f"max(1e-6, exp(-1 * max({_P}, {_Q})) * (sum(t, exp(s)) + sum(t, exp(v))))",
+        f"exp(-1 * max({_P}, {_Q})) * (sum(t, exp(s)) + sum(t, exp(v)))",
+        _merge_floor,
+        f"max(2.5e3, exp(-1 * max({_P}, {_Q})) * (sum(t, exp(s)) + sum(t, exp(v))))",
+        f"exp(-1 * max({_P}, {_Q})) * (sum(t, exp(s)) + sum(t, exp(v)))",
     ),
     row("empty sum", "sum", "sum(t, 0)", "0", _empty),
     # a Concat of keys
