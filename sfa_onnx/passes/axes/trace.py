@@ -74,6 +74,7 @@ class Tracer:
         self._representatives: dict[str, str] = {}
         self._equal: dict[object, str] = {}
         self.seen: Callable[[Ref, bool], bool] | None = None  # of the attention that is bound
+        self.lows: set[float] = set()  # numbers that hide keys, as they were read
         self.terms: list[str] | None = None  # normal form and identities, where they are wanted
         self.masks: frozenset[str] = frozenset()  # inputs that the caller asserts to be masks
         self.flags: frozenset[str] = frozenset()  # and those to be 0 or 1

@@ -76,7 +76,7 @@ def read_formula(tracer: Tracer, region: AttentionRegion, out: Ref) -> Parts:
         Stop: the term of the result is not the operator's.
     """
     reader = Reader(tracer, normal(), region.inner)
-    tracer.seen = None
+    tracer.seen, tracer.lows = None, set()
     term = reader.term(out)
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.result} = {term}", *map(str, reader.n.fired)]

@@ -1,8 +1,8 @@
 """Who outside asks whether the result is a number: rows without keys are NaN there, and 0 fused.
 
 What is computed from the result and such a test is read as a term, twice. Who reads the result has
-to be walked for: terms are read upwards. Whether masks hide by -inf or by a finite number is not in
-the terms of the scores: the identities make them equal, as they are in every row that sees a key.
+to be walked for: terms are read upwards. Whether masks hide by -inf or by a finite number is noted
+as they are read (`Tracer.lows`): the identities make both equal, as they are where a key is seen.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import math
 from typing import Final
 
 from sfa_onnx.passes.axes.expr import Expr, fresh
-from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer, is_float
+from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import PARTS, PRODUCTS
 from sfa_onnx.passes.graph.walk import below
-from sfa_onnx.passes.values.arithmetic import LOW
 from sfa_onnx.passes.values.attention_op import is_attention
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
@@ -45,7 +44,8 @@ def check_nan(site: Site) -> None:
     if not narrowed or is_attention(tracer.index.nodes[site.attention.anchor]):
         return
     reached, tests = _reached(tracer.index, site.out.value)
-    if not tests or _scrubbed(tracer, site) or not _infinite(tracer, site):
+    finite = tracer.lows and -math.inf not in tracer.lows
+    if not tests or finite or _scrubbed(tracer, site):
         return
     for i in tests:
         test = tracer.index.nodes[i]
@@ -125,26 +125,3 @@ def _scrubbed(tracer: Tracer, site: Site) -> bool:
     nodes, out = tracer.index.nodes, site.out.value
     inner = below(tracer.index, [site.attention.weights], lambda n: out not in n.output)
     return any(nodes[i].op_type in ("Where", "IsNaN", "ScatterND") for i, _ in inner)
-
-
-def _infinite(tracer: Tracer, site: Site) -> bool:
-    """Whether scores may be hidden by -inf: nothing says that all masks are finite."""
-    index: GraphIndex = tracer.index
-    todo, seen = [site.attention.scores], set[str]()
-    low = False
-    while todo and len(seen) < _LIMIT:
-        value = todo.pop()
-        seen.add(value)
-        fill = tracer.fill(value)
-        if fill is not None:
-            if math.isinf(fill):
-                return True
-            low = low or fill < LOW
-            continue
-        node = index.maker(value)
-        if node is None:
-            if is_float(tracer.sizes.elem_type(value)) and len(tracer.shape(value)) > 1:
-                return True
-        elif node.op_type not in PRODUCTS | {"TopK"}:
-            todo += [n for n in node.input if n and n not in seen]
-    return not low

@@ -127,6 +127,7 @@ class Conditions(Reader):
         """Whether a tensor holds 0 and numbers that hide only."""
         tracer = self.tracer
         if ref.value in tracer.masks:
+            self.hiding(-math.inf)
             return True
         if ref.value in tracer.joined:  # one mask per chunk of keys
             parts = [part for part, _ in tracer.joined[ref.value].parts]
@@ -134,9 +135,13 @@ class Conditions(Reader):
         node = tracer.index.maker(ref.value)
         if ref.value in tracer.index.initializers or (node and node.op_type == "Constant"):
             table = tracer.index.mask_table(ref.value)
-            return table is not None and bool(((table == 0) | (table < LOW)).all())
+            if table is None or not bool(((table == 0) | (table < LOW)).all()):
+                return False
+            self.hiding(float(table.min(initial=0.0)))
+            return True
         if node is not None and node.op_type == "Trilu":
             fill = tracer.fill(node.input[0])  # the other triangle is 0
+            self.hiding(fill or 0.0)
             return fill is not None and fill < LOW
         step = tracer.step(ref) if node is not None else None
         return isinstance(step, Move) and _is_mask(self.term(step.ref))

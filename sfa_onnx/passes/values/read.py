@@ -16,6 +16,7 @@ from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Ref, Scaled, Tracer
 from sfa_onnx.passes.axes.writes import assigned_where
 from sfa_onnx.passes.graph.kinds import LAYOUT
 from sfa_onnx.passes.shapes.kept import kept_mask
+from sfa_onnx.passes.values.arithmetic import LOW
 from sfa_onnx.passes.values.attention_op import attention_term, is_attention
 from sfa_onnx.passes.values.identity import Normal
 from sfa_onnx.passes.values.pointwise import POINTWISE
@@ -149,7 +150,13 @@ class Reader:
     def _number(self, ref: Ref, fill: float) -> Term:
         if self.is_bool(ref.value):
             return Term("true" if fill else "false")
+        self.hiding(fill)
         return number(fill)
+
+    def hiding(self, fill: float) -> None:
+        """Note a number that hides keys: rows that see none are NaN where it is -inf."""
+        if fill < LOW:
+            self.tracer.lows.add(fill)
 
     def is_bool(self, value: str) -> bool:
         """Whether a tensor holds conditions."""
@@ -227,6 +234,7 @@ class Reader:
         position = ref.coords[wide[0]] if len(wide) == 1 else Expr()
         if position.bounds is None or len(wide) != 1:
             return None
+        self.hiding(fill)
         first, size = int(pads[wide[0]]), self.tracer.shape(node.input[0])[wide[0]]
         own = list(ref.coords)
         own[wide[0]] = position + -first
