@@ -146,6 +146,40 @@ def test_the_other_families_have_the_originals_states(kin, attention):
     assert 1e-5 < (packed - want).norm() / want.norm() < 0.15
 
 
+def glm5():
+    """A tiny text model of glm5_next: pools of keys, a shared choice, linear layers around."""
+    module = pytest.importorskip("transformers.models.glm5_next.modeling_glm5_next")
+    widths = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 32)
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "linear_num_heads"), 4)
+    heads |= dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "linear_head_dim"), 8)
+    latents = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 0}
+    select = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "index_kpool": 4}
+    linear, indexed = "linear_attention", "indexed_attention"
+    config = module.Glm5NextTextConfig(
+        **widths, **heads, **latents, **select, vocab_size=96, num_hidden_layers=4, pad_token_id=0,
+        n_routed_experts=2, num_experts_per_tok=1, mlp_layer_types=["dense"] * 4,
+        layer_types=[linear, indexed, indexed, linear],
+        indexer_types=["full", "full", "shared", "full"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return module.Glm5NextTextModel(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_choice_that_the_model_makes_a_mask_of(attention):
+    model = glm5()
+    model.config._attn_implementation = attention
+    want = decode(model)
+    assert sfa_torch.patch_attention(model) == ["layers.1.self_attn", "layers.2.self_attn"]
+    assert (decode(model) - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+    sfa_torch.unpatch_attention(model)
+    assert torch.equal(decode(model), want)
+    sfa_torch.patch_attention(model, cache="paged-int8")
+    assert 1e-5 < (decode(model) - want).norm() / want.norm() < 0.05
+    with pytest.raises(UsageError, match="past_key_values: expected a cache with a place for lin"):
+        decode(model, sfa_torch.PagedInt8Cache())
+
+
 def test_what_cannot_be_patched_is_refused():
     with pytest.raises(UsageError, match="model: expected one with an indexer in AXK2Attention"):
         sfa_torch.patch_attention(torch.nn.Linear(2, 2))

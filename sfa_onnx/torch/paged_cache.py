@@ -122,3 +122,14 @@ class PagedInt8Cache(Cache):  # type: ignore[misc]
             block_size: rows per page, a multiple of 16 up to 1024 for the NPU.
         """
         super().__init__(layer_class_to_replicate=lambda: PagedInt8Layer(block_size))
+
+    def get_conv_state(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refuse a linear layer, as glm5_next has them.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "past_key_values: expected a cache with a place for linear attention layers, got a"
+            " PagedInt8Cache; leave it out: the model's own is then quantised at every step"
+        )

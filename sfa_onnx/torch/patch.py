@@ -24,11 +24,14 @@ _CLASSES: Final = (
     "AXK2Attention",
     "DeepseekV32Attention",
     "Dots3NoteTextAttention",
+    "Glm5NextTextAttention",
     "GlmMoeDsaAttention",
     "HYV4Attention",
     "HYV4VLAttention",
     "MistralLarge4TextAttention",
 )
+# What glm5_next makes of the choice, and hands the interface in place of the choice itself.
+_MASKS: Final = "build_attention_mask_from_topk"
 _BASES: Final = ("eager", "sdpa")
 _MARK: Final = "_sfa_onnx_patched"
 
@@ -41,9 +44,9 @@ def patch_attention(
     The model is changed in place; `unpatch_attention` undoes it. Inference only.
 
     Args:
-        model: of `transformers`' axk2, deepseek_v32, dots3_note, glm_moe_dsa, hy_v4, hy_v4_vl or
-            mistral_large4, loaded with "eager" or "sdpa". Layers that attend to a window or to all
-            keys stay as they are.
+        model: of `transformers`' axk2, deepseek_v32, dots3_note, glm5_next, glm_moe_dsa, hy_v4,
+            hy_v4_vl or mistral_large4, loaded with "eager" or "sdpa". Layers that attend to a
+            window, to all keys or linearly stay as they are.
         cache: "float": latents as they are, the original's results but for float sums.
             "paged-int8": latents quantised to packed int8 rows; give `generate` a `PagedInt8Cache`
             as `past_key_values` to keep them so (another cache is quantised anew at every step).
@@ -72,6 +75,8 @@ def patch_attention(
         _install(config)
     for module in found.values():
         module.expand_kv = _latents
+        if hasattr(module, _MASKS):
+            setattr(module, _MASKS, _choice)
         setattr(module, _MARK, (cache, rounding))
     return list(found)
 
@@ -87,6 +92,8 @@ def unpatch_attention(model: torch.nn.Module) -> None:
         raise UsageError("model: expected one that patch_attention changed, got an untouched one")
     for module in patched:
         del module.expand_kv
+        if hasattr(module, _MASKS):
+            delattr(module, _MASKS)
         delattr(module, _MARK)
         base = module.config._attn_implementation
         module.config._attn_implementation = base.removeprefix("sfa_onnx_")
@@ -130,6 +137,11 @@ def _latents(latent: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, to
     return latent, rope
 
 
+def _choice(topk_indices: torch.Tensor, **_others: Any) -> torch.Tensor:
+    """In place of the mask over all keys: the choice, -1 wherever nothing was chosen."""
+    return topk_indices
+
+
 def _attention(
     module: Any,
     query: torch.Tensor,
@@ -145,7 +157,8 @@ def _attention(
     """The attention interface: [B, N1, S1, nope+R] -> [B, S1, N1, v].
 
     `latent` [B, 1, S2, C] and `rope` [B, 1, S2, R] as the model caches them, or the pages and the
-    block table of a `PagedInt8Cache`. `s_aux` [N1] are sinks. A layer that was not patched gets
+    block table of a `PagedInt8Cache`. `s_aux` [N1] are sinks; without `indices` the mask is the
+    choice itself. A layer that was not patched gets
     what it had.
     """
     if not hasattr(module, _MARK):
@@ -155,7 +168,6 @@ def _attention(
             module, query, latent, rope, attention_mask, scaling=scaling, **kwargs
         )  # fmt: skip
         return out, weights
-    assert indices is not None
     sinks = None if s_aux is None else s_aux.detach().float().contiguous()
     nope, width = module.qk_nope_head_dim, module.kv_lora_rank
     weight = module.kv_b_proj.weight.view(module.num_heads, -1, width)  # [N1, nope+v, C]
@@ -163,7 +175,10 @@ def _attention(
     absorbed = torch.einsum("bshd,hdc->bshc", q[..., :nope], weight[:, :nope]).contiguous()
     q_rope = q[..., nope:].contiguous() if query.shape[-1] > nope else None
     cache, rounding = getattr(module, _MARK)
-    chosen = _visible(indices, attention_mask)
+    if indices is None:  # the choice came as the mask; whose order is nothing to the operator
+        chosen = attention_mask.sort(-1, descending=True).values.int().unsqueeze(2).contiguous()
+    else:
+        chosen = _visible(indices, attention_mask)
     if latent.dtype == torch.int8:
         keys = attention_mask.shape[-1]
         out = _packed(absorbed, q_rope, latent, chosen, scaling, rounding, sinks, (rope, keys))
