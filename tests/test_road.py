@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -308,6 +309,35 @@ def test_twenty_steps_in_every_form_stay_with_the_original(kin: Kin, exports: Pa
 
 def _distance(want: np.ndarray, got: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def test_a_length_that_a_cache_counts_in_python_is_kept_open() -> None:
+    """A sliding layer, as dots3_note's third: left alone, the traced length is a constant."""
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    layer, rows = DynamicSlidingWindowLayer(sliding_window=512), torch.zeros(2, 1, 24, 4)
+    layer.update(rows, rows)
+    cache = SimpleNamespace(layers=[layer])
+
+    class Step(torch.nn.Module):
+        def __init__(self, *, told: bool) -> None:
+            super().__init__()
+            self.told = told
+
+        def forward(self, flat: list[torch.Tensor]) -> torch.Tensor:
+            own = zoo.filled(cache, flat).layers[0]
+            own.cumulative_length = own.cumulative_length if self.told else layer.cumulative_length
+            length, _ = own.get_mask_sizes(1)
+            keys, _ = own.update(flat[0][:, :, :1], flat[1][:, :, :1])
+            return keys.sum(-1) + torch.ones(length)
+
+    open_dims = dict.fromkeys((0, 2), torch.export.Dim.DYNAMIC)
+    given, shapes = ([rows, rows.clone()],), ([open_dims, open_dims],)
+    program = torch.export.export(Step(told=True), given, dynamic_shapes=shapes)
+    longer = [torch.zeros(3, 1, 31, 4)] * 2
+    assert program.module()(longer).shape == (3, 1, 32)
+    with pytest.raises(Exception, match=r"static shape of 24|a constant \(24\)"):
+        torch.export.export(Step(told=False), given, dynamic_shapes=shapes)
 
 
 @pytest.mark.skipif(WALKED == PAIRS, reason="walked with SFA_ONNX_ROAD=all")
