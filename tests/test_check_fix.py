@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.ascend.checks import apply_fixes, check, fix, fix_file
 from sfa_onnx.ascend.checks.einsum import as_matmul
+from sfa_onnx.cli import main
 from sfa_onnx.errors import UsageError
 
 F, I64, BOOL, BF16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL, TensorProto.BFLOAT16
@@ -262,3 +263,16 @@ def test_fix_file_writes_once(tmp_path: Path) -> None:
     assert check(target).parser == "accepted"
     with pytest.raises(UsageError, match="exists already"):
         fix_file(source, report, target)
+
+
+def test_what_a_fix_leaves_is_not_offered_again(tmp_path, capsys) -> None:
+    """A mean at opset 20 becomes a sum that no plug-in of that opset reads either."""
+    node = helper.make_node("ReduceMean", ["x"], ["y"], "mean", keepdims=0)
+    onnx.save(model([node], [info("x")], [info("y", F, ())], opset=20), tmp_path / "m.onnx")
+    first, again = tmp_path / "m.onnx", tmp_path / "fixed.onnx"
+    assert main(["check", str(first), "--cann", "9.1"]) == 3
+    assert "run again with --fix" in capsys.readouterr().out
+    assert main(["check", str(first), "--cann", "9.1", "--fix", "-o", str(again)]) == 3
+    told = capsys.readouterr().out
+    assert "run again with --fix" not in told
+    assert "kept: no exact repair applies" in told

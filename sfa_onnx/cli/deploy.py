@@ -46,7 +46,7 @@ def check(args: argparse.Namespace, console: Console) -> int:
         console.say("written: [bold]{}[/bold]", output)
         with console.progress("check: once more"):
             report = checks.check(output, **options | {"base_dir": output.parent})
-    show_ascend.check_report(console, report)
+    show_ascend.check_report(console, report, tried=args.fix)
     console.result("check", report)
     return 0 if report.passed else NOT_MET
 

@@ -21,8 +21,11 @@ VERDICTS = {
 SHOWN_NODES = 3
 
 
-def check_report(console: Console, report: CheckReport) -> None:
-    """Findings, worst last but one line of verdict; unknown never looks green."""
+def check_report(console: Console, report: CheckReport, *, tried: bool) -> None:
+    """Findings, worst last but one line of verdict; unknown never looks green.
+
+    `tried`: the file is what `--fix` wrote, so what is left could not be repaired.
+    """
     console.say(
         f"checked for CANN {report.cann}, {report.soc_version or 'all chips'},"
         f" flavour {report.flavour}; the parser: {report.parser} {report.code}".rstrip()
@@ -42,7 +45,10 @@ def check_report(console: Console, report: CheckReport) -> None:
         console.say("-v lists where each operator would run, as far as that is known", style="dim")
     if report.fixable:
         found = count(len(report.fixable), "finding")
-        console.say("{} can be fixed: run again with --fix", found, style="dim")
+        step = (
+            "kept: no exact repair applies to it" if tried else "can be fixed: run again with --fix"
+        )
+        console.say("{} {}", found, step, style="dim")
 
 
 def _verdict(report: CheckReport) -> str:
