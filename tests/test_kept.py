@@ -16,7 +16,8 @@ N, D, C, K = 4, 40, 32, 6
 _TEXT = """<ir_version: 9, opset_import: ["" : 18]>
 row (float[4,40] q, float[s,40] kv, int64[2,6] idx{inputs}) => (float[4,32] o{outputs})
 <int64 row={{1}}, int64 none={{-1}}, int64[1] zero={{0}}, int64[1] one={{1}}, float sc={{0.2}},
- int64[1] last={{-1}}, int64[1] cut={{32}}, float half={{0.5}}, float[1] shown={{1.0}}>
+ int64[1] last={{-1}}, int64[1] cut={{32}}, float half={{0.5}}, float[1] shown={{1.0}},
+ float deep={{-inf}}, float[1] off={{0.0}}, float two={{2.5}}>
 {{
  own = Gather<axis=0>(idx, row)
  hidden = Equal(own, none)
@@ -86,8 +87,32 @@ SITES = {
     ),
     "rows of a cache picked by a scattered mask": _model(_DENSE),
 }
+_SET = """kept = GatherND(own, points)
+ at = Unsqueeze(kept, last)
+ wide = Shape(kv)
+ keys = Gather<axis=0>(wide, zero)
+ blank = ConstantOfShape<value=float[1] {0.0}>(keys)
+ many = Shape(kept)
+ ones = Expand(shown, many)
+ hits = ScatterND(blank, at, {update})
+ over = Greater(hits, half)
+ masked = Where(over, s, deep)
+ p0 = Softmax<axis=-1>(masked)
+ bad = IsNaN(p0)
+ nought = Squeeze(off)
+ p = Where(bad, nought, p0)"""
 _KEPT = "kept = GatherND(own, points)\n"
+SITES["a mask set at the indices that are kept"] = _model(
+    "k = Identity(kv)", soft=_SET.replace("{update}", "ones")
+)
 MISSES = {
+    "a mask that only some of the kept set": _model(
+        "k = Identity(kv)",
+        soft="c0 = Constant<value=int64 {0}>()\n"
+        + _SET.replace("hits =", "rank = CumSum(ones, c0)\n hits =")
+        .replace("{update}", "rank")
+        .replace("half", "two"),
+    ),
     "a bias by the place among the kept": _model(
         soft="long = Shape<start=1, end=2>(nz)\n size = Squeeze(long)\n nought = Squeeze(zero)\n"
         " step = Squeeze(one)\n at = Range(nought, size, step)\n bias = Cast<to=1>(at)\n"

@@ -319,6 +319,11 @@ class Reader:
             return term
         if term.op == "element":
             ref = among_all(self.tracer, term.ref, label, place)
+            while ref is not None and ref.value in self.tracer.wholes:
+                step = self.tracer.step(ref)
+                if not isinstance(step, Move):
+                    break
+                ref = step.ref
             return None if ref is None else element(ref)
         if term.op == "dot":
             query, key, inner = term.factors

@@ -16,6 +16,7 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh, label_of
 from sfa_onnx.passes.axes.trace import Pieces, Ref
+from sfa_onnx.passes.shapes.kept import kept_mask
 from sfa_onnx.passes.values.arithmetic import LOW, all_flags
 from sfa_onnx.passes.values.identity import Normal
 from sfa_onnx.passes.values.pointwise import Reads
@@ -137,6 +138,8 @@ def _put(
         hit, own = r.n.make("and", (hit, switch)), then
     for slot in slots:
         hit = r.over("any", slot, hit)
+    if any(t.op == "any" and kept_mask(t.label.size) for t in hit.walk()):
+        return None  # entries that a mask picks, and not known which
     return r.n.where(hit, own, base)
 
 
