@@ -28,6 +28,13 @@ __all__ = ["attention_form", "softmax_shape"]
 _UNREAD: Final = ("value",)
 
 
+def _check_indices(query: torch.Tensor, indices: torch.Tensor) -> None:
+    lead = [*query.shape[:-2], 1]
+    if list(indices.shape[:-1]) != lead:
+        expected = ", ".join(map(str, lead))
+        raise refuse("sparse_indices", f"shape [{expected}, K]", list(indices.shape))
+
+
 def softmax_shape(query: torch.Tensor) -> tuple[int, ...]:
     """CANN's [B, N2, S1, N1/N2] or [N2, T, N1/N2], of one key head."""
     return (*query.shape[:-3], 1, *query.shape[-3:-1])
@@ -60,10 +67,7 @@ def attention_form(
     query, indices = tensors["query"], tensors["sparse_indices"]
     layouts = attributes["layout_query"], attributes["layout_kv"]
     common = sizes(tensors, *layouts, "actual_seq_lengths_kv")
-    lead = [*query.shape[:-2], 1]
-    if list(indices.shape[:-1]) != lead:
-        expected = ", ".join(map(str, lead))
-        raise refuse("sparse_indices", f"shape [{expected}, K]", list(indices.shape))
+    _check_indices(query, indices)
     nope, rope, tile = _widths(op, tensors, attributes)
     params = Params(
         struct_size=ctypes.sizeof(Params),
@@ -82,12 +86,17 @@ def attention_form(
         rounding=ROUNDINGS[rounding],
         **common,
     )
-    results = [Result("out", (*query.shape[:-1], nope))]
-    if attributes.get("return_softmax_lse"):
-        shape = softmax_shape(query)
-        results += [Result(f"softmax_{n}", shape, torch.float32, True) for n in ("max", "sum")]
     read = tuple(name for name in tensors if name not in _UNREAD)
-    return Form(Params, bytes(params), read, tuple(results))
+    lse = attributes.get("return_softmax_lse")
+    return Form(Params, bytes(params), read, _results(query, nope, softmax=bool(lse)))
+
+
+def _results(query: torch.Tensor, nope: int, *, softmax: bool) -> tuple[Result, ...]:
+    out = Result("out", (*query.shape[:-1], nope))
+    if not softmax:
+        return (out,)
+    shape = softmax_shape(query)
+    return out, *(Result(f"softmax_{n}", shape, torch.float32, zeroed=True) for n in ("max", "sum"))
 
 
 def _check_types(op: OpContract, tensors: Mapping[str, torch.Tensor]) -> None:
