@@ -1,11 +1,17 @@
 """Verification of packed sequences (TND) and paged caches: right graphs pass, wrong ones do not."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+from onnx import helper
 
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
 from sfa_onnx.passes.candidate import Domain, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import Verifier
+from sfa_onnx.passes.verify.execute import _stages
+from sfa_onnx.passes.verify.geometry import and_mask
 from sfa_onnx.report import VerifyRecord
 from tests.hand_sites import FLOAT, INT32, INT64, TOPK, candidate_of, changed, model_of
 
@@ -190,3 +196,41 @@ def test_paged_caches_pass():
 )
 def test_paged_caches_with_a_wrong_address_are_refused(change):
     assert isinstance(_verdict(PAGED, PAGED_NEW, PAGED_OPERANDS, change), Refusal)
+
+
+def test_stages_end_where_our_own_nodes_stand():
+    node = helper.make_node
+    own = [node("KvCachePack", [f"s{i}"], [f"p{i}"], domain="sfa_onnx") for i in range(3)]
+    nodes = [
+        node("Relu", ["x"], ["s0"]), own[0], node("Relu", ["p0"], ["s1"]),
+        node("Neg", ["p0"], ["t1"]), own[1], node("Add", ["p1", "t1"], ["s2"]),
+        node("Neg", ["x"], ["late"]), own[2],
+        node("Relu", ["p2"], ["y"]), node("Neg", ["p2"], ["z"]),
+    ]  # fmt: skip
+    names = [[n.output[0] for n in stage] for stage in _stages(nodes)]
+    want = (["s0", "late"], ["p0"], ["s1", "t1"], ["p1"], ["s2"], ["p2"], ["y", "z"])
+    assert names == list(want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [((1, 2), (1, 2, 1, 3)), ((2, 3), (2, 1, 3, 3)), ((2, 1), (2, 3)), ((2, 3), (3, 3))],
+)
+def test_a_mask_lines_up_with_the_rows_it_has(rows, shape):
+    problem = SimpleNamespace(dims=SimpleNamespace(rows=rows))
+    mask = np.arange(np.prod(shape)).reshape(shape) % 3 != 1
+    visible = np.ones((int(np.prod(rows)), 3), bool)
+    visible[:, 0] = False
+    seen = and_mask(problem, visible, mask)
+    wide = np.broadcast_to(mask.reshape([n for n in shape[:-1] if n > 1] + [3]),
+                           [n for n in rows if n > 1] + [3])  # fmt: skip
+    assert (seen == (visible & wide.reshape(-1, 3))).all()
+    assert not seen[:, 0].any()
+    assert (seen[:, 2] == wide.reshape(-1, 3)[:, 2]).all()
+
+
+def test_a_mask_of_other_rows_changes_nothing():
+    problem = SimpleNamespace(dims=SimpleNamespace(rows=(2, 3)))
+    visible = np.ones((6, 4), bool)
+    for shape in ((), (4, 3), (5, 4)):
+        assert and_mask(problem, visible, np.zeros(shape, bool)) is visible
