@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -56,6 +56,7 @@ def test_forms_compute_what_numbers_do(f: Form, g: Form, sizes: dict[str, int]) 
         assert whole(sizes) * y == x
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(FORMS, st.fixed_dictionaries({x: st.integers(1, 40) for x in "abc"}))
 def test_a_text_gives_back_the_form(f: Form, sizes: dict[str, int]) -> None:
     """For axes that have elements: `Max(1, a)` is what exporters write for a broadcast `a`."""

@@ -2,16 +2,20 @@
 
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import helper
 
-from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION
+from sfa_onnx.errors import ContractError
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, PackedRow
 from sfa_onnx.passes.candidate import Domain, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.verify import Verifier
 from sfa_onnx.passes.verify.execute import _stages
 from sfa_onnx.passes.verify.geometry import and_mask
+from sfa_onnx.passes.verify.judge import Judge
+from sfa_onnx.passes.verify.packed_rows import row_layout
 from sfa_onnx.report import VerifyRecord
 from tests.hand_sites import FLOAT, INT32, INT64, TOPK, candidate_of, changed, model_of
 
@@ -234,3 +238,25 @@ def test_a_mask_of_other_rows_changes_nothing():
     visible = np.ones((6, 4), bool)
     for shape in ((), (4, 3), (5, 4)):
         assert and_mask(problem, visible, np.zeros(shape, bool)) is visible
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nope", "rope", "tile"),
+    [(ml_dtypes.bfloat16, 512, 64, 128), (np.float32, 96, 8, 32), (np.float16, 64, 0, 16)],
+)
+def test_rows_of_bytes_have_one_layout(dtype, nope, rope, tile):
+    row = PackedRow(nope, rope, tile, np.dtype(dtype).itemsize)
+    told = row_layout(row.bytes, dtype, {"rope_head_dim": rope, "tile_size": tile})
+    assert (told.nope, told.rope, told.tile, told.bytes) == (nope, rope, tile, row.bytes)
+
+
+def test_only_exact_packing_is_verified():
+    codes, scale = np.ones((2, 32), np.int8), np.ones((2, 1), np.float32)
+    assert Judge()._pack({"tile_size": 32}, [codes, None, scale]).shape == (2, 36)
+    for inputs in (
+        [codes, None, None],
+        [codes.astype(np.float32), None, scale],
+        [codes, None, scale, np.array(0.5, np.float32)],
+    ):
+        with pytest.raises(ContractError, match="only exact packing"):
+            Judge()._pack({"tile_size": 32}, inputs)
