@@ -22,6 +22,7 @@ NEVER = {
 GIVEN = {
     "as it is": " y = Identity(x)\n",
     "joined": " a = Abs(x)\n y = Concat<axis=0>(x, a)\n",
+    "written into": " a = Abs(x)\n y = ScatterND(x, rows, a)\n",
     "an odd power": " y = Pow(x, c3)\n",
     "a low floor": " y = Clip(x, minus)\n",
 }
@@ -39,7 +40,7 @@ def _model(nodes: str) -> onnx.ModelProto:
     return onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17]>\nsigns (float[3,4] x) => (float y)\n'
         "<float c={127.0}, float zero={0.0}, float minus={-2.0}, float c2={2.0}, float c3={3.0},"
-        f" int64[1] shape={{-1}}> {{\n x_up = Exp(x)\n{nodes}}}"
+        f" int64[1] shape={{-1}}, int64[3,1] rows={{2,1,0}}> {{\n x_up = Exp(x)\n{nodes}}}"
     )
 
 

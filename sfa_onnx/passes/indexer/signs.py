@@ -92,6 +92,11 @@ def _where(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
     return list(node.input[1:])
 
 
+def _written(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
+    del index
+    return [node.input[0], node.input[2]]
+
+
 def _pow(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
     by = index.constant(node.input[1])
     even = by is not None and by.size == 1 and float(by.reshape(-1)[0]) % 2 == 0
@@ -100,6 +105,7 @@ def _pow(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
 
 _RULES: Final[dict[str, Callable[[GraphIndex, onnx.NodeProto], list[str] | None]]] = {
     "Clip": _clip, "Max": _max, "Pow": _pow, "Where": _where,
+    "ScatterElements": _written, "ScatterND": _written,
 }  # fmt: skip
 
 
