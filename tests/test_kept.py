@@ -167,3 +167,61 @@ def test_a_size_says_which_mask_it_counts():
     assert counts_kept(count * 40)
     assert not kept_mask(count * 40)
     assert not counts_kept(sizes.shape("kv")[0])
+
+
+_ENTRIES = """<ir_version: 9, opset_import: ["" : 18]>
+listed (float[2,3,4,40] q, float[2,24,40] kv, int64[2,3,6] idx) => (float[2,3,4,32] o)
+<int64[3] whole={{2,3,24}}, int64[4] each={{2,3,6,1}}, int64[2] flat={{36,3}}, int64[1] many={{36}},
+ int64 first={{0}}, int64 third={{2}}, int64 end={{24}}, int64[1] one={{1}}, int64[1] zero={{0}},
+ int64[1] cut={{32}}, int64[1] two={{2}}, float sc={{0.2}}, float low={{-inf}},
+ int64[2,1,1,1] batch={{{batch}}}, int64[1,3,1,1] row={{0,1,2}}>
+{{
+ b = Expand(batch, each)
+ r = Expand(row, each)
+ i = Reshape(idx, each)
+ points = Concat<axis=3>(b, r, i)
+ list = Reshape(points, flat)
+ own = Gather<axis=1>(list, third)
+ above = GreaterOrEqual(own, first)
+ below = Less(own, end)
+ good = And(above, below)
+ nz = NonZero(good)
+ t = Transpose<perm=[1,0]>(nz)
+ at = Squeeze(t, one)
+ kept = Gather<axis=0>(list, at)
+ n = Shape<end=1>(kept)
+ yes = ConstantOfShape<value=bool[1] {{1}}>(n)
+ none = ConstantOfShape<value=bool[1] {{0}}>(whole)
+ mask = ScatterND(none, kept, yes)
+ shown = Unsqueeze(mask, one)
+ s = Einsum<equation="bshd,btd->bhst">(q, kv)
+ scaled = Mul(s, sc)
+ masked = Where(shown, scaled, low)
+ p = Softmax<axis=-1>(masked)
+ v = Slice(kv, zero, cut, two)
+ o = Einsum<equation="bhst,btd->bshd">(p, v)
+}}"""
+
+
+def test_entries_listed_one_by_one_are_a_selection():
+    """`mask.at[b, s, idx].set(True)` of jax: entries out of range are left out before a scatter."""
+    model = parser.parse_model(_ENTRIES.format(batch="0,1"))
+    report = sfa_onnx.fuse(model)
+    assert [s.status for s in report.sites] == ["fused"], [s.reason for s in report.sites]
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        idx = np.stack([rng.permutation(24)[:6] for _ in range(6)]).reshape(2, 3, 6)
+        idx[:, :, 1:][rng.random((2, 3, 5)) < 0.3] = (-1, 24, 30)[seed]
+        feeds = {
+            "q": rng.standard_normal((2, 3, 4, 40)).astype(np.float32),
+            "kv": rng.standard_normal((2, 24, 40)).astype(np.float32),
+            "idx": idx,
+        }
+        before, after = run_original(model, feeds), run_fused(report.model, feeds)
+        assert scaled_error(before, after) < 1e-5
+
+
+@pytest.mark.parametrize("batch", ["1,0", "0,0"])
+def test_entries_listed_for_another_row_are_refused(batch):
+    (site,) = sfa_onnx.fuse(parser.parse_model(_ENTRIES.format(batch=batch))).sites
+    assert site.status == "refused"

@@ -136,6 +136,10 @@ def _scattered(e: Emitter, site: Site, selected: Selected, rows: Sequence[Group]
     groups = [*rows, [selected.slot]]
     tokens = e.cast(e.arrange(selected.indices, groups, "tokens"), _T.INT64)
     tokens = e.broadcast(tokens, groups, selected.indices.labels)
+    switch = "" if selected.valid is None else e.arrange(selected.valid, groups, "switch")
+    if switch:  # an entry that is switched off may hold anything
+        zero = e.constant(np.asarray(0, np.int64))
+        tokens = e.emit("Where", [e.cast(switch, _T.BOOL), tokens, zero], "tokens", _T.INT64)
     size, extra = e.size([site.key]), selected.width - site.key.size
     if not selected.wraps:
         tokens, extra = _outside_last(e, tokens, size), 1
@@ -149,8 +153,7 @@ def _scattered(e: Emitter, site: Site, selected: Selected, rows: Sequence[Group]
     adding = {}
     if selected.valid is not None:
         adding["reduction"] = "add"  # one valid mention is enough; opset 16 and newer
-        hits = e.arrange(selected.valid, groups, "switch")
-        hits = e.broadcast(e.cast(hits, _T.FLOAT), groups, selected.valid.labels)
+        hits = e.broadcast(e.cast(switch, _T.FLOAT), groups, selected.valid.labels)
     else:
         one = e.constant(np.asarray(1, np.float32))
         hits = e.emit(

@@ -9,8 +9,7 @@ from typing import Final
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
-from sfa_onnx.passes.axes.expr import Expr, Label, fresh, split
-from sfa_onnx.passes.axes.kept import among_all
+from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.trace import Dot, Move, Pieces, Ref, Scaled, Tracer
 from sfa_onnx.passes.axes.writes import assigned_where
@@ -19,8 +18,9 @@ from sfa_onnx.passes.shapes.kept import kept_mask
 from sfa_onnx.passes.values.arithmetic import LOW
 from sfa_onnx.passes.values.attention_op import attention_term, is_attention
 from sfa_onnx.passes.values.identity import Normal
+from sfa_onnx.passes.values.kept import over_kept
 from sfa_onnx.passes.values.pointwise import POINTWISE
-from sfa_onnx.passes.values.terms import ZERO, Term, dot, element, number
+from sfa_onnx.passes.values.terms import Term, dot, element, number
 
 __all__ = ["INNER", "Reader"]
 
@@ -285,54 +285,13 @@ class Reader:
         same.
         """
         if (mask := kept_mask(label.size)) and label in body.labels:
-            found = self._over_all(kind, label, mask, body)
+            found = over_kept(self, kind, label, mask, body)
             if found is not None:
                 return found
         one = label.size == 1 or (label not in body.labels and kind != "sum")
         if one and not (label.size == 1 and kind in _KEYS and _of_one_key(body)):
             return body
         return self.n.make(kind, (body,), label)
-
-    def _over_all(self, kind: str, label: Label, mask: str, body: Term) -> Term | None:
-        """A reduction over what a mask keeps: over all places, those left out hidden."""
-        shape = self.tracer.shape(mask)
-        own = fresh("t", math.prod(shape))
-        whole = self._among_all(body, label, Expr.of(own))
-        if whole is None:
-            return None
-        shown = self.term(Ref(mask, split(Expr.of(own), shape)))
-        if not self.is_bool(mask):
-            shown = self.n.negate(self.n.make("eq", (shown, ZERO)))
-        if kind == "sum":
-            whole = self.n.mul(self.n.flag(shown), whole)
-        elif kind in ("any", "all"):
-            hidden = self.n.negate(shown)
-            sides = ("and", (shown, whole)) if kind == "any" else ("or", (hidden, whole))
-            whole = self.n.make(*sides)
-        else:
-            whole = self.n.where(shown, whole, number(-math.inf if kind == "maximum" else math.inf))
-        return self.over(kind, own, whole)
-
-    def _among_all(self, term: Term, label: Label, place: Expr) -> Term | None:
-        """A term with a kept place read at a place of the whole mask."""
-        if label not in term.labels:
-            return term
-        if term.op == "element":
-            ref = among_all(self.tracer, term.ref, label, place)
-            while ref is not None and ref.value in self.tracer.wholes:
-                step = self.tracer.step(ref)
-                if not isinstance(step, Move):
-                    break
-                ref = step.ref
-            return None if ref is None else element(ref)
-        if term.op == "dot":
-            query, key, inner = term.factors
-            sides = [among_all(self.tracer, r, label, place) for r in (query, key)]
-            return None if sides[0] is None or sides[1] is None else dot(sides[0], sides[1], inner)
-        args = [self._among_all(a, label, place) for a in term.args]
-        known = tuple(a for a in args if a is not None)
-        own = term.op in ("index", "pieces") or len(known) < len(args)
-        return None if own else self.n.make(term.op, known, term.data)
 
     def operands(self, node: onnx.NodeProto, ref: Ref) -> list[Term]:
         """What a pointwise operator computes with."""
