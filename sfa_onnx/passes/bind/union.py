@@ -54,10 +54,9 @@ def selected(reader: Conditions, term: Term) -> Selected | None:
     valid = None
     if rest:
         held = reader.holder(reader.n.make("and", tuple(rest)), exactly=True)
-        alone = rest[0].ref if len(rest) == 1 and rest[0].op == "element" else None
-        if held is None and alone is None:
+        if held is None and (len(rest) > 1 or rest[0].op != "element"):
             return None
-        valid = (alone if held is None else held[0]).substitute(swap)
+        valid = (rest[0].ref if held is None else held[0]).substitute(swap)
     (label, *more), wraps = sorted(key.labels, key=str) or [Label("", 1)], own.op == "mod"
     block, exact = _place(key)
     width = own.width if wraps else label.size
