@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import helper
 
 from sfa_onnx import runtime
 from sfa_onnx.errors import MissingError
-from sfa_onnx.operator.op import OpContract
+from sfa_onnx.operator.op import KV_CACHE_PACK, OpContract
 from tests.attention_cases import BF16, Case
 
 
@@ -76,3 +77,19 @@ def node_model(
     graph = helper.make_graph([node], "one_node", inputs, outputs)
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(op.domain, op.version)]
     return helper.make_model(graph, opset_imports=imports, ir_version=9)
+
+
+def pack_model(arrays: dict[str, Any], opset: int = 18, **attributes: Any) -> onnx.ModelProto:
+    """A model with one `KvCachePack` for these arrays."""
+    inputs = [
+        helper.make_tensor_value_info(n, elem_type(a.dtype), [f"{n}{i}" for i in range(a.ndim)])
+        for n, a in arrays.items()
+    ]
+    names = [t.name if t.name in arrays else "" for t in KV_CACHE_PACK.inputs]
+    return node_model(KV_CACHE_PACK, names, inputs, attributes, opset)
+
+
+def plain(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session without our library: the function body runs."""
+    onnx.checker.check_model(model, full_check=True)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
