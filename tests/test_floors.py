@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def floor(module: str) -> int:
     return level
 
 
+@functools.cache
 def edges() -> dict[str, set[str]]:
     """Who imports whom, without what the facade hands out lazily."""
     known = modules()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -73,11 +74,16 @@ if __name__ == "__main__":
 """
 
 
+# A run that counts lines (`pytest --cov`) counts those of the child, too.
+COUNTED = {k: v for k, v in os.environ.items() if k.startswith("COVERAGE_")}
+
+
 def on_cpu(*arguments, cwd=None, path=""):
+    here = f"{Path(__file__).parents[1]}:{path}"
     return subprocess.run(
         [sys.executable, "-m", "sfa_onnx.torch.on_cpu", *arguments],
         capture_output=True, text=True, cwd=cwd,
-        env={"PYTHONPATH": f"{Path(__file__).parents[1]}:{path}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": here, "PATH": "/usr/bin:/bin", **COUNTED},
     )  # fmt: skip
 
 
