@@ -218,3 +218,40 @@ def test_a_single_key_needs_no_axis_of_indices(other: bool) -> None:
     feeds = _feeds(model, 5) | {"single": rng.integers(0, 24, (2, 3))}
     want, got = (np.asarray(run(session(m), feeds)["o"]) for m in (model, report.model))
     assert np.abs(want - got).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_products_in_half_precision_are_summed_in_float32() -> None:
+    """`(q * k).sum(-1)` of float16, as exporters write it: the sum lies behind a cast."""
+    model = parser.parse_model("""<ir_version: 9, opset_import: ["" : 18]>
+    site (float16[2,3,4,40] q, float16[2,24,40] kv, float[2,3,24] scores) => (float16[2,3,4,32] o)
+    <int64[1] kk={8}, int64[1] z={0}, int64[1] c32={32}, int64[1] last={-1}, int64[1] two={2},
+     int64[1] three={3}, float sc32={0.15}> {
+        sc = Cast<to=10>(sc32)
+        best, idx = TopK(scores, kk)
+        at = Unsqueeze(idx, last)
+        k = GatherND<batch_dims=1>(kv, at)
+        q5 = Unsqueeze(q, three)
+        k5 = Unsqueeze(k, two)
+        m = Mul(q5, k5)
+        m32 = Cast<to=1>(m)
+        s32 = ReduceSum<keepdims=0>(m32, last)
+        s16 = Cast<to=10>(s32)
+        s = Mul(s16, sc)
+        p = Softmax<axis=-1>(s)
+        p5 = Unsqueeze(p, last)
+        v = Slice(k5, z, c32, last)
+        w = Mul(p5, v)
+        w32 = Cast<to=1>(w)
+        o32 = ReduceSum<keepdims=0>(w32, three)
+        o = Cast<to=10>(o32)
+    }""")
+    report = sfa_onnx.fuse(model)
+    assert [s.status for s in report.sites] == ["fused"], [s.reason for s in report.sites]
+    rng = np.random.default_rng(3)
+    feeds = {
+        "q": rng.standard_normal((2, 3, 4, 40)).astype(np.float16),
+        "kv": rng.standard_normal((2, 24, 40)).astype(np.float16),
+        "scores": rng.standard_normal((2, 3, 24)).astype(np.float32),
+    }
+    want, got = (np.asarray(run(session(m), feeds)["o"], np.float32) for m in (model, report.model))
+    assert np.abs(want - got).max() <= 1e-2 * np.abs(want).max()

@@ -46,6 +46,8 @@ def operands(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
     if node.op_type in PRODUCTS:
         return list(node.input[:2])
     made = index.real_maker(node.input[0]) if node.op_type == "ReduceSum" else None
+    if made is not None and made.op_type == "Cast":  # half precision is summed in float32
+        made = index.real_maker(made.input[0])
     return list(made.input) if made is not None and made.op_type == "Mul" else []
 
 
