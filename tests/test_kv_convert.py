@@ -182,6 +182,19 @@ def test_paged_interface_names_the_dims_it_shares() -> None:
     assert dims["actual_seq_lengths_kv"] == ["b"]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_length_that_is_asked_for_as_one_number_is_told(asked: bool) -> None:
+    source = growing()
+    if not asked:
+        del source.graph.node[-1], source.graph.output[-1]
+    told = [convert(source, to=form, tile_size=TILE).notes for form in ("packed-int8", "paged")]
+    assert told[0] == []
+    assert [note.partition(" where")[0] for note in told[1]] == [
+        "the model asks for the length of its cache as one number and gets that of the longest"
+        " sequence:"
+    ] * asked
+
+
 def test_pages_change_only_at_the_new_slots() -> None:
     source = growing()
     report = convert(source, to="paged-int8", block_size=16, tile_size=TILE)

@@ -43,6 +43,7 @@ class Boundary:
         self.old_inputs: set[str] = set()
         self.caches: list[CacheInput] = []
         self.counters: set[str] = set()  # inputs that count the same rows, one per layer
+        self.one_length = False  # the model asks how long its cache is, as one number
 
     def convert(self, translators: list[Translator]) -> list[CacheEntry]:
         """Change inputs, outputs and shape readers; returns the new interface's entries."""
@@ -262,6 +263,7 @@ class Boundary:
             return emit.op("Gather", [emit.op("Shape", [done.packed]), emit.constant([1])])
         if done.cache is not None and done.cache.writes:
             return self._capacity(done.cache)
+        self.one_length = True
         longest = emit.op("ReduceMax", [emit.op("Cast", [LENGTHS_KV], to=7)], keepdims=1)
         if done.cache is None or done.packed != done.cache.packed:
             return longest

@@ -36,6 +36,12 @@ _BSND = ("B", "S", "1", "C")
 _PACKED_INPUTS = ("query", "key", "value", "query_rope", "key_rope")
 _ITEM: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
 
+_ONE_LENGTH = (
+    "the model asks for the length of its cache as one number and gets that of the longest"
+    " sequence: where it counts positions by it, feed sequences of one length (the shorter ones"
+    " padded, and hidden by the mask), or export it with positions as an input"
+)
+
 
 def float_sites(graph: onnx.GraphProto) -> list[int]:
     """Indices of the float-cache operators of a graph."""
@@ -101,6 +107,8 @@ class Conversion:
             translators = (*self.translators.values(), *self.keys.translators.values())
             self.entries = boundary.convert(list(translators))
             self._note_counters(sorted(boundary.counters))
+            if boundary.one_length:
+                self.notes.append(_ONE_LENGTH)
         arrange.settle(self.emit)
         if self.form != "int8":
             boundary.check_readers()
