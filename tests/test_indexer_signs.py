@@ -9,11 +9,14 @@ import pytest
 
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.signs import assumed_positive
+from sfa_onnx.passes.shapes.concrete import Concrete
 
 NEVER = {
     "of keys": " a = Abs(x)\n m = ReduceMax<axes=[-1]>(a)\n y = Div(m, c)\n",
     "a norm": " n = ReduceL2<axes=[-1]>(x)\n r = Reciprocal(n)\n y = Reshape(r, shape)\n",
     "a floor": " y = Clip(x, zero)\n",
+    "a floor and a ceiling": " y = Clip(x, zero, c)\n",
+    "unsigned codes": " a = Abs(x)\n u = Cast<to=2>(a)\n y = Cast<to=1>(u)\n",
     "the larger of both": " y = Max(x, zero)\n",
     "squares": " s = Mul(x, x)\n m = ReduceMean<axes=[-1]>(s)\n y = Sqrt(m)\n",
     "an even power": " y = Pow(x, c2)\n",
@@ -32,6 +35,12 @@ MAYBE = {
     "taken away": " y = Sub(x, c)\n",
     "a negative factor": " a = Abs(x)\n y = Mul(a, minus)\n",
     "a logarithm": " a = Abs(x)\n y = Log(a)\n",
+    "a ceiling below zero": " a = Abs(x)\n y = Clip(a, , minus)\n",
+    "a floor above its ceiling": " y = Clip(x, zero, minus)\n",
+    "codes that wrap": " a = Abs(x)\n b = Mul(a, c)\n i = Cast<to=3>(b)\n y = Cast<to=1>(i)\n",
+    "unsigned codes read as signed": " a = Abs(x)\n b = Mul(a, c)\n u = Cast<to=2>(b)\n"
+    " i = Cast<to=3>(u)\n y = Cast<to=1>(i)\n",
+    "the size of the lowest code": " i = Cast<to=3>(x)\n a = Abs(i)\n y = Cast<to=1>(a)\n",
     "a wave": " y = Sin(x)\n",
 }
 
@@ -47,7 +56,7 @@ def _model(nodes: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("kind", NEVER)
 def test_what_is_never_negative_is_known(kind: str) -> None:
     model = _model(NEVER[kind])
-    assert assumed_positive(GraphIndex(model.graph), "y") == []
+    assert assumed_positive(Concrete(GraphIndex(model.graph)), "y") == []
     model.graph.output[0].ClearField("type")
     model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     session = ort.InferenceSession(model.SerializeToString())
@@ -57,9 +66,9 @@ def test_what_is_never_negative_is_known(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GIVEN)
 def test_what_depends_on_inputs_names_them(kind: str) -> None:
-    assert assumed_positive(GraphIndex(_model(GIVEN[kind]).graph), "y") == ["x"]
+    assert assumed_positive(Concrete(GraphIndex(_model(GIVEN[kind]).graph)), "y") == ["x"]
 
 
 @pytest.mark.parametrize("kind", MAYBE)
 def test_what_may_be_negative_is_not_claimed(kind: str) -> None:
-    assert assumed_positive(GraphIndex(_model(MAYBE[kind]).graph), "y") is None
+    assert assumed_positive(Concrete(GraphIndex(_model(MAYBE[kind]).graph)), "y") is None

@@ -106,6 +106,14 @@ SITES["a mask set at the indices that are kept"] = _model(
     "k = Identity(kv)", soft=_SET.replace("{update}", "ones")
 )
 MISSES = {
+    "all that are kept but the first": _model(
+        "k0 = GatherND(own, points)\n far = Constant<value=int64[1] {99}>()\n"
+        " kept = Slice(k0, one, far, zero)\n k = Gather<axis=0>(kv, kept)"
+    ),
+    "the first three that are kept": _model(
+        "k0 = GatherND(own, points)\n three = Constant<value=int64[1] {3}>()\n"
+        " kept = Slice(k0, zero, three, zero)\n k = Gather<axis=0>(kv, kept)"
+    ),
     "a mask that only some of the kept set": _model(
         "k = Identity(kv)",
         soft="c0 = Constant<value=int64 {0}>()\n"

@@ -231,7 +231,7 @@ class _Parts:
         if self.keys not in ref.labels:
             self.weights.append(ref)
             return
-        assumed = assumed_positive(self.reader.tracer.index, ref.value)
+        assumed = assumed_positive(self.reader.tracer.sizes, ref.value)
         if assumed is None or ref.labels & set(self.heads):
             raise self._by_key(ref, "")
         self.outside.append(Scale(ref, True, tuple(assumed)))

@@ -11,6 +11,7 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes.concrete import Concrete
 
 __all__ = ["assumed_positive", "stored_narrow"]
 
@@ -29,10 +30,13 @@ _KEEPS: Final = frozenset(  # of what is not negative, by the first input
      "Round", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 )  # fmt: skip
 _ALL: Final = frozenset(("Add", "Concat", "Div", "Min", "Mul", "Sum"))
+_WRAPS: Final = frozenset(  # where a positive number cast, added or negated may come out negative
+    (_T.INT4, _T.INT8, _T.INT16, _T.INT32, _T.INT64)
+)
 _MOST_STEPS: Final = 64
 
 
-def assumed_positive(index: GraphIndex, value: str) -> list[str] | None:
+def assumed_positive(sizes: Concrete, value: str) -> list[str] | None:
     """The graph inputs that must not be negative so that `value` is not; None: it may be."""
     found: dict[str, None] = {}
     seen: set[str] = set()
@@ -42,7 +46,7 @@ def assumed_positive(index: GraphIndex, value: str) -> list[str] | None:
         if here in seen:
             continue
         seen.add(here)
-        needs = _needs(index, here)
+        needs = _needs(sizes, here)
         if needs is None or len(seen) > _MOST_STEPS:
             return None
         if needs == [here]:
@@ -52,11 +56,14 @@ def assumed_positive(index: GraphIndex, value: str) -> list[str] | None:
     return list(found)
 
 
-def _needs(index: GraphIndex, value: str) -> list[str] | None:
+def _needs(sizes: Concrete, value: str) -> list[str] | None:
     """What must not be negative; the value itself: it is given; None: it may be, as far as seen."""
+    index = sizes.index
     constant = index.constant(value)
     if constant is not None:
         return [] if constant.dtype.kind in "biuf" and bool((constant >= 0).all()) else None
+    if sizes.elem_type(value) in _WRAPS:
+        return None
     node = index.maker(value)
     if node is None:
         return None if value in index.initializers else [value]
@@ -77,14 +84,16 @@ def _clip(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
     low = index.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
     told = attributes(node).get("min")
     floor = float(np.min(low)) if low is not None else None if told is None else float(told)
-    return [] if floor is not None and floor >= 0 else [node.input[0]]
+    if float(attributes(node).get("max", 0)) < 0:
+        return None
+    above = [n for n in node.input[2:] if n]  # what is below the floor comes out as this
+    return above if floor is not None and floor >= 0 else [node.input[0], *above]
 
 
 def _max(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:
-    known = [
-        assumed_positive(index, name) for name in node.input if index.constant(name) is not None
-    ]
-    return [] if [] in known else list(node.input)
+    known = [index.constant(name) for name in node.input]
+    floors = any(x is not None and x.dtype.kind in "uf" and bool((x >= 0).all()) for x in known)
+    return [] if floors else list(node.input)
 
 
 def _where(index: GraphIndex, node: onnx.NodeProto) -> list[str] | None:

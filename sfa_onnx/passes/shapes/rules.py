@@ -11,7 +11,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.shapes.asking import Shape, Shapes, Sizes
-from sfa_onnx.passes.shapes.kept import nonzero
+from sfa_onnx.passes.shapes.kept import counts_kept, nonzero
 from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = ["RULES", "Shape", "Shapes", "Sizes", "einsum_terms", "slice_bounds", "sliced"]
@@ -188,7 +188,10 @@ def _slice(sizes: Sizes, node: onnx.NodeProto) -> Shapes:
     for start, end, axis, step in zip(
         *slice_bounds(attributes(node), inputs, len(shape)), strict=True
     ):
-        shape[axis] = sliced_size(start, end, step, shape[axis])
+        size = sliced_size(start, end, step, shape[axis])
+        if counts_kept(shape[axis]) and int(size) != int(shape[axis]):
+            return [None]  # a mask may keep fewer than are taken here, or none behind the start
+        shape[axis] = size
     return [tuple(shape)]
 
 
