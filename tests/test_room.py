@@ -71,6 +71,17 @@ def test_a_loop_that_may_end_is_run(name: str) -> None:
     check_end(loop(*ENDING[name]))
 
 
+def test_a_condition_is_not_the_constant_of_another_body() -> None:
+    """Bodies side by side use the same names, as those of one exporter do."""
+    model = loop("most", "true", "computed")
+    branch = helper.make_graph(
+        [NODE("Constant", [], ["computed"], value=numpy_helper.from_array(np.array(True)))],
+        "branch", [], [INFO("computed", 9, [])],
+    )  # fmt: skip
+    model.graph.node.append(NODE("If", ["c"], ["z"], then_branch=branch, else_branch=branch))
+    check_end(model)
+
+
 def test_a_comparison_says_that_it_did_not_wait() -> None:
     model = loop(*ENDLESS["as while is written"])
     report = compare(model, model)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.files.onnx_attrs import find_attribute, graphs
+from sfa_onnx.files.onnx_attrs import find_attribute, subgraphs
 
 __all__ = ["check_end", "check_room", "weight_bytes"]
 
@@ -38,14 +39,7 @@ def check_room(model: ModelProto) -> None:
 
 def check_end(model: ModelProto) -> None:
     """Refuse to run a loop that goes on for ever: no number of turns, and nothing that stops it."""
-    known: dict[str, TensorProto] = {}
-    for graph in graphs(model.graph):
-        known |= {t.name: t for t in graph.initializer}
-        for node in graph.node:
-            value = find_attribute(node, "value") if node.op_type == "Constant" else None
-            if value is not None and node.output:
-                known[node.output[0]] = value.t
-    for graph in graphs(model.graph):
+    for graph, known in _scopes(model.graph, {}):
         for node in graph.node:
             if node.op_type == "Loop" and _endless(node, known):
                 raise ModelError(
@@ -54,16 +48,39 @@ def check_end(model: ModelProto) -> None:
                 )
 
 
-def _endless(node: NodeProto, known: dict[str, TensorProto]) -> bool:
+def _scopes(
+    graph: GraphProto, outer: Mapping[str, TensorProto]
+) -> Iterator[tuple[GraphProto, dict[str, TensorProto]]]:
+    """Every graph with the constants that it can read: bodies may use each other's names."""
+    known = _known(graph, outer)
+    yield graph, known
+    for node in graph.node:
+        for body in subgraphs(node):
+            yield from _scopes(body, known)
+
+
+def _known(graph: GraphProto, outer: Mapping[str, TensorProto]) -> dict[str, TensorProto]:
+    """Constants of a graph and of those around it, by the names that the graph does not reuse."""
+    own = {v.name for v in graph.input} | {n for node in graph.node for n in node.output}
+    known = {name: tensor for name, tensor in outer.items() if name not in own}
+    known |= {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        value = find_attribute(node, "value") if node.op_type == "Constant" else None
+        if value is not None and node.output:
+            known[node.output[0]] = value.t
+    return known
+
+
+def _endless(node: NodeProto, known: Mapping[str, TensorProto]) -> bool:
     turns, start = (*node.input, "", "")[:2]
     body = find_attribute(node, "body")
     if body is None or not body.g.output or (turns and not _at_least(known.get(turns), _ENDLESS)):
         return False
     begins = not start or _at_least(known.get(start), 1)
-    return begins and _goes_on(body.g, known)
+    return begins and _goes_on(body.g, _known(body.g, known))
 
 
-def _goes_on(body: GraphProto, known: dict[str, TensorProto]) -> bool:
+def _goes_on(body: GraphProto, known: Mapping[str, TensorProto]) -> bool:
     """Whether the condition that a body returns is true, or the one that it was given."""
     name, makers = body.output[0].name, {n.output[0]: n for n in body.node if n.output}
     while name in makers and makers[name].op_type == "Identity":
