@@ -103,17 +103,17 @@ def whole_step(tracer: Tracing, value: str, axis: int, ref: Ref) -> Step:
     return found
 
 
-def _mapped(step: Step, move: Callable[[Ref], Ref | None]) -> Step | None:
+def _mapped(step: Step, elsewhere: Callable[[Ref], Ref | None]) -> Step | None:
     """A step with all its elements moved; None where one cannot be."""
     match step:
         case Move() | Scaled():
-            ref = move(step.ref)
+            ref = elsewhere(step.ref)
             return None if ref is None else replace(step, ref=ref)
         case Product() | Dot():
-            a, b = move(step.a), move(step.b)
+            a, b = elsewhere(step.a), elsewhere(step.b)
             return None if a is None or b is None else replace(step, a=a, b=b)
         case Pieces():
-            parts = [(low, high, move(part)) for low, high, part in step.parts]
+            parts = [(low, high, elsewhere(part)) for low, high, part in step.parts]
             known = tuple((low, high, part) for low, high, part in parts if part is not None)
             return replace(step, parts=known) if len(known) == len(parts) else None
     return None
