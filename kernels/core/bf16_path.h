@@ -285,8 +285,8 @@ void softmax(const Plan& p, int n, Partial* out) {
 
 // Upper half of each lane, rounded half-to-even.
 inline vi round_high(vf x) {
-  const vi u = (vi)x;
-  return u + 0x7fff + ((u >> 16) & 1);
+  const vu u = (vu)x;
+  return (vi)(u + 0x7fff + ((u >> 16) & 1));
 }
 
 // The mantissa of a scale, 1 <= |x| < 2, and 1 for zero: the unit of a head's weights in a tile, of

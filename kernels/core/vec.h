@@ -14,6 +14,7 @@ namespace {
 constexpr int W = SFA_LANES;
 typedef float vf __attribute__((vector_size(SFA_LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(SFA_LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(SFA_LANES * 4)));  // sums that may wrap
 
 inline vf load(const float* p) { return *(const vf*)p; }
 inline void store(float* p, vf v) { *(vf*)p = v; }
@@ -29,8 +30,8 @@ inline vf vmax(vf a, vf b) { return b > a ? b : a; }
 
 // The nearest bfloat16, ties to even; NaN stays NaN.
 inline vf round_bf16(vf x) {
-  const vi u = (vi)x;
-  const vf even = (vf)((u + 0x7fff + ((u >> 16) & 1)) & (int32_t)0xffff0000);
+  const vu u = (vu)x;
+  const vf even = (vf)((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u);
   return x == x ? even : x;
 }
 
