@@ -74,3 +74,11 @@ def test_another_branch_and_one_that_inputs_choose_stay_as_they_are(options) -> 
     assert not report.fused
     assert report.taken == ()
     assert report.model.SerializeToString() == model.SerializeToString()
+
+
+def test_a_condition_that_is_only_a_default_stays_the_callers() -> None:
+    model = _model()
+    model.graph.input.append(onnx.helper.make_tensor_value_info("yes", onnx.TensorProto.BOOL, []))
+    report = sfa_onnx.fuse(model)
+    assert not report.fused
+    assert report.taken == ()

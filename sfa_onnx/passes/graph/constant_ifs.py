@@ -67,9 +67,10 @@ def _decided(model: ModelProto) -> Iterator[tuple[NodeProto, GraphProto]]:
     if not any(node.op_type == "If" for node in model.graph.node):
         return
     index = GraphIndex.of(model)
+    defaults = {v.name for v in model.graph.input}  # a caller may give another value
     for node in model.graph.node:
         known = index.constant(node.input[0]) if node.op_type == "If" else None
-        if known is not None and known.size == 1:
+        if known is not None and known.size == 1 and index.unaliased(node.input[0]) not in defaults:
             yield node, bodies(node)["then_branch" if bool(known.reshape(-1)[0]) else "else_branch"]
 
 
