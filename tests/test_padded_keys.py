@@ -125,3 +125,15 @@ def test_padded_scores_that_are_read_forbid_int8() -> None:
     source.graph.output.append(vi("scores", ["b", 1, 1, K]))
     with pytest.raises(ModelError, match="the quantised indexer gives no scores"):
         convert(source, to="paged-int8", index_cache="int8", tile_size=TILE)
+
+
+def test_a_column_that_is_no_mask_is_no_padding() -> None:
+    source = padded()
+    at = next(i for i, node in enumerate(source.graph.node) if node.output[0] == "hidden2")
+    source.graph.node[at].output[0] = "flag"
+    source.graph.node.insert(at + 1, helper.make_node("Add", ["flag", "flag"], ["hidden2"]))
+    with pytest.raises(ModelError, match="gives no scores"):
+        convert(source, to="paged-int8", index_cache="int8", tile_size=TILE)
+    report = convert(source, to="paged-int8", tile_size=TILE)
+    assert "l0.past_k" not in report.removed_inputs
+    assert any("index keys stay as they are" in note for note in report.notes)

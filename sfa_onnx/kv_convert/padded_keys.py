@@ -18,6 +18,7 @@ from sfa_onnx.files.onnx_attrs import attribute
 from sfa_onnx.kv_convert.emit import Emitter
 from sfa_onnx.kv_convert.interface import BLOCK_TABLE
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import CONDITIONS, VIEWS
 from sfa_onnx.passes.indexer.build import HIDDEN_WEIGHT
 
 __all__ = [
@@ -64,7 +65,17 @@ def padded_keys(index: GraphIndex, node: onnx.NodeProto) -> PaddedKeys | None:
     shape = index.shape(joined.input[1])
     if attribute(joined, "axis", 0) not in (-1, 3) or shape is None or shape[-1:] != (1,):
         return None
-    return PaddedKeys(*joined.input)
+    return PaddedKeys(*joined.input) if _marks(index, joined.input[1]) else None
+
+
+def _marks(index: GraphIndex, value: str) -> bool:
+    """Whether numbers are conditions, so that they are 0 or 1."""
+    while index.elem_type(value) != _T.BOOL:
+        node = index.maker(value)
+        if node is None or node.op_type not in VIEWS:
+            return node is not None and node.op_type in CONDITIONS
+        value = node.input[0]
+    return True
 
 
 def gathered(emit: Emitter, pages: str, width: int) -> str:
