@@ -160,7 +160,8 @@ def test_an_interrupt_leaves_nothing_and_says_so_once(tmp_path: Path, moment: fl
     _, said = process.communicate(timeout=60)
     if process.returncode == 0 or ("Traceback" in said and "in main\n" not in said):
         return  # it was done already, or Python had not come to `main` yet
-    assert process.returncode == 130, said
+    # Interrupted inside an `exec` of an import, Python ends by the signal: to a shell that is 130.
+    assert process.returncode in (130, -signal.SIGINT), said
     assert said.splitlines()[-1] == "interrupted: nothing was left half-written"
     assert "Traceback" not in said
     assert sorted(tmp_path.iterdir()) == before
