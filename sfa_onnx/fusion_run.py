@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -26,7 +27,7 @@ from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find.search import FindOptions, find_candidates
 from sfa_onnx.passes.graph.attention_caches import caches_joined
 from sfa_onnx.passes.graph.constant_ifs import branches_taken
-from sfa_onnx.passes.graph.functions import Inlined, inline_sites
+from sfa_onnx.passes.graph.functions import Finding, Inlined, inline_sites
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.order import put_in_order
 from sfa_onnx.passes.indexer.find import find_selections
@@ -113,13 +114,10 @@ class Run:
         said = asserted(self.assume, given.graph)
         self.options = FindOptions(masks=said[MASKS], flags=said[FLAGS], trace=self.trace)
         with self.stage("find"):
-            inlined = inline_sites(given, lambda m: self._findings(m, reader))
-            inlined.model, taken = branches_taken(
-                inlined.model, lambda m: self._findings(m, reader)
-            )
-            inlined.model, joined = caches_joined(
-                inlined.model, lambda m: self._findings(m, reader)
-            )
+            find = functools.partial(self._findings, reader)
+            inlined = inline_sites(given, find)
+            inlined.model, taken = branches_taken(inlined.model, find)
+            inlined.model, joined = caches_joined(inlined.model, find)
             scopes = self._find(inlined.model, reader)
             sites = [site for scope in scopes for site in scope.sites] + self.restored
             unique_ids(sites)
@@ -172,9 +170,7 @@ class Run:
             report.notes += materialized_notes(materialized, self.file)
         return report
 
-    def _findings(
-        self, model: onnx.ModelProto, reader: StorageReader
-    ) -> list[tuple[GraphIndex, Candidate | RefusedSite]]:
+    def _findings(self, reader: StorageReader, model: onnx.ModelProto) -> list[Finding]:
         """Every candidate with the view of the graph it lies in."""
         scopes = self._find(model, reader)
         if self.indexer:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sfa_onnx.files.onnx_attrs import attribute, subgraphs
+from sfa_onnx.files.onnx_attrs import CONTROL_FLOW, attribute, constants, subgraphs
 from sfa_onnx.guard.guarded import infer_shapes
 
 __all__ = ["label", "settled", "unsettled"]
 
-_BODIES: Final = ("If", "Loop", "Scan", "SequenceMap")
 Dims = tuple[int | str | None, ...]  # sizes, names of open sizes, None for unknown ones
 
 
@@ -56,8 +55,8 @@ def label(node: NodeProto) -> str:
 def _found(
     graph: GraphProto, outer: Mapping[str, TensorProto]
 ) -> Iterator[tuple[NodeProto, list[int]]]:
-    asked = [n for n in graph.node if n.op_type in _BODIES or _zero_is_meant(n)]
-    known = _constants(graph, outer) if asked else {}
+    asked = [n for n in graph.node if n.op_type in CONTROL_FLOW or _zero_is_meant(n)]
+    known = constants(graph, outer) if asked else {}
     for node in asked:
         if target := _target(node, known):
             yield node, target
@@ -67,15 +66,6 @@ def _found(
 
 def _zero_is_meant(node: NodeProto) -> bool:
     return bool(node.op_type == "Reshape" and not node.domain and attribute(node, "allowzero", 0))
-
-
-def _constants(graph: GraphProto, outer: Mapping[str, TensorProto]) -> dict[str, TensorProto]:
-    known = {**outer, **{t.name: t for t in graph.initializer}}
-    for node in graph.node:
-        value = attribute(node, "value") if node.op_type == "Constant" else None
-        if isinstance(value, TensorProto):
-            known[node.output[0]] = value
-    return known
 
 
 def _target(node: NodeProto, known: Mapping[str, TensorProto]) -> list[int]:
@@ -115,7 +105,7 @@ class _Settling:
         self.taken = set(_names(model.graph))
 
     def graph(self, graph: GraphProto, outer: Mapping[str, TensorProto]) -> None:
-        known = _constants(graph, outer)
+        known = constants(graph, outer)
         nodes: list[NodeProto] = []
         for node in graph.node:
             for body in subgraphs(node):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
-from onnx import AttributeProto, GraphProto, NodeProto, helper
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
-__all__ = ["attribute", "attributes", "find_attribute", "graphs", "subgraphs", "value_of"]
+__all__ = [
+    "CONTROL_FLOW",
+    "attribute",
+    "attributes",
+    "constants",
+    "find_attribute",
+    "graphs",
+    "subgraphs",
+    "value_of",
+]
+
+CONTROL_FLOW: Final = frozenset(("If", "Loop", "Scan", "SequenceMap"))  # ONNX's own with graphs
 
 
 def value_of(proto: AttributeProto) -> Any:
@@ -47,3 +58,18 @@ def graphs(graph: GraphProto) -> Iterator[GraphProto]:
     for node in graph.node:
         for inner in subgraphs(node):
             yield from graphs(inner)
+
+
+def constants(graph: GraphProto, outer: Mapping[str, TensorProto]) -> dict[str, TensorProto]:
+    """Initializers and Constant nodes that a graph can read; `outer`: of the graphs around it.
+
+    What the graph names again is not the outer value.
+    """
+    own = {v.name for v in graph.input} | {n for node in graph.node for n in node.output}
+    known = {name: tensor for name, tensor in outer.items() if name not in own}
+    known |= {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        value = find_attribute(node, "value") if node.op_type == "Constant" else None
+        if value is not None and value.HasField("t") and node.output:
+            known[node.output[0]] = value.t
+    return known

@@ -34,8 +34,9 @@ def broken(model: onnx.ModelProto) -> Iterator[Finding]:
 
 def open_and_empty(view: ModelView) -> Iterator[Finding]:
     """Reshapes whose open size no number of elements tells."""
-    _, told = settled(view.model)
-    for node in unsettled(view.model):
+    nodes = [*unsettled(view.model)]
+    told = settled(view.model)[1] if nodes else ()
+    for node in nodes:
         mended = any(line.startswith(label(node)) for line in told)
         step = "`--fix` writes the size that its input has" if mended else "write the size"
         yield Finding(

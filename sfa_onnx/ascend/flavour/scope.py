@@ -15,13 +15,12 @@ import numpy.typing as npt
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from sfa_onnx.files.onnx_attrs import subgraphs
+from sfa_onnx.files.onnx_attrs import CONTROL_FLOW, subgraphs
 from sfa_onnx.guard.guarded import infer_shapes
 
 __all__ = ["Facts", "Names", "Rule", "Scope", "apply", "inner_graphs", "scopes"]
 
 _NUMBERS = frozenset({"value_int", "value_ints", "value_float", "value_floats"})
-_WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _SMALL = 4096  # elements: constants up to this size may be looked at
 
 
@@ -223,7 +222,7 @@ Rule = Callable[[Scope, NodeProto], "Sequence[NodeProto] | None"]
 
 def inner_graphs(node: NodeProto) -> Iterator[GraphProto]:
     """The graphs held by a node's attributes."""
-    if not node.domain and node.op_type not in _WITH_GRAPHS:
+    if not node.domain and node.op_type not in CONTROL_FLOW:
         return  # looking at every attribute costs seconds on 100,000 nodes
     yield from subgraphs(node)
 

@@ -312,9 +312,8 @@ class Tracer:
         `size` is that of the axis it indexes: an index modulo that size is the index, wrapped.
         """
         self.spend(ref.value)
-        known = known_index(
-            self.sizes, ref
-        )  # also where index tensors are opaque, a number is a number
+        # Also where index tensors are opaque, a number is a number.
+        known = known_index(self.sizes, ref)
         if known is not None and (not self.opaque or self.tables or not known.terms):
             self.followed |= bool(known.terms)
             return known

@@ -15,7 +15,8 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from sfa_onnx.files.onnx_attrs import attributes
-from sfa_onnx.passes.candidate import Candidate, RefusedSite
+from sfa_onnx.passes.candidate import Candidate
+from sfa_onnx.passes.graph.functions import Finding
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies
 from sfa_onnx.passes.shapes.concrete import Concrete
@@ -24,11 +25,10 @@ __all__ = ["caches_joined", "join_caches"]
 
 _T = onnx.TensorProto
 _PAST = slice(4, 6)
-_Finding = tuple[GraphIndex, Candidate | RefusedSite]
 
 
 def caches_joined(
-    model: ModelProto, find: Callable[[ModelProto], Iterable[_Finding]]
+    model: ModelProto, find: Callable[[ModelProto], Iterable[Finding]]
 ) -> tuple[ModelProto, tuple[str, ...]]:
     """A model in which operators that attend to a selection have their caches joined.
 

@@ -11,17 +11,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from sfa_onnx.passes.candidate import Candidate, RefusedSite
+from sfa_onnx.passes.candidate import Candidate
+from sfa_onnx.passes.graph.functions import Finding
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies
 
 __all__ = ["branches_taken", "take_branches"]
 
-_Finding = tuple[GraphIndex, Candidate | RefusedSite]
-
 
 def branches_taken(
-    model: ModelProto, find: Callable[[ModelProto], Iterable[_Finding]]
+    model: ModelProto, find: Callable[[ModelProto], Iterable[Finding]]
 ) -> tuple[ModelProto, tuple[str, ...]]:
     """A model in which the branches that constants choose are written out, where that helps.
 

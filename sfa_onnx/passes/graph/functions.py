@@ -22,7 +22,7 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies
 from sfa_onnx.passes.graph.walk import above
 
-__all__ = ["FunctionId", "Inlined", "inline_functions", "inline_sites"]
+__all__ = ["Finding", "FunctionId", "Inlined", "inline_functions", "inline_sites"]
 
 FunctionId = tuple[str, str]  # domain, name
 Finding = tuple[GraphIndex, Candidate | RefusedSite]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import onnx
 
+from sfa_onnx.files.onnx_attrs import CONTROL_FLOW
+
 __all__ = ["Dim", "bodies", "captured", "declared_dims", "owners", "returned_info"]
 
 Dim = int | str | None
-_CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _STANDARD = ("", "ai.onnx")
 
 
 def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
     """The graphs that a node holds, by attribute: "then_branch", "body"; "name[0]" in a list."""
     found: dict[str, onnx.GraphProto] = {}
-    if node.op_type not in _CONTROL_FLOW and node.domain in _STANDARD:
+    if node.op_type not in CONTROL_FLOW and node.domain in _STANDARD:
         return found
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
@@ -26,7 +27,7 @@ def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
 
 def owners(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The nodes of a graph that may hold graphs, found without a look at their attributes."""
-    return [n for n in graph.node if n.op_type in _CONTROL_FLOW or n.domain not in _STANDARD]
+    return [n for n in graph.node if n.op_type in CONTROL_FLOW or n.domain not in _STANDARD]
 
 
 def captured(node: onnx.NodeProto) -> set[str]:

@@ -21,6 +21,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.guard.budgets import WORKER_BYTES
 from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.graph.kinds import BODIES
 from sfa_onnx.passes.shapes.concrete import Concrete
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError, embedded_constant
@@ -37,7 +38,6 @@ _MOST: Final = 0.5  # share of rows without a visible key from which on a mask i
 _T = onnx.TensorProto
 _WHOLE: Final = (_T.BOOL, _T.INT32, _T.INT64, _T.INT8, _T.UINT8, _T.INT16)
 _PRODUCTS: Final = frozenset(("Attention", "Conv", "Einsum", "Gemm", "MatMul", "Softmax"))
-_BODIES: Final = frozenset(("If", "Loop", "Scan"))
 
 
 @dataclass
@@ -146,7 +146,7 @@ class _Cut:
         producer = index.producer.get(name)
         node = None if producer is None else index.nodes[producer]
         given = producer is None and name not in index.initializers
-        if given or (node is not None and node.op_type in (*_BODIES, "TopK")):
+        if given or (node is not None and node.op_type in (*BODIES, "TopK")):
             kind = index.elem_type(name)
             if not kind and node is not None and node.op_type == "TopK":
                 kind = _T.INT64 if name == node.output[1] else _T.FLOAT

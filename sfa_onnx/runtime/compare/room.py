@@ -10,7 +10,7 @@ from typing import Final
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.files.onnx_attrs import find_attribute, subgraphs
+from sfa_onnx.files.onnx_attrs import constants, find_attribute, subgraphs
 
 __all__ = ["check_end", "check_room", "weight_bytes"]
 
@@ -52,23 +52,11 @@ def _scopes(
     graph: GraphProto, outer: Mapping[str, TensorProto]
 ) -> Iterator[tuple[GraphProto, dict[str, TensorProto]]]:
     """Every graph with the constants that it can read: bodies may use each other's names."""
-    known = _known(graph, outer)
+    known = constants(graph, outer)
     yield graph, known
     for node in graph.node:
         for body in subgraphs(node):
             yield from _scopes(body, known)
-
-
-def _known(graph: GraphProto, outer: Mapping[str, TensorProto]) -> dict[str, TensorProto]:
-    """Constants of a graph and of those around it, by the names that the graph does not reuse."""
-    own = {v.name for v in graph.input} | {n for node in graph.node for n in node.output}
-    known = {name: tensor for name, tensor in outer.items() if name not in own}
-    known |= {t.name: t for t in graph.initializer}
-    for node in graph.node:
-        value = find_attribute(node, "value") if node.op_type == "Constant" else None
-        if value is not None and node.output:
-            known[node.output[0]] = value.t
-    return known
 
 
 def _endless(node: NodeProto, known: Mapping[str, TensorProto]) -> bool:
@@ -77,7 +65,7 @@ def _endless(node: NodeProto, known: Mapping[str, TensorProto]) -> bool:
     if body is None or not body.g.output or (turns and not _at_least(known.get(turns), _ENDLESS)):
         return False
     begins = not start or _at_least(known.get(start), 1)
-    return begins and _goes_on(body.g, _known(body.g, known))
+    return begins and _goes_on(body.g, constants(body.g, known))
 
 
 def _goes_on(body: GraphProto, known: Mapping[str, TensorProto]) -> bool:
