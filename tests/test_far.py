@@ -47,3 +47,13 @@ def test_nan_in_rows_that_see_keys_is_noted_and_the_rest_judged() -> None:
     assert relative_error(want, got + 1, edges) > 0.1
     assert relative_error(np.array([np.nan, np.nan, 1.0]), np.ones(3), edges) == np.inf
     assert relative_error(want, got) == np.inf
+
+
+def test_an_input_of_no_known_type_refuses_its_site() -> None:
+    model = dense()
+    query = next(v for v in model.graph.input if v.name == "pe")
+    query.type.tensor_type.elem_type = 0
+    (site,) = sfa_onnx.fuse(model).sites
+    assert site.status == "refused"
+    assert "element type" in site.reason
+    assert "report it" not in site.reason

@@ -139,3 +139,13 @@ def test_a_sparse_tensor_that_fits_is_sound():
     places = helper.make_tensor("at", TensorProto.INT64, [2], [0, 3])
     model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [5]))
     assert problems(model) == []
+
+
+def test_an_operator_newer_than_the_opset_needs_its_inputs():
+    node = helper.make_node("GatherND", ["x"], ["y"], "n")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in "xy")
+    graph = helper.make_graph([node], "g", [x], [y])
+    for opset in (8, 18):
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+        (told,) = problems(model)
+        assert "has 1 inputs, expected 2" in str(told)

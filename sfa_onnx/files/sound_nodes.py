@@ -94,12 +94,14 @@ class NodeRules:
         yield from self._attributes(node, rule)
 
     def _look_up(self, op_type: str) -> _Rule | None:
-        try:
-            schema = onnx.defs.get_schema(op_type, self._opset, "")
-        except onnx.defs.SchemaError:
-            rule = None
-        else:
-            rule = _Rule(schema)
+        """The operator as the opset has it; one from a later opset as the newest has it."""
+        rule = None
+        for opset in (self._opset, onnx.defs.onnx_opset_version()):
+            try:
+                rule = _Rule(onnx.defs.get_schema(op_type, opset, ""))
+                break
+            except onnx.defs.SchemaError:
+                continue
         self._rules[op_type] = rule
         return rule
 

@@ -38,6 +38,7 @@ from sfa_onnx.passes.verify.extract import (
     extract_region,
     extract_replacement,
 )
+from sfa_onnx.passes.verify.inputs import in_own_types
 from sfa_onnx.passes.verify.promote import promote
 from sfa_onnx.passes.verify.sizes.equal import unified
 from sfa_onnx.passes.verify.unrunnable import first_line
@@ -306,14 +307,11 @@ class _Run:
 
     def flips(self, cases: list[_Case]) -> tuple[list[str], float | None]:
         """How many selected keys are others in the model's own type."""
-        kinds = {o.value: o.elem_type for o in self.candidate.operands}
         query = next(o.elem_type for o in self.candidate.operands if o.role is Role.QUERY)
         name = onnx.TensorProto.DataType.Name(query).lower()
         best = max(cases, key=lambda c: ("many" in c.kinds(int(c.sizes["K"])), c.work))
         feeds = draw(self.candidate, best.shapes, best.sizes, _PROBES[0])
-        narrow = {
-            n: a.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[n])) for n, a in feeds.items()
-        }
+        narrow = in_own_types(self.candidate, feeds)
         wide = {n: a.astype(feeds[n].dtype) for n, a in narrow.items()}
         try:
             own = Executable(self.own)

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.passes.verify.execute import Executable
-from sfa_onnx.passes.verify.inputs import inputs
+from sfa_onnx.passes.verify.inputs import in_own_types, inputs
 from sfa_onnx.passes.verify.problem import Draw, Problem
 
 __all__ = ["far_scores"]
@@ -34,16 +34,11 @@ def far_scores(problem: Problem, model: onnx.ModelProto, wide: Executable) -> se
         model: the original, in its own types.
         wide: the same in float64.
     """
-    kinds = {o.value: o.elem_type for o in problem.candidate.operands}
     try:
         own = Executable(model)
         for shift in (-_FAR, _FAR):
             feeds = inputs(problem, Draw(94, lengths="full", shift=shift))
-            narrow = {
-                name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
-                for name, array in feeds.items()
-            }
-            if _loses(wide.run(feeds)[0], own.run(narrow)[0]):
+            if _loses(wide.run(feeds)[0], own.run(in_own_types(problem.candidate, feeds))[0]):
                 return {_LOST}
     except (RuntimeError, ValueError, TypeError):
         return set()  # there is no kernel for its types: what it would lose nobody knows

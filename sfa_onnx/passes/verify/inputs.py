@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.guard.budgets import WORKER_BYTES
-from sfa_onnx.passes.candidate import Operand, Role
+from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
+from sfa_onnx.passes.verify.extract import UnverifiableError
 from sfa_onnx.passes.verify.geometry import Geometry
 from sfa_onnx.passes.verify.packed_rows import draw_rows, row_layout
 from sfa_onnx.passes.verify.problem import Draw, Problem
 from sfa_onnx.passes.verify.sizes.roles import KEYS
 
-__all__ = ["inputs"]
+__all__ = ["in_own_types", "inputs"]
 
 Array = NDArray[Any]
 _DISTINCT = 1_000_003  # no width divides it: columns and rows of weights differ
@@ -158,3 +160,20 @@ def _typed(array: Array, operand: Operand) -> Array:
     """Free values in the operand's type: small integers where it is integral."""
     dtype = _dtype(operand)
     return array if dtype == np.float64 else (array * 3).astype(dtype)
+
+
+def in_own_types(candidate: Candidate, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """What was drawn for a site, in the types that the model gives its operands.
+
+    Raises:
+        UnverifiableError: the model does not say the type of one of them.
+    """
+    kinds = {o.value: o.elem_type for o in candidate.operands}
+    if unknown := [name for name in arrays if not kinds[name]]:
+        raise UnverifiableError(
+            Refusal("the element type of one of its inputs is not known", unknown[0])
+        )
+    return {
+        name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
+        for name, array in arrays.items()
+    }

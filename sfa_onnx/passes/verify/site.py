@@ -26,7 +26,7 @@ from sfa_onnx.passes.verify.distance import (
 from sfa_onnx.passes.verify.execute import Executable
 from sfa_onnx.passes.verify.extract import UnverifiableError
 from sfa_onnx.passes.verify.far import far_scores
-from sfa_onnx.passes.verify.inputs import inputs
+from sfa_onnx.passes.verify.inputs import in_own_types, inputs
 from sfa_onnx.passes.verify.judge import Judge
 from sfa_onnx.passes.verify.lonely import mostly_hidden, rows_without_keys
 from sfa_onnx.passes.verify.probes import BOUND, PROBES, Probe
@@ -373,12 +373,8 @@ class Site:
 
     def _own_rounding(self, problem: Problem) -> float | None:
         """Error of the site in the model's own types against float64; None where it cannot run."""
-        kinds = {o.value: o.elem_type for o in self._candidate.operands}
         feeds = inputs(problem, Draw(seed=2, lengths="full"))
-        narrow = {
-            name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
-            for name, array in feeds.items()
-        }
+        narrow = in_own_types(self._candidate, feeds)
         wide = {
             name: array.astype(np.float64) if feeds[name].dtype == np.float64 else array
             for name, array in narrow.items()
