@@ -33,7 +33,7 @@ export SFA_TEST_ROUNDS=${SFA_TEST_ROUNDS:-25}
 for cpu in cortex-a72 neoverse-n1 max; do
   echo "== C++ tests, aarch64 under qemu-user, processor $cpu"
   QEMU_CPU=$cpu ctest --test-dir "$work/build" --verbose --no-tests=error |
-    grep -E 'paths|pack:|indexer |cache_write:|FAILED|tests passed|test_.*\.cc'
+    grep -E 'paths|pack:|indexer |cache_write:|threads:|FAILED|tests passed|test_.*\.cc'
 done
 QEMU_CPU=cortex-a72 "$(emulator)" "$work/build/kernels/tests/test_core" | grep -q 'neon' ||
   { echo "the NEON path was not among those tested"; exit 1; }

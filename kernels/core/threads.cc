@@ -1,6 +1,7 @@
 // A call on several threads, for hosts that bring no thread pool of their own. Helpers are started
 // once, when first asked for, and sleep between calls after a short time of watching.
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <time.h>
 
@@ -25,7 +26,10 @@ namespace sfa {
 namespace {
 
 constexpr int kMaxHelpers = 255;
-constexpr int64_t kWatchNanoseconds = 200 * 1000;  // longer than a host needs between two layers
+// How long a helper watches for the next call before it sleeps: calls that follow each other
+// closely are not kept waiting, and what a host does between two distant ones has the core to
+// itself.
+constexpr int64_t kWatch = 200 * 1000, kWatchClose = 1000 * 1000;  // nanoseconds
 
 struct Job {
   void (*run)(void* context, int64_t task);
@@ -34,6 +38,7 @@ struct Job {
   int64_t next;     // the next task nobody has taken
   int32_t wanted;   // helpers that may still join
   int32_t working;  // helpers inside
+  int core;         // the caller's
 };
 
 pthread_mutex_t g_turn = PTHREAD_MUTEX_INITIALIZER;  // one call has the helpers at a time
@@ -63,6 +68,27 @@ T load(const T* at) {
   return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
 
+int this_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Some kernels wake a helper on its caller's core and part the two only after tens of milliseconds.
+void leave_core(int core) {
+#if defined(__linux__)
+  cpu_set_t may, others;
+  if (core < 0 || core >= CPU_SETSIZE || sched_getcpu() != core) return;
+  if (sched_getaffinity(0, sizeof may, &may) != 0 || !CPU_ISSET(core, &may)) return;
+  others = may;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  sched_setaffinity(0, sizeof may, &may);
+#endif
+}
+
 void take_tasks(Job* job) {
   for (;;) {
     const int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
@@ -71,19 +97,21 @@ void take_tasks(Job* job) {
   }
 }
 
-void wait_for_job(uint64_t seen) {
-  const int64_t until = now() + kWatchNanoseconds;
-  do {
+// Sleeps once nothing has come for `watch` nanoseconds. Returns how long to watch the next time.
+int64_t wait_for_job(uint64_t seen, int64_t watch) {
+  const int64_t start = now();
+  for (int64_t spent = 0; spent < watch; spent = now() - start) {
     for (int i = 0; i < 64; ++i) {
-      if (load(&g_number) != seen) return;
+      if (load(&g_number) != seen) return kWatchClose;
       breathe();
     }
-  } while (now() < until);
+  }
   pthread_mutex_lock(&g_lock);
   ++g_sleeping;
   while (load(&g_number) == seen) pthread_cond_wait(&g_wake, &g_lock);
   --g_sleeping;
   pthread_mutex_unlock(&g_lock);
+  return now() - start < kWatchClose ? kWatchClose : kWatch;
 }
 
 // A helper joins only while it is wanted: the caller takes the places back before it leaves.
@@ -102,9 +130,11 @@ bool join(Job* job) {
 
 void* help(void* first_seen) {
   uint64_t seen = (uint64_t)(uintptr_t)first_seen;
+  int64_t watch = kWatch;
   for (;;) {
-    wait_for_job(seen);
+    watch = wait_for_job(seen, watch);
     seen = load(&g_number);
+    leave_core(load(&g_job.core));
     if (!join(&g_job)) continue;
     take_tasks(&g_job);
     __atomic_fetch_sub(&g_job.working, 1, __ATOMIC_ACQ_REL);
@@ -141,8 +171,9 @@ void publish(int helpers) {
   __atomic_store_n(&g_job.wanted, helpers, __ATOMIC_RELEASE);
   pthread_mutex_lock(&g_lock);
   __atomic_fetch_add(&g_number, 1, __ATOMIC_ACQ_REL);
-  if (g_sleeping > 0) pthread_cond_broadcast(&g_wake);
+  const bool asleep = g_sleeping > 0;
   pthread_mutex_unlock(&g_lock);
+  if (asleep) pthread_cond_broadcast(&g_wake);
 }
 
 void run_alone(void (*run)(void*, int64_t), void* context, int64_t tasks) {
@@ -159,10 +190,13 @@ void run_tasks(void (*run)(void* context, int64_t task), void* context, int64_t 
   if (helpers < 1 || pthread_mutex_trylock(&g_turn) != 0) return run_alone(run, context, tasks);
   start_helpers(helpers);
   g_job.run = run, g_job.context = context, g_job.tasks = tasks, g_job.next = 0;
+  __atomic_store_n(&g_job.core, this_core(), __ATOMIC_RELAXED);
   publish(helpers < g_helpers ? helpers : g_helpers);
   take_tasks(&g_job);
   __atomic_store_n(&g_job.wanted, 0, __ATOMIC_RELEASE);
-  while (load(&g_job.working) != 0) breathe();
+  // A helper that shares this core cannot end before it has it.
+  for (int turn = 1; load(&g_job.working) != 0; ++turn)
+    turn & 1023 ? breathe() : (void)sched_yield();
   pthread_mutex_unlock(&g_turn);
 }
 
