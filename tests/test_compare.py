@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import sfa_onnx
 from sfa_onnx import runtime
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
@@ -333,3 +335,35 @@ def test_a_twin_keeps_names_and_tells_the_rounding():
     assert (emulated == emulated.astype(BF16).astype(np.float32)).all()
     error = np.linalg.norm(exact - emulated) / np.linalg.norm(exact)
     assert 1e-4 < error < 2e-2
+
+
+def test_a_site_of_another_shape_is_not_equal():
+    # The file declares two rows and takes any number: what is fused for two is wrong for three.
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    lying (float[B,S,4,40] query, float[B,T,40] kv, int32[B,S,6] given) => (float[B,2,4,32] out)
+    <int64 zero={0}, int64[1] first={0}, int64[1] last={-1}, int64[1] width={32}, int64[1] two={2},
+     float low={-1e30}> {
+      idx = Cast<to=7>(given)
+      none = Less(idx, zero)
+      hidden = Unsqueeze(none, two)
+      safe = Max(idx, zero)
+      at = Unsqueeze(safe, last)
+      rows = GatherND<batch_dims=1>(kv, at)
+      keys = Transpose<perm=[0, 1, 3, 2]>(rows)
+      scores = MatMul(query, keys)
+      seen = Where(hidden, low, scores)
+      p = Softmax<axis=-1>(seen)
+      v = Slice(rows, first, width, last)
+      out = MatMul(p, v)
+    }"""
+    model = onnx.parser.parse_model(text)
+    fused = sfa_onnx.fuse(model)
+    assert any("sizes 2 and S are equal" in a for a in fused.sites[0].record.assumptions)
+    feeds = {
+        "query": np.ones((2, 3, 4, 40), np.float32),
+        "kv": np.ones((2, 9, 40), np.float32),
+        "given": np.zeros((2, 3, 6), np.int32),
+    }
+    report = compare(model, fused.model, inputs=feeds)
+    assert not report.passed
+    assert "another shape" in report.sites[0].reason

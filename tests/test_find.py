@@ -9,7 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sfa_onnx.errors import ContractError
+from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION_ANTIQUANT
 from sfa_onnx.passes.candidate import Candidate, RefusedSite, Role
+from sfa_onnx.passes.find.attempt import refused
 from sfa_onnx.passes.find.search import FindOptions, find_candidates
 from sfa_onnx.passes.graph.index import READ_LIMIT, GraphIndex
 from tests.graphs import dense, gathered
@@ -321,3 +324,13 @@ def test_layer_comes_from_the_exporter():
     index = GraphIndex(onnx.GraphProto(node=[node, other]))
     assert index.layer(0) == "model.layers.3.self_attn"
     assert index.layer(1) == "model.layers.7.self_attn"
+
+
+def test_what_breaks_the_operators_contract_is_refused_with_the_limit() -> None:
+    with pytest.raises(ContractError) as caught:
+        SPARSE_FLASH_ATTENTION_ANTIQUANT.complete(
+            {"scale_value": 1.0, "sparse_block_size": 1, "rope_head_dim": 2**63 - 1}
+        )
+    refusal = refused(caught.value, "scores", "a site")
+    assert "rope_head_dim: expected <= 2147483647" in refusal.reason
+    assert "itself failed" not in refusal.reason

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 
 import sfa_onnx
 from sfa_onnx.errors import BudgetError, ContractError, CrashError
 from sfa_onnx.guard import worker
-from sfa_onnx.guard.budgets import Budget
+from sfa_onnx.guard.budgets import INFERENCE, Budget
 from sfa_onnx.guard.guarded import Stage, infer_shapes
 from tests.hand_sites import several_sites
 
@@ -61,9 +62,22 @@ def last_words():
 def test_a_task_that_does_not_come_back_is_ended():
     begin = time.monotonic()
     with pytest.raises(CrashError, match=r"did not come back.*SFA_ONNX_MAX_INFERENCE_SECONDS"):
-        worker.call("time:sleep", 60, seconds=1.0)
+        worker.call("time:sleep", 60, wait=INFERENCE, seconds=1.0)
     assert time.monotonic() - begin < 20
     assert worker.call("math:sqrt", 4.0) == 2.0
+
+
+def test_the_reference_implementation_has_a_budget_of_its_own(monkeypatch):
+    monkeypatch.setenv("SFA_ONNX_MAX_REFERENCE_SECONDS", "1")
+    text = """<ir_version: 9, opset_import: ["" : 18]>
+    g (float[N] x, int64[K,1] at) => (bool[K] y) { y = GatherND(x, at) }"""
+    model = onnx.parser.parse_model(text)  # onnxruntime refuses the type of y
+    stage = Stage(model)
+    assert stage.engine == "onnx.reference"
+    x = np.zeros(4, np.float32)
+    assert len(stage.run(["y"], {"x": x, "at": np.zeros((2, 1), np.int64)})[0]) == 2
+    with pytest.raises(CrashError, match="SFA_ONNX_MAX_REFERENCE_SECONDS"):
+        stage.run(["y"], {"x": x, "at": np.zeros((8_000_000, 1), np.int64)})
 
 
 def test_memory_has_a_budget_that_the_refusal_names():

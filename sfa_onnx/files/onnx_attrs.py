@@ -12,6 +12,7 @@ __all__ = [
     "attribute",
     "attributes",
     "constants",
+    "control_flow",
     "find_attribute",
     "graphs",
     "subgraphs",
@@ -19,6 +20,12 @@ __all__ = [
 ]
 
 CONTROL_FLOW: Final = frozenset(("If", "Loop", "Scan", "SequenceMap"))  # ONNX's own with graphs
+
+
+def control_flow(node: NodeProto) -> str:
+    """The operator of a node that is one of CONTROL_FLOW and ONNX's own; "" of any other."""
+    own = node.op_type in CONTROL_FLOW and node.domain in ("", "ai.onnx")
+    return node.op_type if own else ""
 
 
 def value_of(proto: AttributeProto) -> Any:

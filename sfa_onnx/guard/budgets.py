@@ -17,6 +17,7 @@ __all__ = [
     "INFERENCE",
     "INPUT_BYTES",
     "NODES",
+    "REFERENCE_SECONDS",
     "SECONDS",
     "WORKER_BYTES",
     "Budget",
@@ -78,3 +79,6 @@ INFERENCE: Final = Budget(
     "shape inference", "SFA_ONNX_MAX_INFERENCE_SECONDS", 10, "seconds and one per 100 kB of graph"
 )
 SECONDS: Final = Budget("one run in the worker", "SFA_ONNX_MAX_SECONDS", 300, "seconds")
+REFERENCE_SECONDS: Final = Budget(
+    "one run of onnx's reference implementation", "SFA_ONNX_MAX_REFERENCE_SECONDS", 30, "seconds"
+)

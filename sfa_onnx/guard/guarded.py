@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto
 
 from sfa_onnx.errors import CrashError, ModelError
-from sfa_onnx.guard.budgets import INFERENCE, WORKER_BYTES
+from sfa_onnx.guard.budgets import INFERENCE, REFERENCE_SECONDS, SECONDS, WORKER_BYTES
 from sfa_onnx.guard.worker import Handle, RemoteError, call
 
 __all__ = ["Stage", "evaluate", "infer_node", "infer_shapes", "inline"]
@@ -51,7 +51,7 @@ def infer_shapes(model: ModelProto, *, data_prop: bool = False) -> tuple[ModelPr
     try:
         data = call(
             _TASKS + "infer_shapes", graph, data_prop,
-            what="the shapes of this model", memory=WORKER_BYTES, seconds=seconds,
+            what="the shapes of this model", memory=WORKER_BYTES, wait=INFERENCE, seconds=seconds,
         )  # fmt: skip
     except (RemoteError, CrashError, ModelError) as error:
         _log.debug("shape inference gave up: %s", error)
@@ -195,5 +195,6 @@ class Stage:
         done: list[Array] = call(
             _TASKS + "run_stage", self._handle.number, list(outputs), dict(feeds),
             what=self._what, memory=WORKER_BYTES,
+            wait=SECONDS if self.engine == "onnxruntime" else REFERENCE_SECONDS,
         )  # fmt: skip
         return done

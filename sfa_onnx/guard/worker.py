@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 
 from sfa_onnx import errors
 from sfa_onnx.errors import CrashError, MissingError, SfaError
-from sfa_onnx.guard.budgets import INFERENCE, SECONDS, Budget
+from sfa_onnx.guard.budgets import SECONDS, Budget
 from sfa_onnx.guard.text import printable
 
 __all__ = ["Handle", "RemoteError", "call", "stop", "warm"]
@@ -192,6 +192,7 @@ def call(
     *args: Any,
     what: str = "this model",
     memory: Budget | None = None,
+    wait: Budget = SECONDS,
     seconds: float | None = None,
 ) -> Any:
     """Run a task in the worker and return its result.
@@ -201,14 +202,15 @@ def call(
         args: bytes, numbers, strings, NumPy arrays, and lists, tuples and dicts of them.
         what: the thing it runs on, for messages ("this region").
         memory: a budget of bytes that the task may take beyond what the worker holds already.
-        seconds: how long to wait; None: the budget `guard.budgets.SECONDS`.
+        wait: the budget that says how long to wait.
+        seconds: how long, where that depends on more than the budget.
 
     Raises:
         CrashError: the worker died, or did not answer in time; it is gone, the caller lives on.
         RemoteError: the task raised something that is not ours.
         SfaError: what the task raised.
     """
-    limit = SECONDS.limit if seconds is None else seconds
+    limit = wait.limit if seconds is None else seconds
     with _lock:
         warm()
         worker = _worker
@@ -219,8 +221,7 @@ def call(
             _drop(worker, kill=True)
             raise CrashError(
                 f"the runtime did not come back on {what} within {limit:.0f} seconds, the budget"
-                f" for {(budget := SECONDS if seconds is None else INFERENCE).name}; set"
-                f" {budget.variable} to wait longer"
+                f" for {wait.name}; set {wait.variable} to wait longer"
             ) from None
         except (EOFError, OSError):
             how = _drop(worker, kill=False)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from sfa_onnx.errors import BudgetError
+from sfa_onnx.errors import BudgetError, ContractError
 from sfa_onnx.passes.axes.trace import Stop, Tracer, UnifyError
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.shapes.concrete import SizesMeetError
@@ -22,7 +22,7 @@ _INVALID: Final = (
     *(LookupError, TypeError, ValueError),
 )
 # What an attempt raises besides `Stop`: it refuses its own site and must not stop the others.
-FAULTS: Final = (SizesMeetError, BudgetError, RecursionError, *_INVALID)
+FAULTS: Final = (SizesMeetError, BudgetError, ContractError, RecursionError, *_INVALID)
 
 # Labels of tracing, which are numbered over all sites that this process has looked at.
 _LABEL = re.compile(r"(?<![\w#])(axis\d+|column|d|n|part|slot|t|v|w)(#\d+)")
@@ -38,6 +38,8 @@ def refused(fault: Exception, scores: str, name: str) -> Refusal:
     """
     if isinstance(fault, SizesMeetError):
         return Refusal(str(fault), scores, "export with these sizes fixed, or as one name")
+    if isinstance(fault, ContractError):
+        return Refusal(f"no operator takes what was found: {fault}", scores)
     if isinstance(fault, BudgetError):
         return Refusal(str(fault), scores)
     if isinstance(fault, RecursionError):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx
 
-from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.files.onnx_attrs import attributes, control_flow
 from sfa_onnx.passes.graph.kinds import GATHERS, PARTS
 
 __all__ = ["gathered_in_body"]
@@ -24,10 +24,11 @@ def gathered_in_body(node: onnx.NodeProto, value: str, selects: Callable[[str, s
         selects: whether outer values (data, indices) make a gather a selection of rows.
     """
     body = attributes(node).get("body")
-    if node.op_type not in ("Loop", "Scan") or body is None:
+    kind = control_flow(node)
+    if kind not in ("Loop", "Scan") or body is None:
         return False
-    first = 1 if node.op_type == "Loop" else 0  # its body returns a condition, too
-    skipped = 2 if node.op_type == "Loop" else 0  # number of the run, and the condition
+    first = 1 if kind == "Loop" else 0  # its body returns a condition, too
+    skipped = 2 if kind == "Loop" else 0  # number of the run, and the condition
     given = dict(zip([i.name for i in body.input][skipped:], node.input[skipped:], strict=False))
     own = {o: n for n in body.node for o in n.output if o}
     inner = {i.name for i in body.input}

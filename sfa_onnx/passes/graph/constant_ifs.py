@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
+from sfa_onnx.files.onnx_attrs import control_flow
 from sfa_onnx.passes.candidate import Candidate
 from sfa_onnx.passes.graph.functions import Finding
 from sfa_onnx.passes.graph.index import GraphIndex
@@ -63,12 +64,12 @@ def take_branches(model: ModelProto, names: Collection[str]) -> ModelProto:
 
 def _decided(model: ModelProto) -> Iterator[tuple[NodeProto, GraphProto]]:
     """Ifs of the main graph with a constant condition, and the branch that each takes."""
-    if not any(node.op_type == "If" for node in model.graph.node):
+    if not any(control_flow(node) == "If" for node in model.graph.node):
         return
     index = GraphIndex.of(model)
     defaults = {v.name for v in model.graph.input}  # a caller may give another value
     for node in model.graph.node:
-        known = index.constant(node.input[0]) if node.op_type == "If" else None
+        known = index.constant(node.input[0]) if control_flow(node) == "If" else None
         if known is not None and known.size == 1 and index.unaliased(node.input[0]) not in defaults:
             yield node, bodies(node)["then_branch" if bool(known.reshape(-1)[0]) else "else_branch"]
 

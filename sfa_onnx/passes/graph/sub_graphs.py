@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from sfa_onnx.files.onnx_attrs import CONTROL_FLOW
+from sfa_onnx.files.onnx_attrs import CONTROL_FLOW, control_flow
 
 __all__ = ["Dim", "bodies", "captured", "declared_dims", "owners", "returned_info"]
 
@@ -86,11 +86,14 @@ def returned_info(owner: onnx.NodeProto, value: str) -> onnx.ValueInfoProto:
 def _inside(owner: onnx.NodeProto, at: int) -> tuple[list[onnx.ValueInfoProto], bool]:
     """The values of bodies that output `at` of their node may be, and whether runs are stacked."""
     inner = list(bodies(owner).values())
-    if owner.op_type == "Loop":
+    kind = control_flow(owner)
+    if not kind:  # an operator of somebody else: what it does with its graphs nobody knows
+        return [], False
+    if kind == "Loop":
         stacked = at + 2 >= len(owner.input)
         states = [] if stacked else [inner[0].input[at + 2]]
         return [inner[0].output[at + 1], *states], stacked
-    if owner.op_type == "Scan":
+    if kind == "Scan":
         given = {a.name: a for a in owner.attribute}
         stacked = at >= len(owner.input) - given["num_scan_inputs"].i
         if stacked and "scan_output_axes" in given and any(given["scan_output_axes"].ints):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import onnx
 from onnx import helper
 
+from sfa_onnx.files.onnx_attrs import control_flow
 from sfa_onnx.passes.graph.index import Dim, GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies, owners
 from sfa_onnx.passes.shapes.concrete import Concrete
@@ -135,7 +136,7 @@ class ScopeIndex(GraphIndex):
     @property
     def repeats(self) -> bool:
         """Whether the body may run more than once where the main graph runs once."""
-        looped = self.parent.nodes[self.owner].op_type in ("Loop", "Scan")
+        looped = control_flow(self.parent.nodes[self.owner]) != "If"
         return looped or (isinstance(self.parent, ScopeIndex) and self.parent.repeats)
 
     def binds(self, value: str) -> bool:
@@ -309,11 +310,12 @@ def _told(pair: tuple[int, int], outer: list[Concrete]) -> Dim:
 def _states(owner: onnx.NodeProto, body: onnx.GraphProto) -> Iterator[_State]:
     """What feeds each input of a body."""
     names = [v.name for v in body.input]
-    if owner.op_type == "Loop":
+    kind = control_flow(owner)
+    if kind == "Loop":
         following = [v.name for v in body.output][1:]
         for name, initial, after in zip(names[2:], owner.input[2:], following, strict=False):
             yield _State(name, initial, after)
-    if owner.op_type == "Scan":
+    if kind == "Scan":
         given = {a.name: helper.get_attribute_value(a) for a in owner.attribute if a.name != "body"}
         count = len(names) - int(given["num_scan_inputs"])
         axes = given.get("scan_input_axes") or [0] * (len(names) - count)

@@ -77,11 +77,12 @@ class Verifier:
                 return self._judge(candidate, region, replacement, natural)
             except UnverifiableError as error:
                 return error.refusal
-            except SizesMeetError as meet:
-                hint = "export with these sizes fixed, or as one name"
-                return Refusal(str(meet), candidate.outputs[0], hint)
 
-        return self._classes.verdict(candidate, key, judge)
+        try:
+            return self._classes.verdict(candidate, key, judge)
+        except SizesMeetError as meet:  # of this site, or of another that shares its verdict
+            hint = "export with these sizes fixed, or as one name"
+            return Refusal(str(meet), candidate.outputs[0], hint)
 
     def _judge(
         self,

@@ -10,7 +10,7 @@ from typing import Final
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError
-from sfa_onnx.files.onnx_attrs import constants, find_attribute, subgraphs
+from sfa_onnx.files.onnx_attrs import constants, control_flow, find_attribute, subgraphs
 
 __all__ = ["check_end", "check_room", "weight_bytes"]
 
@@ -41,7 +41,7 @@ def check_end(model: ModelProto) -> None:
     """Refuse to run a loop that goes on for ever: no number of turns, and nothing that stops it."""
     for graph, known in _scopes(model.graph, {}):
         for node in graph.node:
-            if node.op_type == "Loop" and _endless(node, known):
+            if control_flow(node) == "Loop" and _endless(node, known):
                 raise ModelError(
                     f"{node.name or node.output[0]} (Loop) never ends: it has no number of turns,"
                     " and the condition of its body is always true"

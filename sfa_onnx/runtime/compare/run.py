@@ -62,6 +62,7 @@ from sfa_onnx.runtime.twin import float32_twin
 __all__ = ["compare"]
 
 Array = NDArray[Any]
+Values = dict[str, Array]
 _LOG = logging.getLogger("sfa_onnx")
 _NOISE_LIMIT: Final = 1 << 28  # bytes of weights up to which the whole graph gets a float64 twin
 _LARGEST: Final = 1 << 31  # bytes of a region's largest tensor in float64
@@ -323,15 +324,12 @@ class _Comparison:
             site.name, site.op_type, site.layer, "reference", difference, loss, reason=limit
         )
 
-    def _row(
-        self,
-        site: Site,
-        method: Any,
-        want: dict[str, Array],
-        got: dict[str, Array],
-        exact: dict[str, Array],
-    ) -> SiteRow:
+    def _row(self, site: Site, method: Any, want: Values, got: Values, exact: Values) -> SiteRow:
         """The worst of the site's outputs."""
+        if apart := [n for n in want if want[n].shape != got[n].shape]:
+            name = apart[0]
+            self.report.missing = f"{name} of {site.name}: {want[name].shape} -> {got[name].shape}"
+            return _skipped(site, f"another shape: {self.report.missing}")
         rows = [self._measure(want[n], got[n], exact.get(n)) for n in want]
         worst = max(rows, key=lambda d: (not d.passed, d.relative))
         return SiteRow(site.name, site.op_type, site.layer, method, worst)
