@@ -106,15 +106,18 @@ def test_lowest_half_becomes_a_real_minus_infinity():
     assert _run(text, half=-65504, x=np.array([1e5]))[0] < -1e38
 
 
-@pytest.mark.parametrize(("axis", "scale"), [(1, [0.5, 2.0, 4.0]), (0, [0.5, 2.0]), (1, 0.25)])
+@pytest.mark.parametrize(
+    ("axis", "scale"),
+    [(1, [0.5, 2.0, 4.0]), (0, [0.5, 2.0]), (1, 0.25), (-1, [0.5, 2.0, 4.0]), (None, [0.5, 2, 4])],
+)
 @pytest.mark.parametrize("zero", [False, True])
 def test_dequantize_linear_in_double(axis, scale, zero):
     x = np.array([[1, -2, 3], [4, 5, -6]], np.int8)
     scales = np.array(scale, np.float32)
-    zeros = np.full(scales.shape, 3, np.int8)
+    zeros = np.arange(3, 3 + scales.size, dtype=np.int8).reshape(scales.shape)
     inputs = ["x", "s"] + (["z"] if zero else [])
     graph = helper.make_graph(
-        [helper.make_node("DequantizeLinear", inputs, ["y"], axis=axis)],
+        [helper.make_node("DequantizeLinear", inputs, ["y"], axis=axis)],  # None: not written
         "g",
         [helper.make_tensor_value_info("x", TensorProto.INT8, [2, 3])],
         [onnx.ValueInfoProto(name="y")],
@@ -282,6 +285,31 @@ def test_scale_is_compared_to_rounding():
     model, candidate = gather_site(replace={"scale_value=0.22360679": "scale_value=0.2236069"})
     reason = _verify(model, candidate).reason
     assert "the graph scales its scores by 0.223606" in reason
+
+
+def test_the_scale_is_found_by_the_first_of_two_outputs():
+    twice = {"int32[B] len) => (float[B,S1,4,16] y)": "int32[B] len) => (float[B,S1,4,16] y,"
+             " float[B,S1,4,16] again)",
+             "(p, v)\n": "(p, v)\n  again = Identity(y)\n"}  # fmt: skip
+    model, candidate = gather_site(twice, replace={"scale_value=0.22360679": "scale_value=0.2236"})
+    candidate.outputs = ("y", "again")
+    candidate.replacement.append(helper.make_node("Identity", ["y"], ["again"]))
+    refusal = _verify(model, candidate)
+    assert "the graph scales its scores by 0.223606" in refusal.reason
+
+
+def test_an_original_that_fails_on_ordinary_inputs_is_named():
+    """It runs at lengths of its own and fails where all are full: the scale is asked there."""
+    full = {
+        "float scale = {0.22360679}": "float[1] scales = {0.22360679}",
+        "  scaled = Mul(sum, scale)": "  least = ReduceMin<keepdims=0>(len)\n"
+        "  shape = Shape<start=1, end=2>(lat)\n  rows = Cast<to=6>(shape)\n"
+        "  all = Equal(least, rows)\n  which = Cast<to=7>(all)\n"
+        "  scale = Gather(scales, which)\n  scaled = Mul(sum, scale)",
+    }
+    refusal = _verify(*gather_site(full))
+    assert "the original itself fails on ordinary inputs" in refusal.reason
+    assert refusal.stopped_at == "y"
 
 
 def test_equal_sites_share_a_record_and_different_constants_do_not():
