@@ -67,30 +67,12 @@ def _all() -> Iterator[Kin]:
 WALKED = (*_all(), PAIRS[-1]) if os.environ.get("SFA_ONNX_ROAD") == "all" else PAIRS
 
 
-@pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where exports are kept: shared by the workers of one session, or between sessions."""
-    kept = os.environ.get("SFA_ONNX_ROAD_EXPORTS")
-    folder = Path(kept) if kept else tmp_path_factory.getbasetemp().parent / "road"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def exported(kin: Kin, folder: Path) -> bytes:
-    path = folder / f"{kin}.onnx"
-    if not path.is_file():
-        fresh = folder / f".{kin}.{os.getpid()}"
-        fresh.write_bytes(zoo.export(kin).SerializeToString())
-        fresh.replace(path)
-    return path.read_bytes()
-
-
 @pytest.fixture
 def road(request: pytest.FixtureRequest, tmp_path: Path, exports: Path) -> tuple[Kin, Path, Path]:
     """The kin, its export and the fused model."""
     kin: Kin = request.param
     before, after = tmp_path / "m.onnx", tmp_path / "m.sfa.onnx"
-    before.write_bytes(exported(kin, exports))
+    before.write_bytes(zoo.exported(kin, exports))
     report = sfa_onnx.fuse(before, after)
     assert len(report.fused) == kin.layers, [s.reason for s in report.refused]
     return kin, before, after
@@ -279,7 +261,7 @@ class Walk:
 @needs_library
 @pytest.mark.parametrize("kin", WALKS, ids=str)
 def test_twenty_steps_in_every_form_stay_with_the_original(kin: Kin, exports: Path) -> None:
-    source = onnx.load_from_string(exported(kin, exports))
+    source = onnx.load_from_string(zoo.exported(kin, exports))
     fused = sfa_onnx.fuse(source, expect_sites=kin.layers).model
     models = {"original": source, "fused": fused}
     models |= {form: convert(fused, to=form, block_size=BLOCK).model for form in FORMS}

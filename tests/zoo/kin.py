@@ -7,8 +7,11 @@ their experts. Nothing here depends on how a release of transformers calls its c
 from __future__ import annotations
 
 import copy
+import fcntl
 import inspect
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,7 @@ class Kin:
         kind = "-static" if self.cache == "static" else ""
         kind += "-nope" if self.nope else ""
         kind += f"-{self.heads}head" if self.heads != 4 else ""
+        kind += f"-{self.layers}layer" if self.layers != 2 else ""
         return f"{self.model}-{self.exporter}-{self.phase}-{pad}{kind}"
 
 
@@ -158,6 +162,18 @@ def export(kin: Kin) -> onnx.ModelProto:
     """One ONNX model with open batch and past."""
     model = make(kin)
     return _hf(kin, model) if kin.exporter == "hf" else _torch(kin, model)
+
+
+def exported(kin: Kin, folder: Path) -> bytes:
+    """The export, made once for all that share `folder`: who comes second waits for it."""
+    path = folder / f"{kin}.onnx"
+    with (folder / f"{kin}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            fresh = folder / f".{kin}.{os.getpid()}"
+            fresh.write_bytes(export(kin).SerializeToString())
+            fresh.replace(path)
+    return path.read_bytes()
 
 
 def _hf(kin: Kin, model: Any) -> onnx.ModelProto:
