@@ -94,32 +94,40 @@ void load_query(const IndexerGeom& g, const void* query, const float* weights, v
   }
 }
 
-// The lanes' part of the scores of kSums / V keys, sums [key][W]; `first`: nothing is there yet. A
-// function of its own, so that nothing around it competes for registers.
+// Adds the lanes' part of the scores of kSums / V keys to sums [key][W]. A function of its own, so
+// that nothing around it competes for registers. Every loop but the one over steps must be unrolled
+// where GCC still takes the sums for an array: else they live in memory before and after that loop.
+// No branches: what is fused to one rounding must not depend on where in a tile a key lies.
 template <class D, int V, bool kHalf>
 __attribute__((noinline)) void score_block(const Group& group, int steps,
-                                           const uint8_t* const* rows, bool first, float* sums) {
+                                           const uint8_t* const* rows, float* sums) {
   constexpr int R = D::kSums / V;
   typename D::Acc acc[R][V];
-  for (int v = 0; v < V; ++v) {
-    const typename D::Acc start = D::start(group.start + v * W);
-    for (int r = 0; r < R; ++r) acc[r][v] = start;
-  }
   const uint8_t* row[R];
-  for (int r = 0; r < R; ++r) row[r] = rows[r];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r) {
+    row[r] = rows[r];
+#pragma GCC unroll 24
+    for (int v = 0; v < V; ++v) acc[r][v] = D::start(group.start + v * W);
+  }
   const uint32_t* q = group.words;
 #pragma GCC unroll 2
   for (int s = 0; s < steps; ++s, q += V * W) {
     typename D::Word words[V];
+#pragma GCC unroll 24
     for (int v = 0; v < V; ++v) words[v] = D::load(q + v * W);
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       const typename D::Word key = D::splat(row[r] + 4 * (size_t)s);
+#pragma GCC unroll 24
       for (int v = 0; v < V; ++v) acc[r][v] = D::dot(acc[r][v], words[v], key);
     }
   }
   const vi mask = *(const vi*)group.mask;
+#pragma GCC unroll 24
   for (int r = 0; r < R; ++r) {
-    vf total = first ? vf{} : load(sums + r * W);
+    vf total = load(sums + r * W);
+#pragma GCC unroll 24
     for (int v = 0; v < V; ++v) {
       vf x = D::positive(acc[r][v]);
       if (kHalf) x = simd::round_f16(x * splat(1.0f / 1024));
@@ -131,62 +139,65 @@ __attribute__((noinline)) void score_block(const Group& group, int steps,
   }
 }
 
-// Asks for the lines of the next tile, a few at each of `steps` calls: in one burst they would wait
-// for each other, and the products for them.
-class Prefetch {
- public:
-  Prefetch(const KeyTile* tile, int row_bytes, int steps)
-      : tile_(tile),
-        row_bytes_(row_bytes),
-        per_step_(tile ? (tile->n * ((row_bytes + 63) / 64) + steps - 1) / steps : 0) {}
+// Asks for the lines of the next tile, some of them before each block of this one: in one burst they
+// would wait for each other, and the products for them. Every block reads as many of the rows, a
+// share of each row's lines per group of heads.
+struct Ahead {
+  const KeyTile* tile;  // may be null
+  int from, to;         // bytes of a row
 
-  void step() {
-    for (int left = per_step_; left > 0 && row_ < tile_->n; --left) {
-      __builtin_prefetch(tile_->row[row_] + at_, 0, 3);
-      at_ += 64;
-      if (at_ >= row_bytes_) at_ = 0, ++row_;
+  void prefetch(int first, int rows) const {
+    if (!tile || first >= tile->n) return;
+    for (int r = first; r < first + rows; ++r) {
+      const uint8_t* const row = tile->row[r];
+      for (int at = from; at < to; at += 64) __builtin_prefetch(row + at, 0, 3);
     }
   }
-
- private:
-  const KeyTile* const tile_;
-  const int row_bytes_, per_step_;
-  int row_ = 0, at_ = 0;
 };
 
+inline Ahead share_of(const KeyTile* tile, int row_bytes, int group, int groups) {
+  const int lines = (row_bytes + 63) / 64;
+  return {tile, lines * group / groups * 64, lines * (group + 1) / groups * 64};
+}
+
 template <class D, int V, bool kHalf>
-void score_group(const Group& group, int steps, const uint8_t* const* rows, Prefetch* prefetch,
+void score_group(const Group& group, int steps, const uint8_t* const* rows, const Ahead& ahead,
                  int n, bool first, float* sums) {
   if constexpr (V > 1) {
     if (group.v < V) {
-      return score_group<D, V - 1, kHalf>(group, steps, rows, prefetch, n, first, sums);
+      return score_group<D, V - 1, kHalf>(group, steps, rows, ahead, n, first, sums);
     }
   }
   constexpr int R = D::kSums / V;
-  for (int k = 0; k < n; k += R) {
-    prefetch->step();
-    score_block<D, V, kHalf>(group, steps, rows + k, first, sums + k * W);
+  for (int k = 0; k < n; k += R, sums += R * W) {
+    ahead.prefetch(k, R);
+    if (first) {
+#pragma GCC unroll 24
+      for (int r = 0; r < R; ++r) store(sums + r * W, vf{});
+    }
+    score_block<D, V, kHalf>(group, steps, rows + k, sums);
   }
 }
 
 // Lane i of the result is the sum of the lanes of row i, for W rows [W][W]. Each step adds halves
-// of two vectors: lane bit `unit` tells which of the two a lane belongs to.
+// of two vectors: lane bit `unit` tells which of the two a lane belongs to. Half of the numbers are
+// in their place already.
 template <int kUnit>
 inline vf add_halves(vf a, vf b) {
-  vi low, high;
+  vi here, there;
   for (int i = 0; i < W; ++i) {
-    low[i] = i & kUnit ? W + i - kUnit : i;
-    high[i] = i & kUnit ? W + i : i + kUnit;
+    here[i] = i & kUnit ? W + i : i;
+    there[i] = i & kUnit ? W + i - kUnit : i + kUnit;
   }
 #if defined(__clang__)  // which has no shuffle by a vector of lanes
   vf sum;
   for (int i = 0; i < W; ++i) {
-    const int l = low[i], h = high[i];
-    sum[i] = (l < W ? a[l] : b[l - W]) + (h < W ? a[h] : b[h - W]);
+    const int t = i & kUnit ? i - kUnit : i + kUnit;
+    sum[i] = i & kUnit ? b[i] + b[t] : a[i] + a[t];
   }
   return sum;
 #else
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  return __builtin_shuffle(a, b, here) + __builtin_shuffle(a, b, there);
 #endif
 }
 template <int kUnit>
@@ -213,10 +224,9 @@ void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, voi
     for (int i = tile.n; i < tile.n + kRowPad; ++i) copies[i] = copies[tile.n - 1];
     rows = copies;
   }
-  const int least_steps = layout.groups * ((tile.n * D::kMaxV + D::kSums - 1) / D::kSums);
-  Prefetch prefetch(ahead, g.width * dtype_size(g.dtype), least_steps);
   for (int i = 0; i < layout.groups; ++i) {
-    score_group<D, D::kMaxV, kHalf>(layout.group(i), layout.steps, rows, &prefetch, tile.n, i == 0,
+    const Ahead share = share_of(ahead, g.width * dtype_size(g.dtype), i, layout.groups);
+    score_group<D, D::kMaxV, kHalf>(layout.group(i), layout.steps, rows, share, tile.n, i == 0,
                                     layout.sums);
   }
   for (int i = 0; i < tile.n; i += W) {
