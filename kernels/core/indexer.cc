@@ -18,16 +18,17 @@ constexpr int64_t kLeastRoom = 4096;  // entries of a buffer of candidates
 // The best of a row that several tasks work on.
 struct SharedBest {
   Best best;
+  int64_t bound;  // the largest that any piece has found
   int32_t lock;
-  int32_t floor;  // a key must lie above it to be among the row's best
-  int32_t left;   // pieces that are not finished
+  int32_t left;  // pieces that are not finished
 };
 
 size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }
 size_t best_bytes(int64_t room) { return 2 * align64(4 * (room + kBestPad)); }
 
 void place_best(Best* best, int64_t room, int64_t want, char* memory) {
-  *best = {(int32_t*)memory, (int32_t*)(memory + best_bytes(room) / 2), 0, room, want, kNoFloor};
+  *best = {(int32_t*)memory, (int32_t*)(memory + best_bytes(room) / 2), 0, room, want, kNoFloor,
+           kNoBound};
 }
 
 }  // namespace
@@ -156,7 +157,7 @@ int score_keys(const Call& c, const Lengths& len, int64_t row, int64_t first, in
     if (status != SFA_CORE_OK) return status;
     c.path->scores(c.geom, tile, next < last ? ahead : nullptr, s->path, s->scores);
     if (shared) {
-      const int32_t floor = __atomic_load_n(&shared->floor, __ATOMIC_RELAXED);
+      const int32_t floor = floor_of(__atomic_load_n(&shared->bound, __ATOMIC_RELAXED), first);
       if (floor > s->best.floor) s->best.floor = floor;
     }
     c.path->collect(s->scores, tile.n, first, &s->best);
@@ -194,24 +195,23 @@ int run_row(Call* c, int64_t row, Scratch* s) {
   return SFA_CORE_OK;
 }
 
-// `best` has seen enough to say what no longer counts. Where it has keys equal to its floor, equal
-// ones of other pieces may be lower and win, so the row's floor is one less.
-void raise_floor(const Best& best, SharedBest* shared) {
-  if (best.floor > kNoFloor && best.floor - 1 > shared->floor) {
-    __atomic_store_n(&shared->floor, best.floor - 1, __ATOMIC_RELAXED);
+void raise_bound(const Best& best, SharedBest* shared) {
+  if (best.bound > shared->bound) {
+    __atomic_store_n(&shared->bound, best.bound, __ATOMIC_RELAXED);
   }
 }
 
-// Adds the best of a piece to those of the row.
+// Adds the best of a piece, whose keys ascend, to those of the row.
 void add_best(const IndexerPath& path, const Best& piece, SharedBest* shared) {
+  if (piece.n == 0) return;
   Best* best = &shared->best;
   enter(&shared->lock);
-  raise_floor(piece, shared);
+  raise_bound(piece, shared);
   if (best->n + piece.n > best->room) {
     path.keep_best(best);
-    raise_floor(*best, shared);
+    raise_bound(*best, shared);
   }
-  path.join(piece, shared->floor, best);
+  path.join(piece, floor_of(shared->bound, piece.key[0]), best);
   leave(&shared->lock);
 }
 
@@ -253,7 +253,7 @@ int make_shared(Call* c, sfa_core_error* err) {
     SharedBest* shared = &c->shared[row];
     place_best(&shared->best, room, want, memory + head + each * row);
     shared->lock = 0;
-    shared->floor = kNoFloor;
+    shared->bound = kNoBound;
     shared->left = (int32_t)c->pieces;
   }
   return SFA_CORE_OK;

@@ -32,10 +32,25 @@ struct Best {
   int32_t* order;  // [room + kBestPad], NaN is INT32_MIN + 1
   int32_t* key;    // [room + kBestPad]
   int64_t n, room, want;
-  int32_t floor;  // `want` keys reach above or to it: only what lies above it is of interest
+  int32_t floor;  // only what lies above it is of interest
+  int64_t bound;  // what the last cut has shown, see bound_of
 };
 
 constexpr int32_t kNoFloor = INT32_MIN;  // below every score, NaN included
+
+// `want` keys are better than, or as good as, the score `floor` at key `last`: the larger a bound,
+// the less it leaves of interest.
+constexpr int64_t bound_of(int32_t floor, int32_t last) {
+  return (int64_t)((uint64_t)(uint32_t)floor << 32 | (uint32_t)(INT32_MAX - (int64_t)last));
+}
+constexpr int64_t kNoBound = bound_of(kNoFloor, INT32_MAX);
+
+// What scores of keys from `first` on must lie above.
+inline int32_t floor_of(int64_t bound, int64_t first) {
+  const int32_t floor = (int32_t)(bound >> 32);
+  const int64_t last = INT32_MAX - (int64_t)(uint32_t)bound;
+  return floor == kNoFloor || first > last ? floor : floor - 1;
+}
 
 // One path for one kind of numbers. All functions are re-entrant.
 struct IndexerPath {

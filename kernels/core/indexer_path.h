@@ -139,9 +139,9 @@ __attribute__((noinline)) void score_block(const Group& group, int steps,
   }
 }
 
-// Asks for the lines of the next tile, some of them before each block of this one: in one burst they
-// would wait for each other, and the products for them. Every block reads as many of the rows, a
-// share of each row's lines per group of heads.
+// Asks for the lines of the next tile, some of them before each block of this one: in one burst
+// they would wait for each other, and the products for them. Every block reads as many of the rows,
+// a share of each row's lines per group of heads.
 struct Ahead {
   const KeyTile* tile;  // may be null
   int from, to;         // bytes of a row
@@ -150,7 +150,7 @@ struct Ahead {
     if (!tile || first >= tile->n) return;
     for (int r = first; r < first + rows; ++r) {
       const uint8_t* const row = tile->row[r];
-      for (int at = from; at < to; at += 64) __builtin_prefetch(row + at, 0, 3);
+      for (int at = from; at < to; at += 64) __builtin_prefetch(row + at, 0, 2);
     }
   }
 };

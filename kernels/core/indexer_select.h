@@ -88,20 +88,36 @@ void cut(Best* b, int32_t floor, int32_t last) {
     end = simd::append(order, key, take, simd::bits(take), orders, keys, end);
   }
   b->n = end;
+  b->floor = floor;
+  b->bound = bound_of(floor, last);
 }
 
-// The lowest key such that `count` of the entries that equal `order` are at or before it.
+// A key such that `count` of the entries that equal `order` are at or before it.
 int32_t last_of_equal(const Best& b, int32_t order, int64_t count) {
-  int64_t low = 0, high = INT32_MAX;
-  while (low < high) {
-    const int64_t mid = (low + high) / 2;
-    if (count_equal(b, order, (int32_t)mid) >= count) {
+  int64_t low = INT32_MAX, high = 0, few = 0, many = 0;  // entries before low, and up to high
+  for (int64_t i = 0; i < b.n; ++i) {
+    const bool equal = b.order[i] == order;
+    low = equal && b.key[i] < low ? b.key[i] : low;
+    high = equal && b.key[i] > high ? b.key[i] : high;
+    many += equal;
+  }
+  bool halve = false;
+  while (many > count) {
+    const int64_t span = high - low;
+    const double share = halve ? 0.5 : (double)(count - few) / (double)(many - few);
+    const int64_t step = (int64_t)((double)span * share),
+                  mid = low + (step < span ? step : span - 1);
+    const int64_t upto = count_equal(b, order, (int32_t)mid);
+    if (upto >= count) {
       high = mid;
+      many = upto;
     } else {
       low = mid + 1;
+      few = upto;
     }
+    halve = 2 * (high - low) > span;
   }
-  return (int32_t)low;
+  return (int32_t)high;
 }
 
 void keep_best(Best* b) {
@@ -120,7 +136,6 @@ void keep_best(Best* b) {
     const int64_t above = count_above(*b, (int32_t)mid);
     if (above == b->want) {
       cut(b, (int32_t)mid, -1);
-      b->floor = (int32_t)mid;
       return;
     }
     if (above < b->want) {
@@ -135,7 +150,6 @@ void keep_best(Best* b) {
   const int32_t order = (int32_t)low;
   const int64_t equal = b->want - count_above(*b, order);
   cut(b, order, last_of_equal(*b, order, equal));
-  b->floor = order;
 }
 
 void collect(const float* scores, int n, int64_t first, Best* b) {

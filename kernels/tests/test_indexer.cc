@@ -133,6 +133,37 @@ void TestSpecialScores(Random& r) {
   }
 }
 
+// Scores that are all equal, or rise or fall along the keys, in pieces that end in any order.
+void TestOrderedScores(Random& r) {
+  constexpr int kKeys = 20000, kCount = 1000;
+  const IndexerSizes s = {1, 2, kCount, 1, 1, kKeys, SFA_CORE_F32, SFA_CORE_BSND, SFA_CORE_BSND,
+                          0, 0, true};
+  IndexerCase c = MakeIndexerCase(r, s);
+  c.lengths_q = {1};
+  c.lengths_k = {kKeys};
+  Store(c.query.data(), SFA_CORE_F32, 1);
+  Store(c.query.data() + 4, SFA_CORE_F32, 0);
+  Store(c.weights.data(), c.p.weights_dtype, 1);
+  for (int slope : {0, 1, -1}) {
+    for (int k = 0; k < kKeys; ++k) {
+      Store(c.key.data() + 8 * k, SFA_CORE_F32, static_cast<float>(kKeys + slope * k));
+      Store(c.key.data() + 8 * k + 4, SFA_CORE_F32, 0);
+    }
+    std::vector<int32_t> expected(kCount);
+    for (int i = 0; i < kCount; ++i) expected[i] = slope > 0 ? kKeys - 1 - i : i;
+    for (int32_t path : Paths()) {
+      c.p.isa = path;
+      c.Bind();
+      for (int threads : {1, 3}) {
+        sfa_core_error error = {};
+        std::fill(c.indices.begin(), c.indices.end(), 777);
+        CHECK(RunThreaded(&c, threads, r(), &error) == SFA_CORE_OK, "slope %d", slope);
+        CHECK(c.indices == expected, "slope %d threads %d isa %d", slope, threads, path);
+      }
+    }
+  }
+}
+
 // Values that are just legal, just illegal, or wrap around in careless products.
 void SpoilIndexer(Random& r, const IndexerCase& c, std::vector<int32_t>* values) {
   if (values->empty() || Uniform(r, 0, 1)) return;
@@ -180,6 +211,7 @@ int main() {
   for (int i = 0; i < rounds; ++i) CheckOnAllPaths(r, RandomIndexerSizes(r));
   TestRealWidths(r);
   TestSpecialScores(r);
+  TestOrderedScores(r);
   TestGarbage(r, 3 * rounds);
   sfa_core_trim();
   CHECK(sfa_core_pool_bytes() == 0, "scratch is left");
