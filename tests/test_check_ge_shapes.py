@@ -113,3 +113,12 @@ def test_a_constant_of_floats_where_whole_numbers_belong_tells_nothing(op: str) 
 def test_open_dims_contradict_nothing() -> None:
     model = build([N("Neg", ["x"], ["y"])], [("x", 1, ["b", 3])], [("y", 1, ["other", 3])])
     assert not clashes(model)
+
+
+def test_an_operator_of_another_domain_is_not_taken_for_onnx_own() -> None:
+    for name in ("MatMul", "GatherND", "Softmax", "NPURmsNorm"):
+        for given in (["x"], []):
+            node = N(name, given, ["y"], "n0", domain="npu")
+            model = build([node], [("x", 1, [2, 4])], [("y", 1, [3])])
+            model.opset_import.append(helper.make_opsetid("npu", 1))
+            assert bool(clashes(model)) == (name == "NPURmsNorm" and bool(given))

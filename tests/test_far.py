@@ -7,7 +7,7 @@ import pytest
 
 import sfa_onnx
 from sfa_onnx.passes.verify.distance import UNDEFINED, relative_error
-from tests.graphs import dense
+from tests.graphs import dense, gathered
 
 OVER = "e = Exp(less)\nt = ReduceSum <keepdims = 1> (e, last)\nsoft = Div(e, t)"
 SUM = '\nout = Einsum <equation = "bsht,btc->bshc"> (soft, kv)'
@@ -57,3 +57,13 @@ def test_an_input_of_no_known_type_refuses_its_site() -> None:
     assert site.status == "refused"
     assert "element type" in site.reason
     assert "report it" not in site.reason
+
+
+def test_keys_that_are_none_in_any_run_refuse_their_site() -> None:
+    model = gathered()
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value == 32:
+                dim.dim_value = 0
+    (site,) = sfa_onnx.fuse(model).sites
+    assert "empty in every run" in site.reason

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from sfa_onnx.ascend.flavour import model as flavour
-from sfa_onnx.errors import ContractError, UsageError
+from sfa_onnx.errors import ContractError, ModelError, UsageError
 from sfa_onnx.operator import op
 from tests.test_flavour import SCALE, attr, fused, ours
 
@@ -115,3 +115,13 @@ def test_a_sliding_window_is_not_dropped_on_the_way_to_atc(binding, name):
 def test_a_scale_that_is_no_number_is_refused(scale):
     with pytest.raises(ContractError, match=f"scale_value is {scale}, expected a finite number"):
         flavour.to_atc(fused(node=ours(op.SPARSE_FLASH_ATTENTION_ANTIQUANT, scale_value=scale)))
+
+
+@pytest.mark.parametrize("name", ["GatherND", "ScatterND", "Split", "ReduceMean", "Mod", "Pad"])
+def test_an_operator_of_another_domain_is_refused_not_taken_for_onnx_own(name):
+    node = helper.make_node(name, [], ["y"], "n0", domain="npu")
+    graph = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 7, [2])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model.opset_import.append(helper.make_opsetid("npu", 1))
+    with pytest.raises(ModelError, match=f"{name} in domain 'npu'"):
+        flavour.to_atc(model)

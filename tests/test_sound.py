@@ -149,3 +149,13 @@ def test_an_operator_newer_than_the_opset_needs_its_inputs():
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
         (told,) = problems(model)
         assert "has 1 inputs, expected 2" in str(told)
+
+
+def test_a_value_that_goes_through_has_one_type():
+    model = sound()
+    through = model.graph.output.add()
+    through.CopyFrom(model.graph.input[0])
+    assert problems(model) == []
+    through.type.tensor_type.elem_type = TensorProto.STRING
+    (told,) = problems(model)
+    assert "is an input and an output of two types" in told

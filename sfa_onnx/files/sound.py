@@ -148,6 +148,11 @@ class _Reader:
                         f"{kind} {info.name!r}{where} has the element type {elem}, which onnx"
                         f" {onnx.__version__} does not know"
                     )
+        given = {v.name: v.type.tensor_type.elem_type for v in graph.input}
+        for info in graph.output:  # runtimes hand such a value on as it is, whatever they said
+            kinds = {info.type.tensor_type.elem_type, given.get(info.name, 0)} - {0}
+            if len(kinds) > 1:
+                self.found.append(f"{info.name!r}{where} is an input and an output of two types")
 
     def _twice(self, value: str, maker: str, where: str) -> None:
         self.found.append(f"{value!r}{where} is made twice, again by {maker}")

@@ -27,7 +27,7 @@ _SAME: Final = frozenset(
         "Abs", "Cast", "Ceil", "Clip", "Cos", "CumSum", "Erf", "Exp", "Floor", "Identity",
         "IsInf", "IsNaN", "LayerNormalization", "Log", "LogSoftmax", "Neg", "Not", "Reciprocal",
         "Relu", "Round", "ScatterElements", "ScatterND", "Sigmoid", "Sign", "Sin", "Softmax",
-        "Softplus", "Sqrt", "Tanh", "Trilu", "NPURmsNorm",
+        "Softplus", "Sqrt", "Tanh", "Trilu",
     }
 )  # fmt: skip
 _BROADCAST: Final = frozenset(
@@ -36,6 +36,7 @@ _BROADCAST: Final = frozenset(
         "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Where", "Xor",
     }
 )  # fmt: skip
+_NORMS: Final = {"NPURmsNorm": 1, "NPUAddRmsNorm": 3}  # outputs whose shapes are known
 
 
 class _ClashError(Exception):
@@ -118,15 +119,16 @@ def _infer(ctx: Context, node: Node, given: Shapes) -> Shapes | None:
     op = contract_of(node.proto)
     if op is not None:
         return _ours(ctx, node, given)
-    if node.proto.domain not in ("", "ai.onnx", "npu") or not ctx.well_formed(node):
-        return None
     kind = node.op_type
+    if kind in _NORMS:
+        first = given[0] if given else None
+        return [first, None, first][: _NORMS[kind]]
+    if node.proto.domain not in ("", "ai.onnx") or not ctx.well_formed(node):
+        return None
     if kind in REDUCTIONS:
         return _reduced(ctx, node, given)
     if kind in _SAME:
         return [given[0]]
-    if kind == "NPUAddRmsNorm":
-        return [given[0], None, given[0]]
     if kind in _BROADCAST:
         return [_broadcast(given)]
     rule = _RULES.get(kind)

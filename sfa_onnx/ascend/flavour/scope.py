@@ -261,6 +261,8 @@ def _apply_one(scope: Scope, rules: Sequence[Rule]) -> int:
 
 
 def _rewritten(scope: Scope, node: NodeProto, rules: Sequence[Rule]) -> list[NodeProto] | None:
+    if node.domain and onnx.defs.has(node.op_type):
+        return None  # an operator of somebody else with a name of ONNX's
     for place, rule in enumerate(rules):
         made = rule(scope, node)
         if made is not None:

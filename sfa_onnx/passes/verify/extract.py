@@ -30,7 +30,7 @@ def extract_region(index: GraphIndex, candidate: Candidate) -> onnx.ModelProto:
 
     Raises:
         UnverifiableError: the outputs depend on something that is neither an operand, nor a region
-            or support node, nor a structural constant.
+            or support node, nor a structural constant; or the type of an operand is not known.
     """
     nodes, constants = _upstream(index, candidate, candidate.outputs)
     return _model(index, candidate, nodes, constants, candidate.outputs)
@@ -128,6 +128,14 @@ def _model(
     graph.initializer.extend(constants)
     for operand in candidate.operands:
         if operand.value in read and operand.value not in made:
+            if not operand.elem_type:
+                raise UnverifiableError(
+                    Refusal(
+                        f"the element type of {operand.value!r} is not known",
+                        operand.value,
+                        "export with types, or run onnx.shape_inference on the file first",
+                    )
+                )
             dims = [None] * len(operand.axes)
             graph.input.append(
                 helper.make_tensor_value_info(operand.value, operand.elem_type, dims)

@@ -11,8 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sfa_onnx.guard.budgets import WORKER_BYTES
-from sfa_onnx.passes.candidate import Candidate, Operand, Refusal, Role
-from sfa_onnx.passes.verify.extract import UnverifiableError
+from sfa_onnx.passes.candidate import Candidate, Operand, Role
 from sfa_onnx.passes.verify.geometry import Geometry
 from sfa_onnx.passes.verify.packed_rows import draw_rows, row_layout
 from sfa_onnx.passes.verify.problem import Draw, Problem
@@ -163,16 +162,8 @@ def _typed(array: Array, operand: Operand) -> Array:
 
 
 def in_own_types(candidate: Candidate, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """What was drawn for a site, in the types that the model gives its operands.
-
-    Raises:
-        UnverifiableError: the model does not say the type of one of them.
-    """
+    """What was drawn for a site, in the types that the model gives its operands."""
     kinds = {o.value: o.elem_type for o in candidate.operands}
-    if unknown := [name for name in arrays if not kinds[name]]:
-        raise UnverifiableError(
-            Refusal("the element type of one of its inputs is not known", unknown[0])
-        )
     return {
         name: array.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[name]))
         for name, array in arrays.items()

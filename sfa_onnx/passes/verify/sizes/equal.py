@@ -73,7 +73,11 @@ def operand_shapes(concrete: Concrete, candidate: Candidate) -> Shapes:
 
 
 def canonical_shapes(concrete: Concrete, candidate: Candidate) -> list[tuple[str, ...]]:
-    """Operand shapes with symbols numbered by appearance: equal for equal sites."""
+    """Operand shapes with symbols numbered by appearance: equal for equal sites.
+
+    Raises:
+        UnverifiableError: a shape cannot be determined, or holds nothing in any run.
+    """
     names: dict[Atom, Form] = {}
 
     def told(size: int) -> str:
@@ -83,4 +87,7 @@ def canonical_shapes(concrete: Concrete, candidate: Candidate) -> list[tuple[str
         return str(form.substitute(names))
 
     shapes = operand_shapes(concrete, candidate)
+    for value, shape in shapes.items():
+        if 0 in shape[:-1]:  # a width of 0 is a rope that is not there
+            raise UnverifiableError(Refusal(f"{value!r} is empty in every run: {shape}", value))
     return [tuple(map(told, shape)) for shape in shapes.values()]
