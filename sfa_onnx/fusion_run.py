@@ -52,6 +52,7 @@ _STAGES = (
 )
 
 _OLDEST_OPSET = 13  # Unsqueeze and ReduceSum take their axes as inputs since
+_NAMED = 6  # inputs that a note names
 Progress = Callable[[str, float], None]
 _Finder = Callable[[GraphIndex, FindOptions], list[Candidate | RefusedSite]]
 
@@ -130,9 +131,7 @@ class Run:
             inlined, joined, taken = Inlined(given, left=inlined.left), (), ()
         model, notes = inlined.model, [*self.settled, *inlined.notes]
         if taken:
-            notes.append(
-                f"the branch that its constant chooses was written out: {', '.join(taken)}"
-            )
+            notes.append(f"the branch that a constant chooses was written out: {', '.join(taken)}")
         if joined:
             notes.append(f"the caches of Attention {', '.join(joined)} are joined in front of it")
         if self.sorted:
@@ -146,6 +145,8 @@ class Run:
             materialized = [] if own_weights is None else own_weights.finish()
         selections = self._selections(model, reader, plan) if selecting else []
         sites = _apart(sites, selections)
+        if any(site.reason for site in (*sites, *selections)):
+            notes += _defaults(scopes[0].index)
         with self.stage("hash"):
             notes.append(certificates.untouched(self.before, certificates.snapshot(model)))
         report = FuseReport(
@@ -334,3 +335,15 @@ def _apart(sites: list[SiteReport], selections: list[SiteReport]) -> list[SiteRe
             site.added = tuple(n for n in site.added if n not in gone)
     done = {s.site_id for s in selections if s.status == "fused"}  # listed as no attention's
     return [s for s in sites if s.status == "fused" or s.site_id not in done]
+
+
+def _defaults(index: GraphIndex) -> list[str]:
+    """What is stored as the default of an input only: it may be what holds a site back."""
+    names = sorted(index.defaults)
+    if not names:
+        return []
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return [
+        "no constants, since a caller may give other values than those stored (take them out of the"
+        f" graph's inputs if nobody does): {', '.join(names[:_NAMED])}{more}"
+    ]

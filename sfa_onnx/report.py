@@ -108,7 +108,7 @@ class FuseReport:
     planned: tuple[str, ...] = ()  # site ids that a plan asked for
     materialized: list[MaterializedWeight] = field(default_factory=list)
     inlined: tuple[tuple[str, str], ...] = ()  # (domain, name) of local functions inlined
-    taken: tuple[str, ...] = ()  # first outputs of Ifs with constant conditions, written out
+    taken: tuple[str, ...] = ()  # first outputs of Ifs that constants decide, written out
     joined: tuple[str, ...] = ()  # first outputs of Attention operators whose caches were joined
     assumed: tuple[str, ...] = ()  # what the caller asserts: "two-valued:attention_mask"
     selections: list[SiteReport] = field(default_factory=list)  # lightning indexers, not in sites

@@ -42,8 +42,16 @@ site (float[B,S,4,40] q, float[B,T,40] kv, float[B,S,T] wish, bool ask) => (floa
 }}"""
 
 
-def _model(yes: int = 1, condition: str = "yes") -> onnx.ModelProto:
-    return parser.parse_model(_TEXT.format(yes=yes, condition=condition))
+def _model(yes: int = 1, condition: str = "yes", asked: str = "") -> onnx.ModelProto:
+    """`asked`: an axis of q; the branch is taken where it has size 4, and nowhere else."""
+    text = _TEXT.format(yes=yes, condition="even" if asked else condition)
+    nodes = f""" dims = Shape(q)
+ at = Constant<value=int64 {{{asked}}}>()
+ four = Constant<value=int64 {{4}}>()
+ size = Gather<axis=0>(dims, at)
+ even = Equal(size, four)
+"""
+    return parser.parse_model(text.replace(" mask = If", f"{nodes} mask = If") if asked else text)
 
 
 def test_an_operator_of_somebody_else_that_is_called_if_stays() -> None:
@@ -77,7 +85,16 @@ def test_the_branch_that_a_constant_chooses_is_fused(tmp_path: Path) -> None:
         assert scaled_error(want, got) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"yes": 0}, {"condition": "ask"}], ids=str)
+def test_a_size_that_no_call_changes_chooses_as_well(tmp_path: Path) -> None:
+    before, after, proof = (tmp_path / n for n in ("a.onnx", "b.onnx", "proof.json"))
+    onnx.save(_model(asked="2"), before)
+    report = sfa_onnx.fuse(before, after, certificate=proof)
+    assert [s.status for s in report.sites] == ["fused"], [s.reason for s in report.sites]
+    assert report.taken == ("mask",)
+    assert check_certificate(proof, before, after).holds
+
+
+@pytest.mark.parametrize("options", [{"yes": 0}, {"condition": "ask"}, {"asked": "1"}], ids=str)
 def test_another_branch_and_one_that_inputs_choose_stay_as_they_are(options) -> None:
     model = _model(**options)
     report = sfa_onnx.fuse(model)

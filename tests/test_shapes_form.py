@@ -227,3 +227,9 @@ def test_axes_that_are_broadcast_where_one_is_expected_are_that_one() -> None:
         assert made_equal(whole, axis, list("abc"), []) == [("b", A)]
         assert made_equal(axis, whole, list("abc"), []) == [("b", A)]
     assert made_equal(whole, C, list("abc"), []) != [("b", A)]
+
+
+def test_a_cache_cut_to_the_sequences_of_a_call_has_those() -> None:
+    cut = smallest(A, B)
+    assert made_equal(cut, A, list("abc"), []) == [("b", A)] == made_equal(B, cut, list("abc"), [])
+    assert made_equal(cut, C, list("abc"), []) != [("b", A)]

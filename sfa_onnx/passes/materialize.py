@@ -182,8 +182,6 @@ class _Views:
             Stop: the weight is computed, an input, or of a type that is not handled.
         """
         value, tensor = self._source()
-        if any(value == info.name for info in self._index.inputs):
-            raise Stop(f"{value} is an input of the graph: its stored value is a default")
         if tensor.data_type not in _FLOATS:
             raise Stop(
                 f"{value} is stored as {TensorProto.DataType.Name(tensor.data_type)}; float32,"
@@ -197,7 +195,11 @@ class _Views:
         while (tensor := self._index.initializers.get(value)) is None:
             node = self._index.maker(value)
             if node is None:
-                raise Stop(f"{value} is an input of the graph: its value is not in the file")
+                default = self._index.is_default(value)
+                known = (
+                    "its stored value is a default" if default else "its value is not in the file"
+                )
+                raise Stop(f"{value} is an input of the graph: {known}")
             constant = find_attribute(node, "value") if node.op_type == "Constant" else None
             if constant is not None:
                 return value, constant.t

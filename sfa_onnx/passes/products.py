@@ -171,7 +171,7 @@ def _stored(index: GraphIndex, name: str) -> bool:
     """Whether a value is an initializer, or a view of one."""
     for _ in range(_MOST):
         if name in index.initializers:
-            return not index.is_graph_input(name)
+            return True
         node = index.maker(name)
         if node is None or node.domain or node.op_type not in _WEIGHT_VIEWS:
             return False

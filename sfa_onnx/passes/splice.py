@@ -276,9 +276,7 @@ def _orphans(
     return {
         v
         for v in touched - kept - read
-        if not index.is_graph_output(v)
-        and not (v in index.initializers and v in {x.name for x in index.graph.input})
-        and all(user in gone for user, _ in index.readers(v))
+        if not index.is_graph_output(v) and all(user in gone for user, _ in index.readers(v))
     }
 
 

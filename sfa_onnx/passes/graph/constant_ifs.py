@@ -1,13 +1,15 @@
 """An If whose condition is a constant: the branch that is taken stands in its place.
 
-Tracers leave such nodes where the rank of a tensor decides (`scatter_reduce`, `squeeze`). What
-lies in a branch is another graph to recognition, so the branch is written out where that shows a
-site which nothing else shows.
+Tracers leave such nodes where the rank of a tensor decides (`scatter_reduce`), or whether an axis
+has size 1 (`squeeze`): sizes that no call changes are constants as well. What lies in a branch is
+another graph to recognition, so the branch is written out where that shows a site which nothing
+else shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Final
 
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
@@ -16,8 +18,15 @@ from sfa_onnx.passes.candidate import Candidate
 from sfa_onnx.passes.graph.functions import Finding
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.sub_graphs import bodies
+from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.size import is_open
 
 __all__ = ["branches_taken", "take_branches"]
+
+_LOGIC: Final = frozenset(
+    ("And", "Cast", "Equal", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual")
+) | {"Not", "Or", "Reshape", "Squeeze", "Unsqueeze", "Xor"}
+_MOST: Final = 64  # nodes of a condition
 
 
 def branches_taken(
@@ -32,10 +41,9 @@ def branches_taken(
     Returns:
         The model (the one given where nothing is to do), and the first outputs of the Ifs.
     """
-    names = tuple(node.output[0] for node, _ in _decided(model))
+    taken, names = _all_taken(model, None)
     if not names:
         return model, ()
-    taken = take_branches(model, names)
     before, after = (
         sum(isinstance(item, Candidate) for _, item in find(m)) for m in (model, taken)
     )
@@ -44,18 +52,34 @@ def branches_taken(
 
 def take_branches(model: ModelProto, names: Collection[str]) -> ModelProto:
     """A copy in which the Ifs with these first outputs are the branches that they take."""
-    if not names:
-        return model
+    return _all_taken(model, names)[0] if names else model
+
+
+def _all_taken(
+    model: ModelProto, names: Collection[str] | None
+) -> tuple[ModelProto, tuple[str, ...]]:
+    """The model and the first outputs of the Ifs that are gone, those of `names` or all of them.
+
+    What one of them returns may decide the next one.
+    """
+    done: list[str] = []
+    while True:
+        decided = {node.output[0]: branch for node, branch in _decided(model)}
+        chosen = {n: b for n, b in decided.items() if names is None or n in names}
+        if not chosen:
+            return model, tuple(done)
+        model = _without(model, chosen)
+        done += chosen
+
+
+def _without(model: ModelProto, chosen: Mapping[str, GraphProto]) -> ModelProto:
+    """A copy in which the Ifs with these first outputs are these branches."""
     result = ModelProto()
     result.CopyFrom(model)
-    chosen = {node.output[0]: branch for node, branch in _decided(model)}
     nodes: list[NodeProto] = []
     for node in result.graph.node:
         branch = chosen.get(node.output[0] if node.output else "")
-        if branch is None or node.output[0] not in names:
-            nodes.append(node)
-        else:
-            nodes += _written_out(result.graph, node, branch)
+        nodes += [node] if branch is None else _written_out(result.graph, node, branch)
     kept = [NodeProto.FromString(n.SerializeToString()) for n in nodes]
     del result.graph.node[:]
     result.graph.node.extend(kept)
@@ -67,11 +91,31 @@ def _decided(model: ModelProto) -> Iterator[tuple[NodeProto, GraphProto]]:
     if not any(control_flow(node) == "If" for node in model.graph.node):
         return
     index = GraphIndex.of(model)
-    defaults = {v.name for v in model.graph.input}  # a caller may give another value
+    sizes = Concrete(index)
     for node in model.graph.node:
-        known = index.constant(node.input[0]) if control_flow(node) == "If" else None
-        if known is not None and known.size == 1 and index.unaliased(node.input[0]) not in defaults:
-            yield node, bodies(node)["then_branch" if bool(known.reshape(-1)[0]) else "else_branch"]
+        if control_flow(node) == "If" and _is_fixed(sizes, node.input[0]):
+            known = sizes.value(node.input[0])
+            if known is not None and known.size == 1:
+                holds = bool(known.reshape(-1)[0])
+                yield node, bodies(node)["then_branch" if holds else "else_branch"]
+
+
+def _is_fixed(sizes: Concrete, value: str) -> bool:
+    """Whether constants and sizes that no call changes decide a value."""
+    stack, seen = [value], set[str]()
+    while stack:
+        name = stack.pop()
+        entries = sizes.entries(name)
+        if name in seen or sizes.index.constant(name) is not None:
+            continue
+        if entries is not None and not any(map(is_open, entries)) and not sizes.moves(name):
+            continue
+        seen.add(name)
+        node = sizes.index.maker(name)
+        if node is None or node.domain or node.op_type not in _LOGIC or len(seen) > _MOST:
+            return False
+        stack += node.input
+    return True
 
 
 def _written_out(graph: GraphProto, node: NodeProto, branch: GraphProto) -> list[NodeProto]:

@@ -21,6 +21,7 @@ from sfa_onnx.passes.graph.sub_graphs import Dim, bodies, captured, declared_dim
 
 __all__ = ["READ_LIMIT", "Dim", "ExternalReader", "GraphIndex"]
 
+_DEFAULTS_IR = 4  # the first version in which a stored tensor need not be an input
 # (location, offset, length) -> exactly that byte range of the external data file.
 ExternalReader = Callable[[str, int, int], bytes]
 
@@ -37,6 +38,8 @@ class GraphIndex:
         first: index of the first node of `graph` itself (0 unless outer nodes are seen too).
         path: where the graph lies, "If_3.then_branch/Loop_1.body"; "" for the main graph.
         initializers: name -> TensorProto (sparse ones are left out: nobody reads them).
+        defaults: what is stored for an input of the same name: a caller may give another value, so
+            it is an input here, and no constant.
         opsets: domain -> version ("" is the default domain).
         constants_read: names of the initializers whose bytes were looked at, in order.
         bytes_read: how many bytes of them came from external data files.
@@ -49,6 +52,7 @@ class GraphIndex:
         reader: ExternalReader | None = None,
         *,
         first: int = 0,
+        defaults_hold: bool = False,
     ) -> None:
         self.graph = graph
         self.first = first
@@ -59,20 +63,39 @@ class GraphIndex:
         self.consumers: dict[str, list[tuple[int, int]]] = {}
         self.owners: list[int] = []
         self._captures: dict[int, set[str]] = {}
-        self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in graph.initializer}
+        self._inputs: dict[str, onnx.ValueInfoProto] = {v.name: v for v in graph.input}
+        stored = {t.name: t for t in graph.initializer}
+        self.defaults = frozenset() if defaults_hold else stored.keys() & self._inputs.keys()
+        self.initializers: dict[str, onnx.TensorProto] = {
+            n: t for n, t in stored.items() if n not in self.defaults
+        }
         self.constants_read: list[str] = []
         self.bytes_read = 0
         self.reader = reader
-        self._inputs: dict[str, onnx.ValueInfoProto] = {v.name: v for v in graph.input}
         self._outputs = {v.name: v for v in graph.output}
         self._infos: dict[str, onnx.ValueInfoProto] | None = None
         self._constants: dict[str, np.ndarray | None] = {}
         self._connect()
 
     @classmethod
-    def of(cls, model: onnx.ModelProto, reader: ExternalReader | None = None) -> GraphIndex:
-        """The index of a model's main graph."""
-        return cls(model.graph, {o.domain: o.version for o in model.opset_import}, reader)
+    def of(
+        cls,
+        model: onnx.ModelProto,
+        reader: ExternalReader | None = None,
+        *,
+        defaults_hold: bool = False,
+    ) -> GraphIndex:
+        """The index of a model's main graph.
+
+        Args:
+            model: the model.
+            reader: of its external data.
+            defaults_hold: whether every input that has a default is that. Before version 4 of the
+                format each stored tensor was an input as well, and no runtime takes another value.
+        """
+        opsets = {o.domain: o.version for o in model.opset_import}
+        holds = defaults_hold or model.ir_version < _DEFAULTS_IR
+        return cls(model.graph, opsets, reader, defaults_hold=holds)
 
     @property
     def ordered(self) -> bool:
@@ -245,8 +268,12 @@ class GraphIndex:
         return value in self._outputs
 
     def is_graph_input(self, value: str) -> bool:
-        """Whether `value` is fed from outside (an initializer of the same name is a default)."""
+        """Whether `value` is fed from outside, or may be."""
         return value in self._inputs and value not in self.initializers
+
+    def is_default(self, value: str) -> bool:
+        """Whether the file stores a value that a caller may replace."""
+        return value in self.defaults
 
     def is_given(self, value: str) -> bool:
         """Whether `value` is fed from outside or returned by a node with bodies."""

@@ -17,14 +17,15 @@ _MOST: Final = 64  # values that a table is made of
 def is_weight(index: GraphIndex, value: str) -> bool:
     """Whether `value` is a constant, a view of one, or made of constants and sizes alone.
 
-    Rows that are gathered from such a table are weights as well: those of chosen experts.
+    Rows that are gathered from such a table are weights as well: those of chosen experts. So are
+    stored tensors that a caller may replace: nobody reads a weight.
     """
-    if value in index.initializers:
+    if value in index.initializers or index.is_default(value):
         return True
     *_, source = back(index, value, _VIEWS)
     node = index.maker(source)
     if source in index.initializers or node is None:
-        return source in index.initializers
+        return source in index.initializers or index.is_default(source)
     return node.op_type == "Constant" or is_table(index, value)
 
 

@@ -170,6 +170,10 @@ class ScopeIndex(GraphIndex):
             return super().is_graph_input(value) and value not in self.producer
         return self.parent.is_graph_input(value)
 
+    def is_default(self, value: str) -> bool:
+        """Whether the model stores a value that its caller may replace."""
+        return value not in self._bound and self.parent.is_default(value)
+
     def is_given(self, value: str) -> bool:
         """As `is_graph_input`, and what nodes with bodies return."""
         return super().is_given(value) if value in self._bound else self.parent.is_given(value)

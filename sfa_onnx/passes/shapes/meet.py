@@ -82,12 +82,14 @@ def _is_less(form: Form) -> bool:
 
 
 def _broadcast(size: Form, of: Form, symbols: Sequence[str]) -> list[Swap]:
-    """Max(1, n, m), the size of axes n and m broadcast to each other, where n is expected: m = n.
+    """Max(1, n, m) or Min(n, m), where n is expected: m = n.
 
-    Exporters write it where index tensors meet that come from different inputs.
+    Exporters write the first, the size of axes that are broadcast to each other, where index
+    tensors meet that come from different inputs, and the second where a cache for many sequences
+    is cut to those of a call.
     """
     call, expected = size.alone, of.plain
-    if not isinstance(call, Call) or call.name != "Max" or expected is None:
+    if not isinstance(call, Call) or call.name not in ("Max", "Min") or expected is None:
         return []
     axes = [a.plain for a in call.arguments if a != Form(const=1)]
     if expected not in axes or not all(axis in symbols for axis in axes):

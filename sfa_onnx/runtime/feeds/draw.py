@@ -172,7 +172,11 @@ class _Feeds:
             if not nodes:
                 continue
             same = model is self.model or {v.name for v in model.graph.input} >= set(self.inputs)
-            known = Concrete(GraphIndex.of(model), self.sizes.sizes) if same else None
+            known = (
+                Concrete(GraphIndex.of(model, defaults_hold=True), self.sizes.sizes)
+                if same
+                else None
+            )
             types = ElemTypes(model)
             for node in nodes:
                 shape = partial(_shape, known)

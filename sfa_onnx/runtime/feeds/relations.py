@@ -73,7 +73,7 @@ def fit_sizes(
     Returns:
         The sizes, some of them larger; as given where nothing helps.
     """
-    index, found = GraphIndex.of(model), dict(sizes)
+    index, found = GraphIndex.of(model, defaults_hold=True), dict(sizes)
     order = [s for s in (*first, *(s for s in sizes if s not in first)) if s not in fixed]
     hopeless: set[tuple[str, int]] = set()
     for _ in range(_ROUNDS + len(order)):
@@ -95,7 +95,7 @@ def misfit(model: ModelProto, sizes: Mapping[str, int]) -> str:
         model: read only.
         sizes: symbol -> size, for every open dim of the inputs.
     """
-    index = GraphIndex.of(model)
+    index = GraphIndex.of(model, defaults_hold=True)
     known = Concrete(index, sizes)
     for short in _misfits(index, dict(sizes)):
         shape = _shape(known, short.value) or ()
@@ -125,10 +125,13 @@ def fit_positions(
     small = {n: a for n, a in feeds.items() if a.size <= _LIMIT}
     known, moved = with_constants(model, small), dict(feeds)
     for _ in range(_ROUNDS):
-        short = next((s for s in _misfits(GraphIndex.of(known), dict(sizes)) if s.index), None)
+        short = next(
+            (s for s in _misfits(GraphIndex.of(known, defaults_hold=True), dict(sizes)) if s.index),
+            None,
+        )
         if short is None:
             break
-        above = _above(GraphIndex.of(known), short.index)
+        above = _above(GraphIndex.of(known, defaults_hold=True), short.index)
         mine = [n for n in free if n in above and n in small and moved[n].min() >= short.by]
         if not mine:
             break
