@@ -124,6 +124,7 @@ int resolve_tile(const Call& c, const Lengths& len, int64_t row, int64_t first, 
     if (p.dtype == SFA_CORE_I8) memcpy(tile->scale + i, p.key_scale + at, 2 * run);
     i += (int)run;
   }
+  if (n == c.path->tile) return SFA_CORE_OK;  // no padding
   for (int i = n; i < n + kRowPad; ++i) tile->row[i] = tile->row[n - 1];
   return SFA_CORE_OK;
 }

@@ -160,25 +160,6 @@ inline Ahead share_of(const KeyTile* tile, int row_bytes, int group, int groups)
   return {tile, lines * group / groups * 64, lines * (group + 1) / groups * 64};
 }
 
-template <class D, int V, bool kHalf>
-void score_group(const Group& group, int steps, const uint8_t* const* rows, const Ahead& ahead,
-                 int n, bool first, float* sums) {
-  if constexpr (V > 1) {
-    if (group.v < V) {
-      return score_group<D, V - 1, kHalf>(group, steps, rows, ahead, n, first, sums);
-    }
-  }
-  constexpr int R = D::kSums / V;
-  for (int k = 0; k < n; k += R, sums += R * W) {
-    ahead.prefetch(k, R);
-    if (first) {
-#pragma GCC unroll 24
-      for (int r = 0; r < R; ++r) store(sums + r * W, vf{});
-    }
-    score_block<D, V, kHalf>(group, steps, rows + k, sums);
-  }
-}
-
 // Lane i of the result is the sum of the lanes of row i, for W rows [W][W]. Each step adds halves
 // of two vectors: lane bit `unit` tells which of the two a lane belongs to. Half of the numbers are
 // in their place already.
@@ -209,6 +190,45 @@ inline vf add_lanes(const float* rows) {
   }
 }
 
+// Turns sums into scores, W keys at a time.
+struct Finish {
+  const KeyTile& tile;
+  const float* sums;
+  float* out;
+  bool scaled;
+  int done = 0;
+
+  void next() {
+    vf score = add_lanes<W / 2>(sums + done * W);
+    if (scaled) score *= simd::load_f16((const uint8_t*)(tile.scale + done));
+    storeu(out + done, score);
+    done += W;
+  }
+};
+
+template <class D, int V, bool kHalf>
+void score_group(const Group& group, int steps, const uint8_t* const* rows, const Ahead& ahead,
+                 int n, bool first, float* sums, Finish* finish) {
+  if constexpr (V > 1) {
+    if (group.v < V) {
+      return score_group<D, V - 1, kHalf>(group, steps, rows, ahead, n, first, sums, finish);
+    }
+  }
+  constexpr int R = D::kSums / V;
+  static_assert(D::kTile % R == 0, "the rows of a whole tile are not padded");
+  for (int k = 0; k < n; k += R, sums += R * W) {
+    ahead.prefetch(k, R);
+    // What the products of one more block have covered costs no time of its own: the processor has
+    // enough of them in hand.
+    if (finish && finish->done + W <= k - R) finish->next();
+    if (first) {
+#pragma GCC unroll 24
+      for (int r = 0; r < R; ++r) store(sums + r * W, vf{});
+    }
+    score_block<D, V, kHalf>(group, steps, rows + k, sums);
+  }
+}
+
 template <class D, bool kHalf>
 void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, void* scratch,
             float* out) {
@@ -224,16 +244,13 @@ void scores(const IndexerGeom& g, const KeyTile& tile, const KeyTile* ahead, voi
     for (int i = tile.n; i < tile.n + kRowPad; ++i) copies[i] = copies[tile.n - 1];
     rows = copies;
   }
+  Finish finish = {tile, layout.sums, out, g.dtype == SFA_CORE_I8};
   for (int i = 0; i < layout.groups; ++i) {
     const Ahead share = share_of(ahead, g.width * dtype_size(g.dtype), i, layout.groups);
     score_group<D, D::kMaxV, kHalf>(layout.group(i), layout.steps, rows, share, tile.n, i == 0,
-                                    layout.sums);
+                                    layout.sums, i + 1 < layout.groups ? nullptr : &finish);
   }
-  for (int i = 0; i < tile.n; i += W) {
-    vf score = add_lanes<W / 2>(layout.sums + i * W);
-    if (g.dtype == SFA_CORE_I8) score *= simd::load_f16((const uint8_t*)(tile.scale + i));
-    storeu(out + i, score);
-  }
+  while (finish.done < tile.n) finish.next();
 }
 
 template <class D>
