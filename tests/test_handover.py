@@ -180,11 +180,15 @@ def test_what_the_operator_refuses_makes_the_report_fail(tmp_path):
 # ---- atc itself (a fake one: only its log matters here) -----------------------------------------
 
 
+_WRITES = 'for word; do case $word in --output=*) echo new > "${word#*=}_linux.om";; esac; done'
+
+
 @pytest.mark.parametrize(
     ("body", "passed"),
     [
-        ('echo "$@" > call.txt; echo "ATC run success, welcome to the next use."', True),
-        ('echo "E10501: IR for Op [sfa_0] is not registered"; exit 1', False),
+        (f'echo "$@" > call.txt; {_WRITES}; echo "ATC run success"', True),
+        (f'{_WRITES}; echo "E10501: IR for Op [sfa_0] is not registered"; exit 1', False),
+        ('echo "ATC run success, though nothing was written"', False),
     ],
 )
 def test_atc_is_run_when_it_is_there(fused, tmp_path, monkeypatch, body, passed):
@@ -206,8 +210,16 @@ def test_atc_is_run_when_it_is_there(fused, tmp_path, monkeypatch, body, passed)
     assert report.passed is passed
     if passed:
         assert "--soc_version=Ascend910B2" in (tmp_path / "out" / "call.txt").read_text()
-    else:
+    elif "E10501" in body:
         assert "no prototype" in "\n".join(report.lines())
+    # What atc had begun to write when it failed takes no earlier file's place.
+    built = tmp_path / "out" / "model_linux.om"
+    assert built.exists() is passed
+    built.write_text("old\n")
+    again = subprocess.run(["bash", tmp_path / "out" / "atc.sh"], capture_output=True)
+    assert (again.returncode == 0) is passed
+    assert built.read_text() == ("new\n" if passed else "old\n")
+    assert [p.name for p in (tmp_path / "out").glob("*.om")] == [built.name]
 
 
 # ---- mapping -------------------------------------------------------------------------------------

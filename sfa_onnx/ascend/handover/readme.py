@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sfa_onnx.ascend.handover.command import AtcCommand
 from sfa_onnx.ascend.handover.log import ERRORS
 from sfa_onnx.ascend.handover.report import HandoverReport
 
 __all__ = ["atc_script", "readme"]
+
+_UNFINISHED: Final = "model_unfinished"
 
 
 def atc_script(command: AtcCommand, model: str, vendor: str) -> str:
@@ -35,8 +39,17 @@ def atc_script(command: AtcCommand, model: str, vendor: str) -> str:
             *asks,
             f"[ -f {library} ] || ./build_plugin.sh",
             f"source opp/vendors/{vendor}/bin/set_env.bash",
+            "# atc writes under another name: model.om is always whole, of this call or the last.",
+            f"trap 'rm -f {_UNFINISHED}*.om' EXIT",
+            f"rm -f {_UNFINISHED}*.om",
+            command.line(model, _UNFINISHED),
+            f"written=({_UNFINISHED}*.om)  # atc may add the platform to the name",
+            '[ -f "${written[0]}" ] || {',
+            '  echo "atc ended without an error, but wrote no .om" >&2',
+            "  exit 1",
+            "}",
             "rm -f model.in_place.json  # of another road to model.om",
-            command.line(model, "model"),
+            f'for file in "${{written[@]}}"; do mv -f "$file" "model${{file#{_UNFINISHED}}}"; done',
             "",
         ]
     )
