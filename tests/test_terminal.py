@@ -70,8 +70,9 @@ def test_help_explains_every_option_and_gives_an_example_that_parses(verb: str) 
         assert action.help, action.dest
         if action.option_strings and action.default not in (None, False, argparse.SUPPRESS, []):
             assert f"default: {action.default}" in re.sub(r"\s+", " ", text), action.dest
-    assert "exit codes: 0 done, 1 error, 2 usage," in text
-    assert "130 interrupted" in text
+    sentences = re.sub(r"\s+", " ", text)
+    assert "exit codes: 0 done, 1 error, 2 usage," in sentences
+    assert "130 interrupted" in sentences
     example = text.split("example:\n")[1].splitlines()[0]
     for words in (shlex.split(part) for part in re.findall(r"sfa-onnx [^&)\"]+", example)):
         args = build_parser().parse_args(words[1:])
@@ -162,7 +163,8 @@ def test_an_interrupt_leaves_nothing_and_says_so_once(tmp_path: Path, moment: fl
         return  # it was done already, or Python had not come to `main` yet
     # Interrupted inside an `exec` of an import, Python ends by the signal: to a shell that is 130.
     assert process.returncode in (130, -signal.SIGINT), said
-    assert said.splitlines()[-1] == "interrupted: nothing was left half-written"
+    early = "interrupted: nothing was begun"  # a busy machine imports for long
+    assert said.splitlines()[-1] in (early, "interrupted: nothing was left half-written")
     assert "Traceback" not in said
     assert sorted(tmp_path.iterdir()) == before
     assert gone(process.pid), "the worker goes with it"

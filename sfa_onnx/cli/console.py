@@ -86,12 +86,24 @@ class Console:
         """A table; `right` names the columns (by index) that are numbers."""
         if self.is_json:
             return
-        table = rich.table.Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        table = rich.table.Table(
+            box=None,
+            pad_edge=False,
+            header_style="dim",
+            padding=(0, 2, 0, 0),
+            show_header=any(columns),
+        )
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index in right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(c if isinstance(c, Text) else Text(printable(str(c))) for c in row))
-        self.out.print(table)
+        if not self.piped:
+            self.out.print(table)
+            return
+        with self.out.capture() as lines:
+            self.out.print(table)
+        for line in lines.get().splitlines():
+            self.plain(line.rstrip())
 
     def result(self, kind: str, report: Any) -> None:
         """The machine-readable result; printed only in JSON mode."""

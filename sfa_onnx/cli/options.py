@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ __all__ = [
     "Help",
     "Verb",
     "assume",
+    "files",
     "forced",
     "indexer",
     "inputs",
@@ -23,7 +25,14 @@ _CODES: Final = "exit codes: 0 done, 1 error, 2 usage, {met}130 interrupted"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Every option's default stands behind its text, unless the text names it."""
+    """Every option's default stands behind its text, unless the text names it.
+
+    Sentences are wrapped to the terminal; lines that are indented (commands) are not.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:  # noqa: ARG002 - argparse's
+        paragraphs = (p if p.startswith("example") else _wrap(p, width) for p in text.split("\n\n"))
+        return "\n\n".join(paragraphs)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -31,6 +40,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
         if silent or not action.option_strings or "default" in text:
             return text
         return f"{text} (default: %(default)s)"
+
+
+def _wrap(text: str, width: int) -> str:
+    """Words, not names in hyphens, go to the next line."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 class Verb:
@@ -78,16 +92,28 @@ def forced(verb: Verb, text: str = "overwrite the output") -> None:
     verb.add("--force", action="store_true", help=text)
 
 
+def files(verb: Verb, suffix: str) -> None:
+    """A model to read and one to write, by default beside it under this suffix."""
+    model(verb)
+    text = f"where to write (default: beside the input, *{suffix})"
+    verb.add("-o", "--output", type=Path, metavar="FILE", help=text)
+    forced(verb)
+    verb.parser.set_defaults(suffix=suffix)
+
+
 def inputs(verb: Verb) -> None:
     """Arrays to feed."""
     verb.add(
-        "--inputs", type=Path, metavar="NPZ", help="arrays by input name (default: plausible ones)"
+        "--inputs",
+        type=Path,
+        metavar="NPZ",
+        help="arrays by input name (default: drawn at random so that they fit together)",
     )
 
 
 def seed(verb: Verb) -> None:
     """The seed of what is drawn."""
-    verb.add("--seed", type=int, default=0, help="seed of the inputs that are drawn")
+    verb.add("--seed", type=int, default=0, metavar="N", help="seed of the inputs that are drawn")
 
 
 def rounding(verb: Verb, default: str | None, more: str = "") -> None:
@@ -102,7 +128,7 @@ def rounding(verb: Verb, default: str | None, more: str = "") -> None:
 
 def reported(verb: Verb) -> None:
     """A page about what was found."""
-    verb.add("--report", type=Path, metavar="FILE", help="write a page about it (.html or .md)")
+    verb.add("--report", type=Path, metavar="FILE", help="write a page for people (.html or .md)")
 
 
 def assume(verb: Verb) -> None:

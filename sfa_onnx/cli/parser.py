@@ -19,6 +19,10 @@ from sfa_onnx.version import __version__
 __all__ = ["CACHE_FORMS", "SHELLS", "build_parser"]
 
 CACHE_FORMS: Final = ("int8", "packed-int8", "paged-int8", "paged")
+_FORMS: Final = (
+    "int8: inputs stay float, rows are rounded inside; packed-int8: inputs are int8 rows, one long"
+    " cache; paged-int8: the same in pages; paged: float rows in pages"
+)
 SHELLS: Final = ("bash", "zsh", "fish")
 _CHIP = "Ascend910B2"
 _EPILOG: Final = """\
@@ -39,15 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sfa-onnx {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (_demo, _inspect, _fuse, _unfuse, _kv_cache, _compare, _run, _check, _atc):
+    rewriting = (_demo, _inspect, _fuse, _unfuse, _kv_cache)
+    for add in (*rewriting, _compare, _run, _check, _atc, _doctor, _completion):
         add(verbs)
-    _doctor(verbs)
-    _completion(verbs)
     return parser
 
 
 def _demo(verbs: Any) -> None:
-    verb = Verb(verbs, "demo", "the whole road on a small model", action="demo:demo")
+    verb = Verb(
+        verbs,
+        "demo",
+        "the whole road on a small model",
+        action="demo:demo",
+        what="Take the model that ships with the package through every verb: inspect, fuse, convert"
+        " its caches, compare, time, and write what Ascend's compiler needs.",
+    )
     verb.add(
         "-o",
         "--output",
@@ -63,7 +73,14 @@ def _demo(verbs: Any) -> None:
 
 
 def _inspect(verbs: Any) -> None:
-    verb = Verb(verbs, "inspect", "what is inside, and what would fuse", action="rewrite:inspect")
+    verb = Verb(
+        verbs,
+        "inspect",
+        "what is inside, and what would fuse",
+        action="rewrite:inspect",
+        what="Show what a model holds, which of its attention would fuse, and why the rest would"
+        " not. Writes no model.",
+    )
     options.model(verb)
     verb.add("--explain", action="store_true", help="how far recognition of each site got")
     verb.add("--trace", action="store_true", help="normal forms, and which identities led to them")
@@ -81,14 +98,6 @@ def _inspect(verbs: Any) -> None:
     )
 
 
-def _io(verb: Verb, suffix: str) -> None:
-    options.model(verb)
-    text = f"where to write (default: beside the input, *{suffix})"
-    verb.add("-o", "--output", type=Path, metavar="FILE", help=text)
-    options.forced(verb)
-    verb.parser.set_defaults(suffix=suffix)
-
-
 def _fuse(verbs: Any) -> None:
     verb = Verb(
         verbs,
@@ -98,7 +107,7 @@ def _fuse(verbs: Any) -> None:
         what="Replace every verified sparse-attention site by the fused operator. Where nothing"
         " is fused, no file is written.",
     )
-    _io(verb, ".sfa.onnx")
+    options.files(verb, ".sfa.onnx")
     verb.add(
         "--target",
         choices=("any", "cpu", "ascend"),
@@ -124,7 +133,11 @@ def _fuse(verbs: Any) -> None:
         default="any",
         help="not-worse: refuse sites whose estimated CPU time grows",
     )
-    verb.add("--portable", action="store_true", help="ship bodies of standard operators as well")
+    verb.add(
+        "--portable",
+        action="store_true",
+        help="also write each operator as a function of standard operators, for stock onnxruntime",
+    )
     verb.add(
         "--certificate",
         type=Path,
@@ -155,18 +168,28 @@ def _count(text: str) -> int | str:
 
 
 def _unfuse(verbs: Any) -> None:
-    verb = Verb(verbs, "unfuse", "back to standard operators", action="rewrite:unfuse")
-    _io(verb, ".unfused.onnx")
+    verb = Verb(
+        verbs,
+        "unfuse",
+        "back to standard operators",
+        action="rewrite:unfuse",
+        what="Write a model in which standard ONNX operators compute what the fused ones do.",
+    )
+    options.files(verb, ".unfused.onnx")
     options.rounding(verb, "exact")
     verb.finish(example="sfa-onnx unfuse model.sfa.onnx -o model.unfused.onnx")
 
 
 def _kv_cache(verbs: Any) -> None:
     verb = Verb(
-        verbs, "kv-cache", "convert float caches to int8, or to pages", action="rewrite:kv_cache"
+        verbs,
+        "kv-cache",
+        "convert float caches to int8, or to pages",
+        action="rewrite:kv_cache",
+        what="Convert the float caches of a fused model to int8 rows, to pages, or to both.",
     )
-    _io(verb, ".int8.onnx")
-    verb.add("--to", choices=CACHE_FORMS, required=True, help="the cache form to make")
+    options.files(verb, ".int8.onnx")
+    verb.add("--to", choices=CACHE_FORMS, required=True, help=_FORMS)
     verb.add("--block-size", type=int, default=128, metavar="N", help="tokens per page")
     verb.add(
         "--index-cache",
@@ -177,7 +200,14 @@ def _kv_cache(verbs: Any) -> None:
 
 
 def _compare(verbs: Any) -> None:
-    verb = Verb(verbs, "compare", "is the fused model the same?", action="execute:compare")
+    verb = Verb(
+        verbs,
+        "compare",
+        "is the fused model the same?",
+        action="execute:compare",
+        what="Run the original and the fused or converted model on the same inputs, and compare"
+        " each site and the outputs.",
+    )
     verb.add("before", type=Path, help="the original model")
     verb.add("after", type=Path, nargs="?", help="the fused or converted model")
     verb.add(
@@ -205,7 +235,13 @@ def _compare(verbs: Any) -> None:
 
 
 def _run(verbs: Any) -> None:
-    verb = Verb(verbs, "run", "run a model with our operators", action="execute:run")
+    verb = Verb(
+        verbs,
+        "run",
+        "run a model with our operators",
+        action="execute:run",
+        what="Run a model once in onnxruntime, with the operators of this package.",
+    )
     options.model(verb)
     options.inputs(verb)
     verb.add("-o", "--output", type=Path, metavar="NPZ", help="write the outputs to this file")
@@ -220,7 +256,14 @@ def _run(verbs: Any) -> None:
 
 
 def _check(verbs: Any) -> None:
-    verb = Verb(verbs, "check", "would ATC take it?", action="deploy:check")
+    verb = Verb(
+        verbs,
+        "check",
+        "would ATC take it?",
+        action="deploy:check",
+        what="Say, without CANN, what Ascend's compiler would refuse or misunderstand in a model,"
+        " and which engine would take each node.",
+    )
     options.model(verb)
     verb.add("--cann", choices=CANN_VERSIONS, default=DEFAULT_CANN, help="CANN line to check for")
     verb.add(
@@ -243,7 +286,11 @@ def _check(verbs: Any) -> None:
         help="check (and fix) the file for this size of an open dim (repeatable)",
     )
     verb.add("--strict", action="store_true", help="fail on warnings and unknowns too")
-    verb.add("--fix", action="store_true", help="apply mechanical fixes, each tried before")
+    verb.add(
+        "--fix",
+        action="store_true",
+        help="repair what can be repaired exactly; each repair is tried out first",
+    )
     verb.add(
         "-o",
         "--output",
@@ -262,7 +309,15 @@ def _check(verbs: Any) -> None:
 
 
 def _atc(verbs: Any) -> None:
-    verb = Verb(verbs, "atc", "hand over to Ascend's compiler", action="deploy:atc")
+    verb = Verb(
+        verbs,
+        "atc",
+        "hand over to Ascend's compiler",
+        action="deploy:atc",
+        what="Write a folder with all that Ascend's compiler needs: the model in the form that its"
+        " parser reads, the parser plug-in, the exact atc call, inputs. Runs atc where it is"
+        " installed.",
+    )
     options.model(verb, "the fused ONNX model")
     verb.add(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write (required)"
@@ -315,10 +370,17 @@ def _atc(verbs: Any) -> None:
 
 
 def _doctor(verbs: Any) -> None:
-    verb = Verb(verbs, "doctor", "versions, libraries, CANN, weights", action="deploy:doctor")
+    verb = Verb(
+        verbs,
+        "doctor",
+        "versions, libraries, CANN, weights",
+        action="deploy:doctor",
+        what="Say which versions are installed, whether the operator library loads, and whether"
+        " there is a CANN toolkit.",
+    )
     verb.add("model", type=Path, nargs="?", help="also look at this model's weights")
     verb.add(
-        "--library", action="store_true", help="print the path of the operator library, no more"
+        "--library", action="store_true", help="print nothing but the path of the operator library"
     )
     verb.finish(
         example="sfa-onnx doctor model.sfa.onnx",

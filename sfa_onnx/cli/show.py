@@ -177,7 +177,7 @@ def fuse_report(console: Console, path: Path, report: FuseReport) -> None:
     for reason, times in Counter(s.reason for s in report.refused).most_common():
         console.say("  [red]refused[/red] {} x {}", times, reason)
     for limit, times in Counter(x for s in report.fused for x in s.npu_limits).items():
-        console.say("  [yellow]NPU limit[/yellow] {} x {}", times, limit)
+        console.say("  [yellow]NPU limit[/yellow] at {}: {}", count(times, "site"), limit)
     console.say(
         "nodes {} -> {}; weights read: {}",
         report.nodes_before,
@@ -208,7 +208,7 @@ def _selected(console: Console, report: FuseReport) -> None:
     for reason, times in Counter(refused).most_common():
         console.say("  [red]refused[/red] {} x {}", times, reason)
     for limit, times in Counter(x for s in report.indexers for x in s.npu_limits).items():
-        console.say("  [yellow]NPU limit[/yellow] {} x {}", times, limit)
+        console.say("  [yellow]NPU limit[/yellow] at {}: {}", count(times, "site"), limit)
 
 
 def _verified(console: Console, report: FuseReport) -> None:

@@ -18,22 +18,28 @@ VERDICTS = {
     "warnings": "[yellow]no known obstacle; read the warnings[/yellow]",
     "clean": "[green]no known obstacle[/green]",
 }
+PARSER = {"accepted": "accepts it", "rejected": "refuses it:", "crash": "crashes on it"}
 SHOWN_NODES = 3
 
 
 def check_report(console: Console, report: CheckReport, *, tried: bool) -> None:
-    """Findings, worst last but one line of verdict; unknown never looks green.
+    """Findings, worst first, and a line of verdict; unknown never looks green.
 
     `tried`: the file is what `--fix` wrote, so what is left could not be repaired.
     """
     console.say(
         f"checked for CANN {report.cann}, {report.soc_version or 'all chips'},"
-        f" flavour {report.flavour}; the parser: {report.parser} {report.code}".rstrip()
+        f" flavour {report.flavour}; CANN's parser {PARSER[report.parser]} {report.code}".rstrip()
     )
     for family, line in report.summary.items():
         console.say("{}: {}", family, line)
-    for finding in leading(report.findings):
-        _finding(console, finding)
+    found = leading(report.findings)
+    for finding, following in zip(found, [*found[1:], None], strict=True):
+        same = following is not None and (following.rule, following.hint) == (
+            finding.rule,
+            finding.hint,
+        )
+        _finding(console, finding, hint=not same)
     rows = console.verbose and [
         (row.op_type, row.count, ", ".join(row.dtypes), *_engines(row)) for row in report.support
     ]
@@ -64,7 +70,8 @@ def _engines(row: Any) -> list[str]:
     return [f"{engine} ({said[family]})" for family, engine in row.engines.items()]
 
 
-def _finding(console: Console, finding: Finding) -> None:
+def _finding(console: Console, finding: Finding, *, hint: bool) -> None:
+    """`hint`: say what helps, which the last of several findings does for all."""
     colour = COLOURS[finding.severity]
     code = f" {finding.code}" if finding.code else ""
     console.say(
@@ -80,7 +87,7 @@ def _finding(console: Console, finding: Finding) -> None:
     if names:
         more = f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
         console.say("    at {}{}", ", ".join(names[:SHOWN_NODES]), more, style="dim")
-    if finding.hint:
+    if hint and finding.hint:
         console.say("    -> {}", finding.hint, style="dim")
 
 

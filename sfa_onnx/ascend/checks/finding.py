@@ -65,12 +65,20 @@ _COSTS: Final = (
 
 
 def leading(findings: Sequence[Finding]) -> list[Finding]:
-    """Errors first, then what costs (AI CPU, copies, host-bound shapes), then the rest."""
+    """Errors first, then what costs (AI CPU, copies, host-bound shapes), then the rest.
 
-    def place(found: Finding) -> int:
+    The rest goes by severity; what one rule found stays together.
+    """
+    severities, first = get_args(Severity), dict[str, int]()
+    for at, found in enumerate(findings):
+        first.setdefault(found.rule, at)
+
+    def place(found: Finding) -> tuple[int, int]:
         if found.severity == "error":
-            return -1
-        return _COSTS.index(found.rule) if found.rule in _COSTS else len(_COSTS)
+            return -1, first[found.rule]
+        if found.rule in _COSTS:
+            return 0, _COSTS.index(found.rule)
+        return 1 + severities.index(found.severity), first[found.rule]
 
     return sorted(findings, key=place)
 

@@ -62,7 +62,7 @@ def _inputs(ctx: Context) -> Iterator[Finding]:
         if dynamic:
             open_inputs.append(name)
         if elem == _T.INT8 and dynamic:
-            shown = "unknown rank" if dims is None else list(dims)
+            shown = "unknown rank" if dims is None else ", ".join(map(str, dims))
             yield _found(
                 "int8-input-dynamic",
                 "warning",

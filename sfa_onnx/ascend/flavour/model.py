@@ -144,11 +144,17 @@ def _rewrite(
     """All passes, in the order they rest on each other; returns the opset of the result."""
     work, names = result.model, Names(result.model)
     result.renamed = form.name_nodes(work.graph, names)
-    _note(result, form.name_outputs(work.graph, names), "empty output names removed")
-    _note(result, write_numbers(work.graph), "dims that are numbers written as such")
+    _note(result, form.name_outputs(work.graph, names), "empty output name", "removed")
+    _note(
+        result,
+        write_numbers(work.graph),
+        "dim that is a number",
+        "written as such",
+        many="dims that are numbers",
+    )
     facts = Facts.of(work)
     result.notes += to_opset(work, source, names, facts)
-    _note(result, form.lift_initializers(work, names), "initializers moved or made dense")
+    _note(result, form.lift_initializers(work, names), "initializer", "moved or made dense")
     target = min(source, MAX_OPSET)
     if norms:
         result.notes += fuse_norms(work, names, facts, target)
@@ -164,19 +170,26 @@ def _rewrite(
         nodes = "1 node" if rewritten == 1 else f"{rewritten} nodes"
         result.notes.append(f"rewrote {nodes} that the parser would misread")
     behind = apply(work, (sinks_behind,), facts, names, target)
-    _note(result, behind, "sinks written as a factor behind the operator")
+    _note(result, behind, "sink", "written as a factor behind the operator")
     heads = apply(work, (padded_indexer,), facts, names, target)
-    _note(result, heads, "indexers padded with zeros: CANN's kernel takes 64 heads of 128 columns")
+    padding = "padded with zeros: CANN's kernel takes 64 heads of 128 columns"
+    _note(result, heads, "indexer", padding)
     result.notes += pad_attention(work, facts, names, target, narrow=npu_dtype is not None)
     ours = ToAtc(result.binding, npu_dtype, result.notes)
     apply(work, (ours,), facts, names, target)
     result.notes += narrow_rows(work, ours.wide, facts, names)
     padded = apply(work, (PaddedWrites(),), facts, names, target)
-    _note(result, padded, "cache writes whose padding repeats a token that has a slot")
+    _note(result, padded, "cache write", "whose padding repeats a token that has a slot")
     _move_vendor_nodes(work.graph)
     tied = form.feed_constant_outputs(work, names, facts, target)
     result.notes += [f"output {name}: constants only, tied to an input" for name in tied]
-    _note(result, form.clean_external_data(work), "external_data entries cleaned")
+    _note(
+        result,
+        form.clean_external_data(work),
+        "external_data entry",
+        "cleaned",
+        many="external_data entries",
+    )
     return target
 
 
@@ -223,9 +236,11 @@ def is_atc(model: ModelProto) -> bool:
     return imports == {"ai.onnx"} and not model.functions
 
 
-def _note(result: AtcModel, count: int, what: str) -> None:
+def _note(result: AtcModel, count: int, what: str, done: str, *, many: str = "") -> None:
+    """'1 sink written ...', '2 sinks written ...', where there are any."""
     if count:
-        result.notes.append(f"{count} {what}")
+        noun = what if count == 1 else many or f"{what}s"
+        result.notes.append(f"{count} {noun} {done}")
 
 
 def _opset(model: ModelProto) -> int:
