@@ -33,8 +33,8 @@ def check_report(console: Console, report: CheckReport, *, tried: bool) -> None:
     )
     for family, line in report.summary.items():
         console.say("{}: {}", family, line)
-    found = leading(report.findings)
-    for finding, following in zip(found, [*found[1:], None], strict=True):
+    shown = leading(report.findings)
+    for finding, following in zip(shown, [*shown[1:], None], strict=True):
         same = following is not None and (following.rule, following.hint) == (
             finding.rule,
             finding.hint,
