@@ -172,11 +172,8 @@ class _Feeds:
             if not nodes:
                 continue
             same = model is self.model or {v.name for v in model.graph.input} >= set(self.inputs)
-            known = (
-                Concrete(GraphIndex.of(model, defaults_hold=True), self.sizes.sizes)
-                if same
-                else None
-            )
+            index = GraphIndex.of(model, defaults_hold=True) if same else None
+            known = None if index is None else Concrete(index, self.sizes.sizes)
             types = ElemTypes(model)
             for node in nodes:
                 shape = partial(_shape, known)
