@@ -94,9 +94,10 @@ def _selection(site: SiteReport) -> tuple[object, ...]:
 def _certificate(report: FuseReport) -> list[tuple[str, object]]:
     """What changed and what did not; `fuse --certificate` writes the hashes behind it."""
     fused = report.fused
+    removed = sum(len(s.removed) for s in fused)
     interface = [*report.changed_inputs, *report.changed_outputs]
     return [
-        ("replaced", f"{sum(len(s.removed) for s in fused)} nodes in {len(fused)} sites"),
+        ("replaced", f"{removed} nodes in {len(fused)} site{'' if len(fused) == 1 else 's'}"),
         ("in their place", f"{sum(len(s.added) for s in fused)} nodes"),
         ("everything else", "; ".join(n for n in report.notes if n.startswith(_UNTOUCHED))),
         ("inputs and outputs", "; ".join(interface) or "as they were"),
@@ -108,7 +109,7 @@ def _others(report: FuseReport) -> list[str]:
 
 
 def _limits(report: FuseReport) -> list[tuple[str, int]]:
-    return Counter(x for s in report.fused for x in s.npu_limits).most_common()
+    return Counter(x for s in (*report.fused, *report.indexers) for x in s.npu_limits).most_common()
 
 
 def _costs(report: FuseReport, memory: str) -> list[tuple[str, object]]:

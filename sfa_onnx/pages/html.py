@@ -22,14 +22,16 @@ h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 p{margin:.4rem 0}.soft,figcaption{color:var(--soft)}.good{color:var(--good)}.bad{color:var(--bad)}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
 td,th{text-align:left;vertical-align:top;padding:.3rem .6rem .3rem 0;
-border-bottom:1px solid var(--line)}
+border-bottom:1px solid var(--line)}th{overflow-wrap:normal}td{min-width:5.6em}
+td:first-child{min-width:9em}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:.5rem 0}
 dt{color:var(--soft)}dd{margin:0}code{font-size:.92em}
 .strip{display:flex;flex-wrap:wrap;gap:3px;margin:.6rem 0}
 .strip span{width:22px;height:22px;border-radius:4px;border:1px solid var(--line)}
 .strip .fused{background:var(--good)}.strip .refused{background:var(--bad)}
 figure{margin:.6rem 0;background:var(--tint);border-radius:8px;padding:.6rem}
-svg{display:block}svg text{font:600 11px system-ui,sans-serif;text-anchor:middle;fill:var(--ink)}
+svg{display:block;max-width:100%;height:auto}
+svg text{font:600 11px system-ui,sans-serif;text-anchor:middle;fill:var(--ink)}
 svg .name{font:10px ui-monospace,monospace;fill:var(--soft)}
 svg rect{fill:var(--paper);stroke:var(--line)}svg .edge{fill:none;stroke:var(--soft);opacity:.55}
 .gone rect{fill:var(--gone)}.new rect{fill:var(--new)}

@@ -17,6 +17,7 @@ __all__ = ["MOST", "Box", "draw"]
 
 MOST: Final = 60  # boxes of one picture
 _WIDTH, _HEIGHT, _GAP, _STEP = 132, 34, 14, 70
+_SMALLEST: Final = 0.75  # of its size a picture shrinks to before it is scrolled
 _LETTERS: Final = 18  # of a box's second line, and of its title before it is squeezed
 _TITLE: Final = 36  # of its title
 
@@ -59,7 +60,8 @@ def draw(boxes: Sequence[Box], caption: str) -> str:
     more = f" ({left} more nodes are not drawn)" if left else ""
     return (
         f'<figure><div class="wide"><svg role="img" aria-label="{escape(caption)}"'
-        f' viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">'
+        f' viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+        f' style="min-width:{_SMALLEST * width:.0f}px">'
         f"{''.join(parts)}</svg></div><figcaption>{escape(caption + more)}</figcaption></figure>"
     )
 
