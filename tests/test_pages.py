@@ -80,7 +80,7 @@ def test_a_fusion_page_shows_the_site_before_and_after(tmp_path: Path) -> None:
     for assumption in report.fused[0].record.assumptions:
         assert assumption in page.text
     assert "peak memory" in page.text
-    assert f"{len(report.fused[0].removed)} nodes in 1 sites" in page.text
+    assert f"{len(report.fused[0].removed)} nodes in 1 site" in page.text
     assert "equal by hash and in order" in page.text
 
 
