@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sfa_onnx.errors import ContractError
 
-__all__ = ["as_numpy", "as_torch", "check_usable", "dense_pages"]
+__all__ = ["as_numpy", "as_torch", "check_no_gradient", "check_usable", "dense_pages"]
 
 # Of paged caches: the vendors' kernels take pages that lie apart ("not contiguous on axis 0").
 _CACHES: Final = ("key", "value", "key_rope", "key_dequant_scale")
@@ -55,7 +55,19 @@ def check_usable(tensors: Mapping[str, torch.Tensor]) -> None:
                 f"{name}: expected a contiguous tensor, got shape {list(tensor.shape)} with strides"
                 f" {list(tensor.stride())}; call {name}.contiguous()"
             )
-        if tensor.requires_grad and torch.is_grad_enabled():
+    check_no_gradient(tensors)
+
+
+def check_no_gradient(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what wants a gradient, unless gradients are off.
+
+    Raises:
+        ContractError: a tensor has requires_grad.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
             raise ContractError(
                 f"{name}: expected requires_grad=False (the operator is for inference and has no"
                 f" backward), got True; call it under torch.no_grad() or pass {name}.detach()"

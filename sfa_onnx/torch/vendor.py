@@ -25,6 +25,7 @@ from sfa_onnx.torch.checks import HOLES_VARIABLE
 from sfa_onnx.torch.compute import compute, compute_float8, form_of, shapes_of, usable
 from sfa_onnx.torch.float8 import is_float8
 from sfa_onnx.torch.form import Form
+from sfa_onnx.torch.tensors import check_no_gradient
 
 __all__ = [
     "Adapter",
@@ -266,8 +267,14 @@ class Adapter:
         return attributes
 
     def fake(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The same results without values."""
+        """The same results without values.
+
+        Raises:
+            ContractError: a tensor wants a gradient, which a compiled graph would leave out.
+        """
         tensors, attributes = self.bind(args, kwargs)
+        if not torch.compiler.is_exporting():  # an exporter asks for no gradient, parameters do
+            check_no_gradient(tensors)
         first = next(iter(tensors.values()))  # of a query's device, where there is one
         return self._shaped(shapes_of(self.op, tensors, attributes), first, attributes)
 

@@ -1,0 +1,83 @@
+"""What torch does around an operator: vmap, autocast, TorchScript's trace, compile with weights."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import sfa_onnx.torch as sfa_torch  # noqa: E402
+from sfa_onnx.operator.op import (  # noqa: E402
+    LIGHTNING_INDEXER,
+    QUANT_LIGHTNING_INDEXER,
+    SPARSE_FLASH_ATTENTION,
+    SPARSE_FLASH_ATTENTION_ANTIQUANT,
+)
+from sfa_onnx.torch.tensors import as_torch  # noqa: E402
+from tests.attention_cases import make_case  # noqa: E402
+from tests.indexer_cases import indexer_call  # noqa: E402
+
+pytestmark = pytest.mark.torch
+OPERATORS = {
+    "npu::npu_kv_quant_sparse_flash_attention": SPARSE_FLASH_ATTENTION_ANTIQUANT,
+    "npu::npu_sparse_flash_attention": SPARSE_FLASH_ATTENTION,
+    "npu::npu_lightning_indexer": LIGHTNING_INDEXER,
+    "custom::npu_lightning_indexer_quant": QUANT_LIGHTNING_INDEXER,
+    "sfa_onnx::npu_sparse_flash_attention_antiquant": SPARSE_FLASH_ATTENTION_ANTIQUANT,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled():
+    sfa_torch.enable_ascend_names()
+
+
+def function(qualified):
+    """A call of the query alone, and that query."""
+    op = OPERATORS[qualified]
+    if "Indexer" in op.name:
+        inputs, attributes = indexer_call(op, ("BSND", "PA_BSND"), np.float16, whole=True)
+    else:
+        case = make_case(op, dtype=np.float32)
+        inputs, attributes = case.inputs, case.attributes
+    namespace, name = qualified.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name)
+    known = {a.name for a in packet.default._schema.arguments}
+    given = {n: as_torch(a) for n, a in inputs.items()} | attributes
+    given = {n: v for n, v in given.items() if n in known}
+    query = given.pop("query")
+
+    def run(query):
+        result = packet(query, **given)
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+    return run, query
+
+
+@pytest.mark.parametrize("qualified", OPERATORS)
+def test_vmap_autocast_and_trace_change_nothing(qualified):
+    run, query = function(qualified)
+    want = run(query), run(query.flip(0))
+    stacked = torch.stack([query, query.flip(0)])
+    for got, one in zip(torch.func.vmap(run)(stacked), want, strict=True):
+        assert torch.equal(got, one)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert run(query).dtype == want[0].dtype
+            assert torch.equal(run(query), want[0])
+    kept = io.BytesIO()
+    torch.jit.save(torch.jit.trace(run, (query,), check_trace=False), kept)
+    kept.seek(0)
+    assert torch.equal(torch.jit.load(kept)(query.flip(0)), want[1])
+
+
+def test_a_compiled_graph_refuses_a_gradient():
+    run, query = function("npu::npu_sparse_flash_attention")
+    weight = torch.ones((), requires_grad=True)
+    compiled = torch.compile(lambda q: run(q * weight), backend="eager", fullgraph=True)
+    message = r"query: expected requires_grad=False .*, got True; call it under torch\.no_grad"
+    with pytest.raises(RuntimeError, match=message):
+        compiled(query)
