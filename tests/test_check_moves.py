@@ -112,6 +112,11 @@ def test_scatters_that_stay(model: ModelProto) -> None:
     assert "engine-ai-cpu" in rules
 
 
+def test_a_scatter_without_an_axis_stays() -> None:
+    rules = {f.rule for f in check(mask(0, [], []), soc_version=SOC).findings}
+    assert "scatter-mask" not in rules
+
+
 def top_k_then(*nodes: Any, inits: Any = (), outputs: Any = ("y",)) -> ModelProto:
     first = helper.make_node("TopK", ["x", "k"], ["v", "i"], "top")
     given = [("k", np.array([8])), *inits]

@@ -80,7 +80,7 @@ def is_uniform(scope: Scope, node: NodeProto) -> bool:
     if str(attribute(node, "reduction", "none")) != "none" or len(node.input) != 3:
         return False
     data, index = (scope.dims(name) for name in node.input[:2])
-    if data is None or index is None or None in data or None in index or len(data) != len(index):
+    if not data or index is None or None in data or None in index or len(data) != len(index):
         return False
     axis = int(attribute(node, "axis", 0)) % max(len(data), 1)
     if any(data[i] != index[i] for i in range(len(data)) if i != axis):
