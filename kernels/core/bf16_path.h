@@ -233,7 +233,8 @@ void score_ropes(const Plan& p, const Rows& rows, int first, int keys, int from,
   score_block(p, keys, pairs, p.q + row * p.lanes, ones, false, s);
 }
 
-void ask_for(const Plan& p, const Rows& rows, int first) {
+// Always inline: GCC drops calls of functions that do nothing but prefetch.
+inline __attribute__((always_inline)) void ask_for(const Plan& p, const Rows& rows, int first) {
   const int last = first + kQkKeys < rows.n ? first + kQkKeys : rows.n;
   const int bytes = p.packed ? p.g.nope + 2 * p.g.rope + 4 * (p.g.nope / p.g.tile) : 2 * p.g.nope;
   for (int k = first; k < last; ++k) {

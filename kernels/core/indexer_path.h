@@ -140,24 +140,35 @@ __attribute__((noinline)) void score_block(const Group& group, int steps,
 }
 
 // Asks for the lines of the next tile, some of them before each block of this one: in one burst
-// they would wait for each other, and the products for them. Every block reads as many of the rows,
-// a share of each row's lines per group of heads.
+// they would wait for each other, and the products for them. Every block asks for as many of the
+// rows, a share of each row's lines per group of heads. (Always inline: GCC drops calls of
+// functions that do nothing but prefetch.)
 struct Ahead {
-  const KeyTile* tile;  // may be null
-  int from, to;         // bytes of a row
+  const KeyTile* tile;      // may be null
+  int row_bytes, from, to;  // the share
 
-  void prefetch(int first, int rows) const {
-    if (!tile || first >= tile->n) return;
-    for (int r = first; r < first + rows; ++r) {
-      const uint8_t* const row = tile->row[r];
-      for (int at = from; at < to; at += 64) __builtin_prefetch(row + at, 0, 2);
+  static inline __attribute__((always_inline)) void lines(const uint8_t* at, int64_t bytes) {
+    for (; bytes > 192; bytes -= 256, at += 256) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 256; i += 64) __builtin_prefetch(at + i, 0, 2);
     }
+    for (; bytes > 0; bytes -= 64, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+
+  inline __attribute__((always_inline)) void prefetch(int first, int rows) const {
+    if (!tile || first >= tile->n) return;
+    const uint8_t* const* const row = tile->row + first;
+    // Rows mostly lie behind each other: then the counting is done once for all.
+    if (row[rows - 1] - row[0] == (int64_t)row_bytes * (rows - 1)) {
+      return lines(row[0] + rows * from, (int64_t)rows * (to - from));
+    }
+    for (int r = 0; r < rows; ++r) lines(row[r] + from, to - from);
   }
 };
 
 inline Ahead share_of(const KeyTile* tile, int row_bytes, int group, int groups) {
-  const int lines = (row_bytes + 63) / 64;
-  return {tile, lines * group / groups * 64, lines * (group + 1) / groups * 64};
+  const int lines = (row_bytes + 63) / 64, last = lines * (group + 1) / groups * 64;
+  return {tile, row_bytes, lines * group / groups * 64, last < row_bytes ? last : row_bytes};
 }
 
 // Lane i of the result is the sum of the lanes of row i, for W rows [W][W]. Each step adds halves
