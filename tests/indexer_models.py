@@ -22,8 +22,9 @@ class Spelling:
     Attributes:
         product: "matmul", "einsum", "sum", or "parts" (of two column ranges, added up).
         weigh: "matmul", "einsum", "mul" (times and sum), "mean" over heads.
-        relu: "relu", "clamp", "where", "max".
-        scale: "products", "relu", "weights", "scores" or "query"; of keys in int8: "keys" (behind
+        relu: "relu", "clamp", "where", "not below", "max".
+        scale: "products", "relu", "weights", "scores" or "query"; "norms" (of queries and keys,
+            divided by behind the relu and the sum); of keys in int8: "keys" (behind
             the sum), "keys inside" (the relu), "stored" (given, as the keys are).
         mask: "" or how keys are hidden: see `_masked`.
         top: "min" (min(K, keys)), "all" (K), "unsorted".
@@ -74,11 +75,16 @@ class Indexer(nn.Module):
         x = x * by_key.unsqueeze(1) if s.scale == "keys inside" else x
         x = _relu(s, x)
         x = x * by if s.scale == "relu" else x
+        x = x / q.norm(dim=-1, keepdim=True) if s.scale == "norms" else x
         x = _weighed(s, x, w)
         if s.scale == "scores":
             x = x * by
         if s.scale in ("keys", "stored"):
             x = x * by_key
+        if s.scale == "norms":
+            x = x / k.norm(dim=-1).clamp(min=1e-6).unsqueeze(1)
+        if s.wrong == "signed divisor":
+            x = x / k.mean(-1).unsqueeze(1)
         if s.wrong == "key weights":
             x = x * more[-1].unsqueeze(1)
         if s.wrong == "routing":
@@ -134,6 +140,8 @@ def _relu(s: Spelling, x: Any) -> Any:
         return torch.maximum(x, torch.zeros_like(x))
     if s.relu == "where":
         return torch.where(x > 0, x, torch.zeros_like(x))
+    if s.relu == "not below":
+        return torch.where(x * 0.5 < 0, torch.zeros_like(x), x)
     return torch.relu(x)
 
 

@@ -17,6 +17,7 @@ from sfa_onnx.passes.bind.paths import State
 from sfa_onnx.passes.emit.emitter import Emitter, Group
 from sfa_onnx.passes.emit.select import visible_at_rows
 from sfa_onnx.passes.emit.sized import sized
+from sfa_onnx.passes.indexer.formula import Factor
 from sfa_onnx.passes.indexer.masks import Prefix
 from sfa_onnx.passes.indexer.site import Selection
 from sfa_onnx.passes.shapes.size import form_of, is_open
@@ -46,8 +47,8 @@ class Replacement:
         for states in (*site.query, *site.key):
             self.e.learn(states[0].ref)
         for part in site.formula.parts:
-            for ref in (*part.query_by, *(scale.ref for scale in part.key_by)):
-                self.e.learn(ref)
+            for by in (*part.query_by, *part.key_by):
+                self.e.learn(by.ref)
         self._operator()
 
     # -- operands -------------------------------------------------------------------------------
@@ -93,9 +94,8 @@ class Replacement:
         found = []
         for part, states in zip(self.site.formula.parts, paths, strict=True):
             ref, value = self._side(states, [*groups, [part.column]], hint)
-            refs = part.query_by if hint == "query" else tuple(x.ref for x in part.key_by)
-            for by_ref in refs:
-                by = e.cast(e.arrange(by_ref, [*groups, []], "scale"), kind)
+            for factor in part.query_by if hint == "query" else part.key_by:
+                by = self._power(factor, e.arrange(factor.ref, [*groups, []], "scale"), kind)
                 value = e.emit("Mul", [value, by], hint, kind)
             if hint == "query" and part.factor != 1:
                 by = e.cast(e.constant(np.asarray(part.factor, np.float32)), kind)
@@ -121,17 +121,28 @@ class Replacement:
 
     def _weights(self, groups: Sequence[Group]) -> str:
         """The product of all factors of a head's weight: [B, S1, Hi]."""
-        e, refs = self.e, self.site.formula.weights
+        e, factors = self.e, self.site.formula.weights
         padded = bool(self.site.masks.padding)
         total = ""
         have: set[Label] = set()
-        for ref in refs:
-            own = e.arrange(ref, groups, "weights")
-            if len(refs) > 1 or padded or e.elem_type(own) == _T.DOUBLE:
-                own = e.cast(own, _T.FLOAT)
+        for factor in factors:
+            own = e.arrange(factor.ref, groups, "weights")
+            alone = len(factors) == 1 and factor.power == 1 and not padded
+            if not alone or e.elem_type(own) == _T.DOUBLE:
+                own = self._power(factor, own, _T.FLOAT)
             total = own if not total else e.emit("Mul", [total, own], "weights", _T.FLOAT)
-            have |= ref.labels
+            have |= factor.ref.labels
         return e.broadcast(total, groups, have)
+
+    def _power(self, factor: Factor, value: str, kind: int) -> str:
+        """What a factor is, of its tensor."""
+        e, own = self.e, self.e.cast(value, kind)
+        if factor.power == 1:
+            return own
+        if factor.power == -1:
+            return e.emit("Reciprocal", [own], "factor", kind)
+        by = e.cast(e.constant(np.asarray(factor.power, np.float32)), kind)
+        return e.emit("Pow", [own, by], "factor", kind)
 
     def _lengths(self) -> str:
         """Visible keys: of every sequence, for its last row, or of every row; int32 [B]."""

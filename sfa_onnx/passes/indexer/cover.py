@@ -14,6 +14,7 @@ from sfa_onnx.passes.bind.region import Region
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.build import Replacement
+from sfa_onnx.passes.indexer.formula import Factor
 from sfa_onnx.passes.indexer.site import Selection
 
 __all__ = ["cover"]
@@ -87,11 +88,14 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
             add(ref, role)
     for part in site.formula.parts:
         for scale in part.key_by:
-            text = f"{', '.join(scale.assumed)}: scales of keys are not negative"
-            domain = Domain(assumption=text if scale.assumed else "")
-            add(scale.ref, Role.SCALE if scale.outside else Role.INDEX_WEIGHTS, domain)
-    for ref in (*site.formula.weights, *(r for p in site.formula.parts for r in p.query_by)):
-        add(ref, Role.INDEX_WEIGHTS)
+            add(
+                scale.ref,
+                Role.SCALE if scale.outside else Role.INDEX_WEIGHTS,
+                _factor_domain(scale),
+            )
+    by_query = (factor for part in site.formula.parts for factor in part.query_by)
+    for factor in (*site.formula.weights, *by_query):
+        add(factor.ref, Role.INDEX_WEIGHTS, _factor_domain(factor))
     for literal in (*site.masks.padding, *site.masks.rows):
         if literal in site.masks.rows and _made_of(index, literal.ref.value, set(known)):
             continue  # of padding that is an operand: they are no masks of their own
@@ -101,6 +105,16 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
         if prefix.ref is not None and prefix in site.lengths and prefix.bound.reads:
             add(prefix.ref, Role.LENGTHS_KV, _BOUND)
     return known
+
+
+def _factor_domain(factor: Factor) -> Domain:
+    """What is taken for granted of a factor."""
+    texts = []
+    if factor.assumed:
+        texts.append(f"{', '.join(factor.assumed)}: scales of keys are not negative")
+    if factor.power < 0:
+        texts.append(f"{factor.ref.value}, which scores are divided by, is not 0")
+    return Domain(low=1 if factor.power < 0 else None, assumption="; ".join(texts))
 
 
 def _made_of(index: GraphIndex, value: str, known: set[str]) -> bool:

@@ -62,14 +62,22 @@ def _tensor(
         return _lengths(operand, shape, sizes, question, rng).astype(dtype)
     if question.kind == "ties":
         drawn = rng.integers(-2, 3, shape).astype(np.float64)
+        drawn = _apart(operand, drawn)
         return np.abs(drawn) if operand.role is Role.SCALE else drawn
-    found = rng.standard_normal(shape)
+    found = _apart(operand, rng.standard_normal(shape))
     if operand.role is Role.SCALE:  # of keys: not negative
         return np.abs(found)
     if operand.role is Role.INDEX_KEY and question.kind in ("nan", "infinite"):
         rows = found.reshape(-1, shape[-1])
         rows[:: max(2, len(rows) // 3)] = np.nan if question.kind == "nan" else 1e300
     return found
+
+
+def _apart(operand: Operand, drawn: Array) -> Array:
+    """Numbers that are divided by: none of them near 0."""
+    if operand.domain.low is None:
+        return drawn
+    return np.where(np.abs(drawn) < 0.5, 1.0, drawn)
 
 
 def _mask(

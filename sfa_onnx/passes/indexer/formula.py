@@ -20,23 +20,25 @@ from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
 from sfa_onnx.passes.values.terms import Term
 
-__all__ = ["Formula", "Part", "Scale", "read_formula"]
+__all__ = ["Factor", "Formula", "Part", "read_formula"]
 
 _WANTED: Final = "expected sum over heads of weight * relu(query . key)"
 _PLAIN: Final = frozenset(("Exp", "Max", "Min", "Pow", "Sqrt"))
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A factor of keys.
+class Factor:
+    """A factor of queries, of keys, or of a head's weight.
 
     Attributes:
-        ref: one element per key.
-        outside: it stands behind the relu, so it must not be negative.
+        ref: one element per row and head, or per key.
+        power: of the element: -1 where it divides.
+        outside: one of keys that stands behind the relu, so it must not be negative.
         assumed: graph inputs that are taken for scales, which never are.
     """
 
     ref: Ref
+    power: int = 1
     outside: bool = False
     assumed: tuple[str, ...] = ()
 
@@ -49,16 +51,15 @@ class Part:
         query, key: elements that are multiplied, over `column`.
         column: runs over their width.
         factor: how much of it there is next to the first one.
-        query_by, key_by: elements that query and key are multiplied by, and whether each of them
-            must not be negative.
+        query_by, key_by: what query and key are multiplied by.
     """
 
     query: Ref
     key: Ref
     column: Label
     factor: float = 1.0
-    query_by: tuple[Ref, ...] = ()
-    key_by: tuple[Scale, ...] = ()
+    query_by: tuple[Factor, ...] = ()
+    key_by: tuple[Factor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Formula:
     Attributes:
         parts: the products that are added up under the relu, side by side as columns.
         heads: labels that are summed over (none: one head).
-        weights: elements whose product is a head's weight.
+        weights: their product is a head's weight.
         rows: labels of the rows that select, one per axis of the scores (size 1: no axis).
         keys: runs over the keys.
         masks: what a key is seen under.
@@ -76,7 +77,7 @@ class Formula:
 
     parts: tuple[Part, ...]
     heads: tuple[Label, ...]
-    weights: tuple[Ref, ...]
+    weights: tuple[Factor, ...]
     rows: tuple[Label, ...]
     keys: Label
     masks: tuple[Visible, ...] = ()
@@ -182,25 +183,42 @@ def _visible(literals: list[Literal]) -> tuple[Visible, ...]:
     return tuple(found)
 
 
+def _above_zero(condition: Term) -> tuple[float, Term]:
+    """(c, x) where a condition is c x > 0 or c x >= 0, however it is written; c is 0 otherwise."""
+    turned = condition.op == "not"
+    inner = condition.args[0] if turned else condition
+    if inner.op not in ("lt", "le"):
+        return 0.0, condition
+    low, high = inner.args
+    if low.is_number(0.0):
+        by, rest = coefficient(high)
+    elif high.is_number(0.0):
+        by, rest = coefficient(low)
+        by = -by
+    else:
+        return 0.0, condition
+    return (-by if turned else by), rest
+
+
 class _Parts:
     """Collects what a score is the product and sum of."""
 
     def __init__(self, reader: Reader, region: SelectionRegion, keys: Label) -> None:
         self.reader, self.region, self.keys = reader, region, keys
-        self.weights: list[Ref] = []
+        self.weights: list[Factor] = []
         self.heads: list[Label] = []
         self.scale = 1.0
         self.dots: list[tuple[float, Term]] = []
-        self.inside: list[list[Ref]] = []  # factors under the relu, beside each of the dots
-        self.outside: list[Scale] = []  # factors of keys behind it
+        self.inside: list[list[Factor]] = []  # under the relu, beside each of the dots
+        self.outside: list[Factor] = []  # those of keys behind it
 
     def take(self, term: Term) -> None:
         """One product, sums within it included."""
         for f in self._chosen(factors(term)):
             if f.is_number():
                 self.scale *= f.value
-            elif f.op == "element" and f.ref.value not in self.reader.opaque:
-                self._weight(f.ref)
+            elif (found := self._factor(f)) is not None:
+                self._weight(found)
             elif f.op == "sum":
                 self.heads.append(f.label)
                 self.take(f.args[0])
@@ -219,22 +237,28 @@ class _Parts:
         """The factors but for [c <q, k> > 0] <q, k>, which is a relu as well."""
         dots, flags = ([f for f in own if f.op == op] for op in ("dot", "flag"))
         if len(dots) == 1 == len(flags) and not self.dots:
-            condition = flags[0].args[0]
-            above = condition.op in ("lt", "le") and condition.args[0].is_number(0.0)
-            by, rest = coefficient(condition.args[1]) if above else (0.0, flags[0])
+            by, rest = _above_zero(flags[0].args[0])
             if by > 0 and rest == dots[0]:
                 self.dots, self.inside = [(1.0, dots[0])], [[]]
                 return [f for f in own if f is not dots[0] and f is not flags[0]]
         return list(own)
 
-    def _weight(self, ref: Ref) -> None:
+    def _factor(self, term: Term) -> Factor | None:
+        """An element, or a power of one."""
+        base, power = (term.args[0], term.exponent) if term.op == "pow" else (term, 1)
+        known = base.op == "element" and base.ref.value not in self.reader.opaque
+        return Factor(base.ref, power) if known else None
+
+    def _weight(self, factor: Factor) -> None:
+        ref = factor.ref
         if self.keys not in ref.labels:
-            self.weights.append(ref)
+            self.weights.append(factor)
             return
-        assumed = assumed_positive(self.reader.tracer.sizes, ref.value)
+        even = factor.power % 2 == 0
+        assumed = [] if even else assumed_positive(self.reader.tracer.sizes, ref.value)
         if assumed is None or ref.labels & set(self.heads):
             raise self._by_key(ref, "")
-        self.outside.append(Scale(ref, True, tuple(assumed)))
+        self.outside.append(replace(factor, outside=True, assumed=tuple(assumed)))
 
     def _by_key(self, ref: Ref, why: str) -> Stop:
         return Stop(
@@ -260,11 +284,11 @@ class _Parts:
             self.dots.append((by, found))
             self.inside.append(beside)
 
-    def _product(self, whole: Term, part: Term) -> tuple[float, Term, list[Ref]]:
+    def _product(self, whole: Term, part: Term) -> tuple[float, Term, list[Factor]]:
         """C <q, k> a b as (c, <q, k>, [a, b])."""
         by, rest = coefficient(part)
         own = factors(rest)
-        beside = [f.ref for f in own if f.op == "element" and f.ref.value not in self.reader.opaque]
+        beside = [by_own for f in own if (by_own := self._factor(f)) is not None]
         dots = [f for f in own if f.op == "dot"]
         found = dots[0] if len(dots) == 1 == len(own) - len(beside) else rest
         if found.op != "dot":
@@ -300,8 +324,8 @@ class _Parts:
         parts = []
         for (by, dot), beside in zip(self.dots, self.inside, strict=True):
             part = self._sides(dot, by / first, rows, keys)
-            inside = tuple(Scale(ref) for ref in beside if keys in ref.labels)
-            of_query = tuple(ref for ref in beside if keys not in ref.labels)
+            inside = tuple(x for x in beside if keys in x.ref.labels)
+            of_query = tuple(x for x in beside if keys not in x.ref.labels)
             self._check_stored(part)
             parts.append(replace(part, query_by=of_query, key_by=(*inside, *self.outside)))
         return tuple(parts)

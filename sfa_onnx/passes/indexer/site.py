@@ -128,18 +128,18 @@ def _check_labels(formula: Formula, rows: Sequence[Label], batch: Sequence[Label
         Stop: one does not.
     """
     heads = {x for x in formula.heads if x.size > 1}
-    allowed = [(w, {*rows, *heads}, "weight") for w in formula.weights]
+    allowed = [(w.ref, {*rows, *heads}, "weight") for w in formula.weights]
     for part in formula.parts:
         allowed.append((part.query, {*rows, *heads, part.column}, "query"))
         allowed.append((part.key, {*batch, formula.keys, part.column}, "key"))
-        allowed += [(ref, {*rows, *heads}, "factor of queries") for ref in part.query_by]
+        allowed += [(by.ref, {*rows, *heads}, "factor of queries") for by in part.query_by]
         stored = {*batch, formula.keys}
         allowed += [(scale.ref, stored, "factor of keys") for scale in part.key_by]
     for ref, labels, what in allowed:
         if strange := ref.labels - labels:
             names = ", ".join(sorted(x.name for x in strange))
             raise Stop(f"the {what} {ref.value} also runs over {names}", ref.value)
-    told = (*(p.query for p in formula.parts), *formula.weights)
+    told = (*(p.query for p in formula.parts), *(w.ref for w in formula.weights))
     if heads and not heads & {x for ref in told for x in ref.labels}:
         raise Stop("heads are distinguished by nothing", formula.query.value)
     for part in formula.parts:
