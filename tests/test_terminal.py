@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
 
 from sfa_onnx import demo
 from sfa_onnx.cli import build_parser, main, progress
@@ -96,6 +98,20 @@ def test_more_is_said_where_v_is_offered(deep: Path, capsys: pytest.CaptureFixtu
             told.append(capsys.readouterr().out)
         assert len(told[1].splitlines()) > len(told[0].splitlines()) or words[0] == "inspect"
         assert len(told[1]) > len(told[0]), words
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_numbers_of_a_table_are_never_broken(width: int) -> None:
+    console, shown = Console(), io.StringIO()
+    console.piped, console.out = False, rich.console.Console(file=shown, width=width)
+    columns = ("", "site", "where", "max |diff|", "relative", "x own rounding", "")
+    row = ("site", "node_topk__1", "layers.0.self_attn.indexer", "1.22e-04", "1.3e-05", "1.0", "✓")
+    console.table(columns, [row, row], right=(3, 4, 5))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(shown.getvalue().count(cell) >= 2 for cell in row)
+    told = "  max |diff| 1.22e-04  relative 1.3e-05  x own rounding 1.0"
+    assert (told in lines) is (width == 60)
 
 
 def test_piped_text_is_not_wrapped(deep: Path) -> None:

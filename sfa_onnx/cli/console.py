@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_lib
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -20,6 +21,7 @@ from sfa_onnx.report import JSON_VERSION, to_json
 __all__ = ["Console", "count", "human_bytes"]
 
 _NO_WIDTH: Final = 1_000_000
+_NUMBERS: Final = 3  # columns of numbers of which a table is more than a list of words
 
 
 def human_bytes(count: float) -> str:
@@ -83,7 +85,10 @@ class Console:
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()
     ) -> None:
-        """A table; `right` names the columns (by index) that are numbers."""
+        """A table; `right` names the columns (by index) that are numbers.
+
+        A table of many numbers that is wider than the terminal is shown row by row.
+        """
         if self.is_json:
             return
         table = rich.table.Table(
@@ -95,15 +100,37 @@ class Console:
         )
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+        cells = [[c if isinstance(c, Text) else Text(printable(str(c))) for c in r] for r in rows]
+        for row in cells:
+            table.add_row(*row)
+        if self.piped:
+            with self.out.capture() as lines:
+                self.out.print(table)
+            for line in lines.get().splitlines():
+                self.plain(line.rstrip())
+        elif len(right) >= _NUMBERS and self._too_wide(table):
+            self._stacked(columns, cells, right)
+        else:
+            self.out.print(table)
+
+    def _too_wide(self, table: rich.table.Table) -> bool:
+        """Whether a table would have to break its cells."""
+        free = self.out.options.update(max_width=_NO_WIDTH)
+        return self.out.measure(table, options=free).maximum > self.out.width
+
+    def _stacked(
+        self, columns: Sequence[str], rows: Sequence[Sequence[Text]], right: Sequence[int]
+    ) -> None:
+        """Each row in a few lines: its words, and its numbers with their names; none is broken."""
+        kept = "\u00a0"  # `textwrap` breaks no line there
         for row in rows:
-            table.add_row(*(c if isinstance(c, Text) else Text(printable(str(c))) for c in row))
-        if not self.piped:
-            self.out.print(table)
-            return
-        with self.out.capture() as lines:
-            self.out.print(table)
-        for line in lines.get().splitlines():
-            self.plain(line.rstrip())
+            words = [cell for at, cell in enumerate(row) if at not in right and cell.plain]
+            self.out.print(Text("  ").join(words), soft_wrap=True)
+            numbers = [f"{columns[at]} {row[at].plain}" for at in right if row[at].plain]
+            told = "  ".join(pair.replace(" ", kept) for pair in numbers)
+            for line in textwrap.wrap(told, self.out.width, initial_indent="  ",
+                                      subsequent_indent="  "):  # fmt: skip
+                self.out.print(Text(line.replace(kept, " ")), soft_wrap=True)
 
     def result(self, kind: str, report: Any) -> None:
         """The machine-readable result; printed only in JSON mode."""
