@@ -161,6 +161,18 @@ def test_errors_of_the_system_are_told_with_what_to_do():
     assert isinstance(as_ours(MemoryError(), "fuse"), BudgetError)
 
 
+def test_ctrl_c_stays_ctrl_c_where_an_import_makes_an_error_of_it():
+    @door
+    def loads():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stopped:  # as pybind11 does when a module begins
+            raise ImportError("initialization failed") from stopped
+
+    with pytest.raises(KeyboardInterrupt):
+        loads()
+
+
 def test_what_nobody_foresaw_says_where_and_asks_for_a_report():
     @door
     def opened() -> None:

@@ -65,7 +65,12 @@ def as_ours(error: Exception, where: str) -> SfaError:
     Args:
         error: any exception that is not an `SfaError`.
         where: the function or verb that was stopped by it.
+
+    Raises:
+        KeyboardInterrupt: it is one, of which the import of a C++ module made an ImportError.
     """
+    if _interrupted(error):
+        raise KeyboardInterrupt from error
     if isinstance(error, OSError):
         return UsageError(_of_system(error, where))
     if isinstance(error, RuntimeError) and "Symlink loop" in str(error):
@@ -85,6 +90,17 @@ def as_ours(error: Exception, where: str) -> SfaError:
         f"{where}: stopped by {type(error).__name__}: {text}. Either the model breaks a rule that"
         " nobody looked at, or this is a fault of sfa-onnx: please report it with the model"
     )
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C led to an error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _of_system(error: OSError, where: str) -> str:
