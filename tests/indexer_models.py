@@ -89,7 +89,7 @@ class Indexer(nn.Module):
             x = x * more[-1].unsqueeze(1)
         if s.wrong == "routing":
             x = _routed(x)
-        x = _masked(s, x, more)
+        x = _masked(s, x, (*more, k))
         count = min(K, x.shape[-1]) if s.top == "min" else K
         best, idx = x.topk(count, dim=-1, sorted=s.top != "unsorted")
         if s.wrong == "top-p":
@@ -189,6 +189,9 @@ def _masked(s: Spelling, x: Any, more: tuple[Any, ...]) -> Any:
         return torch.where(seen & (more[0].unsqueeze(1) != 0), x, torch.tensor(s.low))
     if s.mask == "rows":
         return x.masked_fill(~_rows_seen(x, more[0]), s.low)
+    if s.mask == "rows by keys":  # flags of rows lie behind what the keys' number says
+        own = more[0][:, more[-1].shape[1] - x.shape[1] :] != 0
+        return x.masked_fill(~(seen & (more[0] != 0).unsqueeze(1) & own.unsqueeze(2)), s.low)
     if s.mask == "lengths":
         return x.masked_fill(keys >= more[0][:, None, None], s.low)
     if s.mask == "positions":
@@ -227,7 +230,7 @@ def inputs(s: Spelling, batch: int = 2, rows: int = 0, keys: int = 0, seed: int 
     kept = (torch.rand(batch, keys, generator=make) < 0.7).to(torch.int64)
     kept[:, 0] = 1
     start = torch.randint(0, max(keys - rows, 0) + 1, (batch,), generator=make)
-    if s.mask in ("padding", "both", "rows"):
+    if s.mask in ("padding", "both", "rows", "rows by keys"):
         given["kept"] = kept
     if s.mask in ("padding first", "padding last"):
         longer = (torch.rand(batch, keys + 3, generator=make) < 0.7).to(torch.int64)

@@ -25,6 +25,7 @@ SPELLINGS = {
     "parts": replace(BASE, product="parts", weigh="mean", scale="relu", mask="both"),
     "parts causal": replace(BASE, product="parts", mask="causal add"),
     "rows": replace(BASE, mask="rows"),
+    "rows by keys": replace(BASE, mask="rows by keys"),
     "clamp": replace(BASE, relu="clamp", scale="weights", top="unsorted"),
     "max": replace(BASE, relu="max", scale="query", top="all"),
     "where": replace(BASE, relu="where", mask="causal add"),

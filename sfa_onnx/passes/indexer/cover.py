@@ -118,9 +118,10 @@ def _factor_domain(factor: Factor) -> Domain:
 
 
 def _made_of(index: GraphIndex, value: str, known: set[str]) -> bool:
-    """Whether any of the known values enters the computation of another one."""
+    """Whether any of the known values enters the computation of another one, not only its sizes."""
     nodes, _ = _upstream(index, [value], known)
-    return any(n in known for i in nodes for n in index.nodes[i].input)
+    made = (index.nodes[i] for i in nodes)
+    return any(n in known for x in made if x.op_type not in ("Shape", "Size") for n in x.input)
 
 
 def _upstream(
