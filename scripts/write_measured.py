@@ -128,6 +128,15 @@ def _indexer(run: dict[str, Any]) -> str:
     )
 
 
+def _indexer_model(run: dict[str, Any]) -> str:
+    model = run["indexer_model"]
+    rows = [
+        [name, *(f"{before} -> {after} %" for before, after in zip(*of.values(), strict=True))]
+        for name, of in model["types"].items()
+    ]
+    return _table(["of the peak, modelled", *model["machines"]], rows)
+
+
 def _scale(run: dict[str, Any]) -> str:
     scale = run["scale"]
     ours, layer = scale["fuse"], scale["layer"]
@@ -158,11 +167,12 @@ _TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "peers": _peers,
     "paths": _paths,
     "indexer": _indexer,
+    "indexer-model": _indexer_model,
     "scale": _scale,
 }
 PAGES: Final = {
     "README.md": ("kernel", "peers", "real-size", "in-place", "scale"),
-    "docs/kernel.md": ("kernel", "paths", "indexer"),
+    "docs/kernel.md": ("kernel", "paths", "indexer", "indexer-model"),
 }
 
 

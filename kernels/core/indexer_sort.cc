@@ -52,15 +52,19 @@ struct Entries {
     const int turns = (bits - first + most - 1) / most;
     if (turns == 0) return;
     const int digit = (bits - first + turns - 1) / turns;
+    const uint64_t mask = ((uint64_t)1 << digit) - 1;
     int32_t starts[kMostTurns << kMostDigit];
     count(n, first, turns, digit, starts);
     for (int turn = 0; turn < turns; ++turn) {
       int32_t* start = starts + (turn << digit);
       const int shift = first + turn * digit;
-      for (int64_t i = 0; i < n; ++i) other[start[at[i] >> shift & ((1u << digit) - 1)]++] = at[i];
-      uint64_t* swap = at;
-      at = other;
-      other = swap;
+      uint64_t *const from = at, *const to = other;
+      for (int64_t i = 0; i < n; ++i) {
+        const uint64_t entry = from[i];
+        to[start[entry >> shift & mask]++] = entry;
+      }
+      at = to;
+      other = from;
     }
   }
 
@@ -69,11 +73,10 @@ struct Entries {
   void count(int64_t n, int first, int turns, int digit, int32_t* starts) const {
     const uint64_t mask = ((uint64_t)1 << digit) - 1;
     memset(starts, 0, sizeof *starts * (size_t)turns << digit);
-    for (int64_t i = 0; i < n; ++i) {
-      uint64_t rest = at[i] >> first;
-      for (int turn = 0; turn < turns; ++turn, rest >>= digit) {
-        ++starts[(turn << digit) + (rest & mask)];
-      }
+    for (int turn = 0; turn < turns; ++turn) {
+      int32_t* const own = starts + (turn << digit);
+      const int shift = first + turn * digit;
+      for (int64_t i = 0; i < n; ++i) ++own[at[i] >> shift & mask];
     }
     for (int turn = 0; turn < turns; ++turn) {
       int32_t total = 0;
