@@ -6,11 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 
 from sfa_onnx.runtime.compare.difference import DECADES, CompareReport, OutputRow, measure
+from sfa_onnx.runtime.compare.extract import Site
 from sfa_onnx.runtime.compare.room import weight_bytes
-from sfa_onnx.runtime.compare.rounded import in_order
+from sfa_onnx.runtime.compare.rounded import in_order, rounded_values
 
 
 def test_weights_are_as_large_as_they_are_stored():
@@ -18,6 +19,25 @@ def test_weights_are_as_large_as_they_are_stored():
     for dims, kind in (([3, 5], TensorProto.FLOAT16), ([7], TensorProto.INT64), ([0, 9], 1)):
         model.graph.initializer.add(dims=dims, data_type=kind)
     assert weight_bytes(model) == 3 * 5 * 2 + 7 * 8
+
+
+@pytest.mark.parametrize("step", ["Cast", "Identity"])
+def test_rows_are_rounded_in_the_type_that_is_packed(step):
+    """A Cast in front of the packing tells the type; behind anything else nothing is told."""
+    how = {"to": TensorProto.FLOAT16} if step == "Cast" else {}
+    nodes = [
+        helper.make_node(step, ["x"], ["narrow"], **how),
+        helper.make_node("KvCachePack", ["narrow", "rope"], ["rows"], domain="sfa_onnx"),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], []))
+    site = Site("s", "NPUSparseFlashAttentionAntiquant", "", (), (), (), (0, 1), 1)
+    x = np.linspace(-3, 3, 256, dtype=np.float32).reshape(2, 128)
+    told = rounded_values(model, site, None, {"x": x})
+    assert list(told) == (["x"] if step == "Cast" else [])
+    for got in told.values():
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, x, atol=3 / 127)
+        assert (got != x).any()
 
 
 def test_a_selection_is_compared_by_its_keys_and_numbers_by_their_place():

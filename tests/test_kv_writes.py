@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,7 @@ from onnx import TensorProto, helper
 from sfa_onnx.errors import ModelError, UsageError
 from sfa_onnx.kv_convert import convert
 from sfa_onnx.kv_convert.interface import adapt_feeds, float_outputs, read_interface
-from sfa_onnx.kv_convert.trace import _place_units
+from sfa_onnx.runtime.compare.converted import converted_feeds
 from tests.index_models import indexer
 from tests.test_kv_convert import (
     N1,
@@ -90,13 +92,6 @@ def test_the_length_of_a_buffer_is_taken_from_an_input_that_has_it(where: str | 
         want[2] = -(-want[2] // 32) * 32
     got = run(report.model, adapt_feeds(interface, feeds))
     np.testing.assert_array_equal(got["dims"], want)
-
-
-def test_unit_dims_find_their_place_among_the_others() -> None:
-    for labels, want in (("BS1", "BS1"), ("SB1", "1SB"), ("SBN", "NSB"), ("1S1", "1S1")):
-        axes = ["1", "S", "1"]
-        _place_units(axes, {1}, tuple(labels))
-        assert "".join(axes) == want, labels
 
 
 def test_a_counter_that_each_layer_keeps_is_one() -> None:
@@ -251,6 +246,23 @@ def test_scatter_elements_at_ragged_places(form: str, batch: int, tokens: int) -
     got = float_outputs(interface, got, mine, length=CAPACITY)
     assert loss(got["out_c"], want["out_c"]) < 1.5e-2
     assert loss(got["out_r"], want["out_r"]) == 0
+
+
+def test_where_rows_went_is_read_off_a_run_of_the_float_model() -> None:
+    source = by_elements()
+    interface = read_interface(
+        convert(source, to="paged-int8", block_size=16, tile_size=TILE).model
+    )
+    assert interface is not None
+    feeds = element_feeds(2, 2, np.array([30, 11]))
+    known = adapt_feeds(interface, feeds, new_tokens=2)["slot_mapping"]
+    blind = replace(interface, caches=tuple(replace(c, position="") for c in interface.caches))
+    made = run(source, feeds)
+    np.testing.assert_array_equal(converted_feeds(blind, feeds, made)["slot_mapping"], known)
+    cache = interface.caches[0]  # one row was written with what it held: the run does not tell all
+    made[cache.latent_out][0, 0, 30] = feeds[cache.latent_in][0, 0, 30]
+    told = converted_feeds(interface, feeds, made)["slot_mapping"]
+    np.testing.assert_array_equal(told, adapt_feeds(interface, feeds)["slot_mapping"])
 
 
 def test_elements_at_places_of_their_own_are_no_rows() -> None:
