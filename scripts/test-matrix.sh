@@ -37,6 +37,9 @@ if [ -z "${SFA_ONNX_LIBRARY:-}" ]; then
   export SFA_ONNX_LIBRARY=$work/build/kernels/libsfa_onnx_ops.so
 fi
 
+# Examples run with an installed package; this one stands in for it.
+mkdir -p "$work/package" && ln -sfn "$root/sfa_onnx" "$work/package/sfa_onnx"
+
 failed=""
 run_row() { # name interpreter packages tests selection
   local env=$work/env-$1 packages files=()
@@ -54,7 +57,7 @@ run_row() { # name interpreter packages tests selection
   echo "== $1: $("$env/bin/python" -c 'import sys, onnx, onnxruntime as o
 print("Python", sys.version.split()[0], "onnx", onnx.__version__, "onnxruntime", o.__version__)')"
   # Every environment exports its own models.
-  (cd "$root" && PYTHONPATH=$root SFA_ONNX_ZOO_CACHE="$env/zoo" "$env/bin/python" -m pytest -q -p no:cacheprovider -o addopts= -k "$5" "${files[@]}")
+  (cd "$root" && PYTHONPATH=$work/package SFA_ONNX_ZOO_CACHE="$env/zoo" "$env/bin/python" -m pytest -q -p no:cacheprovider -o addopts= -k "$5" "${files[@]}")
 }
 
 while IFS='|' read -r name interpreter packages tests chosen <&3; do

@@ -12,6 +12,7 @@ from sfa_onnx.passes.verify.extract import UnverifiableError
 __all__ = ["Shapes", "assumed_equal", "canonical_shapes", "operand_shapes", "settled", "unified"]
 
 Shapes = dict[str, tuple[int, ...]]
+_ROWS = ("B", "S1", "N1", "S2", "K")  # a width may be 0: a rope that is not there
 
 
 def unified(index: GraphIndex, candidate: Candidate) -> Concrete:
@@ -87,7 +88,8 @@ def canonical_shapes(concrete: Concrete, candidate: Candidate) -> list[tuple[str
         return str(form.substitute(names))
 
     shapes = operand_shapes(concrete, candidate)
-    for value, shape in shapes.items():
-        if 0 in shape[:-1]:  # a width of 0 is a rope that is not there
+    for operand in candidate.operands:
+        value, shape = operand.value, shapes[operand.value]
+        if any(size == 0 and axis in _ROWS for axis, size in zip(operand.axes, shape, strict=True)):
             raise UnverifiableError(Refusal(f"{value!r} is empty in every run: {shape}", value))
     return [tuple(map(told, shape)) for shape in shapes.values()]
