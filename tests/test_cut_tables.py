@@ -64,3 +64,39 @@ def test_a_mask_cut_from_a_buffer_is_asked_at_the_selected_keys(size, cut, tmp_p
         feeds = {name: value.numpy() for name, value in zip(names, _inputs(*sizes), strict=True)}
         (want,), (got,) = run_original(model, feeds), run_fused(report.model, feeds)
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-6)
+
+
+_GATHERED = """<ir_version: 8, opset_import: ["" : 17]>
+site (float[B,2,6] wish, float[B,2,3,24] query, float[B,6,24] kv) => (float[B,2,3,24] o)
+<int64[1] k={3}, int64[1] last={-1}, int64[1] two={2}, float by={0.2}> {
+ best, idx = TopK(wish, k)
+ at = Unsqueeze(idx, last)
+ rows = GatherND<batch_dims=1>(kv, at)
+ shape = Shape(wish)
+ wide = Expand(table, shape)
+ low = GatherElements<axis=-1>(wide, idx)
+ low4 = Unsqueeze(low, two)
+ s = Einsum<equation="bsnc,bskc->bsnk">(query, rows)
+ scaled = Mul(s, by)
+ masked = Add(scaled, low4)
+ p = Softmax<axis=-1>(masked)
+ o = Einsum<equation="bsnk,bskc->bsnc">(p, rows)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("lows", "reason"),
+    [
+        ([-1e9] * 6, "hides every key of a row"),
+        ([-1e9, -1e4] * 3, "hides every key of a row"),
+        ([0.0] + [-1e9] * 5, ""),
+        ([-np.inf] * 6, ""),
+    ],
+)
+def test_a_table_that_shows_a_row_no_key_hides_them_all_by_infinity(lows, reason):
+    model = onnx.parser.parse_model(_GATHERED)
+    table = np.array([[0.0] * 5 + [-1e9], lows], np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(table, "table"))
+    (site,) = sfa_onnx.fuse(model).sites
+    assert (site.status == "refused") == bool(reason)
+    assert reason in site.reason

@@ -7,11 +7,13 @@ cannot be looked into: masks that are fed, comparisons of positions, and indices
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Tracer, is_float
+from sfa_onnx.passes.axes.trace import Move, Pieces, Ref, Stop, Tracer, is_float
 from sfa_onnx.passes.graph.kinds import COMPARISONS, LAYOUT, ORDERS
 from sfa_onnx.passes.values.arithmetic import LOW, factors
 from sfa_onnx.passes.values.pointwise import POINTWISE
@@ -28,6 +30,15 @@ _REDUCED: Final = frozenset(("ReduceMax", "ReduceMin", "ReduceSum"))
 _LOW: Final = number(LOW)
 
 Held = tuple[Ref, bool, bool]  # element, whether it is as it is, whether it is 0 or 1 (else a mask)
+
+
+def _hides_rows(table: NDArray[Any]) -> bool:
+    """Whether all of a row along the last axis that has one is hidden, and not by -inf."""
+    wide = [n for n in table.shape if n != 1]
+    if len(wide) < 2 or 0 in wide:
+        return False
+    rows = table.reshape(-1, wide[-1])
+    return bool(((rows < LOW) & np.isfinite(rows)).all(axis=-1).any())
 
 
 class Conditions(Reader):
@@ -137,6 +148,13 @@ class Conditions(Reader):
             table = tracer.index.mask_table(ref.value)
             if table is None or not bool(((table == 0) | (table < LOW)).all()):
                 return False
+            if _hides_rows(table):
+                raise Stop(
+                    f"the table {ref.value} hides every key of a row by finite numbers: what was an"
+                    " average of those keys would be zeros",
+                    ref.value,
+                    "hide such rows by -inf, or leave them out of the table",
+                )
             self.hiding(float(table.min(initial=0.0)))
             return True
         if node is not None and node.op_type == "Trilu":
