@@ -54,16 +54,6 @@ def _model(yes: int = 1, condition: str = "yes", asked: str = "") -> onnx.ModelP
     return parser.parse_model(text.replace(" mask = If", f"{nodes} mask = If") if asked else text)
 
 
-def test_an_operator_of_somebody_else_that_is_called_if_stays() -> None:
-    model = _model()
-    model.opset_import.append(onnx.helper.make_opsetid("theirs", 1))
-    node = next(n for n in model.graph.node if n.op_type == "If")
-    for name in ("If", "Loop", "Scan"):
-        node.op_type, node.domain = name, "theirs"
-        report = sfa_onnx.fuse(model)
-        assert report.model.SerializeToString() == model.SerializeToString()
-
-
 def _feeds(seed: int, batch: int, rows: int, keys: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes = {"q": (batch, rows, 4, 40), "kv": (batch, keys, 40), "wish": (batch, rows, keys)}

@@ -129,9 +129,10 @@ class Scope:
         return found if found is not None and name in (self._producers or ()) else None
 
     def producer(self, name: str) -> NodeProto | None:
-        """The node that makes `name`, here or in an enclosing graph."""
+        """The node that makes `name`, here or in an enclosing graph, unless it is a foreign one."""
         if self._producers is None:
-            self._producers = {out: node for node in self.graph.node for out in node.output if out}
+            own = (node for node in self.graph.node if not _is_foreign(node))
+            self._producers = {out: node for node in own for out in node.output if out}
         found = self._producers.get(name)
         return found if found is not None or self.parent is None else self.parent.producer(name)
 
@@ -260,9 +261,14 @@ def _apply_one(scope: Scope, rules: Sequence[Rule]) -> int:
     return count
 
 
+def _is_foreign(node: NodeProto) -> bool:
+    """Whether a node is somebody else's operator with a name of ONNX's."""
+    return bool(node.domain) and onnx.defs.has(node.op_type)
+
+
 def _rewritten(scope: Scope, node: NodeProto, rules: Sequence[Rule]) -> list[NodeProto] | None:
-    if node.domain and onnx.defs.has(node.op_type):
-        return None  # an operator of somebody else with a name of ONNX's
+    if _is_foreign(node):
+        return None
     for place, rule in enumerate(rules):
         made = rule(scope, node)
         if made is not None:

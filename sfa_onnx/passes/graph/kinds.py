@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import onnx
+
 __all__ = [
     "BITS",
     "BODIES",
@@ -11,6 +13,7 @@ __all__ = [
     "CONDITIONS",
     "ELEMENTWISE",
     "GATHERS",
+    "KNOWN_DOMAINS",
     "LAYOUT",
     "ORDERS",
     "PARTS",
@@ -19,7 +22,11 @@ __all__ = [
     "RESHAPES",
     "SIZES",
     "VIEWS",
+    "told_apart",
 ]
+
+# Domains in which a name of ONNX's says what an operator does.
+KNOWN_DOMAINS: Final = ("", "ai.onnx", "com.microsoft")
 
 # Every element as it is, ..
 RESHAPES: Final = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"))
@@ -49,3 +56,16 @@ PRODUCTS: Final = frozenset(
 
 SIZES: Final = frozenset(("Shape", "Size"))
 BODIES: Final = frozenset(("If", "Loop", "Scan"))
+
+
+def told_apart(node: onnx.NodeProto) -> onnx.NodeProto:
+    """A node of another domain: as a copy under a name of its own where ONNX has its name too.
+
+    Whatever asks for a type then needs not ask for the domain.
+    """
+    if not onnx.defs.has(node.op_type):
+        return node
+    apart = onnx.NodeProto()
+    apart.CopyFrom(node)
+    apart.op_type = f"{node.domain}::{node.op_type}"
+    return apart
