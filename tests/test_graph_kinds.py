@@ -8,6 +8,7 @@ import pytest
 import sfa_onnx
 from sfa_onnx.ascend.flavour.model import to_atc
 from sfa_onnx.errors import ModelError
+from sfa_onnx.passes.graph.kinds import own_type, told_apart
 from tests.graphs import dense, gathered
 
 
@@ -30,3 +31,12 @@ def test_each_node_of_a_site_may_be_somebody_elses(make, bare: bool) -> None:
             assert not report.fused, other.op_type
         with pytest.raises(ModelError, match=r"in domain 'theirs'"):
             to_atc(model)
+
+
+def test_a_copy_is_told_from_the_node_and_back() -> None:
+    node = onnx.helper.make_node("Softmax", ["x"], ["y"], "n", domain="theirs")
+    apart = told_apart(node)
+    assert (node.op_type, apart.op_type) == ("Softmax", "theirs::Softmax")
+    assert own_type(apart) == own_type(node) == "Softmax"
+    vendor = onnx.helper.make_node("NPURmsNorm", ["x"], ["y"], "n", domain="npu")
+    assert told_apart(vendor) is vendor

@@ -13,6 +13,7 @@ from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Stop
 from sfa_onnx.passes.bind.site import Site
 from sfa_onnx.passes.emit.emitter import Emitter
+from sfa_onnx.passes.graph.kinds import own_type
 
 __all__ = ["detach"]
 
@@ -80,7 +81,7 @@ class _Detach:
             inputs = [self.again(n) if n else "" for n in node.input]
             elem = self.site.tracer.sizes.elem_type(value)
             made = self.e.emit(
-                node.op_type, inputs, "again", elem, domain=node.domain, **attributes(node)
+                own_type(node), inputs, "again", elem, domain=node.domain, **attributes(node)
             )
         self._again[value] = made
         return made

@@ -22,6 +22,7 @@ __all__ = [
     "RESHAPES",
     "SIZES",
     "VIEWS",
+    "own_type",
     "told_apart",
 ]
 
@@ -69,3 +70,8 @@ def told_apart(node: onnx.NodeProto) -> onnx.NodeProto:
     apart.CopyFrom(node)
     apart.op_type = f"{node.domain}::{node.op_type}"
     return apart
+
+
+def own_type(node: onnx.NodeProto) -> str:
+    """The type of a node as the file has it."""
+    return node.op_type.removeprefix(f"{node.domain}::")
