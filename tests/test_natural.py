@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.compose
 import pytest
 from onnx import parser
 
@@ -272,3 +273,38 @@ def test_what_a_top_k_chose_among_may_have_a_size_of_its_own_name():
     for low, status in (("low", "fused"), ("sc", "refused")):
         model = parser.parse_model(OWN_SIZE.replace("s1, low)", f"s1, {low})"))
         assert [s.status for s in sfa_onnx.fuse(model).sites] == [status], low
+
+
+_CUT = """<ir_version: 8, opset_import: ["" : 17]>
+cut (float[B,S,4,40] q, float[B,T,40] kv, int32[B,S,6] given) => (float[B,S,4,32] o)
+<int64 zero={0}, int64[1] two={2}, int64[1] first={0}, int64[1] last={-1}, int64[1] width={32},
+ float low={-1e30}> {
+  idx = Cast<to=7>(given)
+  bad = Less(idx, BOUND)
+  bad4 = Unsqueeze(bad, two)
+  safe = Max(idx, ONE)
+  at = Unsqueeze(safe, last)
+  rows = GatherND<batch_dims=1>(kv, at)
+  keys = Transpose<perm=[0,1,3,2]>(rows)
+  scores = MatMul(q, keys)
+  seen = Where(bad4, low, scores)
+  p = Softmax<axis=-1>(seen)
+  v = Slice(rows, first, width, last)
+  o = MatMul(p, v)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("second", "status"), [(("zero", "given"), "fused"), (("width", "zero"), "refused")]
+)
+def test_a_verdict_is_shared_only_where_the_masks_are_made_alike(
+    second: tuple[str, str], status: str
+) -> None:
+    # Max of two types runs nowhere, so masks and indices are operands, made outside of the site.
+    layers = [
+        parser.parse_model(_CUT.replace("BOUND", bound).replace("ONE", one))
+        for bound, one in (("zero", "given"), second)
+    ]
+    both = (onnx.compose.add_prefix(layer, f"l{n}_") for n, layer in enumerate(layers))
+    report = sfa_onnx.fuse(onnx.compose.merge_models(*both, io_map=[]))
+    assert [s.status for s in report.sites] == ["fused", status]

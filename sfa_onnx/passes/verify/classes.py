@@ -78,8 +78,15 @@ def _axis(axis: str, names: dict[str, int]) -> str:
 
 
 def _add_model(digest: hashlib.blake2b, model: onnx.ModelProto, names: dict[str, int]) -> None:
-    """What the outputs are computed from; neither names nor the order of nodes count."""
+    """What the outputs are computed from; neither names nor the order of nodes count.
+
+    Masks and indices are operands of their site, and outputs of the model that makes them: there
+    it is what makes them that counts.
+    """
     known = {name: f"operand {number}" for name, number in names.items()}
+    free = (v for v in model.graph.input if v.name not in names)
+    for number, value in enumerate(free):
+        known[value.name] = f"input {number} {value.type.tensor_type.elem_type}"
     for tensor in model.graph.initializer:
         if tensor.name not in names:
             known[tensor.name] = _hash(_unnamed(tensor))
@@ -88,7 +95,7 @@ def _add_model(digest: hashlib.blake2b, model: onnx.ModelProto, names: dict[str,
         facts += [a.SerializeToString() for a in sorted(node.attribute, key=lambda a: a.name)]
         facts += [known.get(name, name).encode() for name in node.input]
         for i, name in enumerate(node.output):
-            known.setdefault(name, _hash(*facts, str(i).encode()))
+            known[name] = _hash(*facts, str(i).encode())
     digest.update(repr([known.get(o.name) for o in model.graph.output]).encode())
 
 

@@ -10,6 +10,7 @@ import onnx
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
+from sfa_onnx.passes.shapes.size import form_of
 from sfa_onnx.passes.verify.classes import Classes, Verdict, fingerprint
 from sfa_onnx.passes.verify.extract import (
     UnverifiableError,
@@ -70,6 +71,8 @@ class Verifier:
         if (rounded := rounded_rows(self._index, sizes, candidate)) is not None:
             return rounded
         made = [] if natural is None else [natural.model]
+        read = (sizes.shape(v.name) or () for m in made for v in m.graph.input)
+        shapes += [tuple(str(form_of(d)) for d in shape) for shape in read]
         key = fingerprint(candidate, region, replacement, made, shapes)
 
         def judge() -> Verdict:
