@@ -125,13 +125,11 @@ def fit_positions(
     small = {n: a for n, a in feeds.items() if a.size <= _LIMIT}
     known, moved = with_constants(model, small), dict(feeds)
     for _ in range(_ROUNDS):
-        short = next(
-            (s for s in _misfits(GraphIndex.of(known, defaults_hold=True), dict(sizes)) if s.index),
-            None,
-        )
+        index = GraphIndex.of(known, defaults_hold=True)
+        short = next((s for s in _misfits(index, dict(sizes)) if s.index), None)
         if short is None:
             break
-        above = _above(GraphIndex.of(known, defaults_hold=True), short.index)
+        above = _above(index, short.index)
         mine = [n for n in free if n in above and n in small and moved[n].min() >= short.by]
         if not mine:
             break
