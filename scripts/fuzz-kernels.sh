@@ -6,7 +6,8 @@
 #
 # CLANG: the compiler (default: clang++-19, else clang++), installed from Debian where it is missing
 # and we may; PYTHON: an interpreter with onnxruntime (default: python3). CORPUS: a folder for what
-# is found, kept; without it, it goes. AVX512=1: checks in the AVX-512 paths, too. What is missing
+# is found, kept; without it, it goes. SEED: the fuzzer's, so that a check meets the same inputs again
+# (default: another one each time). AVX512=1: checks in the AVX-512 paths, too. What is missing
 # is skipped, loudly.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -49,7 +50,7 @@ fuzz() {  # NAME TARGET OPTIONS
   tar -xf "$root/kernels/tests/fuzz/$2.tar.gz" -C "$corpus/$2"
   echo "== fuzzing, $2, $1: $seconds seconds"
   if ! "$work/$1/kernels/tests/$2" -max_total_time="$seconds" -max_len=600 -timeout=60 \
-    -print_final_stats=1 -verbosity=0 -artifact_prefix="$work/found/" "${@:3}" "$corpus/$2" \
+    -seed="${SEED:-0}" -print_final_stats=1 -verbosity=0 -artifact_prefix="$work/found/" "${@:3}" "$corpus/$2" \
     >"$work/log" 2>&1; then
     tail -40 "$work/log"
     for file in "$work"/found/*; do echo "$(basename "$file"): $(base64 -w0 "$file")"; done

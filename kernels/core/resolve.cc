@@ -64,7 +64,8 @@ class Collector {
     const uint64_t limit = (uint64_t)limit_, blocks = (uint64_t)p_.block_num;
     const int64_t base = len_.base_row, size = p_.block_size, bytes = nope_bytes_;
     const int64_t rope_bytes = key_rope_ ? rope_bytes_ : bytes;
-    const uint8_t* const rope = key_rope_ ? key_rope_ : key_ + p_.nope_dim;
+    // A cache without rows may lie at NULL, which has no place behind it.
+    const uint8_t* const rope = key_rope_ ? key_rope_ : key_ ? key_ + p_.nope_dim : nullptr;
     const int32_t* const table = table_;
     const uint8_t* const key = key_;
     Rows* const rows = rows_;

@@ -32,7 +32,7 @@ from sfa_onnx.kv_convert.translate import Translated, Translator
 from sfa_onnx.operator.contract import OpContract
 from sfa_onnx.operator.op import LIGHTNING_INDEXER, QUANT_LIGHTNING_INDEXER
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import KNOWN_DOMAINS
+from sfa_onnx.passes.graph.kinds import ONNX_DOMAINS
 
 __all__ = ["INDEX_CACHES", "IndexKeys", "indexer_sites"]
 
@@ -182,7 +182,7 @@ class IndexKeys:
         found = scores_by_column(self.emit, indices, hidden, rows, kind)
         for i, place in list(self.index.uses(scores)):
             node = self.index.nodes[i]
-            if node.domain not in KNOWN_DOMAINS:  # perhaps a copy
+            if node.domain not in ONNX_DOMAINS:  # perhaps a copy
                 node = next(n for n in self.index.graph.node if n.output[:1] == node.output[:1])
             node.input[place] = found
 

@@ -33,6 +33,8 @@ def join_parts(tracer: Tracing, ref: Ref, names: Sequence[str], axis: int) -> St
     if not 1 < len(names) <= _MOST or len(sizes) != 1 or not ref.coords[axis].labels:
         return None
     size = sizes.pop()
+    if size == 0:
+        return None
     own = fresh("part", size)
     coords = (*ref.coords[:axis], Expr.of(own), *ref.coords[axis + 1 :])
     position = ref.coords[axis]

@@ -48,8 +48,10 @@ def _dropout(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     return None if trains else _same(tracer, node, ref)
 
 
-def _reshape(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
+def _reshape(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
     source, target = tracer.shape(node.input[0]), tracer.shape(ref.value)
+    if 0 in source:  # no element has a place there
+        return None
     if [d for d in source if d != 1] == [d for d in target if d != 1]:
         kept = iter(c for c, d in zip(ref.coords, target, strict=True) if d != 1)
         return Move(Ref(node.input[0], tuple(ZERO if d == 1 else next(kept) for d in source)))

@@ -25,7 +25,7 @@ from sfa_onnx.passes.bind.sources import all_reads, index_sources, nested, outsi
 from sfa_onnx.passes.bind.usage import counts_batches, follows_itself, measured, prefix_sums
 from sfa_onnx.passes.candidate import Domain, Operand, Role
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import BODIES
+from sfa_onnx.passes.graph.kinds import BODIES, is_foreign
 from sfa_onnx.passes.shapes.kept import counts_kept
 from sfa_onnx.passes.shapes.size import is_open
 
@@ -98,7 +98,7 @@ def _upstream(
                 entering[value] = None
             continue
         node = index.nodes[i]
-        if node.op_type in _GIVEN or node.domain not in ("", "ai.onnx", "com.microsoft"):
+        if node.op_type in _GIVEN or is_foreign(node):
             entering[value] = None
             continue
         nodes.add(i)

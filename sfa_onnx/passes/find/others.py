@@ -16,7 +16,7 @@ from sfa_onnx.passes.find.fed import (
 )
 from sfa_onnx.passes.find.products import NEAR, operands, products_above
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import GATHERS, PARTS, PRODUCTS, VIEWS
+from sfa_onnx.passes.graph.kinds import GATHERS, PARTS, PRODUCTS, VIEWS, own_type
 from sfa_onnx.passes.graph.walk import above, back, below
 
 __all__ = ["other_attention"]
@@ -31,11 +31,12 @@ _QUIET = frozenset(
 _QUIET |= {"Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
 # Operators of onnxruntime that hold a softmax.
 _CONTRIB = frozenset(
-    ("Attention", "BiasSoftmax", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention")
+    ("BiasSoftmax", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention")
 ) | frozenset(
     ("GroupQueryAttention", "LongformerAttention", "MultiHeadAttention", "PackedAttention")
 )
 _CONTRIB |= {"PackedMultiHeadAttention", "PagedAttention", "QAttention", "SparseAttention"}
+_CONTRIB |= {"com.microsoft::Attention"}  # ONNX has another one
 _READERS = GATHERS | frozenset(("ScatterElements", "ScatterND", "OneHot", "Equal"))
 
 
@@ -170,7 +171,7 @@ def _is_contrib(node: onnx.NodeProto) -> bool:
 
 
 def _opaque(index: GraphIndex, i: int) -> RefusedSite:
-    form, label = f"com.microsoft {index.nodes[i].op_type}", index.label(i)
+    form, label = f"com.microsoft {own_type(index.nodes[i])}", index.label(i)
     refusal = Refusal(
         f"{form} {label} is an operator of onnxruntime with a softmax inside, which is not taken"
         " apart",

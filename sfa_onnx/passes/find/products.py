@@ -10,7 +10,7 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.find.selections import picks_rows
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import GATHERS, PRODUCTS
+from sfa_onnx.passes.graph.kinds import GATHERS, PRODUCTS, is_foreign
 from sfa_onnx.passes.graph.weights import is_weight
 
 __all__ = ["NEAR", "is_product", "operands", "products", "products_above"]
@@ -71,7 +71,7 @@ def products_above(
                 continue
             if node.op_type in PRODUCTS:
                 continue
-        if node.op_type in _ENDS or node.domain not in ("", "ai.onnx", "com.microsoft"):
+        if node.op_type in _ENDS or is_foreign(node):
             continue
         nodes.add(i)
         stack += [n for n in node.input if n]

@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from sfa_onnx.passes.graph.constants import READ_LIMIT, byte_size, constant_of, is_structural
-from sfa_onnx.passes.graph.kinds import KNOWN_DOMAINS, told_apart
+from sfa_onnx.passes.graph.kinds import ONNX_DOMAINS, told_apart
 from sfa_onnx.passes.graph.provenance import layer_of
 from sfa_onnx.passes.graph.sub_graphs import Dim, bodies, captured, declared_dims, returned_info
 
@@ -59,7 +59,7 @@ class GraphIndex:
         self.first = first
         self.path = ""
         self.nodes: Sequence[onnx.NodeProto] = [
-            n if n.domain in KNOWN_DOMAINS else told_apart(n) for n in graph.node
+            n if n.domain in ONNX_DOMAINS else told_apart(n) for n in graph.node
         ]
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in (opsets or {}).items()}
         self.producer: dict[str, int] = {}

@@ -13,8 +13,8 @@ __all__ = [
     "CONDITIONS",
     "ELEMENTWISE",
     "GATHERS",
-    "KNOWN_DOMAINS",
     "LAYOUT",
+    "ONNX_DOMAINS",
     "ORDERS",
     "PARTS",
     "PRODUCTS",
@@ -22,12 +22,15 @@ __all__ = [
     "RESHAPES",
     "SIZES",
     "VIEWS",
+    "is_foreign",
     "own_type",
     "told_apart",
 ]
 
-# Domains in which a name of ONNX's says what an operator does.
-KNOWN_DOMAINS: Final = ("", "ai.onnx", "com.microsoft")
+ONNX_DOMAINS: Final = ("", "ai.onnx")
+_RUNTIME: Final = "com.microsoft"
+# Operators that onnxruntime has under ONNX's names and that do the same.
+_SAME: Final = frozenset(("DequantizeLinear", "Gelu", "QuantizeLinear", "Range", "Trilu"))
 
 # Every element as it is, ..
 RESHAPES: Final = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"))
@@ -62,9 +65,12 @@ BODIES: Final = frozenset(("If", "Loop", "Scan"))
 def told_apart(node: onnx.NodeProto) -> onnx.NodeProto:
     """A node of another domain: as a copy under a name of its own where ONNX has its name too.
 
-    Whatever asks for a type then needs not ask for the domain.
+    Whatever asks for a type then needs not ask for the domain. onnxruntime's own operators keep the
+    names under which they do what ONNX's do.
     """
-    if not onnx.defs.has(node.op_type):
+    if node.domain in ONNX_DOMAINS or not onnx.defs.has(node.op_type):
+        return node
+    if node.domain == _RUNTIME and node.op_type in _SAME:
         return node
     apart = onnx.NodeProto()
     apart.CopyFrom(node)
@@ -75,3 +81,8 @@ def told_apart(node: onnx.NodeProto) -> onnx.NodeProto:
 def own_type(node: onnx.NodeProto) -> str:
     """The type of a node as the file has it."""
     return node.op_type.removeprefix(f"{node.domain}::")
+
+
+def is_foreign(node: onnx.NodeProto) -> bool:
+    """Whether a node, as an index shows it, is neither ONNX's nor one of onnxruntime's own."""
+    return "::" in node.op_type or node.domain not in (*ONNX_DOMAINS, _RUNTIME)

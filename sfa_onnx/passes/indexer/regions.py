@@ -13,7 +13,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.find.products import is_product, operands
 from sfa_onnx.passes.find.regions import FOLLOWED
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import PRODUCTS
+from sfa_onnx.passes.graph.kinds import PRODUCTS, is_foreign
 from sfa_onnx.passes.graph.weights import is_weight
 
 __all__ = ["SelectionRegion", "selection_regions"]
@@ -81,7 +81,7 @@ def _dependent(index: GraphIndex) -> dict[str, bool]:
 
 def _follows(index: GraphIndex, i: int) -> bool:
     node = index.nodes[i]
-    if node.domain not in ("", "ai.onnx", "com.microsoft"):
+    if is_foreign(node):
         return False
     if node.op_type in PRODUCTS:
         return not any(is_weight(index, n) for n in node.input[:2])

@@ -256,6 +256,8 @@ class Sizer:
             symbols = {**symbols, **dict.fromkeys(free, dims.capacity)}
             shapes = self._evaluate(symbols)
             dims = self.dims(shapes)
+        if dims.batches < 1:  # an axis of the keys that something else sizes
+            return None
         if self._ragged and dims.count < dims.batches:  # every sequence has a query
             return None
         key = tuple(sorted(symbols.items()))
