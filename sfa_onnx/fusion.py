@@ -81,8 +81,9 @@ def fuse(
         assume: what no file can carry, asserted by the caller: "two-valued:NAME" says that the
             float input NAME holds 0 and numbers of -1e4 or less (-inf) only, so it is a mask and
             no bias; "zero-one:NAME" that an input, float or integer, holds 0 and 1 only, as
-            (1 - mask) * low expects. A plan may hold such entries too. They stand in record,
-            report and certificate.
+            (1 - mask) * low expects; "not-negative:NAME" that a float input, which scales an
+            indexer's keys behind its relu, holds no negative number. A plan may hold such entries
+            too. They stand in record, report and certificate.
         indexer: put `NPULightningIndexer` in place of lightning indexers as well; False leaves
             selections alone. `expect_sites` counts attention only.
         trace: give each site's normal form and the identities that led to it (`SiteReport.terms`).

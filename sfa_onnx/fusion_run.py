@@ -22,7 +22,7 @@ from sfa_onnx.files.weights_file import WeightsFile
 from sfa_onnx.guard import worker
 from sfa_onnx.passes import certificate as certificates
 from sfa_onnx.passes import plan as plans
-from sfa_onnx.passes.assume import FLAGS, MASKS, asserted, note_assumptions
+from sfa_onnx.passes.assume import FLAGS, MASKS, SCALES, asserted, note_assumptions, scales_of
 from sfa_onnx.passes.candidate import Candidate, Refusal, RefusedSite
 from sfa_onnx.passes.find.search import FindOptions, find_candidates
 from sfa_onnx.passes.graph.attention_caches import caches_joined
@@ -113,7 +113,9 @@ class Run:
         assumed = (*self.assume, *(() if plan is None else plan.assume))
         self.assume = tuple(dict.fromkeys(assumed))
         said = asserted(self.assume, given.graph)
-        self.options = FindOptions(masks=said[MASKS], flags=said[FLAGS], trace=self.trace)
+        self.options = FindOptions(
+            masks=said[MASKS], flags=said[FLAGS], scales=said[SCALES], trace=self.trace
+        )
         with self.stage("find"):
             find = functools.partial(self._findings, reader)
             inlined = inline_sites(given, find)
@@ -194,6 +196,7 @@ class Run:
             self._judge(scopes, plan, SelectionVerifier)
         with self.stage("splice"):
             splice_scopes(model, [(s.index, s.ready) for s in scopes])
+        note_assumptions(model, scales_of(model, (c for s in scopes for c, _ in s.ready)))
         sites = [site for scope in scopes for site in scope.sites]
         unique_ids(sites)
         return sites

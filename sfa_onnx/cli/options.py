@@ -139,7 +139,8 @@ def assume(verb: Verb) -> None:
         default=[],
         metavar="two-valued:NAME",
         help="assert that the float input NAME holds 0 and -1e4 or less only: a mask, no bias;"
-        " zero-one:NAME: that an input holds 0 and 1 only",
+        " zero-one:NAME: that an input holds 0 and 1 only; not-negative:NAME: that a scale of an"
+        " indexer's keys holds no negative number",
     )
 
 

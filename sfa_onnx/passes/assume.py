@@ -2,9 +2,10 @@
 
 A float mask that enters the graph may be a bias. Who knows better says so, by name:
 `two-valued:attention_mask` is the assertion that this input holds 0 and numbers of -1e4 or less
-(-inf included); `zero-one:attention_mask`, that it holds 0 and 1, as `(1 - mask) * low` expects.
+(-inf included); `zero-one:attention_mask`, that it holds 0 and 1, as `(1 - mask) * low` expects;
+`not-negative:key_scale`, that a scale of an indexer's keys holds no negative number.
 Nothing is assumed unasked; what was stands in the record, the certificate, the report, and in the
-fused model, so that `compare` draws such masks.
+fused model, so that `compare` draws such inputs.
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ from typing import Final
 import onnx
 
 from sfa_onnx.errors import UsageError
+from sfa_onnx.passes.candidate import Candidate
 
-__all__ = ["FLAGS", "MASKS", "METADATA", "asserted", "assumed_inputs", "note_assumptions"]
+__all__ = ["FLAGS", "MASKS", "METADATA", "SCALES", "asserted", "assumed_inputs",
+           "note_assumptions", "scales_of"]  # fmt: skip
 
 METADATA: Final = "sfa_onnx.assume"
 MASKS: Final = "two-valued"  # 0 and -1e4 or less
 FLAGS: Final = "zero-one"  # 0 and 1
+SCALES: Final = "not-negative"  # 0 and more
 _T = onnx.TensorProto
 _FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16)
 _INTEGERS: Final = (_T.INT64, _T.INT32, _T.INT16, _T.INT8, _T.UINT8)
-_TYPES: Final = {MASKS: ("float", _FLOATS), FLAGS: ("float or integer", _FLOATS + _INTEGERS)}
+_TYPES: Final = {
+    MASKS: ("float", _FLOATS),
+    FLAGS: ("float or integer", _FLOATS + _INTEGERS),
+    SCALES: ("float", (*_FLOATS, _T.DOUBLE)),
+}
 
 
 def asserted(assume: Iterable[str], graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
-    """The inputs that `two-valued:NAME` and `zero-one:NAME` entries name, by kind.
+    """The inputs that entries such as `two-valued:NAME` name, by kind.
 
     Raises:
         UsageError: an entry of another form, or a name that is no input of a type that can be so.
@@ -59,6 +67,17 @@ def note_assumptions(model: onnx.ModelProto, assume: Iterable[str]) -> None:
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     model.metadata_props.add(key=METADATA, value=" ".join(entries))
+
+
+def scales_of(model: onnx.ModelProto, taken: Iterable[Candidate]) -> list[str]:
+    """Entries for the inputs of a model that fused candidates take for scales of keys in int8.
+
+    No caller said so; that a scale is not negative is what quantisers see to. The entries make
+    `compare` draw such inputs, as the ones that were said do.
+    """
+    inputs = {v.name for v in model.graph.input}
+    found = dict.fromkeys(n for c in taken for n in c.scales if n in inputs)
+    return [f"{SCALES}:{name}" for name in found]
 
 
 def assumed_entries(model: onnx.ModelProto) -> list[str]:

@@ -112,7 +112,8 @@ class Candidate:
     splice deletes what nobody reads any more among the nodes and support of all sites.
     The replacement may read any operand and any value that `support` makes.
     `otherwise` binds the same attention with fewer assumptions, for when this view of it cannot be
-    verified. `equal` pairs symbols that were taken for one size.
+    verified. `equal` pairs symbols that were taken for one size; `scales` are inputs that were
+    taken for scales, which are not negative.
     """
 
     graph: onnx.GraphProto
@@ -131,4 +132,5 @@ class Candidate:
     notes: list[str] = field(default_factory=list)
     otherwise: Callable[[], Candidate | None] | None = None
     equal: tuple[tuple[str, str], ...] = ()
+    scales: tuple[str, ...] = ()
     terms: tuple[str, ...] = ()

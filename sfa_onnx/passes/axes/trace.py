@@ -78,6 +78,7 @@ class Tracer:
         self.terms: list[str] | None = None  # normal form and identities, where they are wanted
         self.masks: frozenset[str] = frozenset()  # inputs that the caller asserts to be masks
         self.flags: frozenset[str] = frozenset()  # and those to be 0 or 1
+        self.scales: frozenset[str] = frozenset()  # and those not to be negative
         self.joined: dict[str, Joined | Causal] = {}  # tensors that only a replacement has
         self.products: dict[str, tuple[tuple[Label, ...], Product]] = {}  # that nobody needs
         self.wholes: dict[str, tuple[str, int]] = {}  # that only recognition looks through

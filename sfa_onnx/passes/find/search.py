@@ -38,6 +38,7 @@ class FindOptions:
         absorb: whether per-head expanded (MHA) forms may be fused by absorption.
         masks: float inputs that hold 0 and -1e4 or less only, as the caller asserts.
         flags: inputs that hold 0 and 1 only, as the caller asserts.
+        scales: inputs that hold no negative number, as the caller asserts.
         trace: whether to report each site's normal form and the identities that led to it.
     """
 
@@ -45,6 +46,7 @@ class FindOptions:
     absorb: bool = True
     masks: frozenset[str] = frozenset()
     flags: frozenset[str] = frozenset()
+    scales: frozenset[str] = frozenset()
     trace: bool = False
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import onnx
 
+from sfa_onnx.passes.assume import SCALES
 from sfa_onnx.passes.axes.expr import Label
 from sfa_onnx.passes.axes.places import axis_labels
 from sfa_onnx.passes.axes.trace import Ref
@@ -108,8 +109,14 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
 
 
 def _factor_domain(factor: Factor) -> Domain:
-    """What is taken for granted of a factor."""
+    """What is taken for granted of a factor, and who says so."""
     texts = []
+    if factor.said:
+        caller = f"the caller (assume {' '.join(f'{SCALES}:{n}' for n in factor.said)})"
+        said = f"{', '.join(map(repr, factor.said))}: no negative numbers"
+        if not factor.assumed and factor.power > 0:
+            return Domain(assumption=said, discharged_by=caller)
+        texts.append(f"{said}, says {caller}")
     if factor.assumed:
         texts.append(f"{', '.join(factor.assumed)}: scales of keys are not negative")
     if factor.power < 0:

@@ -36,6 +36,7 @@ def find_selections(
     for region in regions:
         tracer = Tracer(index, sizes, other, options.max_steps)
         tracer.masks, tracer.flags = options.masks, options.flags
+        tracer.scales = options.scales
         tracer.terms = [] if options.trace else None
         tracer.stem = index.label(region.node)
         found.append(_one(tracer, region, read))
@@ -110,5 +111,6 @@ def _candidate(
         layer=index.layer(region.node),
         notes=list(bound),
         equal=tracer.sizes.equal,
+        scales=tuple(dict.fromkeys(n for f in site.formula.outside for n in f.assumed)),
         terms=tuple(tracer.terms or ()),
     )

@@ -6,9 +6,11 @@ What keeps the normal form of a selection's scores from being one is said by nam
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from sfa_onnx.passes.assume import SCALES
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Literal, Visible
@@ -35,12 +37,14 @@ class Factor:
         power: of the element: -1 where it divides.
         outside: one of keys that stands behind the relu, so it must not be negative.
         assumed: graph inputs that are taken for scales, which never are.
+        said: graph inputs of which the caller says that they never are.
     """
 
     ref: Ref
     power: int = 1
     outside: bool = False
     assumed: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,11 @@ class Formula:
     def key(self) -> Ref:
         """The first product's key."""
         return self.parts[0].key
+
+    @property
+    def outside(self) -> tuple[Factor, ...]:
+        """Factors of keys that stand behind the relu."""
+        return tuple(f for f in self.parts[0].key_by if f.outside)
 
     @property
     def width(self) -> int:
@@ -254,19 +263,21 @@ class _Parts:
         if self.keys not in ref.labels:
             self.weights.append(factor)
             return
-        even = factor.power % 2 == 0
-        assumed = [] if even else assumed_positive(self.reader.tracer.sizes, ref.value)
-        if assumed is None or ref.labels & set(self.heads):
-            raise self._by_key(ref, "")
-        self.outside.append(replace(factor, outside=True, assumed=tuple(assumed)))
+        even, tracer = factor.power % 2 == 0, self.reader.tracer
+        given = [] if even else assumed_positive(tracer.sizes, ref.value)
+        if given is None or ref.labels & set(self.heads):
+            raise self._by_key(ref)
+        said = tuple(n for n in given if n in tracer.scales)
+        assumed = tuple(n for n in given if n not in said)
+        self.outside.append(replace(factor, outside=True, assumed=assumed, said=said))
 
-    def _by_key(self, ref: Ref, why: str) -> Stop:
-        return Stop(
-            f"the weight {ref.value} depends on the key{why}",
-            ref.value,
-            "the operator has one weight per query row and head; a scale of keys that cannot be"
-            " negative belongs to the keys",
-        )
+    def _by_key(self, ref: Ref, given: Sequence[str] = ()) -> Stop:
+        why = f", and {given[0]} may be negative" if given else ""
+        hint = "the operator has one weight per query row and head; a scale of keys that cannot be"
+        hint += " negative belongs to the keys"
+        if given and all(map(self.reader.tracer.index.is_given, given)):
+            hint += f"; if it never is, say so: {' '.join(f'--assume {SCALES}:{n}' for n in given)}"
+        return Stop(f"the weight {ref.value} depends on the key{why}", ref.value, hint)
 
     def _activated(self, term: Term) -> None:
         """Max(0, c <q, k>)."""
@@ -334,7 +345,7 @@ class _Parts:
         """Only numbers in eight bits have a scale, which is not negative whoever gives it."""
         for scale in self.outside:
             if scale.assumed and not stored_narrow(self.reader.tracer, part.key):
-                raise self._by_key(scale.ref, f", and {scale.assumed[0]} may be negative")
+                raise self._by_key(scale.ref, scale.assumed)
 
     def _sides(self, dot: Term, factor: float, rows: tuple[Label, ...], keys: Label) -> Part:
         a, b, column = dot.factors

@@ -32,6 +32,7 @@ from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.runtime.elem_types import ElemTypes
 from sfa_onnx.runtime.feeds.pages import plan_pages
 from sfa_onnx.runtime.feeds.relations import fit_positions, fit_sizes, with_constants
+from sfa_onnx.runtime.feeds.scales import scale_inputs
 from sfa_onnx.runtime.feeds.sizes import Sizes, is_cache
 from sfa_onnx.runtime.feeds.slots import Slots, layout, selection
 from sfa_onnx.runtime.ort import Model
@@ -44,8 +45,8 @@ _VIEWS: Final = frozenset(
      "Concat", "Where", "Sub", "Max", "Min", "Clip", "Tile", "Gather", "ScatterND",
      "ScatterElements", "Flatten", "Split")
 )  # fmt: skip
-_NOT_DRAWN: Final = (TensorProto.UNDEFINED, TensorProto.STRING)
-_DRAWN: Final = frozenset(TensorProto.DataType.values()) - frozenset(_NOT_DRAWN)
+_NO_NUMBERS: Final = {TensorProto.UNDEFINED, TensorProto.STRING}
+_DRAWN: Final = frozenset(TensorProto.DataType.values()) - _NO_NUMBERS
 _WHOLE: Final = (TensorProto.INT32, TensorProto.INT64)
 
 
@@ -91,10 +92,6 @@ def describe(array: Array) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
-def _is_whole(value: ValueInfoProto) -> bool:
-    return value.type.tensor_type.elem_type in _WHOLE
-
-
 class _Feeds:
     def __init__(
         self,
@@ -111,8 +108,8 @@ class _Feeds:
         self.inputs = {v.name: v for v in self.graph.input if v.name not in weights}
         if unknown := [name for name in given if name not in self.inputs]:
             raise UsageError(f"the model has no input {unknown}; it takes {list(self.inputs)}")
-        self.masks = assumed_inputs(fused or model, MASKS)
-        self.flags = assumed_inputs(fused or model, FLAGS)
+        self.masks, self.flags = (assumed_inputs(fused or model, k) for k in (MASKS, FLAGS))
+        self.scales = scale_inputs(model, fused)
         self.rng = np.random.default_rng(seed)
         self.readers: dict[str, list[tuple[NodeProto, int]]] = {}
         for graph in (*((fused.graph,) if fused else ()), self.graph):
@@ -185,7 +182,8 @@ class _Feeds:
         caches = [n for n, (slot, _) in self.roles.items() if slot in ("key", "key_rope")]
         joins = (node for n in caches for node, _ in self.readers[n] if node.op_type == "Concat")
         new = (self.inputs[n] for node in joins for n in node.input[1:] if n in self.inputs)
-        return min((_rows(self.sizes.shape(v)) for v in new), default=0)
+        shapes = (self.sizes.shape(v) for v in new)  # [B, S, C], [B, S, 1, C] or [B, 1, S, C]
+        return min((int(np.prod(s[1:-1])) for s in shapes), default=0)
 
     def all(self) -> dict[str, Array]:
         """Every input; whole numbers that say where are moved to where the graph can go."""
@@ -274,7 +272,8 @@ class _Feeds:
         if value.name in self.masks or ("mask" in value.name.lower() and len(shape) >= 2):
             lowest = float(np.finfo(np.float16).min)
             return np.where(self._visible(shape), 0.0, lowest).astype(dtype)
-        return self.rng.standard_normal(shape).astype(dtype)
+        drawn = self.rng.standard_normal(shape).astype(dtype)
+        return np.abs(drawn) if value.name in self.scales else drawn
 
     def _visible(self, shape: tuple[int, ...]) -> Array:
         """A causal mask over the last two axes; all visible when there is only one row of keys."""
@@ -322,10 +321,13 @@ class _Feeds:
             return selection(self.rng, counts, shape[-1] if shape else 1).reshape(shape)
         return self.rng.integers(0, 2, shape)
 
+    def _is_whole(self, name: str) -> bool:
+        return self.inputs[name].type.tensor_type.elem_type in _WHOLE
+
     def _is_position(self, name: str) -> bool:
         """Whether an input of whole numbers says where: in a table, or in a cache."""
         lowered = name.lower()
-        if "mask" in lowered or not _is_whole(self.inputs[name]):
+        if "mask" in lowered or not self._is_whole(name):
             return False
         named = "position" in lowered or lowered in ("pos", "start_pos")
         return named or self._scatters(name)
@@ -348,7 +350,7 @@ class _Feeds:
 
     def _in_place(self) -> bool:
         """Whether some input says where to write into a cache of fixed length."""
-        return any(self._scatters(n) for n, v in self.inputs.items() if _is_whole(v))
+        return any(self._scatters(n) for n in self.inputs if self._is_whole(n))
 
     def _written_at(self, capacity: int, rows: int) -> int:
         """A place inside a cache, with room behind it and more than a selection before."""
@@ -366,11 +368,6 @@ class _Feeds:
                     seen.add(node.output[0])
                     queue.append(node.output[0])
         return False
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    """The rows of new keys [B, S, C], [B, S, 1, C] or [B, 1, S, C]."""
-    return int(np.prod(shape[1:-1]))
 
 
 def _shape(known: Concrete | None, value: str) -> tuple[int, ...] | None:

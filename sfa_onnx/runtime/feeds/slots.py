@@ -86,6 +86,8 @@ class Slots:
             return order.reshape(shape).astype(dtype)
         if slot.startswith("actual_seq_lengths"):
             return self._lengths(slot, shape).astype(dtype)
+        if slot.endswith("_dequant_scale"):  # what a quantiser makes
+            return np.abs(self.rng.standard_normal(shape)).astype(dtype)
         return None
 
     def _slot(self, slot: str) -> Shape | None:

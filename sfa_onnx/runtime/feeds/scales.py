@@ -1,0 +1,66 @@
+"""Inputs that scale stored numbers: what a quantiser makes is never negative."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from sfa_onnx.passes.assume import SCALES, assumed_inputs
+
+__all__ = ["scale_inputs"]
+
+_T = TensorProto
+_FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16, _T.DOUBLE)
+_NARROW: Final = frozenset(
+    (_T.INT8, _T.UINT8, _T.INT4, _T.UINT4, _T.FLOAT8E4M3FN, _T.FLOAT8E4M3FNUZ, _T.FLOAT8E5M2,
+     _T.FLOAT8E5M2FNUZ)
+)  # fmt: skip
+_VIEWS: Final = frozenset(
+    ("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "ScatterElements",
+     "ScatterND", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+)  # fmt: skip
+_SLOTS: Final = {"DequantizeLinear": 1, "QuantizeLinear": 1}
+
+
+def scale_inputs(model: ModelProto, fused: ModelProto | None = None) -> frozenset[str]:
+    """Float inputs that are scales: taken or asserted to be, or multiplied with narrow numbers.
+
+    Args:
+        model: whose inputs are meant.
+        fused: the same model after fusing, which carries what was assumed of them.
+    """
+    said = assumed_inputs(fused or model, SCALES)
+    floats = [v.name for v in model.graph.input if v.type.tensor_type.elem_type in _FLOATS]
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    codes = _codes(model.graph)
+    return said | {n for n in floats if "scale" in n.lower() or _scales(n, readers, codes)}
+
+
+def _codes(graph: GraphProto) -> set[str]:
+    """Values that hold the numbers of inputs in eight bits or fewer, whatever their type."""
+    found = {v.name for v in graph.input if v.type.tensor_type.elem_type in _NARROW}
+    for node in graph.node:
+        if node.op_type in _VIEWS and node.input[0] in found:
+            found.add(node.output[0])
+    return found
+
+
+def _scales(name: str, readers: dict[str, list[NodeProto]], codes: set[str]) -> bool:
+    """Whether views of an input stand in the slot of a scale."""
+    stack, seen = [name], {name}
+    while stack:
+        value = stack.pop()
+        for node in readers.get(value, ()):
+            slot = _SLOTS.get(node.op_type)
+            if slot is not None and list(node.input).index(value) == slot:
+                return True
+            if node.op_type == "Mul" and any(n in codes for n in node.input):
+                return True
+            if node.op_type in _VIEWS and node.output[0] not in seen:
+                seen.add(node.output[0])
+                stack.append(node.output[0])
+    return False
