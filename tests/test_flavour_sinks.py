@@ -22,7 +22,7 @@ def test_the_factor_is_the_sink(layouts, dtype):
         case = make_case(
             SPARSE_FLASH_ATTENTION, layouts, dtype=dtype, sparse_mode=sparse_mode, sinks=True
         )
-        case.inputs["sinks"][:2] = -np.inf, 30
+        case.inputs["sinks"][:3] = -np.inf, 30, np.inf
         atc = flavour.to_atc(op_model(case, symbolic=False))
         node = next(n for n in atc.graph.node if n.op_type == SPARSE_FLASH_ATTENTION.name)
         assert len(node.input) == len(SPARSE_FLASH_ATTENTION.ge_inputs)

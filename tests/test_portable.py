@@ -66,7 +66,7 @@ def test_sinks_and_the_softmax(op, layouts, rewrite):
         case = make_case(
             op, layouts, dtype=np.float32, sparse_mode=sparse_mode, sinks=True, lse=op is SFA
         )
-        case.inputs["sinks"][:2] = -np.inf, 50
+        case.inputs["sinks"][:3] = -np.inf, 50, np.inf
         out = runtime.run(plain(rewrite(op_model(case))), feeds(case))
         want = case.reference()
         np.testing.assert_allclose(out["attention_out"], want, rtol=1e-4, atol=1e-6)

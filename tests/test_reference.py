@@ -310,6 +310,9 @@ def test_a_sink_is_one_more_score_without_a_value():
             np.testing.assert_allclose(case.reference(), plain.reference() * share, rtol=1e-5)
         nothing = dataclasses.replace(case, inputs=case.inputs | {"sinks": np.full(4, -np.inf)})
         np.testing.assert_array_equal(nothing.reference(), plain.reference())
+        everything = dataclasses.replace(case, inputs=case.inputs | {"sinks": np.full(4, np.inf)})
+        for mode in ("exact", "npu", "golden"):
+            assert not everything.reference(mode=mode).any()
         for mode in ("npu", "golden"):
             case = make_case(op, dtype=BF16, sinks=True)
             got, want = (case.reference(mode=m).astype(float) for m in (mode, "exact"))

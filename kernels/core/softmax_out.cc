@@ -29,7 +29,9 @@ Head with_sink(float m, float l, float sink) {
   if (s == lowest) return {m, l, l};
   if (m == lowest) l = 0.0f;  // scores of -inf weigh nothing beside a sink; alone they are NaN
   const float top = s > m || is_nan(s) ? s : m;
-  const float keys = exp2_of(m - top), sum = l * keys + exp2_of(s - top);
+  // A sink of +inf takes everything: the limit of ever larger ones.
+  const float own = s == top ? 1.0f : exp2_of(s - top);
+  const float keys = exp2_of(m - top), sum = l * keys + own;
   // The values are sums relative to m. Where they vanish beside the sink, so does the output.
   if (keys == 0.0f && !is_nan(sum)) return {top, sum, __builtin_inff()};
   return {top, sum, sum / keys};

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from sfa_onnx.operator import kv_cache
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT, PackedRow
 from sfa_onnx.operator.reference_indexer import lightning_indexer, quant_lightning_indexer
-from sfa_onnx.operator.reference_npu import attend_golden, attend_npu, npu_round
+from sfa_onnx.operator.reference_npu import attend_golden, attend_npu, npu_round, sink_weight
 from sfa_onnx.operator.sequences import Sequences, refuse
 
 __all__ = [
@@ -326,7 +326,7 @@ def _attend(
     sink = np.full(len(query), -np.inf) if sinks is None else sinks.astype(np.float64)
     top = np.maximum(top, sink)
     weights = np.exp(scores - top[:, None])
-    total = weights.sum(-1) + (0 if sinks is None else np.exp(sink - top))
+    total = weights.sum(-1) + (0 if sinks is None else sink_weight(sink, top))
     return np.asarray(weights @ values / total[:, None]), top, total
 
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["attend_golden", "attend_npu", "half_away", "npu_round"]
+__all__ = ["attend_golden", "attend_npu", "half_away", "npu_round", "sink_weight"]
 
 Array = NDArray[Any]
 _CHUNK: Final = 512  # key slots that share one running maximum
@@ -36,12 +36,13 @@ def attend_npu(
     total = np.zeros_like(top)
     if sinks is not None:
         top = np.maximum(top, sinks.astype(np.float32)[:, None])
-        total = np.exp(sinks.astype(np.float32)[:, None] - top)
+        total = sink_weight(sinks.astype(np.float32)[:, None], top)
     for chunk in np.unique(slots // _CHUNK):
         part = slots // _CHUNK == chunk
         scores = (q @ keys[part].T) * np.float32(scale)
         new_top = np.maximum(top, scores.max(-1, keepdims=True))
-        shrink, weights = np.exp(top - new_top), np.exp(scores - new_top)
+        shrink = np.where(top == new_top, np.ones_like(top), np.exp(top - new_top))
+        weights = np.exp(scores - new_top)
         total = total * shrink + weights.sum(-1, keepdims=True)
         out = out * shrink + half_away(weights, query.dtype) @ values[part]
         top = new_top
@@ -59,9 +60,14 @@ def attend_golden(
     weights = np.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     if sinks is not None:
-        total = total + np.exp(sinks.astype(np.float32)[:, None] - top)
+        total = total + sink_weight(sinks.astype(np.float32)[:, None], top)
     rounded = (weights / total).astype(query.dtype).astype(np.float32)
     return rounded @ values, top[:, 0], total[:, 0]
+
+
+def sink_weight(sinks: Array, top: Array) -> Array:
+    """exp(sink - largest score); a sink of +infinity takes everything, as ever larger ones do."""
+    return np.where(sinks == np.inf, np.ones_like(top), np.exp(sinks - top))
 
 
 def npu_round(x: Array, dtype: Any) -> Array:

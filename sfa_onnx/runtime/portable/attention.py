@@ -80,8 +80,10 @@ def _softmax(body: Body, scores: str, sinks: bool) -> tuple[str, str, str]:
     weights = body.op("Exp", body.op("Sub", scores, origin))
     total = body.total(weights)
     if sinks:
-        sink = body.op("Sub", body.reshape("sinks", 1, -1, 1), origin)
-        total = body.op("Add", total, body.op("Exp", sink))
+        sink = body.reshape("sinks", 1, -1, 1)
+        own = body.op("Exp", body.op("Sub", sink, origin))
+        all_of_it = body.op("Equal", sink, origin)  # also where both are +inf
+        total = body.op("Add", total, body.op("Where", all_of_it, body.real(1), own))
     return body.op("Div", weights, total), top, total
 
 
