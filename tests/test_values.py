@@ -12,8 +12,8 @@ import pytest
 from sfa_onnx import fuse
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Ref
-from sfa_onnx.passes.values.identity import Identity
-from sfa_onnx.passes.values.table import TABLE, normal
+from sfa_onnx.passes.values.identity import Identity, Normal
+from sfa_onnx.passes.values.table import RELUS, TABLE, normal
 from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, Term, dot, element, index, number
 from tests.graphs import gathered
 
@@ -132,8 +132,14 @@ def evaluate(term: Term, known: dict[str, np.ndarray], at: dict[Label, int]) -> 
         reduce |= {"and": np.logical_and, "or": np.logical_or}
         if term.op in reduce:
             return reduce[term.op].reduce(inner)
-        single = {"exp": np.exp, "log": np.log, "not": np.logical_not, "isnan": np.isnan}
-        single |= {"eq": np.equal, "lt": np.less, "le": np.less_equal, "where": np.where}
+        single = {"abs": np.abs, "exp": np.exp, "log": np.log, "not": np.logical_not}
+        single |= {
+            "isnan": np.isnan,
+            "eq": np.equal,
+            "lt": np.less,
+            "le": np.less_equal,
+            "where": np.where,
+        }
         return single[term.op](*inner)
 
 
@@ -144,8 +150,13 @@ def same(left: Term, right: Term, seed: int) -> bool:
     return bool(np.allclose(np.float64(a), np.float64(b), rtol=1e-9, atol=1e-12, equal_nan=True))
 
 
+def reads(row: Identity, *without: str) -> Normal:
+    """What reads terms where the row holds."""
+    return normal(*without, relus=row in RELUS)
+
+
 def rows() -> list[Any]:
-    return [pytest.param(row, id=row.name) for row in TABLE]
+    return [pytest.param(row, id=row.name) for row in (*TABLE, *RELUS)]
 
 
 @pytest.mark.parametrize("row", rows())
@@ -157,7 +168,7 @@ def test_both_sides_are_equal_numbers(row: Identity) -> None:
 @pytest.mark.parametrize("row", rows())
 def test_the_row_makes_them_one_term_and_nothing_else_does(row: Identity) -> None:
     left, right = read(row.left), read(row.right)
-    whole, less = normal(), normal(row.name)
+    whole, less = reads(row), reads(row, row.name)
     assert whole.again(left) == whole.again(right)
     assert row.name in {f.name for f in whole.fired}
     assert less.again(left) != less.again(right)
@@ -168,7 +179,7 @@ def test_a_violated_condition_shows(row: Identity) -> None:
     assert row.unless is not None
     left, wrong = map(read, row.unless)
     assert not all(same(left, wrong, seed) for seed in range(20))
-    whole = normal()
+    whole = reads(row)
     assert whole.again(left) != whole.again(wrong)
 
 
@@ -176,7 +187,7 @@ def test_a_violated_condition_shows(row: Identity) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_normal_forms_keep_their_numbers(row: Identity, seed: int) -> None:
     for text in (row.left, row.right):
-        assert same(read(text), normal().again(read(text)), seed)
+        assert same(read(text), reads(row).again(read(text)), seed)
 
 
 def test_above_a_low_is_where_the_mask_keeps() -> None:
@@ -187,7 +198,56 @@ def test_above_a_low_is_where_the_mask_keeps() -> None:
 
 
 def test_every_name_stands_once() -> None:
-    assert len({row.name for row in TABLE}) == len(TABLE)
+    assert len({row.name for row in (*TABLE, *RELUS)}) == len(TABLE) + len(RELUS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "flag(0 < dot) * dot",
+        "flag(not (dot < 0)) * 2 * dot * 0.5",
+        "where(0 <= 3 * dot, dot, 0)",
+        "where(dot < 0, 0, dot)",
+        "0.5 * (dot + abs(dot))",
+        "0.5 * abs(3 * dot) + 1.5 * dot",
+        "dot - min(dot, 0)",
+        "-1 * min(0, -1 * dot)",
+        "dot + max(0, -1 * dot)",
+        "flag(0 < dot + 2 * a) * (dot + 2 * a) - flag(0 < dot + 2 * a) * (dot + 2 * a)"
+        " + max(0, dot)",
+    ],
+)
+def test_spellings_of_a_relu_are_one(text: str) -> None:
+    """But for a positive factor, which belongs to the weights."""
+    n = normal(relus=True)
+    left = n.again(read(text))
+    plain = [n.again(read(x)) for x in ("max(0, dot)", "0.5 * max(0, 2 * dot)", "max(0, 3 * dot)")]
+    assert left in plain
+    assert all(same(read(text), left, seed) for seed in range(9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "flag(0.1 < dot) * dot",
+        "flag(0 < a) * dot",
+        "flag(0 < dot) * dot * dot",
+        "flag(0 < dot + a) * (dot + 2 * a)",
+        "where(0 < dot, dot, 0.1)",
+        "where(0 < dot, dot, 0.1 * dot)",
+        "dot + max(a, -1 * a)",
+        "dot + max(dot, -2 * dot)",
+        "dot + abs(2 * dot)",
+        "dot - min(dot, 1)",
+        "max(dot, -1 * dot)",
+        "min(6, max(0, dot))",
+    ],
+)
+def test_what_only_looks_like_a_relu_is_not(text: str) -> None:
+    n = normal(relus=True)
+    found = n.again(read(text))
+    assert found not in (n.again(read("max(0, dot)")), n.again(read("max(0, 2 * dot)")))
+    assert all(same(read(text), found, seed) for seed in range(9))
 
 
 SOFTMAX = "sum(t, exp(s) * v) * sum(t, exp(s)) ** -1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import onnx
@@ -58,10 +59,14 @@ class _Names:
 
     def axes(self, ref: Ref) -> tuple[str, ...]:
         """Axis names of the tensor of `ref`."""
-        out = []
+        out: list[str] = []
+        shape = self.site.tracer.shape(ref.value)
         for axis, coordinate in enumerate(ref.coords):
             labels = axis_labels(coordinate) or []
             out.append("*".join(self.names.get(x, x.name) for x in labels) or "1")
+            if labels and math.prod(x.size for x in labels) != shape[axis]:
+                out[-1] += f"_of_{ref.value}"  # the first of its columns only
+                continue
             if len(labels) == 1 and out[-1] not in self.sizes:
                 self.sizes[out[-1]] = self._size(ref.value, axis, labels[0])
         return tuple(out)

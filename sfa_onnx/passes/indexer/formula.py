@@ -118,7 +118,7 @@ def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
         raise Stop("the scores are a scalar", region.scores)
     rows = tuple(fresh("row", size) for size in shape[:-1])
     keys = fresh("t", shape[-1])
-    reader = Reader(tracer, normal(), region.inner)
+    reader = Reader(tracer, normal(relus=True), region.inner)
     tracer.seen = None
     coords = tuple(Expr.of(label) for label in (*rows, keys))
     term = reader.term(Ref(region.scores, coords))
@@ -192,23 +192,6 @@ def _visible(literals: list[Literal]) -> tuple[Visible, ...]:
     return tuple(found)
 
 
-def _above_zero(condition: Term) -> tuple[float, Term]:
-    """(c, x) where a condition is c x > 0 or c x >= 0, however it is written; c is 0 otherwise."""
-    turned = condition.op == "not"
-    inner = condition.args[0] if turned else condition
-    if inner.op not in ("lt", "le"):
-        return 0.0, condition
-    low, high = inner.args
-    if low.is_number(0.0):
-        by, rest = coefficient(high)
-    elif high.is_number(0.0):
-        by, rest = coefficient(low)
-        by = -by
-    else:
-        return 0.0, condition
-    return (-by if turned else by), rest
-
-
 class _Parts:
     """Collects what a score is the product and sum of."""
 
@@ -223,7 +206,7 @@ class _Parts:
 
     def take(self, term: Term) -> None:
         """One product, sums within it included."""
-        for f in self._chosen(factors(term)):
+        for f in factors(term):
             if f.is_number():
                 self.scale *= f.value
             elif (found := self._factor(f)) is not None:
@@ -241,16 +224,6 @@ class _Parts:
                 self.region.scores,
                 "negate the weights instead",
             )
-
-    def _chosen(self, own: tuple[Term, ...]) -> list[Term]:
-        """The factors but for [c <q, k> > 0] <q, k>, which is a relu as well."""
-        dots, flags = ([f for f in own if f.op == op] for op in ("dot", "flag"))
-        if len(dots) == 1 == len(flags) and not self.dots:
-            by, rest = _above_zero(flags[0].args[0])
-            if by > 0 and rest == dots[0]:
-                self.dots, self.inside = [(1.0, dots[0])], [[]]
-                return [f for f in own if f is not dots[0] and f is not flags[0]]
-        return list(own)
 
     def _factor(self, term: Term) -> Factor | None:
         """An element, or a power of one."""

@@ -17,6 +17,12 @@ from sfa_onnx.passes.values.terms import ONE, ZERO, Term, element, number
 __all__ = ["POINTWISE", "Reads"]
 
 _T = onnx.TensorProto
+_ALIKE: Final = ("Abs", "Exp", "Log", "Max", "Min", "Where", "And", "Or", "Not")  # named alike
+_RATES: Final = {"LeakyRelu": 0.01, "Selu": 1.67326319217681884765625}  # where no alpha is given
+_GAMMA: Final = 1.05070102214813232421875
+_MOST: Final[dict[int, float]] = {
+    _T.FLOAT16: 65504.0, _T.BFLOAT16: 3.38e38, _T.FLOAT: 3.4e38, _T.DOUBLE: 1.79e308,
+}  # fmt: skip
 
 
 class Reads(Protocol):
@@ -122,8 +128,27 @@ def _clip(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
     for i, (op, name) in enumerate((("max", "min"), ("min", "max")), 1):
         given = node.input[i] if len(node.input) > i else ""
         end = number(a[name]) if name in a else r.term(Ref(given, ())) if given else None
-        found = found if end is None else r.n.make(op, (end, found))
+        if end is None or (op == "min" and end.is_number() and end.value >= _most(r, ref)):
+            continue
+        found = r.n.make(op, (end, found))
     return found
+
+
+def _most(r: Reads, ref: Ref) -> float:
+    """The largest finite number of a tensor's type: a ceiling that no finite number meets."""
+    return _MOST.get(r.tracer.sizes.elem_type(ref.value), math.inf)
+
+
+def _leaky(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
+    """An activation that lets nothing through below 0, as its attributes or its slope say."""
+    a, rate = attributes(node), _RATES.get(node.op_type, 1.0)
+    slope = a.get("alpha", rate) if node.op_type != "PRelu" else r.tracer.fill(node.input[1])
+    if slope != 0.0 or a.get("gamma", 1.0) <= 0:
+        r.opaque[ref.value] = node.op_type
+        return element(ref)
+    own = r.n.make("max", (ZERO, r.term(Ref(node.input[0], ref.coords))))
+    gamma = a.get("gamma", _GAMMA) if node.op_type == "Selu" else 1.0
+    return r.n.mul(number(gamma), own)
 
 
 def _softmax(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
@@ -174,7 +199,7 @@ def _relu(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
 
 POINTWISE: Final[dict[str, _Rule]] = {
     **{op: _plain(name) for op, name in (("Add", "add"), ("Sum", "add"), ("Mul", "mul"))},
-    **{op: _plain(op.lower()) for op in ("Exp", "Log", "Max", "Min", "Where", "And", "Or", "Not")},
+    **{op: _plain(op.lower()) for op in _ALIKE},
     **{op: _plain(name) for op, name in (("Less", "lt"), ("LessOrEqual", "le"))},
     **{op: _greater(name) for op, name in (("Greater", "lt"), ("GreaterOrEqual", "le"))},
     "IsNaN": _plain("isnan"),
@@ -193,4 +218,5 @@ POINTWISE: Final[dict[str, _Rule]] = {
     "Sigmoid": _sigmoid,
     "Softplus": _softplus,
     "Relu": _relu,
+    **dict.fromkeys(("Elu", "LeakyRelu", "PRelu", "Selu", "ThresholdedRelu"), _leaky),
 }

@@ -41,7 +41,7 @@ class Term:
     Attributes:
         op: `number` (data: float), `element` (data: `Ref`), `index` (data: `Expr`, a position),
             `dot` (data: query and key `Ref` and the label they are summed over), `pieces` (data:
-            label and ranges; one argument per range), `add mul pow exp log max min`,
+            label and ranges; one argument per range), `add mul pow exp log max min abs`,
             `where flag and or not eq lt le isnan`, `mod` (data: a width),
             `sum maximum minimum any all` (data: label).
         args: its arguments.
