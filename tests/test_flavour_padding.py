@@ -184,3 +184,17 @@ def test_queries_without_a_head_get_none(op):
             value.type.tensor_type.shape.dim[-2].dim_value = 0
     assert "heads" in findings(model)
     assert not any("heads" in note for note in flavour.convert(model).notes)
+
+
+@pytest.mark.parametrize("size", [-1, -(2**63), 2**63 - 1])
+def test_a_size_that_no_tensor_has_is_open(size: int) -> None:
+    case = make_case(
+        SPARSE_FLASH_ATTENTION, LAYOUTS[0], dtype=np.float16, heads=24, rope=64, **SIZES
+    )
+    model = op_model(case)
+    want = flavour.to_atc(op_model(case)).graph.node
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = size
+    assert [n.op_type for n in flavour.to_atc(model).graph.node] == [n.op_type for n in want]

@@ -22,6 +22,7 @@ __all__ = ["Facts", "Names", "Rule", "Scope", "apply", "inner_graphs", "scopes"]
 
 _NUMBERS = frozenset({"value_int", "value_ints", "value_float", "value_floats"})
 _SMALL = 4096  # elements: constants up to this size may be looked at
+_LONGEST = 2**40  # elements of one axis
 
 
 class Names:
@@ -50,6 +51,12 @@ class Names:
         return name
 
 
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | None:
+    """A declared size; None where it is open, or is one that no tensor has."""
+    known = dim.HasField("dim_value") and 0 <= dim.dim_value < _LONGEST
+    return dim.dim_value if known else None
+
+
 @dataclass
 class Facts:
     """Element types and dims of values, by name; a name two graphs disagree on is unknown."""
@@ -66,7 +73,7 @@ class Facts:
             self.types[name] = TensorProto.UNDEFINED
         if not tensor.HasField("shape"):
             return
-        dims = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+        dims = tuple(map(_size, tensor.shape.dim))
         old = self.dims.setdefault(name, dims)
         if len(old) != len(dims):
             self.dims.pop(name)
