@@ -7,24 +7,35 @@ a node has seldom more than ten fields, so that is ten steps for all nodes toget
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.descriptor import FieldDescriptor
-from onnx import GraphProto
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
 
-__all__ = ["Column", "Fields", "split"]
+__all__ = ["Column", "Fields", "loop", "varints", "wires"]
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Words = np.ndarray[Any, np.dtype[np.uint64]]
 _Rows = tuple[Numbers, Numbers, Numbers, Numbers, Numbers]  # owner, number, begin, end, value
 
 _FEW: Final = 32  # messages for which arrays are slower than a loop
 _VARINT, _FIXED64, _TEXT, _FIXED32 = 0, 1, 2, 5
 _LONGEST: Final = 10  # bytes of a varint
 _WORD: Final = 8  # bytes
+_ANY: Final = -1
+_KNOWN: Final = (_TEXT, _VARINT, _FIXED64, _FIXED32)
+_WIRES: Final = {
+    **dict.fromkeys((FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES), _TEXT),
+    FieldDescriptor.TYPE_MESSAGE: _TEXT,
+    FieldDescriptor.TYPE_FLOAT: _FIXED32,
+    FieldDescriptor.TYPE_DOUBLE: _FIXED64,
+}
+_MASKS: Final = np.array([(1 << 8 * size) - 1 for size in range(_WORD + 1)], np.uint64)
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Fields:
     """Where the fields of messages lie in their bytes.
 
     Attributes:
-        data: the bytes of all messages, and a few zeros.
+        data: bytes that hold all messages.
         starts: where each message begins, int64 [M].
     """
 
@@ -61,22 +72,24 @@ class Fields:
         self.data, self.starts, self._rows = data, starts, rows
 
     @classmethod
-    def of(cls, messages: Iterable[bytes]) -> Fields | None:
-        """Read messages that protobuf serialised; None where that is not how they are written."""
+    def of(cls, kind: type[Message], messages: Iterable[bytes]) -> Fields | None:
+        """Read messages of a kind; None where they are not written as protobuf writes them."""
         parts = list(messages)
         ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
         starts = np.concatenate(([0], ends[:-1])) if parts else ends
-        return cls._read(b"".join((*parts, bytes(_WORD))), starts, ends)
-
-    def within(self, starts: Numbers, ends: Numbers) -> Fields | None:
-        """As `of`, of messages that lie at `starts` to `ends` (int64 [M]) in these bytes."""
-        return self._read(self.data, starts, ends)
+        return cls.within(kind, b"".join(parts), starts, ends)
 
     @classmethod
-    def _read(cls, data: bytes, starts: Numbers, ends: Numbers) -> Fields | None:
+    def within(
+        cls, kind: type[Message], data: bytes, starts: Numbers, ends: Numbers
+    ) -> Fields | None:
+        """As `of`, of messages that lie at `starts` to `ends` (int64 [M]) in some bytes."""
         found: list[_Rows] = []
-        left = _steps(np.frombuffer(data, np.uint8), starts, ends, found)
-        few = [row for message in zip(*left, strict=True) for row in _loop(data, *message)]
+        usual_wires = wires(kind)
+        left = _steps(np.frombuffer(data, np.uint8), starts, ends, usual_wires, found)
+        few = [
+            row for message in zip(*left, strict=True) for row in loop(data, *message, usual_wires)
+        ]
         if few:
             found.append(tuple(np.array(few, np.int64).T))
         usual = all((number > 0).all() for _, number, *_ in found)
@@ -97,17 +110,38 @@ class Fields:
         data = self.data
         return [data[b:e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)]
 
-    def words(self, begin: Numbers, size: Numbers) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    def words(self, begin: Numbers, size: Numbers) -> Words:
         """Up to eight bytes from each `begin` on as one number, uint64 [F]; zeros behind `size`."""
-        places = len(self.data) - _WORD + 1
-        every: Any = np.ndarray((places,), "<u8", self.data, strides=(1,))
-        bits = (8 * (_WORD - np.clip(size, 1, _WORD))).astype(np.uint64)
-        kept = every[np.minimum(begin, places - 1)] << bits
-        return np.where(size > 0, kept, np.uint64(0))
+        data = self.data if len(self.data) >= _WORD else self.data + bytes(_WORD)
+        last = len(data) - _WORD
+        every: Any = np.ndarray((last + 1,), "<u8", data, strides=(1,))
+        kept: Words = every[np.minimum(begin, last)]
+        if (late := np.flatnonzero(begin > last)).size:
+            kept[late] >>= (8 * np.minimum(begin[late] - last, _WORD - 1)).astype(np.uint64)
+        return kept & _MASKS[np.clip(size, 0, _WORD)]
+
+
+def wires(kind: type[Message]) -> Numbers:
+    """How protobuf writes each field of a message, by its number; `_ANY` for what it has not."""
+    return _wires_of(kind.DESCRIPTOR)
+
+
+@functools.cache
+def _wires_of(message: Descriptor) -> Numbers:
+    described = descriptor_pb2.DescriptorProto()
+    message.CopyToProto(described)
+    found = np.full(1 << 5, _ANY, np.int64)
+    for field in described.field:
+        found[field.number] = _TEXT if field.options.packed else _WIRES.get(field.type, _VARINT)
+    return found
 
 
 def _steps(
-    data: np.ndarray[Any, Any], starts: Numbers, ends: Numbers, found: list[_Rows]
+    data: np.ndarray[Any, Any],
+    starts: Numbers,
+    ends: Numbers,
+    wires: Numbers,
+    found: list[_Rows],
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """One field of every message at a time.
 
@@ -121,9 +155,9 @@ def _steps(
             owner, at, end, last = owner[more], at[more], end[more], last[more]
         if len(owner) <= _FEW:
             return owner.tolist(), at.tolist(), end.tolist(), last.tolist()
-        tag, begin = _varints(data, at)
+        tag, begin = varints(data, at)
         wire = tag & 7
-        value, behind = _varints(data, begin)
+        value, behind = varints(data, begin)
         text, whole = wire == _TEXT, wire == _VARINT
         begin = np.where(text, behind, begin)
         stop = behind + np.where(text, value, 0)
@@ -132,12 +166,14 @@ def _steps(
             stop = np.where(fixed, begin + np.where(wire == _FIXED64, 8, 4), stop)
             tag = np.where(text | whole | fixed, tag, -_WORD)
         number = tag >> 3
+        usual = wires[np.minimum(number, len(wires) - 1)]
+        number[(usual != wire) & (usual != _ANY)] = -1
         number[number < last] = -1
         found.append((owner, number, begin, stop, value))
         at, last = np.where(number < 0, end, stop), number
 
 
-def _varints(data: np.ndarray[Any, Any], at: Numbers) -> tuple[Numbers, Numbers]:
+def varints(data: np.ndarray[Any, Any], at: Numbers) -> tuple[Numbers, Numbers]:
     """The numbers that are written at some places, and where each ends."""
     value: Numbers = data[at].astype(np.int64)
     end = at + 1
@@ -153,12 +189,15 @@ def _varints(data: np.ndarray[Any, Any], at: Numbers) -> tuple[Numbers, Numbers]
     return value, end
 
 
-def _loop(data: bytes, owner: int, at: int, end: int, last: int) -> Iterator[tuple[int, ...]]:
+def loop(
+    data: bytes, owner: int, at: int, end: int, last: int, wires: Numbers
+) -> Iterator[tuple[int, ...]]:
     """The fields of one message, as (owner, number, begin, end, value)."""
     while at < end:
         tag, begin = _varint(data, at)
         wire, value = tag & 7, 0
-        if tag >> 3 < last or wire not in (_TEXT, _VARINT, _FIXED64, _FIXED32):
+        usual = wires[min(tag >> 3, len(wires) - 1)]
+        if tag >> 3 < last or wire not in _KNOWN or usual not in (_ANY, wire):
             yield owner, -1, begin, end, 0
             return
         if wire == _TEXT:
@@ -179,27 +218,3 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
         value |= (data[at] & 127) << shift
     return value - (1 << 64) if value >> 63 else value, at + 1
-
-
-def _two_lists() -> Any:
-    """A message of GraphProto's numbers that keeps nodes and initializers as their bytes."""
-    file = descriptor_pb2.FileDescriptorProto(name="flat.proto", syntax="proto2")
-    flat = file.message_type.add(name="Flat")
-    for name in ("node", "initializer"):
-        number = GraphProto.DESCRIPTOR.fields_by_name[name].number
-        flat.field.add(
-            name=name, number=number, type=FieldDescriptor.TYPE_BYTES,
-            label=FieldDescriptor.LABEL_REPEATED,
-        )  # fmt: skip
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Flat"))
-
-
-_FLAT: Final = _two_lists()
-
-
-def split(graph: GraphProto) -> tuple[list[bytes], list[bytes]]:
-    """The nodes and the initializers of a graph, as their bytes."""
-    flat = _FLAT.FromString(graph.SerializeToString())
-    return flat.node[:], flat.initializer[:]

@@ -70,11 +70,11 @@ def load_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
             breaks the format's rules.
         BudgetError: its functions would unfold into too many nodes.
     """
-    model = read_model(source)
+    model, data = _read(source)
     in_memory = isinstance(source, onnx.ModelProto)
     what = f"the model {model.graph.name!r}" if in_memory else str(source)
     with paused_gc():
-        assert_sound(model, what, None if in_memory else Path(source).stat().st_size)
+        assert_sound(model, what, data)
     return model
 
 
@@ -88,6 +88,13 @@ def read_model(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
         UsageError: there is no such file, or it cannot be read.
         ModelError: the file is not an ONNX model, is empty, or is larger than protobuf allows.
     """
+    return _read(source)[0]
+
+
+def _read(
+    source: str | os.PathLike[str] | onnx.ModelProto,
+) -> tuple[onnx.ModelProto, bytes | None]:
+    """The model and its serialised form, if that is at hand."""
     if isinstance(source, onnx.ModelProto):
         return _named(source, f"the model {source.graph.name!r}", source)
     if not isinstance(source, str | os.PathLike):
@@ -143,8 +150,10 @@ def _refuse_others(path: Path, head: bytes) -> None:
         )
 
 
-def _named(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> onnx.ModelProto:
-    """The model, its names readable; `data` is its serialised form."""
+def _named(
+    model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto
+) -> tuple[onnx.ModelProto, bytes | None]:
+    """The model, its names readable, and its serialised form, `data` as a rule."""
     if isinstance(data, onnx.ModelProto):
         data = data.SerializeToString() if data.ByteSize() < _NAMES_LIMIT else b""
     if not is_utf8(data):
@@ -155,7 +164,8 @@ def _named(model: onnx.ModelProto, what: str, data: bytes | onnx.ModelProto) -> 
             "%s: %d names are not UTF-8; they are written escaped: %s",
             printable(what), len(spelled), ", ".join(spelled[:3]),
         )  # fmt: skip
-    return model
+        data = b""
+    return model, data or None
 
 
 @door

@@ -16,8 +16,10 @@ import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
 
 from sfa_onnx.errors import ModelError
+from sfa_onnx.files.fields import Fields
+from sfa_onnx.files.parts import Parts, parts_of_graph, parts_of_model
 from sfa_onnx.files.sound_functions import function_problems
-from sfa_onnx.files.sound_glance import Reader, free_values, serialised, unseen_tensors
+from sfa_onnx.files.sound_glance import Reader, free_values, unseen_tensors
 from sfa_onnx.files.sound_nodes import NodeRules, holds_graphs
 from sfa_onnx.files.sound_tensors import sparse_problem, tensor_problem
 from sfa_onnx.guard.text import printable
@@ -29,19 +31,19 @@ _SMALL: Final = 1 << 25  # bytes of a model that may be copied as a whole, which
 _ENOUGH: Final = 50  # problems after which nobody looks further
 
 
-def assert_sound(model: ModelProto, what: str, size: int | None = None) -> None:
+def assert_sound(model: ModelProto, what: str, data: bytes | None = None) -> None:
     """Refuse a broken model, by its first few problems.
 
     Args:
         model: not changed.
         what: the file's name, for the message.
-        size: of the serialised model in bytes, where that is known.
+        data: the serialised model, where that is at hand.
 
     Raises:
         ModelError: the model breaks the format's rules.
         BudgetError: its functions would unfold into too many nodes.
     """
-    found = problems(model, size)
+    found = problems(model, data)
     if not found:
         return
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -53,18 +55,19 @@ def assert_sound(model: ModelProto, what: str, size: int | None = None) -> None:
     )
 
 
-def problems(model: ModelProto, size: int | None = None) -> list[str]:
+def problems(model: ModelProto, data: bytes | None = None) -> list[str]:
     """What breaks the rules, in the order of the file; empty for a sound model.
 
     Args:
         model: not changed.
-        size: as in `assert_sound`.
+        data: as in `assert_sound`.
 
     Raises:
         BudgetError: its functions would unfold into too many nodes.
     """
-    reader = _Reader(model, small=(model.ByteSize() if size is None else size) <= _SMALL)
-    reader.walk()
+    size = len(data) if data else model.ByteSize()
+    reader = _Reader(model, small=size <= _SMALL)
+    reader.walk(parts_of_model(data) if data else None)
     return reader.found[:_ENOUGH] or function_problems(model)
 
 
@@ -75,13 +78,13 @@ class _Reader:
         self.model, self.small = model, small
         self.found: list[str] = []
 
-    def walk(self) -> None:
-        """Look at the main graph and at every function."""
+    def walk(self, parts: Parts | None) -> None:
+        """Look at the main graph, which may be at hand as its parts, and at every function."""
         model = self.model
         opsets = {o.domain: o.version for o in model.opset_import}
         self._opsets(opsets, "the model")
         rules = NodeRules(opsets)
-        free = self._graph(model.graph, rules, "")
+        free = self._graph(model.graph, rules, "", parts)
         self._unmade(free, "")
         for function in model.functions:
             self._function(function, opsets)
@@ -98,8 +101,8 @@ class _Reader:
         self._opsets(opsets, where.removeprefix(" of "))
         rules = NodeRules(opsets)
         values = dict.fromkeys(function.input, "an input")
-        data = (node.SerializeToString() for node in function.node)
-        free = self._nodes(function.node, data, values, function.output, rules, where)
+        fields = Fields.of(NodeProto, (node.SerializeToString() for node in function.node))
+        free = self._nodes(function.node, fields, values, function.output, rules, where)
         self._unmade(free, where)
 
     def _unmade(self, free: dict[str, Reader], where: str) -> None:
@@ -107,7 +110,9 @@ class _Reader:
             who = reader if isinstance(reader, str) else _label(reader)
             self.found.append(f"{who} reads {value!r}{where}, which nothing makes")
 
-    def _graph(self, graph: GraphProto, rules: NodeRules, where: str) -> dict[str, Reader]:
+    def _graph(
+        self, graph: GraphProto, rules: NodeRules, where: str, parts: Parts | None = None
+    ) -> dict[str, Reader]:
         """Look at a graph; returns the values it takes from around it, with who reads them."""
         made: dict[str, str] = {}
         for info in graph.input:
@@ -116,13 +121,13 @@ class _Reader:
             elif info.name in made:
                 self._twice(info.name, "an input", where)
             made[info.name] = "an input"
-        nodes, tensors = serialised(graph, small=self.small)
+        nodes, tensors = parts or parts_of_graph(graph, small=self.small)
         made.update(dict.fromkeys(self._stored(graph, tensors, where), "an initializer"))
         self._types(graph, where)
         results = [v.name for v in graph.output]
         return self._nodes(graph.node, nodes, made, results, rules, where)
 
-    def _stored(self, graph: GraphProto, data: Iterable[bytes], where: str) -> list[str]:
+    def _stored(self, graph: GraphProto, fields: Fields | None, where: str) -> list[str]:
         """Look at the initializers of a graph; their names."""
         sparse = [s.values for s in graph.sparse_initializer]
         names = [t.name for t in (*graph.initializer, *sparse)]
@@ -130,7 +135,7 @@ class _Reader:
             for name, times in Counter(names).items():
                 for _ in range(times - 1):
                     self._twice(name, "an initializer", where)
-        for tensor in unseen_tensors(graph.initializer, data):
+        for tensor in unseen_tensors(graph.initializer, fields):
             if problem := tensor_problem(tensor):
                 self.found.append(f"initializer {tensor.name!r}{where} {problem}")
         for tensor in graph.sparse_initializer:
@@ -160,7 +165,7 @@ class _Reader:
     def _nodes(
         self,
         nodes: Sequence[NodeProto],
-        data: Iterable[bytes],
+        fields: Fields | None,
         made: dict[str, str],
         results: Iterable[str],
         rules: NodeRules,
@@ -169,7 +174,7 @@ class _Reader:
         """Look at the nodes of one graph: at all together, and at each where that is not enough."""
         bodies = _Bodies(self, nodes, rules, where)
         results = list(results)
-        seen = free_values(nodes, data, made, results, rules, bodies.sound)
+        seen = free_values(nodes, fields, made, results, rules, bodies.sound)
         if seen is not None:
             return seen
         free = self._each(nodes, made, bodies)
