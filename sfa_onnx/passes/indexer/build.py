@@ -269,7 +269,12 @@ class Replacement:
             found = e.emit("Slice", [found, *bounds], "listed", _T.INT32)
         found = e.cast(found, _T.INT64)
         axes: list[Group] = [[x] if x.size > 1 else [] for x in site.formula.rows]
-        e.finish(self._in_place(found, axes), name)
+        found = self._in_place(found, axes)
+        if site.axis != len(axes):
+            perm = list(range(len(axes)))
+            perm.insert(site.axis, len(axes))
+            found = e.emit("Transpose", [found], "rows", _T.INT64, perm=perm)
+        e.finish(found, name)
 
     def deliver_rows(self, name: str, axes: Sequence[Group]) -> None:
         """Rows for an attention, under the name that it reads: one axis per group, and slots."""

@@ -20,7 +20,7 @@ from sfa_onnx.passes.indexer.signs import assumed_positive, stored_narrow
 from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient, factors
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
-from sfa_onnx.passes.values.terms import Term
+from sfa_onnx.passes.values.terms import Term, number
 
 __all__ = ["Factor", "Formula", "Part", "read_formula"]
 
@@ -74,7 +74,8 @@ class Formula:
         parts: the products that are added up under the relu, side by side as columns.
         heads: labels that are summed over (none: one head).
         weights: their product is a head's weight.
-        rows: labels of the rows that select, one per axis of the scores (size 1: no axis).
+        rows: labels of the rows that select, one per axis of the scores but that of the keys
+            (size 1: no axis).
         keys: runs over the keys.
         masks: what a key is seen under.
     """
@@ -116,12 +117,15 @@ def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
     shape = tracer.shape(region.scores)
     if not shape:
         raise Stop("the scores are a scalar", region.scores)
-    rows = tuple(fresh("row", size) for size in shape[:-1])
-    keys = fresh("t", shape[-1])
+    axis = region.axis % len(shape)
+    rows = tuple(fresh("row", size) for i, size in enumerate(shape) if i != axis)
+    keys = fresh("t", shape[axis])
     reader = Reader(tracer, normal(relus=True), region.inner)
     tracer.seen = None
-    coords = tuple(Expr.of(label) for label in (*rows, keys))
+    coords = tuple(Expr.of(label) for label in (*rows[:axis], keys, *rows[axis:]))
     term = reader.term(Ref(region.scores, coords))
+    if region.sign < 0:  # of equal scores the first is taken either way
+        term = reader.n.mul(number(-1), term)
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.scores} = {term}", *map(str, reader.n.fired)]
     conditions, scores, masks = _hidden(term)

@@ -1,7 +1,7 @@
 """Where a selection may be a lightning indexer: from products of two computed tensors to a TopK.
 
 As with attention, nothing is asked about spellings. What depends on a product is followed through
-pointwise operators, views and sums; a TopK over it that keeps the largest selects by those scores.
+pointwise operators, views and sums; a TopK over it selects by those scores.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class SelectionRegion:
         node: the TopK.
         scores: what it selects by.
         inner: the values that depend on products, `scores` included.
+        axis: of the keys, as the TopK says it.
+        sign: -1 where the smallest are kept: the scores are the opposite of what it is given.
     """
 
     node: int
     scores: str
     inner: frozenset[str]
+    axis: int = -1
+    sign: int = 1
 
 
 def selection_regions(index: GraphIndex) -> list[SelectionRegion]:
@@ -47,7 +51,7 @@ def selection_regions(index: GraphIndex) -> list[SelectionRegion]:
 
     Routers (a product with a weight) and a TopK over the bare product are none.
     """
-    tops = [i for i in index.of_kinds(("TopK",)) if _keeps_largest(index, i)]
+    tops = [i for i in index.of_kinds(("TopK",)) if _gives_indices(index, i)]
     if not tops:
         return []
     depends = _dependent(index)
@@ -55,11 +59,9 @@ def selection_regions(index: GraphIndex) -> list[SelectionRegion]:
     return [region for region in found if region is not None]
 
 
-def _keeps_largest(index: GraphIndex, i: int) -> bool:
+def _gives_indices(index: GraphIndex, i: int) -> bool:
     node = index.nodes[i]
-    if node.domain not in ("", "ai.onnx") or len(node.output) < 2:
-        return False
-    return bool(node.output[1]) and bool(attributes(node).get("largest", 1))
+    return node.domain in ("", "ai.onnx") and len(node.output) > 1 and bool(node.output[1])
 
 
 def _dependent(index: GraphIndex) -> dict[str, bool]:
@@ -106,4 +108,8 @@ def _region(index: GraphIndex, top: int, depends: dict[str, bool]) -> SelectionR
     worked = any(
         n.op_type in _ACTIVATIONS or (n.op_type in _SUMS and not depends[n.output[0]]) for n in made
     )
-    return SelectionRegion(top, scores, frozenset(inner)) if worked else None
+    if not worked:
+        return None
+    a = attributes(index.nodes[top])
+    sign = 1 if a.get("largest", 1) else -1
+    return SelectionRegion(top, scores, frozenset(inner), int(a.get("axis", -1)), sign)

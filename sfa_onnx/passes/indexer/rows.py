@@ -137,7 +137,8 @@ def _compacted(tracer: Tracer, ref: Ref) -> tuple[Ref, Ref] | None:
 def _places(site: Selection, ref: Ref) -> tuple[dict[Label, Expr] | None, Label | None]:
     """(label of the entries -> label of the selection's rows, label of the slots)."""
     swap: dict[Label, Expr] = {}
-    for coordinate, row in zip(ref.coords[:-1], site.formula.rows, strict=True):
+    own, slot = site.apart(ref.coords)
+    for coordinate, row in zip(own, site.formula.rows, strict=True):
         label = single(coordinate)
         if label is None and coordinate.terms:
             return None, None
@@ -147,7 +148,7 @@ def _places(site: Selection, ref: Ref) -> tuple[dict[Label, Expr] | None, Label 
             swap[label] = Expr.of(row)
         elif row.size > 1:
             return None, None
-    return swap, single(ref.coords[-1])
+    return swap, single(slot)
 
 
 def _same_masks(site: Selection, valid: Ref | None, swap: dict[Label, Expr], slot: Label) -> bool:
@@ -162,7 +163,7 @@ def _same_masks(site: Selection, valid: Ref | None, swap: dict[Label, Expr], slo
         if _by_scores(site, literal):
             by_scores = True
             continue
-        chosen = Read(site.node.output[1], (*rows_of(site), Expr.of(slot)))
+        chosen = site.chosen(Expr.of(slot))
         if isinstance(literal, Visible):
             bound = compared(tracer, literal, slot, Expr.of(chosen))
             if bound is not None:
@@ -187,7 +188,7 @@ def _same_masks(site: Selection, valid: Ref | None, swap: dict[Label, Expr], slo
 def _by_scores(site: Selection, literal: Literal) -> bool:
     """Whether keys count as visible whose selected score is none that hides: scores > -inf."""
     tracer = site.tracer
-    if not isinstance(literal, Visible) or not literal.is_bool:
+    if not isinstance(literal, Visible) or not literal.is_bool or site.region.sign < 0:
         return False
     node = tracer.index.maker(literal.ref.value)
     if node is None or node.op_type not in (_ABOVE if literal.positive else _BELOW):
@@ -197,7 +198,7 @@ def _by_scores(site: Selection, literal: Literal) -> bool:
         if limit is None or limit > LOW:
             return False
     scores = _moved(tracer, tracer.operand(node.input[0], literal.ref.coords))
-    return scores.value == site.node.output[0] and scores.coords[:-1] == rows_of(site)
+    return scores.value == site.node.output[0] and site.apart(scores.coords)[0] == rows_of(site)
 
 
 def rows_of(site: Selection) -> tuple[Expr, ...]:
@@ -237,6 +238,6 @@ def _key_for(site: Selection, coordinate: Expr) -> Expr | None:
     atom, by = coordinate.terms[0]
     if by != 1 or not isinstance(atom, Read) or atom.value != site.node.output[1]:
         return None
-    if atom.coords[:-1] != rows_of(site):  # another row's keys
+    if site.apart(atom.coords)[0] != rows_of(site):  # another row's keys
         return None
     return Expr.of(site.formula.keys)

@@ -8,7 +8,7 @@ from typing import Final
 
 import onnx
 
-from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.expr import Expr, Label, Read
 from sfa_onnx.passes.axes.places import axis_labels, is_view
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.paths import State, deepen
@@ -66,6 +66,20 @@ class Selection:
         """The TopK."""
         return self.tracer.index.nodes[self.region.node]
 
+    @property
+    def axis(self) -> int:
+        """The axis of scores and indices that it selects along."""
+        return self.region.axis % (len(self.formula.rows) + 1)
+
+    def apart(self, coords: Sequence[Expr]) -> tuple[tuple[Expr, ...], Expr]:
+        """(coordinates of the row, the other one) of an element of what the TopK gives."""
+        return (*coords[: self.axis], *coords[self.axis + 1 :]), coords[self.axis]
+
+    def chosen(self, slot: Expr) -> Read:
+        """The key in a slot of the row."""
+        rows = tuple(Expr.of(x) for x in self.formula.rows)
+        return Read(self.node.output[1], (*rows[: self.axis], slot, *rows[self.axis :]))
+
 
 def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) -> Selection:
     """Read a selection as the operator's.
@@ -79,7 +93,6 @@ def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) ->
         Stop: it is something else; the reason says what.
     """
     node = tracer.index.nodes[region.node]
-    _along_the_last(tracer, node)
     formula = read_formula(tracer, region)
     heads = 1
     for label in formula.heads:
@@ -109,16 +122,6 @@ def _told(site: Selection) -> str:
     scaled = [scale.ref.value for part in site.formula.parts for scale in part.key_by]
     by = f"; keys times {', '.join(dict.fromkeys(scaled))}" if scaled else ""
     return f"masks: {', '.join(kinds) or 'none'}; top {site.count}{by}"
-
-
-def _along_the_last(tracer: Tracer, node: onnx.NodeProto) -> None:
-    axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
-    rank = len(tracer.shape(node.input[0]))
-    if axis not in (-1, rank - 1):
-        raise Stop(
-            f"the TopK selects along axis {axis}, not along the keys", node.input[0],
-            "transpose the scores so that keys are the last axis",
-        )  # fmt: skip
 
 
 def _check_labels(formula: Formula, rows: Sequence[Label], batch: Sequence[Label]) -> None:

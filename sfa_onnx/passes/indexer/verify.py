@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -256,8 +257,9 @@ class _Run:
         self.candidate, (self.region, self.fused) = candidate, pair
         self.own = region
         node = index.nodes[candidate.anchor]
-        self.indices = node.output[1]
-        self.ordered = bool(attributes(node).get("sorted", 1))
+        self.indices, a = node.output[1], attributes(node)
+        self.ordered = bool(a.get("sorted", 1))
+        self.axis, self.sign = a.get("axis", -1), 1 if a.get("largest", 1) else -1
         self.failed = ""
         self.margin: float | None = None
 
@@ -291,7 +293,7 @@ class _Run:
         except (ContractError, RuntimeError) as error:
             text = f"the operator rejects what the original accepts: {first_line(error)}"
             return Difference(0.0, text)
-        scores, exact = want[0], question.kind not in ("nan", "infinite")
+        scores, exact = self._last(want[0]) * self.sign, question.kind not in ("nan", "infinite")
         if question.kind == "random":
             gap = margin_at(scores, int(case.sizes["K"]))
             known = [m for m in (gap, self.margin) if m is not None]
@@ -299,11 +301,16 @@ class _Run:
         found = Difference(0.0, "")
         for name, a, b in zip(self.candidate.outputs, want[1:], got, strict=True):
             if name == self.indices:
-                one = compare_indices(scores, a, b, exact=exact, ordered=self.ordered)
+                pair = self._last(a), self._last(b)
+                one = compare_indices(scores, *pair, exact=exact, ordered=self.ordered)
             else:
                 one = compare_entries(scores, a, b, exact=exact)
             found = found.worse(one)
         return found
+
+    def _last(self, array: Array) -> Array:
+        """Rows with their keys along the last axis."""
+        return np.moveaxis(array, self.axis, -1)
 
     def flips(self, cases: list[_Case]) -> tuple[list[str], float | None]:
         """How many selected keys are others in the model's own type."""
@@ -317,7 +324,9 @@ class _Run:
             own = Executable(self.own)
             if own.engine != "onnxruntime":
                 return [], None
-            mine, exact = (r.run(f)[1] for r, f in ((own, narrow), (self.region, wide)))
+            made = (r.run(f)[1] for r, f in ((own, narrow), (self.region, wide)))
+            listed = self.candidate.outputs[0] == self.indices
+            mine, exact = (self._last(x) if listed else x for x in made)
         except (RuntimeError, ValueError, TypeError):
             return [], None
         rows = zip(*(flat_rows(x) for x in (mine, exact)), strict=True)
