@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Read, Rem, merge, split
+from sfa_onnx.passes.axes.named import axes_of, axis_of
 from sfa_onnx.passes.axes.trace import Move, Ref, Stop, Tracer
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
@@ -203,3 +204,15 @@ def test_an_axis_that_is_not_repeated_is_read_as_it_is() -> None:
     read = Expr.of(Read("idx", (Expr.of(batch), Expr())))
     found = deepest(trace, Ref("out", (Expr.of(batch), read, Expr.of(head), Expr.of(column))))
     assert found == Ref("rows", (Expr.of(batch), read, Expr(), Expr.of(column)))
+
+
+def test_a_single_number_has_no_axis() -> None:
+    scatter = helper.make_node("ScatterElements", ["x", "at", "new"], ["y"], axis=-1)
+    for rank, axis, expected in ((3, -1, 2), (3, 2, 2), (1, 0, 0)):
+        scatter.attribute[0].i = axis
+        assert axis_of(scatter, rank) == expected
+    for rank, axis in ((0, 0), (0, -1), (2, 2), (2, -3)):
+        scatter.attribute[0].i = axis
+        with pytest.raises(Stop, match=rf"ScatterElements names the axes \[{axis}\] of {rank}"):
+            axis_of(scatter, rank)
+    assert axes_of(scatter, [-1, 0], 3) == [0, 2]

@@ -11,9 +11,9 @@ from typing import Final
 
 import onnx
 
-from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, Label
+from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.steps import Dot, Move, Ref
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.graph.kinds import PARTS, VIEWS
@@ -98,7 +98,7 @@ def _of_one_hot(
     values = tracer.index.mask_table(node.input[2])  # 0 and 1, of whatever type
     if values is None or values.reshape(-1).tolist() != [0, 1]:
         return None
-    axis = int(attributes(node).get("axis", -1)) % len(ref.coords)
+    axis = axis_of(node, len(ref.coords), -1)
     if ref.coords[axis] != Expr.of(label):
         return None
     own = Ref(node.input[0], (*ref.coords[:axis], *ref.coords[axis + 1 :]))
@@ -132,5 +132,5 @@ def _inside(tracer: Tracing, value: str, size: int) -> bool:
     if any(tracer.sizes.elem_type(v) not in _INTS for v in path):
         return False
     source, default = tracer.shape(node.input[0]), -1 if node.op_type == "TopK" else 0
-    axis = int(attributes(node).get("axis", default)) % len(source)
+    axis = axis_of(node, len(source), default)
     return source[axis] == size and (node.op_type != "TopK" or made == node.output[1])

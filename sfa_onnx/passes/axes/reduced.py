@@ -8,6 +8,7 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
+from sfa_onnx.passes.axes.named import axes_of
 from sfa_onnx.passes.axes.steps import Ref
 
 __all__ = ["reduced"]
@@ -24,7 +25,7 @@ def reduced(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> tuple[Ref, list[
         given = np.asarray(known).reshape(-1).tolist()
     if not given and a.get("noop_with_empty_axes"):
         return None
-    axes = sorted(int(x) % len(shape) for x in (given or range(len(shape))))
+    axes = axes_of(node, given or range(len(shape)), len(shape))
     labels = [fresh("r", shape[axis]) for axis in axes]
     own = list(ref.coords)
     for axis, label in zip(axes, labels, strict=True):

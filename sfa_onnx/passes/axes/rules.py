@@ -12,6 +12,7 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts
+from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
 from sfa_onnx.passes.axes.writes import all_written, assigned_where, window
@@ -94,7 +95,7 @@ def _slice(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 
 def _split(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
-    axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
+    axis = axis_of(node, len(ref.coords))
     before = list(node.output)[: list(node.output).index(ref.value)]
     offset = sum(tracer.shape(name)[axis] for name in before)
     coords = (*ref.coords[:axis], ref.coords[axis] + offset, *ref.coords[axis + 1 :])
@@ -109,14 +110,14 @@ def _sequence_at(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None
     parts, which = tracer.sizes.value(maker.input[1]), tracer.scalar(node.input[1])
     if parts is None or parts.ndim != 1 or which is None or which < 0:
         return None
-    axis = int(attributes(maker).get("axis", 0)) % len(ref.coords)
+    axis = axis_of(maker, len(ref.coords))
     coords = list(ref.coords)
     coords[axis] = coords[axis] + int(parts[: int(which)].sum())
     return Move(Ref(maker.input[0], tuple(coords)))
 
 
 def _concat(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    axis = int(attributes(node)["axis"]) % len(ref.coords)
+    axis = axis_of(node, len(ref.coords))
     if (joined := join_parts(tracer, ref, node.input, axis)) is not None:
         return joined
     edges = [0]
@@ -176,7 +177,7 @@ def _scatter(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
 
 
 def _gather(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
-    axis = int(attributes(node).get("axis", 0)) % len(tracer.shape(node.input[0]))
+    axis = axis_of(node, len(tracer.shape(node.input[0])))
     rank = len(tracer.shape(node.input[1]))
     own = ref.coords[axis : axis + rank]
     at = tracer.index_value(Ref(node.input[1], own), tracer.shape(node.input[0])[axis])
@@ -185,7 +186,7 @@ def _gather(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
 
 
 def _gather_elements(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
-    axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
+    axis = axis_of(node, len(ref.coords))
     tracer.same_rows(node.input[1], node.input[0], axis)
     coords, size = list(ref.coords), tracer.shape(node.input[0])[axis]
     coords[axis] = tracer.index_value(Ref(node.input[1], ref.coords), size)

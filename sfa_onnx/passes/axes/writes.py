@@ -9,6 +9,7 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import ZERO, Expr, fresh
+from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.steps import Ref
 
 __all__ = ["all_written", "assigned_where", "window"]
@@ -42,7 +43,7 @@ def _slice_of_elements(tracer: Tracing, node: onnx.NodeProto) -> tuple[int, int,
     shape, table, update = (tracer.sizes.shape(name) for name in node.input)
     if shape is None:
         return None
-    axis = int(attributes(node).get("axis", 0)) % len(shape)
+    axis = axis_of(node, len(shape))
     own = tuple(1 if i == axis else d for i, d in enumerate(shape))
     if update != own or table != own:
         return None

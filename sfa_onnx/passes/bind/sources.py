@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 
-from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, Read, label_of
+from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
 from sfa_onnx.passes.axes.writes import assigned_where
 from sfa_onnx.passes.bind.rows import Columns
@@ -65,7 +65,7 @@ def _joins(node: onnx.NodeProto, ref: Ref) -> bool:
     rank = len(ref.coords)
     if node.op_type != "Concat" or not rank or not ref.coords[-1].labels:
         return False
-    return int(attributes(node)["axis"]) % rank == rank - 1
+    return axis_of(node, rank) == rank - 1
 
 
 def _behind(tracer: Tracer, node: onnx.NodeProto, ref: Ref) -> list[Ref]:

@@ -10,6 +10,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
+from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.trace import Ref, Tracer, is_float
 from sfa_onnx.passes.values.identity import Normal
 from sfa_onnx.passes.values.terms import ONE, ZERO, Term, element, number
@@ -168,13 +169,13 @@ def _softmax(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
 def _last(r: Reads, node: onnx.NodeProto, ref: Ref) -> int | None:
     """The axis of a Softmax; before opset 13 only the last one is an axis of its own."""
     new, rank = r.tracer.index.opsets.get("", 18) >= 13, len(ref.coords)
-    axis = int(attributes(node).get("axis", -1 if new else 1)) % rank
+    axis = axis_of(node, rank, -1 if new else 1)
     return axis if new or axis == rank - 1 else None
 
 
 def _normalised(r: Reads, node: onnx.NodeProto, ref: Ref) -> Term:
     """Exponentials over their sum, as one node."""
-    a, axis = attributes(node), int(attributes(node).get("axis", -1)) % len(ref.coords)
+    a, axis = attributes(node), axis_of(node, len(ref.coords), -1)
     if a.get("p", 2) != 1:
         r.opaque[ref.value] = node.op_type
         return element(ref)

@@ -15,6 +15,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh, label_of
+from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.trace import Pieces, Ref
 from sfa_onnx.passes.shapes.kept import kept_mask
 from sfa_onnx.passes.values.arithmetic import LOW, all_flags
@@ -70,7 +71,7 @@ def _one_hot(r: Asks, node: onnx.NodeProto, ref: Ref) -> Term | None:
         values = r.tracer.index.mask_table(node.input[2])  # 0.0 and 1.0
     if values is None or values.size != 2:
         return None
-    axis = int(attributes(node).get("axis", -1)) % len(ref.coords)
+    axis = axis_of(node, len(ref.coords), -1)
     own = Ref(node.input[0], (*ref.coords[:axis], *ref.coords[axis + 1 :]))
     hit = _points(r, own, r.tracer.shape(ref.value)[axis], ref.coords[axis])
     off, on = (number(float(x)) for x in values.flat)
@@ -79,7 +80,7 @@ def _one_hot(r: Asks, node: onnx.NodeProto, ref: Ref) -> Term | None:
 
 def _elements(r: Asks, node: onnx.NodeProto, ref: Ref) -> Term | None:
     data, indices, update = node.input
-    axis = int(attributes(node).get("axis", 0)) % len(ref.coords)
+    axis = axis_of(node, len(ref.coords))
     rows, shape = r.tracer.shape(indices), r.tracer.shape(data)
     if 0 in rows:  # nothing is written
         return r.term(Ref(data, ref.coords))
