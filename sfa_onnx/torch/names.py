@@ -20,6 +20,7 @@ import torch
 
 from sfa_onnx.errors import ContractError, UsageError
 from sfa_onnx.torch.compute import ROUNDINGS
+from sfa_onnx.torch.native import kernel
 from sfa_onnx.torch.schedules import define_schedule, schedules
 from sfa_onnx.torch.vendor import Adapter, VendorOperator, schema_in_torch, vendor_operators
 
@@ -31,7 +32,7 @@ _PACKAGES: Final = ("torch_npu", "custom_ops", "custom_pypto", "vllm_ascend.vllm
 _chosen: tuple[VendorOperator, ...] = ()
 _libraries: dict[str, torch.library.Library] = {}  # by qualified name
 _owners: dict[str, str] = {}
-_rounding = "npu"
+_setting = ["npu"]  # the rounding; kernels hold this list
 
 
 def enable_ascend_names(
@@ -60,10 +61,11 @@ def enable_ascend_names(
     Raises:
         UsageError: an unknown release or rounding.
     """
-    global _chosen, _rounding
+    global _chosen
     if rounding not in ROUNDINGS:
         raise UsageError(f"rounding: expected {', '.join(ROUNDINGS)}, got {rounding!r}")
-    chosen, _rounding = vendor_operators(release, vllm_release), rounding
+    chosen = vendor_operators(release, vllm_release)
+    _setting[0] = rounding
     if chosen != _chosen:
         _release()
         _chosen = chosen
@@ -108,9 +110,6 @@ def _release() -> None:
 
 
 def _kernels(vendor: VendorOperator, adapter: Adapter) -> tuple[Callable[..., Any], ...]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return adapter.run(args, kwargs, _rounding)
-
     def fake(*args: Any, **kwargs: Any) -> Any:
         return adapter.fake(args, kwargs)
 
@@ -122,9 +121,9 @@ def _kernels(vendor: VendorOperator, adapter: Adapter) -> tuple[Callable[..., An
                     f" {vendor.qualified} for that device is loaded (the NPU's come with torch_npu"
                     f" or custom_ops); use {name}.cpu()"
                 )
-        return run(*args, **kwargs)
+        return adapter.run(args, kwargs, _setting[0])
 
-    return run, fake, elsewhere
+    return kernel(adapter, _setting), fake, elsewhere
 
 
 def _define(library: torch.library.Library, vendor: VendorOperator) -> None:

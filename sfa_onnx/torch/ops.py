@@ -20,6 +20,7 @@ from sfa_onnx.operator.op import (
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
+from sfa_onnx.torch.native import kernel
 from sfa_onnx.torch.vendor import Adapter
 
 __all__ = ["NAMESPACE", "OPERATORS", "OVERLOADS", "schema_of"]
@@ -98,13 +99,10 @@ def _kernels(op: OpContract, schema: torch.FunctionSchema) -> tuple[Callable[...
     """The CPU implementation and the one for tracing: any split of positional and keyword."""
     adapter = Adapter(op, schema)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return adapter.run(args, kwargs, kwargs.get("rounding", "exact"))
-
     def fake(*args: Any, **kwargs: Any) -> Any:
         return adapter.fake(args, kwargs)
 
-    return run, fake
+    return kernel(adapter, None), fake
 
 
 def _register() -> torch.library.Library:

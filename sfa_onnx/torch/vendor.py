@@ -11,8 +11,8 @@ import functools
 import importlib.metadata
 import json
 import os
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Final
 
@@ -24,11 +24,12 @@ from sfa_onnx.operator.op import ALL_OPS, INT64_MAX, LIGHTNING_INDEXER, QUANT_LI
 from sfa_onnx.torch.checks import HOLES_VARIABLE
 from sfa_onnx.torch.compute import compute, compute_float8, form_of, shapes_of, usable
 from sfa_onnx.torch.float8 import is_float8
-from sfa_onnx.torch.form import Form
+from sfa_onnx.torch.form import Form, Result
 from sfa_onnx.torch.tensors import check_no_gradient
 
 __all__ = [
     "Adapter",
+    "Known",
     "VendorOperator",
     "schema_in_torch",
     "vendor_operators",
@@ -146,12 +147,13 @@ def schema_in_torch(qualified: str, overload: str = "") -> torch.FunctionSchema 
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """A call seen before: a layer is called in the same form step after step."""
 
     core: Form
     places: tuple[int, ...]  # of the core's inputs among the values of the call
     attributes: Mapping[str, Any]
+    single: bool  # one result, not a tuple
 
 
 class Adapter:
@@ -178,7 +180,7 @@ class Adapter:
         self._words = [n for n in self._names if _SPELLINGS.get(n, n) not in self._tensors]
         self._inputs = [n for n in self._names if n in self._tensors]
         self._needed = [a.name for a in schema.arguments if str(a.type) == "Tensor"]
-        self._forms: dict[tuple[Any, ...], _Known] = {}
+        self._forms: dict[tuple[Any, ...], Known] = {}
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by the vendor's name."""
@@ -204,8 +206,14 @@ class Adapter:
                 raise ContractError(f"{name}: expected a tensor, got None")
         return tensors
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rounding: str) -> Any:
-        """The CPU implementation."""
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rounding: str,
+        tell: Callable[[Known, tuple[Result, ...]], None] | None = None,
+    ) -> Any:
+        """The CPU implementation; `tell` is called with the form of a call that others may have."""
         values = (*args, *kwargs.values())
         # What two calls of one form have in common: all but addresses.
         key: list[Hashable] = [rounding, os.environ.get(HOLES_VARIABLE), *kwargs]
@@ -219,14 +227,21 @@ class Adapter:
                 key.append(value)
         form = self._forms.get(tuple(key)) if plain else None
         if form is None:
-            return self._first(args, kwargs, rounding, tuple(key))
+            return self._first(args, kwargs, rounding, tuple(key), tell)
+        if tell is not None:
+            tell(form, self._returned(form, values[0].dtype))
         results = form.core.run_at(values[0], [values[at].data_ptr() for at in form.places])
         if self.results == 1:
             return results[0]
         return self._shaped(results, values[0], form.attributes)
 
     def _first(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rounding: str, key: tuple[Any, ...]
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rounding: str,
+        key: tuple[Any, ...],
+        tell: Callable[[Known, tuple[Result, ...]], None] | None,
     ) -> Any:
         """A call of a new form, or over tensors that are not used as they are."""
         given = self.given(args, kwargs)
@@ -245,7 +260,9 @@ class Adapter:
                 self._forms.clear()
             names = [*self._names[: len(args)], *kwargs]
             places = tuple(names.index(n) for n in core.inputs)
-            self._forms[key] = _Known(core, places, attributes)
+            known = self._forms[key] = Known(core, places, attributes, self.results == 1)
+            if tell is not None:
+                tell(known, self._returned(known, args[0].dtype))
         return self._shaped(values, args[0], attributes)
 
     def _attributes_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,8 +304,21 @@ class Adapter:
         """As many results as the schema has; what was not asked for is empty, as the vendor's."""
         if self.results == 1:
             return values[0]
-        if attributes.get("return_values") or attributes.get(_LSE):
+        absent = self._absent(query.dtype, attributes)
+        if not absent:
             return values
-        empty = query.dtype if self.op is LIGHTNING_INDEXER else torch.float32
-        rest = self.results - 1
-        return (values[0], *(query.new_empty((0,), dtype=empty) for _ in range(rest)))
+        return (values[0], *(query.new_empty((0,), dtype=dtype) for dtype in absent))
+
+    def _absent(self, query: torch.dtype, attributes: Mapping[str, Any]) -> list[torch.dtype]:
+        """Types of the results that were not asked for."""
+        if attributes.get("return_values") or attributes.get(_LSE):
+            return []
+        return [query if self.op is LIGHTNING_INDEXER else torch.float32] * (self.results - 1)
+
+    def _returned(self, known: Known, query: torch.dtype) -> tuple[Result, ...]:
+        """What `_shaped` makes of such a call; the core writes to those that have a field."""
+        made = [replace(r, dtype=r.dtype or query) for r in known.core.results]
+        if self.results == 1:
+            return (made[0],)
+        absent = self._absent(query, known.attributes)
+        return (made[0], *(Result("", (0,), d) for d in absent)) if absent else tuple(made)
