@@ -9,7 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.autograd import forward_ad  # noqa: E402
+
 import sfa_onnx.torch as sfa_torch  # noqa: E402
+from sfa_onnx.errors import ContractError  # noqa: E402
 from sfa_onnx.operator.op import (  # noqa: E402
     LIGHTNING_INDEXER,
     QUANT_LIGHTNING_INDEXER,
@@ -81,3 +84,43 @@ def test_a_compiled_graph_refuses_a_gradient():
     message = r"query: expected requires_grad=False .*, got True; call it under torch\.no_grad"
     with pytest.raises(RuntimeError, match=message):
         compiled(query)
+
+
+@pytest.mark.parametrize("qualified", OPERATORS)
+def test_forward_derivatives_are_refused_and_nothing_else(qualified):
+    run, query = function(qualified)
+    want, ones = run(query), torch.ones_like(query)
+    real = query.is_floating_point()
+    x = query if real else torch.ones(())
+    inside = run if real else lambda _: run(query)
+    message = r"torch\.func\.jvp: expected no call of the operator inside .*; call it under torch\."
+    for _ in range(2):
+        with pytest.raises(ContractError, match=message):
+            torch.func.jvp(inside, (x,), (torch.ones_like(x),))
+        with pytest.raises(ContractError, match=message):
+            torch.func.jvp(lambda x: torch.func.vmap(inside)(x[None]), (x,), (torch.ones_like(x),))
+        assert torch.equal(run(query), want)
+
+    def constant(x):
+        with torch.no_grad():
+            return x.sum() * 2 + inside(x).sum()
+
+    _, tangent = torch.func.jvp(constant, (x,), (torch.ones_like(x),))
+    assert tangent == 2 * x.numel()
+    with forward_ad.dual_level():
+        assert torch.equal(run(query), want)
+        if real:
+            with pytest.raises(ContractError, match=r"query: expected no tangent .*, got a dual"):
+                run(forward_ad.make_dual(query, ones))
+    assert torch.equal(run(query), want)
+
+
+def test_a_compiled_graph_refuses_a_forward_derivative():
+    run, query = function("npu::npu_sparse_flash_attention")
+
+    def derive(query):
+        return torch.func.jvp(run, (query,), (query,))
+
+    for compiled in (derive, torch.compile(derive, backend="eager", fullgraph=True)):
+        with pytest.raises((ContractError, RuntimeError), match="jvp: expected no call of the op"):
+            compiled(query)

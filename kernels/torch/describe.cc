@@ -55,7 +55,7 @@ bool put_tensor(const sfa_torch_api& api, Description* d, sfa_py* value) {
   if (api.aoti_torch_get_layout(tensor, &layout) != 0 || layout != api.strided) return false;
   bool contiguous = false;
   if (api.aoti_torch_is_contiguous(tensor, &contiguous) != 0 || !contiguous) return false;
-  if (api.aoti_torch_grad_mode_is_enabled()) {
+  if (d->graded) {
     const sfa_py* wanted = peek(api, value, api.requires_grad);
     if (wanted == nullptr || wanted == api.true_) return false;
   }
@@ -93,8 +93,19 @@ bool put_value(const sfa_torch_api& api, Description* d, sfa_py* value) {
   return known;
 }
 
+// Whether nobody asks for forward derivatives.
+bool is_outside(const sfa_torch_api& api) {
+  sfa_py* level = api.PyObject_GetAttr(api.forward, api.level);
+  if (level == nullptr) return false;
+  const long long found = api.PyLong_AsLongLong(level);
+  api.Py_DecRef(level);
+  return found == -1 && api.PyErr_Occurred() == nullptr;
+}
+
 bool put_all(const sfa_torch_api& api, Description* d, sfa_py* setting, sfa_py* args,
              sfa_py* kwargs) {
+  d->graded = api.aoti_torch_grad_mode_is_enabled();
+  if (d->graded && !is_outside(api)) return false;
   const char* holes = getenv("SFA_ONNX_HOLES");
   if (!(holes == nullptr ? put(d, "n", 1) : put_text(d, holes, (ptrdiff_t)strlen(holes))))
     return false;

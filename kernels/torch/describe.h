@@ -14,6 +14,7 @@ struct Description {
   size_t size = 0;
   const void* address[kValues];  // of the tensors among the values, else null
   int values = 0;
+  bool graded = false;  // gradients are on
 };
 
 // False: the call is none for the table (a tensor that is not plain, a value of another kind, too

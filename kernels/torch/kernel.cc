@@ -68,8 +68,9 @@ Kernel* kernel_of(sfa_py* self) {
 
 void adopt(const sfa_torch_api& api) {
   if (g_api.struct_size != 0) return;
-  for (sfa_py* held : {api.none, api.true_, api.int_, api.float_, api.str, api.bool_, api.tensor,
-                       api.parameter, api.cdata, api.requires_grad, api.wrap})
+  for (sfa_py* held :
+       {api.none, api.true_, api.int_, api.float_, api.str, api.bool_, api.tensor, api.parameter,
+        api.cdata, api.requires_grad, api.forward, api.level, api.wrap})
     api.Py_IncRef(held);
   g_api = api;
 }

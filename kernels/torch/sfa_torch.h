@@ -38,6 +38,7 @@ typedef struct sfa_torch_api {
   sfa_py *none, *true_, *int_, *float_, *str, *bool_;  // the last four are types
   sfa_py *tensor, *parameter;                          // the types that are taken as they are
   sfa_py *cdata, *requires_grad;                       // names of attributes
+  sfa_py *forward, *level;  // torch.autograd.forward_ad, the name of its level: -1 outside
   // torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr: whatever its name says, it copies the
   // handle in the capsule, which stays with its owner.
   sfa_py* wrap;

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 import torch
+from torch.autograd import forward_ad
 
 from sfa_onnx.errors import MissingError
 from sfa_onnx.runtime.core import IndexerParams, Params, core
@@ -34,6 +35,8 @@ _OBJECTS: Final[dict[str, Any]] = {
     "parameter": torch.nn.Parameter,
     "cdata": "_cdata",
     "requires_grad": "requires_grad",
+    "forward": forward_ad,
+    "level": "_current_level",
 }
 _PYTHON: Final = (
     *("PyObject_Type", "PyObject_GetAttr", "PyObject_CallFunctionObjArgs"),

@@ -9,10 +9,19 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 
 from sfa_onnx.errors import ContractError
 
-__all__ = ["as_numpy", "as_torch", "check_no_gradient", "check_usable", "dense_pages"]
+__all__ = [
+    "as_numpy",
+    "as_torch",
+    "check_no_gradient",
+    "check_usable",
+    "dense_pages",
+    "in_forward_mode",
+]
 
 # Of paged caches: the vendors' kernels take pages that lie apart ("not contiguous on axis 0").
 _CACHES: Final = ("key", "value", "key_rope", "key_dequant_scale")
@@ -59,18 +68,40 @@ def check_usable(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_no_gradient(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what wants a gradient, unless gradients are off.
+    """Refuse what wants a derivative, backward or forward, unless gradients are off.
 
     Raises:
-        ContractError: a tensor has requires_grad.
+        ContractError: a tensor has requires_grad or a tangent, or the call is inside
+            `torch.func.jvp`, which shows no kernel whose tensors have one.
     """
     if not torch.is_grad_enabled():
         return
+    if in_forward_mode():
+        _check_no_tangent(tensors)
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             raise ContractError(
                 f"{name}: expected requires_grad=False (the operator is for inference and has no"
                 f" backward), got True; call it under torch.no_grad() or pass {name}.detach()"
+            )
+
+
+def in_forward_mode() -> bool:
+    """Whether torch computes forward derivatives now: `torch.func.jvp`, `jacfwd`, `dual_level`."""
+    return bool(getattr(forward_ad, "_current_level", -1) >= 0)
+
+
+def _check_no_tangent(tensors: Mapping[str, torch.Tensor]) -> None:
+    if getattr(eager_transforms, "JVP_NESTING", 0) > 0:
+        raise ContractError(
+            "torch.func.jvp: expected no call of the operator inside (it is for inference and has"
+            " no forward derivative), got one; call it under torch.no_grad(), as a constant"
+        )
+    for name, tensor in tensors.items():
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ContractError(
+                f"{name}: expected no tangent (the operator is for inference and has no forward"
+                " derivative), got a dual tensor; call it under torch.no_grad() or pass its primal"
             )
 
 

@@ -25,7 +25,7 @@ from sfa_onnx.torch.checks import HOLES_VARIABLE
 from sfa_onnx.torch.compute import compute, compute_float8, form_of, shapes_of, usable
 from sfa_onnx.torch.float8 import is_float8
 from sfa_onnx.torch.form import Form, Result
-from sfa_onnx.torch.tensors import check_no_gradient
+from sfa_onnx.torch.tensors import check_no_gradient, in_forward_mode
 
 __all__ = [
     "Adapter",
@@ -217,7 +217,8 @@ class Adapter:
         values = (*args, *kwargs.values())
         # What two calls of one form have in common: all but addresses.
         key: list[Hashable] = [rounding, os.environ.get(HOLES_VARIABLE), *kwargs]
-        plain, graded = True, torch.is_grad_enabled()
+        graded = torch.is_grad_enabled()
+        plain = not (graded and in_forward_mode())
         for value in values:
             if isinstance(value, torch.Tensor):
                 key += value.dtype, value.shape
