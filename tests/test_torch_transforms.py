@@ -14,12 +14,15 @@ from torch.autograd import forward_ad  # noqa: E402
 import sfa_onnx.torch as sfa_torch  # noqa: E402
 from sfa_onnx.errors import ContractError  # noqa: E402
 from sfa_onnx.operator.op import (  # noqa: E402
+    KV_CACHE_PACK,
     LIGHTNING_INDEXER,
     QUANT_LIGHTNING_INDEXER,
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
+from sfa_onnx.torch.ops import OPERATORS as OWN  # noqa: E402
 from sfa_onnx.torch.tensors import as_torch  # noqa: E402
+from sfa_onnx.torch.vendor import vendor_operators  # noqa: E402
 from tests.attention_cases import make_case  # noqa: E402
 from tests.indexer_cases import indexer_call  # noqa: E402
 
@@ -38,26 +41,31 @@ def enabled():
     sfa_torch.enable_ascend_names()
 
 
-def function(qualified):
-    """A call of the query alone, and that query."""
-    op = OPERATORS[qualified]
+def call_of(qualified, op):
+    """An operator and a call of it over pages, by name."""
+    namespace, name = qualified.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name)
+    if op is KV_CACHE_PACK:
+        return packet, {"nope": torch.ones(3, 1, 32), "rope": torch.ones(3, 1, 8), "tile_size": 16}
     if "Indexer" in op.name:
         inputs, attributes = indexer_call(op, ("BSND", "PA_BSND"), np.float16, whole=True)
     else:
         case = make_case(op, dtype=np.float32)
         inputs, attributes = case.inputs, case.attributes
-    namespace, name = qualified.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name)
     known = {a.name for a in packet.default._schema.arguments}
     given = {n: as_torch(a) for n, a in inputs.items()} | attributes
-    given = {n: v for n, v in given.items() if n in known}
+    return packet, {n: v for n, v in given.items() if n in known}
+
+
+def first(result):
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def function(qualified):
+    """A call of the query alone, and that query."""
+    packet, given = call_of(qualified, OPERATORS[qualified])
     query = given.pop("query")
-
-    def run(query):
-        result = packet(query, **given)
-        return result if isinstance(result, torch.Tensor) else result[0]
-
-    return run, query
+    return lambda query: first(packet(query, **given)), query
 
 
 @pytest.mark.parametrize("qualified", OPERATORS)
@@ -124,3 +132,22 @@ def test_a_compiled_graph_refuses_a_forward_derivative():
     for compiled in (derive, torch.compile(derive, backend="eager", fullgraph=True)):
         with pytest.raises((ContractError, RuntimeError), match="jvp: expected no call of the op"):
             compiled(query)
+
+
+NAMES = {v.qualified: v.op for v in vendor_operators()}
+NAMES |= {f"sfa_onnx::{name}": op for name, op in OWN.items()}
+# One for each operator: tracing takes half a second.
+TRACED = {op.name: qualified for qualified, op in NAMES.items()}
+
+
+@pytest.mark.parametrize("qualified", NAMES)
+def test_every_name_passes_torchs_own_checks(qualified):
+    op = NAMES[qualified]
+    packet, given = call_of(qualified, op)
+    arguments = packet.default._schema.arguments
+    needed = [a.name for a in arguments if not a.kwarg_only and not a.has_default_value()]
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if TRACED[op.name] == qualified:
+        checks.append("test_aot_dispatch_dynamic")
+    positional = tuple(given.pop(name) for name in needed)
+    torch.library.opcheck(packet.default, positional, given, test_utils=checks)

@@ -160,8 +160,9 @@ def _native() -> _Native | None:
         return None
     try:
         native = _Native()
+        native.library.sfa_torch_kernel(native.address, _handles_work, None)
         return native if _handles_work(native.shim) else None
-    except (MissingError, AttributeError, OSError):
+    except (MissingError, AttributeError, OSError, ValueError):  # the last: of another version
         return None
 
 
