@@ -51,10 +51,12 @@ def indexer(more: str = "", rows: str = "S", keys: str = "T", opset: int = 17, *
     )
 
 
-def feeds(model: onnx.ModelProto, batch: int, rows: int, keys: int, seed: int = 0) -> Any:
-    """Inputs of a model; what is called a scale is not negative, flags are 0 or 1."""
+def feeds(
+    model: onnx.ModelProto, batch: int, rows: int, keys: int, seed: int = 0, **more: int
+) -> Any:
+    """Inputs of a model; what is called a scale is not negative; `more` symbols."""
     rng = np.random.default_rng(seed)
-    sizes = {"B": batch, "S": rows, "T": keys}
+    sizes = {"B": batch, "S": rows, "T": keys} | more
     found = {}
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim

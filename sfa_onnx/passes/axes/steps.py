@@ -71,11 +71,13 @@ class Joined:
         parts: an element of every chunk, and the label that runs over its keys.
         rows: the other labels, one axis each, in front of the keys.
         whole: runs over all keys.
+        last: labels behind the keys.
     """
 
     parts: tuple[tuple[Ref, Label], ...]
     rows: tuple[Label, ...]
     whole: Label
+    last: tuple[Label, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Causal:
     rows: tuple[Label, ...]
     whole: Label
     parts: tuple[tuple[Ref, Label], ...] = ()  # it is made of no tensor
+    last: tuple[Label, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Tracer:
         self.joined[name] = chunks
         made = [self.sizes.elem_type(ref.value) for ref, _ in chunks.parts[:1]]
         kind = made[0] if made else int(onnx.TensorProto.BOOL)
-        self._declare(name, (*chunks.rows, chunks.whole), kind)
+        self._declare(name, (*chunks.rows, chunks.whole, *chunks.last), kind)
         return name
 
     def product(self, a: Ref, b: Ref) -> Ref:

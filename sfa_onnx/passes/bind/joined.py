@@ -16,7 +16,7 @@ from sfa_onnx.passes.values.arithmetic import addends, coefficient
 from sfa_onnx.passes.values.attention import Weight
 from sfa_onnx.passes.values.terms import Term, dot, element, number
 
-__all__ = ["join_chunks"]
+__all__ = ["Join", "join_chunks", "starts"]
 
 _ALIKE = 1e-6
 
@@ -27,19 +27,18 @@ def join_chunks(tracer: Tracer, parts: Sequence[tuple[Weight, Ref]], at: str) ->
     Raises:
         Stop: they are not chunks of one whole.
     """
-    starts = _starts(tracer, parts)
-    order = sorted(range(len(parts)), key=starts.__getitem__)  # keys have no order of their own
+    numbers = starts(tracer, [w.label for w, _ in parts], [r for _, r in parts])
+    order = sorted(range(len(parts)), key=numbers.__getitem__)  # keys have no order of their own
     sizes = [parts[i][0].label.size for i in order]
     weights, refs = zip(*(parts[i] for i in order), strict=True)
     whole = [sum(sizes[:i]) for i in range(len(sizes))]
-    join = _Join(tracer, [w.label for w in weights], whole, at)
+    join = Join(tracer, [w.label for w in weights], whole, at)
     return join.weight(weights), join.ref(refs)
 
 
-def _starts(tracer: Tracer, parts: Sequence[tuple[Weight, Ref]]) -> list[int]:
-    """Where chunks begin: what is added to their labels, or the numbers that single keys have."""
-    paths = [_numbers(tracer, ref) for _, ref in parts]
-    labels = [weight.label for weight, _ in parts]
+def starts(tracer: Tracer, labels: Sequence[Label], refs: Sequence[Ref]) -> list[int]:
+    """Where chunks begin: what is added to their labels, or the numbers that single ones have."""
+    paths = [_numbers(tracer, ref) for ref in refs]
     for value in reversed(paths[0]):
         found = [p[value] for p in paths if value in p]
         if len(found) < len(paths) or len({len(f) for f in found}) > 1:
@@ -52,7 +51,7 @@ def _starts(tracer: Tracer, parts: Sequence[tuple[Weight, Ref]]) -> list[int]:
             numbers = [e.const for e in column]
             if all(runs) and len(set(numbers)) == len(numbers):
                 return numbers
-    return [0] * len(parts)
+    return [0] * len(refs)
 
 
 def _numbers(tracer: Tracer, ref: Ref) -> dict[str, list[Expr]]:
@@ -67,12 +66,15 @@ def _exprs(coords: Sequence[Expr]) -> Iterator[Expr]:
             yield from _exprs(read.coords)
 
 
-class _Join:
+class Join:
     """Puts chunks together over one new label."""
 
-    def __init__(self, tracer: Tracer, labels: list[Label], starts: list[int], at: str) -> None:
+    def __init__(
+        self, tracer: Tracer, labels: list[Label], starts: list[int], at: str, name: str = "t"
+    ) -> None:
+        """`labels` run over the chunks, which begin at `starts`; `name` is that of the whole."""
         self.tracer, self.labels, self.starts, self.at = tracer, labels, starts, at
-        self.whole = fresh("t", starts[-1] + labels[-1].size)
+        self.whole = fresh(name, starts[-1] + labels[-1].size)
 
     def weight(self, weights: Sequence[Weight]) -> Weight:
         """The weight of a key of the whole."""
@@ -114,7 +116,7 @@ class _Join:
 
     def _pair(self, refs: tuple[Ref, Ref], which: int) -> bool:
         labels, starts = [self.labels[0], self.labels[which]], [0, self.starts[which]]
-        join = _Join(self.tracer, labels, starts, self.at)
+        join = Join(self.tracer, labels, starts, self.at)
         return join.same(refs) is not None
 
     def _flag(self, flag: Term, others: Sequence[Weight]) -> Term:

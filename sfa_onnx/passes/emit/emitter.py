@@ -236,7 +236,7 @@ class Emitter:
             return
         parts = []
         for ref, label in chunks.parts:
-            groups: list[Group] = [*([x] for x in chunks.rows), [label]]
+            groups: list[Group] = [[x] for x in (*chunks.rows, label, *chunks.last)]
             part = self.arrange(ref, groups, "chunk")
             parts.append(self.broadcast(part, groups, ref.labels))
         kind = self.elem_type(parts[0])

@@ -44,11 +44,11 @@ class Replacement:
         self._named: set[str] = set()
         self.rows = ""
         self.listed = ""  # as `rows`; with padding, its keys are listed behind those visible
-        for states in (*site.query, *site.key):
-            self.e.learn(states[0].ref)
-        for part in site.formula.parts:
-            for by in (*part.query_by, *part.key_by):
-                self.e.learn(by.ref)
+        learnt = [states[0].ref for states in (*site.query, *site.key)]
+        learnt += [by.ref for p in site.formula.parts for by in (*p.query_by, *p.key_by)]
+        for ref in learnt:
+            if ref.value not in site.tracer.joined:  # those are made first
+                self.e.learn(ref)
         self._operator()
 
     # -- operands -------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Region:
     read = {n for i in inner for n in index.nodes[i].input} | set(made.e.used)
     live = [o for v, o in known.items() if v in read]
     return Region(
-        tuple(sorted(removed)), tuple(sorted(inner - removed)), tuple(live), dict(names.sizes)
+        tuple(sorted(removed)), tuple(sorted(inner - removed)), tuple(live), names.filled()
     )
 
 
@@ -63,13 +63,21 @@ class _Names:
         shape = self.site.tracer.shape(ref.value)
         for axis, coordinate in enumerate(ref.coords):
             labels = axis_labels(coordinate) or []
-            out.append("*".join(self.names.get(x, x.name) for x in labels) or "1")
+            own = (self.names.get(x, f"part_of_{ref.value}") for x in labels)
+            out.append("*".join(own) or "1")
             if labels and math.prod(x.size for x in labels) != shape[axis]:
                 out[-1] += f"_of_{ref.value}"  # the first of its columns only
                 continue
             if len(labels) == 1 and out[-1] not in self.sizes:
                 self.sizes[out[-1]] = self._size(ref.value, axis, labels[0])
         return tuple(out)
+
+    def filled(self) -> dict[str, int | str]:
+        """Sizes of all axes: also of those that no tensor of the graph has whole."""
+        opened = self.site.tracer.open
+        for label, name in self.names.items():
+            self.sizes.setdefault(name, name if opened(label.size) else label.size)
+        return dict(self.sizes)
 
     def _size(self, value: str, axis: int, label: Label) -> int | str:
         if self.site.tracer.static(value, axis):
@@ -84,6 +92,10 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
     index = site.tracer.index
 
     def add(ref: Ref, role: Role, domain: Domain | None = None) -> None:
+        if ref.value in site.tracer.joined:
+            for part, _ in site.tracer.joined[ref.value].parts:
+                add(part, role, domain)
+            return
         if ref.value in known or (ref.value in index.initializers and role is Role.MASK):
             return
         kind = site.tracer.sizes.elem_type(ref.value)

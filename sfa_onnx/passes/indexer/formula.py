@@ -15,8 +15,9 @@ from sfa_onnx.passes.axes.expr import Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Literal, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
+from sfa_onnx.passes.indexer.alike import join_blocks, join_heads
 from sfa_onnx.passes.indexer.regions import SelectionRegion
-from sfa_onnx.passes.indexer.signs import assumed_positive, stored_narrow
+from sfa_onnx.passes.indexer.signs import given_signs, stored_narrow
 from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient, factors
 from sfa_onnx.passes.values.read import Reader
 from sfa_onnx.passes.values.table import normal
@@ -126,6 +127,7 @@ def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
     term = reader.term(Ref(region.scores, coords))
     if region.sign < 0:  # of equal scores the first is taken either way
         term = reader.n.mul(number(-1), term)
+    term = join_blocks(reader, term, keys)
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.scores} = {term}", *map(str, reader.n.fired)]
     conditions, scores, masks = _hidden(term)
@@ -159,10 +161,10 @@ def _hidden(term: Term) -> tuple[list[Term], Term, list[Ref]]:
             return conditions, term, masks
         added = [a for a in addends(term) if a.op == "element"]
         rest = [a for a in addends(term) if a.op != "element"]
-        if not added or len(rest) != 1:
+        if not added or not rest:
             return conditions, term, masks
         masks += [a.ref for a in added]
-        term = rest[0]
+        term = rest[0] if len(rest) == 1 else Term("add", tuple(rest))
 
 
 def _conditions(reader: Reader, term: Term, region: SelectionRegion) -> list[Literal]:
@@ -218,6 +220,8 @@ class _Parts:
             elif f.op == "sum":
                 self.heads.append(f.label)
                 self.take(f.args[0])
+            elif f.op == "add" and not self.dots and (one := self._one_by_one(f)) is not None:
+                self.take(one)
             elif f.op == "max" and not self.dots:
                 self._activated(f)
             else:
@@ -228,6 +232,10 @@ class _Parts:
                 self.region.scores,
                 "negate the weights instead",
             )
+
+    def _one_by_one(self, term: Term) -> Term | None:
+        """Heads that are added up, as a sum over them."""
+        return join_heads(self.reader, term, self.keys)
 
     def _factor(self, term: Term) -> Factor | None:
         """An element, or a power of one."""
@@ -241,7 +249,7 @@ class _Parts:
             self.weights.append(factor)
             return
         even, tracer = factor.power % 2 == 0, self.reader.tracer
-        given = [] if even else assumed_positive(tracer.sizes, ref.value)
+        given = [] if even else given_signs(tracer, ref)
         if given is None or ref.labels & set(self.heads):
             raise self._by_key(ref)
         said = tuple(n for n in given if n in tracer.scales)

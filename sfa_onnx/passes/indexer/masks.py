@@ -196,6 +196,8 @@ def _prefix(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
     Raises:
         Stop: keys are bounded from below.
     """
+    if literal.ref.value in tracer.joined:
+        return _by_blocks(tracer, literal, keys)
     for ref in tracer.moves(literal.ref):
         if (found := _table(tracer, replace_ref(literal, ref), keys)) is not None:
             return found
@@ -205,6 +207,22 @@ def _prefix(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
         if node is not None and node.op_type == "Trilu":
             return _triangle(tracer, node, replace_ref(literal, ref), keys)
     return None
+
+
+def _by_blocks(tracer: Tracer, literal: Visible, keys: Label) -> Prefix | None:
+    """The bound that each block of keys has, where it is one for all of them."""
+    made = tracer.joined[literal.ref.value]
+    if literal.ref.coords != tuple(map(Expr.of, (*made.rows, keys, *made.last))):
+        return None
+    found: list[Prefix] = []
+    first = 0
+    for ref, own in made.parts:
+        part = _prefix(tracer, replace_ref(literal, ref), own)
+        if part is None:
+            return None
+        found.append(replace(part, bound=part.bound + first, more=part.more + first))
+        first = first + own.size
+    return found[0] if all(p.bound == found[0].bound for p in found) else None
 
 
 def replace_ref(literal: Visible, ref: Ref) -> Visible:

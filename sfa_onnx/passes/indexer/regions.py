@@ -18,7 +18,7 @@ from sfa_onnx.passes.graph.weights import is_weight
 
 __all__ = ["SelectionRegion", "selection_regions"]
 
-_MOST: Final = 400  # nodes between products and one TopK
+_MOST: Final = 2048  # nodes between products and one TopK
 _ACTIVATIONS: Final = (
     {"Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu"}
     | {"Max", "Mish", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Sqrt"}

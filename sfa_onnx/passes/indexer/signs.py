@@ -13,7 +13,7 @@ from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
 
-__all__ = ["assumed_positive", "stored_narrow"]
+__all__ = ["assumed_positive", "given_signs", "stored_narrow"]
 
 _T = onnx.TensorProto
 _NARROW: Final = frozenset(
@@ -34,6 +34,20 @@ _WRAPS: Final = frozenset(  # where a positive number cast, added or negated may
     (_T.INT4, _T.INT8, _T.INT16, _T.INT32, _T.INT64)
 )
 _MOST_STEPS: Final = 64
+
+
+def given_signs(tracer: Tracer, ref: Ref) -> list[str] | None:
+    """As `assumed_positive`, of an element that a replacement may join from several tensors."""
+    made = tracer.joined.get(ref.value)
+    if made is None:
+        return assumed_positive(tracer.sizes, ref.value)
+    found: dict[str, None] = {}
+    for part, _ in made.parts:
+        needs = given_signs(tracer, part)
+        if needs is None:
+            return None
+        found.update(dict.fromkeys(needs))
+    return list(found)
 
 
 def assumed_positive(sizes: Concrete, value: str) -> list[str] | None:
@@ -120,6 +134,8 @@ _RULES: Final[dict[str, Callable[[GraphIndex, onnx.NodeProto], list[str] | None]
 
 def stored_narrow(tracer: Tracer, ref: Ref) -> bool:
     """Whether an element is stored in eight bits or fewer, and only cast on its way."""
+    if (made := tracer.joined.get(ref.value)) is not None:
+        return all(stored_narrow(tracer, part) for part, _ in made.parts)
     for _ in range(_MOST_STEPS):
         if tracer.sizes.elem_type(ref.value) in _NARROW:
             return True

@@ -228,8 +228,13 @@ def _drawn(free: list[str], pool: list[int], rng: random.Random) -> Iterator[dic
 
 def _case(candidate: Candidate, sizes: Concrete) -> _Case | None:
     shapes: dict[str, tuple[int, ...]] = {}
-    named: dict[str, int] = {"K": int(candidate.sizes["K"])}
+    node = sizes.index.nodes[candidate.anchor]
+    named = {n: size for n, size in candidate.sizes.items() if isinstance(size, int)}
     try:
+        scores = sizes.shape(node.input[0])
+        if scores is None:
+            return None
+        named["S2"] = int(scores[attributes(node).get("axis", -1)])
         for operand in candidate.operands:
             shape = sizes.shape(operand.value)
             if shape is None:
