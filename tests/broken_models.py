@@ -132,6 +132,18 @@ def _sparse(size: int, width: int = 1) -> Callable[[ModelProto], None]:
     return change
 
 
+def _far_place(m: ModelProto) -> None:
+    _sparse(4)(m)
+    m.graph.sparse_initializer[0].indices.int64_data[1] = 4
+
+
+def _empty_branches(m: ModelProto) -> None:
+    branch = helper.make_graph([], "branch", [], [])
+    m.graph.node.append(
+        helper.make_node("If", ["q"], ["z"], then_branch=branch, else_branch=branch)
+    )
+
+
 def _unknown_tensor(m: ModelProto) -> None:
     m.graph.initializer[0].data_type = 99
 
@@ -188,6 +200,8 @@ BROKEN: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "sparse beyond any memory": (_sparse(1 << 61), "when it is stored dense"),
     "sparse below zero": (_sparse(-4), "expected no negative size"),
     "sparse places of another rank": (_sparse(4, 3), "has indices of the shape [2, 3]"),
+    "sparse place outside": (_far_place, "has a value at place 4 on axis 0, expected 0 to 3"),
+    "branches without outputs": (_empty_branches, "of 0 outputs, expected 1"),
     "cycle": (_cycle, "depends on itself"),
     "unmade": (_rename("q", "nowhere"), "'nowhere', which nothing makes"),
     "unmade in a body": (_body, "'nowhere'"),

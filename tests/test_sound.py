@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import sfa_onnx
 from sfa_onnx.errors import BudgetError, ModelError
 from sfa_onnx.files.model import load_model
 from sfa_onnx.files.sound import problems
+from sfa_onnx.files.sound_nodes import NodeRules
 from tests.broken_models import BROKEN, doubling, sound
 from tests.zoo import bodies
 
@@ -139,6 +141,72 @@ def test_a_sparse_tensor_that_fits_is_sound():
     places = helper.make_tensor("at", TensorProto.INT64, [2], [0, 3])
     model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [5]))
     assert problems(model) == []
+
+
+@pytest.mark.parametrize(
+    ("places", "shape", "told"),
+    [
+        ([[0, 1], [1, 2]], [2, 3], ""),
+        ([[0, 1], [1, 3]], [2, 3], "at place 3 on axis 1, expected 0 to 2"),
+        ([[-1, 1], [1, 2]], [2, 3], "at place -1 on axis 0, expected 0 to 1"),
+        ([0, 5], [2, 3], ""),
+        ([0, 6], [2, 3], "at place 6, expected 0 to 5"),
+        ([0, 0], [], ""),
+        ([0, 1], [], "at place 1, expected 0 to 0"),
+    ],
+)
+def test_places_of_a_sparse_tensor_lie_in_it(places, shape, told):
+    model = sound()
+    values = helper.make_tensor("thin", TensorProto.FLOAT, [2], [1.0, 2.0])
+    at = numpy_helper.from_array(np.array(places), "at")
+    sparse = onnx.SparseTensorProto(values=values, indices=at, dims=shape)
+    model.graph.sparse_initializer.append(sparse)
+    model.graph.node.append(helper.make_node("Constant", [], ["thin too"], sparse_value=sparse))
+    found = problems(model)
+    assert len(found) == 2 * bool(told)
+    assert all(told in text for text in found)
+
+
+def body(inputs, outputs):
+    """A graph that makes its outputs of `q`."""
+    values = [
+        helper.make_tensor_value_info(f"i{n}", TensorProto.FLOAT, None) for n in range(inputs)
+    ]
+    nodes = [helper.make_node("Relu", ["q"], [f"b{n}"]) for n in range(outputs)]
+    made = [helper.make_tensor_value_info(f"b{n}", TensorProto.FLOAT, None) for n in range(outputs)]
+    return helper.make_graph(nodes, "body", values, made)
+
+
+@pytest.mark.parametrize(
+    ("op", "sides", "opset", "right"),
+    [("If", (1, 2), 17, (0, 2)), ("Loop", (3, 1), 17, (3, 2))]
+    + [("Scan", (3, 2), opset, (2 + (opset > 8), 2)) for opset in (8, 9, 17)],
+)
+def test_bodies_have_what_their_node_gives_and_takes(op, sides, opset, right):
+    for inputs in range(5):
+        for outputs in range(4):
+            names = ("then_branch", "else_branch") if op == "If" else ("body",)
+            graphs = {name: body(inputs, outputs) for name in names}
+            if op == "Scan":
+                graphs["num_scan_inputs"] = 1
+            outs = [f"o{n}" for n in range(sides[1])]
+            node = helper.make_node(op, ["q"] * sides[0], outs, **graphs)
+            told = " ".join(NodeRules({"": opset}).problems(node))
+            assert bool(told) == ((inputs, outputs) != right), told
+            assert not told or f"expected {right[0]}" in told or f"expected {right[1]}" in told
+
+
+def test_axes_and_offsets_that_nothing_has():
+    model = sound()
+    model.graph.initializer.add(name="w", data_type=1, dims=[1] * 65, raw_data=bytes(4))
+    model.graph.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [1] * 65))
+    far = model.graph.initializer.add(name="f", data_type=1, dims=[1], data_location=1)
+    for key, value in (("location", "w"), ("offset", "9" * 5000), ("length", "4")):
+        far.external_data.add(key=key, value=value)
+    told = problems(model)
+    assert len(told) == 3
+    assert sum("has 65 axes, expected 64 at most" in text for text in told) == 2
+    assert sum("which no file has" in text for text in told) == 1
 
 
 def test_an_operator_newer_than_the_opset_needs_its_inputs():

@@ -6,6 +6,7 @@ Nothing is read by default. `StorageReader` fetches single ranges, to the byte, 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,13 +153,18 @@ class StorageReader:
         """`length` bytes at the recorded offset, from a file inside the model's folder."""
         path = self._resolve(name, where.location)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
         except OSError as error:
             raise WeightsError(
                 f"initializer {name!r}: the weights file {path} cannot be opened"
                 f" ({error.strerror}); put it back beside the model"
             ) from error
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise WeightsError(
+                    f"initializer {name!r}: {path} is a folder, pipe or device, expected a file"
+                    " of weights; put the weights there"
+                )
             data = _read_all(descriptor, length, where.offset)
         finally:
             os.close(descriptor)

@@ -21,7 +21,7 @@ from sfa_onnx.files.parts import Parts, parts_of_graph, parts_of_model
 from sfa_onnx.files.sound_functions import function_problems
 from sfa_onnx.files.sound_glance import Reader, free_values, unseen_tensors
 from sfa_onnx.files.sound_nodes import NodeRules, holds_graphs
-from sfa_onnx.files.sound_tensors import sparse_problem, tensor_problem
+from sfa_onnx.files.sound_tensors import RANK, sparse_problem, tensor_problem
 from sfa_onnx.guard.text import printable
 
 __all__ = ["assert_sound", "problems"]
@@ -152,6 +152,10 @@ class _Reader:
                     self.found.append(
                         f"{kind} {info.name!r}{where} has the element type {elem}, which onnx"
                         f" {onnx.__version__} does not know"
+                    )
+                if (rank := len(info.type.tensor_type.shape.dim)) > RANK:
+                    self.found.append(
+                        f"{kind} {info.name!r}{where} has {rank} axes, expected {RANK} at most"
                     )
         given = {v.name: v.type.tensor_type.elem_type for v in graph.input}
         for info in graph.output:  # runtimes hand such a value on as it is, whatever they said

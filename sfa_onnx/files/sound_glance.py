@@ -17,7 +17,7 @@ from onnx import NodeProto, StringStringEntryProto, TensorProto
 from sfa_onnx.files.fields import Column, Fields, Numbers
 from sfa_onnx.files.same_texts import Texts, alike, numbered
 from sfa_onnx.files.sound_nodes import NodeRules, holds_graphs
-from sfa_onnx.files.sound_tensors import tensor_problem
+from sfa_onnx.files.sound_tensors import DIGITS, tensor_problem
 
 __all__ = ["Reader", "free_values", "unseen_tensors"]
 
@@ -224,6 +224,8 @@ def _entries(fields: Fields, outside: Numbers) -> tuple[Texts, Texts] | None:
         if _twice(whose) or not size.all():
             return None  # twice, or empty
         if word == "location" and not np.array_equal(whose, outside):
+            return None
+        if word != "location" and size.max(initial=0) > DIGITS:
             return None
         if word != "location" and not b"".join([b"0", *pairs.texts(start, start + size)]).isdigit():
             return None

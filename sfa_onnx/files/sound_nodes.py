@@ -9,7 +9,8 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto
 from onnx.defs import OpSchema
 
-from sfa_onnx.files.sound_tensors import tensor_problem
+from sfa_onnx.files.sound_bodies import body_problems
+from sfa_onnx.files.sound_tensors import sparse_problem, tensor_problem
 from sfa_onnx.files.sound_values import value_problem
 
 __all__ = ["NodeRules", "holds_graphs"]
@@ -19,6 +20,7 @@ _STANDARD: Final = ("", "ai.onnx")
 _SINGLE: Final = OpSchema.FormalParameterOption.Single
 _VARIADIC: Final = OpSchema.FormalParameterOption.Variadic
 _TENSORS: Final = (_A.TENSOR, _A.TENSORS)
+_SPARSE: Final = (_A.SPARSE_TENSOR, _A.SPARSE_TENSORS)
 
 
 def holds_graphs(node: NodeProto) -> dict[str, GraphProto]:
@@ -91,6 +93,7 @@ class NodeRules:
             rule = self._rules[op] if op in self._rules else self._look_up(op)
         if rule is not None:
             yield from rule.arity(node)
+            yield from body_problems(node, self._opset)
         yield from self._attributes(node, rule)
 
     def _look_up(self, op_type: str) -> _Rule | None:
@@ -141,6 +144,9 @@ def _content(attribute: AttributeProto) -> str:
     if kind in _TENSORS:
         tensors = [attribute.t] if kind == _A.TENSOR else attribute.tensors
         return next((problem for t in tensors if (problem := tensor_problem(t))), "")
+    if kind in _SPARSE:
+        thin = [attribute.sparse_tensor] if kind == _SPARSE[0] else attribute.sparse_tensors
+        return next((problem for t in thin if (problem := sparse_problem(t))), "")
     if kind == _A.STRING and not _is_text(attribute.s):
         return "is not UTF-8 text"
     if kind == _A.STRINGS and not all(_is_text(s) for s in attribute.strings):

@@ -9,7 +9,10 @@ from typing import Final
 import onnx
 from onnx import SparseTensorProto, TensorProto
 
-__all__ = ["sparse_problem", "tensor_problem"]
+__all__ = ["DIGITS", "RANK", "sparse_problem", "tensor_problem"]
+
+RANK: Final = 64  # axes that a tensor may have: NumPy's own limit
+DIGITS: Final = 18  # of an external offset or length
 
 _T = TensorProto
 _PACKED: Final = {  # types with several elements to a byte: elements per byte
@@ -35,6 +38,8 @@ def tensor_problem(tensor: TensorProto) -> str:
     dims = tensor.dims[:]
     if dims and min(dims) < 0:
         return f"has the shape {list(dims)}, expected no negative size"
+    if len(dims) > RANK:
+        return f"has {len(dims)} axes, expected {RANK} at most"
     if tensor.data_location == _T.EXTERNAL:
         return _external_problem(tensor, kind, math.prod(dims))
     if tensor.HasField("segment"):
@@ -76,6 +81,18 @@ def sparse_problem(sparse: SparseTensorProto) -> str:
         and (size := _bytes(values.data_type, math.prod(dims))) > _DENSE
     ):
         return f"takes {size} bytes when it is stored dense, and runtimes take at most {_DENSE}"
+    return "" if indices.data_location == _T.EXTERNAL else _places_problem(indices, dims)
+
+
+def _places_problem(indices: TensorProto, dims: list[int]) -> str:
+    """Places of a sparse tensor that lie outside of it: in one number each, or one per axis."""
+    places = onnx.numpy_helper.to_array(indices)
+    ends = [math.prod(dims)] if places.ndim == 1 else dims
+    for axis, (numbers, end) in enumerate(zip(places.reshape(-1, len(ends)).T, ends, strict=True)):
+        bad = numbers[(numbers < 0) | (numbers >= end)]
+        if bad.size:
+            where = f" on axis {axis}" if places.ndim > 1 else ""
+            return f"has a value at place {int(bad[0])}{where}, expected 0 to {end - 1}"
     return ""
 
 
@@ -107,6 +124,8 @@ def _external_problem(tensor: TensorProto, kind: int, count: int) -> str:
         value = entries.get(key)
         if value is not None and not (value.isascii() and value.isdecimal()):
             return f"has the external {key} {value!r}, expected a number of bytes"
+        if value is not None and len(value.lstrip("0")) > DIGITS:
+            return f"has the external {key} {value[:DIGITS]}..., which no file has"
     length = entries.get("length")
     if length is not None and int(length) != (need := _bytes(kind, count)):
         return f"has {length} external bytes, expected {need} by its type and shape"

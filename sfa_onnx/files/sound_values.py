@@ -8,9 +8,10 @@ from typing import Final
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto
 
+from sfa_onnx.files.sound_tensors import RANK
+
 __all__ = ["value_problem"]
 
-_RANK: Final = 64  # axes that a tensor may have: NumPy's own limit
 _KNOWN: Final = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 
 
@@ -27,12 +28,12 @@ def value_problem(node: NodeProto, attribute: AttributeProto) -> str:
 
 def _axis(_node: NodeProto, attribute: AttributeProto) -> str:
     values = attribute.ints if attribute.type == AttributeProto.INTS else [attribute.i]
-    bad = next((v for v in values if not -_RANK <= v < _RANK), None)
-    return "" if bad is None else f"is {bad}, expected an axis of a tensor (of {_RANK} at most)"
+    bad = next((v for v in values if not -RANK <= v < RANK), None)
+    return "" if bad is None else f"is {bad}, expected an axis of a tensor (of {RANK} at most)"
 
 
 def _batch(_node: NodeProto, attribute: AttributeProto) -> str:
-    ok = 0 <= attribute.i < _RANK
+    ok = 0 <= attribute.i < RANK
     return "" if ok else f"is {attribute.i}, expected a number of leading axes"
 
 

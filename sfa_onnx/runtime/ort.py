@@ -276,8 +276,8 @@ def run(
         Output name -> array, in the order asked for.
 
     Raises:
-        UsageError: an input is missing, unknown or of another dtype; an output is unknown; a
-            rounding is given for an open session.
+        UsageError: an input is missing, unknown or of another dtype; an output is unknown, or no
+            tensor; a rounding is given for an open session.
         ContractError: one of our operators refuses its inputs.
         ModelError: onnxruntime fails.
     """
@@ -291,6 +291,11 @@ def run(
     wanted = list(declared) if outputs is None else list(outputs)
     if unknown := [name for name in wanted if name not in declared]:
         raise UsageError(f"the model has no output {unknown}; it has {list(declared)}")
+    if odd := [name for name in wanted if not declared[name].startswith("tensor(")]:
+        raise UsageError(
+            f"output {odd[0]!r} is no tensor but {declared[odd[0]]}, which has no array; ask for"
+            " other outputs by name, or make it a tensor in the model (ConcatFromSequence)"
+        )
     arrays = checked_arrays(sess, feeds)
     special = any(a.dtype.type.__module__ == "ml_dtypes" for a in arrays.values())
     special = special or any(declared[name] in _ONNX_ONLY for name in wanted)

@@ -48,12 +48,12 @@ def _remember() -> None:
         begin(self, *args)
         self._known = verdicts
 
-    def remembered(model: ModelProto, size: int | None = None) -> list[str]:
+    def remembered(model: ModelProto, known: bytes | None = None) -> list[str]:
         data = model.SerializeToString()
         if data not in faults:
             if len(faults) > 64:  # a mutant and what is made of it
                 faults.clear()
-            faults[data] = look(model, size)
+            faults[data] = look(model, known)
         return faults[data]
 
     Classes.__init__ = shared  # type: ignore[method-assign]

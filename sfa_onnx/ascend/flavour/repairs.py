@@ -48,10 +48,20 @@ def constant_values(scope: Scope, node: NodeProto) -> Sequence[NodeProto] | None
 
 
 def dense(sparse: onnx.SparseTensorProto) -> TensorProto:
-    """The dense form of a sparse constant."""
+    """The dense form of a sparse constant.
+
+    Raises:
+        ModelError: its parts lie in an external file.
+    """
+    if any(t.data_location == TensorProto.EXTERNAL for t in (sparse.values, sparse.indices)):
+        raise ModelError(
+            f"the sparse tensor {sparse.values.name!r} lies in an external file, which is not read"
+            " here; store it in the model, or dense"
+        )
     values = onnx.numpy_helper.to_array(sparse.values)
     indices = onnx.numpy_helper.to_array(sparse.indices)
-    full = np.zeros(math.prod(sparse.dims), dtype=values.dtype)
+    nothing = "" if values.dtype.kind == "O" else 0
+    full = np.full(math.prod(sparse.dims), nothing, dtype=values.dtype)
     flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), sparse.dims)
     full[flat] = values
     return onnx.numpy_helper.from_array(full.reshape(tuple(sparse.dims)), sparse.values.name)

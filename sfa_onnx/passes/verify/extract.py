@@ -64,7 +64,7 @@ def _upstream(
         if not value or value in operands or value in constants:
             continue
         producer = index.producer.get(value)
-        if producer is None:
+        if producer is None or _kept_outside(index.nodes[producer]) is not None:
             constants[value] = embedded_constant(index, value)
         elif producer not in wanted:
             if producer not in allowed and index.nodes[producer].op_type != "Constant":
@@ -87,6 +87,8 @@ def embedded_constant(index: GraphIndex, value: str) -> TensorProto:
         UnverifiableError: the value is a graph input, a weight or a large table.
     """
     tensor = index.initializers.get(value)
+    if tensor is None and (node := index.maker(value)) is not None:
+        tensor = _kept_outside(node)
     if tensor is None:
         raise UnverifiableError(
             Refusal(f"the graph input {value!r} enters the site and was bound to no role", value)
@@ -108,6 +110,13 @@ def embedded_constant(index: GraphIndex, value: str) -> TensorProto:
         )
     embedded: TensorProto = tensor
     return embedded
+
+
+def _kept_outside(node: onnx.NodeProto) -> TensorProto | None:
+    """The tensor of a Constant that lies in an external file."""
+    stored = (a.t for a in node.attribute if a.name == "value")
+    outside = (t for t in stored if t.data_location == TensorProto.EXTERNAL)
+    return next(outside, None) if node.op_type == "Constant" else None
 
 
 def _model(
