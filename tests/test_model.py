@@ -174,6 +174,10 @@ def test_reader_explains_missing_and_short_files(saved):
     weights.unlink()
     with pytest.raises(WeightsError, match="cannot be opened"):
         StorageReader(saved.parent).weight(tensor)
+    os.mkfifo(weights)  # nobody ever writes into it
+    with pytest.raises(WeightsError, match="a folder, pipe or device"):
+        StorageReader(saved.parent).weight(tensor)
+    weights.unlink()
     with pytest.raises(WeightsError, match="given in memory"):
         StorageReader(None).weight(tensor)
 

@@ -2,6 +2,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import sfa_onnx
 from sfa_onnx import runtime
 from sfa_onnx.cli import main
 from sfa_onnx.doctor import examine
@@ -18,6 +20,7 @@ from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_
 from sfa_onnx.runtime.compare.run import compare
 from sfa_onnx.runtime.feeds.draw import random_feeds
 from tests.attention_cases import BF16, LAYOUTS, make_case
+from tests.fuzz.corpus import gathered
 from tests.op_models import needs_library, op_model
 
 
@@ -254,3 +257,42 @@ def test_a_constant_whose_value_lies_in_a_file(tmp_path):
     assert report.outputs[0].difference.noise is not None
     with pytest.raises(ModelError, match="external files"):
         runtime.session(onnx.load(path, load_external_data=False))
+
+
+def test_a_site_reads_the_constants_of_its_own_folder(tmp_path, monkeypatch):
+    """The scale lies in a file beside the model; the caller's folder holds another such file."""
+    model = gathered()
+    scale = next(t for t in model.graph.initializer if t.name == "scale")
+    model.graph.initializer.remove(scale)
+    place = {"location": "w.bin", "offset": "0", "length": "4"}
+    kept = TensorProto(name="scale", data_type=1, dims=[], data_location=TensorProto.EXTERNAL)
+    for key, value in place.items():
+        kept.external_data.add(key=key, value=value)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["scale"], value=kept))
+    onnx.save(model, tmp_path / "m.onnx")
+    (tmp_path / "w.bin").write_bytes(np.float32(0.16).tobytes())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for other in (np.float32(7).tobytes(), None):
+        if other is None:
+            Path("w.bin").unlink()
+        else:
+            Path("w.bin").write_bytes(other)
+        report = sfa_onnx.fuse(tmp_path / "m.onnx", tmp_path / "out.onnx")
+        assert report.sites[0].status == "fused", report.sites[0].reason
+        (node,) = (n for n in report.model.graph.node if n.op_type.startswith("NPUSparse"))
+        (found,) = (a.f for a in node.attribute if a.name == "scale_value")
+        assert found == pytest.approx(0.16)
+        (tmp_path / "out.onnx").unlink()
+
+
+def test_an_output_that_is_no_tensor_is_named():
+    node = helper.make_node("SequenceConstruct", ["x", "x"], ["both"])
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    both = helper.make_tensor_sequence_value_info("both", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "g", [value], [both, value])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    feeds = {"x": np.ones(2, np.float32)}
+    with pytest.raises(UsageError, match=r"'both' is no tensor but seq\(tensor\(float\)\)"):
+        runtime.run(model, feeds)
+    np.testing.assert_array_equal(runtime.run(model, feeds, ["x"])["x"], feeds["x"])
