@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.passes.shapes.dims import size_of
+from sfa_onnx.passes.shapes.fold_open import numbers_of
 from sfa_onnx.passes.shapes.form import Form, largest, quotient, smallest
 from sfa_onnx.passes.shapes.meet import made_equal
 from sfa_onnx.passes.shapes.size import Size, StandIns, broadcast, form_of, greatest, is_open, least
@@ -233,3 +234,26 @@ def test_a_cache_cut_to_the_sequences_of_a_call_has_those() -> None:
     cut = smallest(A, B)
     assert made_equal(cut, A, list("abc"), []) == [("b", A)] == made_equal(B, cut, list("abc"), [])
     assert made_equal(cut, C, list("abc"), []) != [("b", A)]
+
+
+def test_positions_of_an_open_axis_are_no_sizes() -> None:
+    """A tensor of another rank in every run: what stands in for a size is a size of nothing."""
+    g = Graph(18)
+    zero, one = g.const(0, np.int64), g.const(1, np.int64)
+    count = g.op("Squeeze", g.op("Shape", "x", start=1, end=2))
+    line = g.op("Range", zero, count, one)
+    wide = g.op("Expand", g.op("ReduceSum", "x", g.ints(1)), line)  # [b, 1]
+    index = GraphIndex.of(
+        g.model({"x": ("f32", ("b", "s"))}, {"y": ("f32", ())}, [g.op("Identity", wide)])
+    )
+    sizes = Concrete(index)
+    assert sizes.shape(wide) is None
+    assert not sizes.equal
+    assert [form_of(s) for s in sizes.symbols.values()] == [Form.of("b"), Form.of("s")]
+    assert sizes.shape(line) == (sizes.symbols["s"],)
+
+
+def test_sizes_wrap_as_the_arithmetic_of_the_file_does() -> None:
+    large = np.array([[2**63, -(2**63) - 1], [2**64 + 5, -7]], object)
+    assert numbers_of(large).tolist() == [[-(2**63), 2**63 - 1], [5, -7]]
+    assert numbers_of(np.zeros((2, 0), object)).shape == (2, 0)

@@ -157,6 +157,8 @@ class Concrete:
         return None if any(s is None for s in sizes) else tuple(s or 0 for s in sizes)
 
     def _store(self, value: str, shape: Shape | None) -> None:
+        if len(shape or ()) > _FEW:  # positions of an open axis, taken for sizes
+            shape = None
         self._home.seen(shape or ())
         self._shapes[value] = shape
 

@@ -59,7 +59,14 @@ def numbers_of(array: np.ndarray) -> np.ndarray:
     """An array of sizes as plain numbers, of orders as bools."""
     if array.dtype != object:
         return array
-    return array.astype(bool if isinstance(next(array.flat, None), bool | Order) else np.int64)
+    if isinstance(next(array.flat, None), bool | Order):
+        return array.astype(bool)
+    return np.asarray([_wrapped(n) for n in array.flat], np.int64).reshape(array.shape)
+
+
+def _wrapped(number: int) -> int:
+    """A number as int64 holds it: what ONNX's own arithmetic leaves of a larger one."""
+    return (int(number) + 2**63) % 2**64 - 2**63
 
 
 def counts(array: np.ndarray) -> bool:

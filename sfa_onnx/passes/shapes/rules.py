@@ -91,6 +91,8 @@ def _ints(sizes: Sizes, node: onnx.NodeProto, position: int) -> list[int] | None
     found = sizes.entries(node.input[position])
     if found is None:
         raise ValueError("unknown value")
+    if any(map(is_open, sizes.look_up(node.input[position]) or ())):
+        raise ValueError("as many as an open size: other ones in every run")
     return found
 
 
