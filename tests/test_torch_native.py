@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 import sfa_onnx.torch as sfa_torch  # noqa: E402
 from sfa_onnx.errors import ContractError  # noqa: E402
+from sfa_onnx.operator import kv_cache  # noqa: E402
 from sfa_onnx.operator.op import (  # noqa: E402
     KV_CACHE_PACK,
     LIGHTNING_INDEXER,
@@ -30,10 +31,8 @@ from tests.attention_cases import BF16, LAYOUTS, make_case  # noqa: E402
 from tests.indexer_cases import indexer_call  # noqa: E402
 
 pytestmark = pytest.mark.torch
-SCHEMAS = {  # of the operators that have forms: packing has none
-    op.name: getattr(torch.ops.sfa_onnx, name).default._schema
-    for name, op in OPERATORS.items()
-    if op is not KV_CACHE_PACK
+SCHEMAS = {
+    op.name: getattr(torch.ops.sfa_onnx, name).default._schema for name, op in OPERATORS.items()
 }
 SCHEMAS[SPARSE_FLASH_ATTENTION.name + " with softmax"] = (
     torch.ops.sfa_onnx.npu_sparse_flash_attention.lse._schema
@@ -61,6 +60,21 @@ def selection(op, changes):
     inputs, attributes = indexer_call(op, changes["layouts"], dtype, **known)
     attributes["sparse_count"] = changes["count"]
     return {n: as_torch(a) for n, a in inputs.items()} | attributes
+
+
+def packing(_op, changes):
+    """Rows with a rope or none, of numbers or of integers with their scales."""
+    r = torch.Generator().manual_seed(changes["seed"])
+    lead = (changes["batch"], changes["s2"], 1)[: 1 + changes["heads"] % 3]
+    kinds = {np.float32: torch.float32, np.float16: torch.float16, BF16: torch.bfloat16}
+    kind, nope = kinds[changes["dtype"]], changes["nope"]
+    given = {"nope": torch.randn(*lead, nope, generator=r).to(kind), "tile_size": 16}
+    if changes["rope"]:
+        given["rope"] = torch.randn(*lead, changes["rope"], generator=r).to(kind)
+    if changes["sinks"]:
+        given["nope"] = torch.randint(-127, 128, (*lead, nope), generator=r, dtype=torch.int8)
+        given["scale"] = torch.rand(*lead, nope // 16, generator=r)
+    return given
 
 
 def split(schema, given):
@@ -107,6 +121,7 @@ def test_a_known_form_is_never_taken_for_another(name):
     r, schema = random.Random(name), SCHEMAS[name]
     op = next(o for o in OPERATORS.values() if o.name == name.split(" ")[0])
     make = selection if "Indexer" in op.name else attention
+    make = packing if op is KV_CACHE_PACK else make
     adapter = Counting(op, schema)
     made = native.kernel(adapter, None)
     state = {n: r.choice(v) for n, v in (CHOICES | OWN).items()}
@@ -299,6 +314,18 @@ def test_the_interpreter_runs_on_while_the_core_computes():
         sys.setswitchinterval(interval)
         thread.join()
     assert turns > 3
+
+
+def test_a_clip_is_read_each_time_and_many_dimensions_are_packed():
+    pack, nope = torch.ops.sfa_onnx.kv_cache_pack, torch.randn(2, 3, 1, 1, 1, 32)
+    for _ in range(2):
+        for clip in (0.5, 1.0):
+            got = pack(nope, clip=torch.tensor(clip), tile_size=16)
+            want = kv_cache.pack(nope.numpy(), clip=clip, tile_size=16)
+            np.testing.assert_array_equal(got.numpy(), want)
+        np.testing.assert_array_equal(pack(nope, tile_size=16).numpy(), want)
+        with pytest.raises(ContractError, match="rope: expected leading dimensions"):
+            pack(nope, rope=torch.ones(3, 8), tile_size=16)
 
 
 def test_without_torchs_part_the_kernel_is_pythons(monkeypatch):

@@ -110,15 +110,24 @@ bool make(const sfa_torch_api& api, const sfa_torch_result& r, char* block, Made
   return true;
 }
 
+int call_core(const sfa_torch_form& form, int32_t threads) {
+  sfa_core_error error;
+  switch (form.kind) {
+    case SFA_TORCH_ATTENTION:
+      return sfa_core_run_threads(&form.block.attention, threads, &error);
+    case SFA_TORCH_INDEXER:
+      return sfa_core_indexer_run_threads(&form.block.indexer, threads, &error);
+    default:
+      return sfa_core_pack(&form.block.pack, 0, form.block.pack.rows, &error);
+  }
+}
+
 bool compute(const sfa_torch_api& api, const sfa_torch_form& form) {
   if (elements(form.result[0]) == 0) return true;
   uint32_t threads = 1;
   if (api.torch_get_num_threads(&threads) != 0) return false;
-  sfa_core_error error;
   void* state = api.PyEval_SaveThread();
-  const int status =
-      form.indexer ? sfa_core_indexer_run_threads(&form.block.indexer, (int32_t)threads, &error)
-                   : sfa_core_run_threads(&form.block.attention, (int32_t)threads, &error);
+  const int status = call_core(form, (int32_t)threads);
   api.PyEval_RestoreThread(state);
   return status == SFA_CORE_OK;
 }
@@ -207,8 +216,8 @@ struct Method {
 const Method kMethod = {"sfa_onnx_kernel", call, 0x1 | 0x2, nullptr};
 
 bool is_whole(const sfa_torch_form& f) {
-  bool good = f.inputs >= 0 && f.inputs <= SFA_TORCH_INPUTS && f.results >= 1 &&
-              f.results <= SFA_TORCH_RESULTS;
+  bool good = f.kind >= SFA_TORCH_ATTENTION && f.kind <= SFA_TORCH_PACK && f.inputs >= 0 &&
+              f.inputs <= SFA_TORCH_INPUTS && f.results >= 1 && f.results <= SFA_TORCH_RESULTS;
   const int32_t last = (int32_t)(sizeof f.block - sizeof(void*));
   for (int i = 0; good && i < f.inputs; ++i)
     good = f.place[i] >= 0 && f.place[i] < kValues && f.field[i] >= 0 && f.field[i] <= last;

@@ -95,10 +95,17 @@ typedef struct sfa_torch_result {
   int64_t sizes[SFA_TORCH_RANK];
 } sfa_torch_result;
 
+// Which function of the core a call is for, and which block it has.
+typedef enum sfa_torch_kind {
+  SFA_TORCH_ATTENTION = 0,
+  SFA_TORCH_INDEXER = 1,
+  SFA_TORCH_PACK = 2,
+} sfa_torch_kind;
+
 // A checked call without its addresses.
 typedef struct sfa_torch_form {
   uint32_t struct_size;  // sizeof(sfa_torch_form)
-  int32_t indexer;       // 0: block is sfa_core_params, 1: sfa_core_indexer_params
+  int32_t kind;          // sfa_torch_kind
   int32_t inputs, results;
   int32_t single;  // 1: the first result itself is returned, else a tuple
   int32_t reserved;
@@ -108,6 +115,7 @@ typedef struct sfa_torch_form {
   union {
     sfa_core_params attention;
     sfa_core_indexer_params indexer;
+    sfa_core_pack_params pack;
   } block;
 } sfa_torch_form;
 

@@ -22,11 +22,11 @@ from sfa_onnx.operator.op import (
     SPARSE_FLASH_ATTENTION,
     SPARSE_FLASH_ATTENTION_ANTIQUANT,
 )
-from sfa_onnx.runtime.core import DTYPES, Error, PackParams, core, refuse_if
+from sfa_onnx.runtime.core import DTYPES, PackParams, core
 from sfa_onnx.torch.attend import attention_form, softmax_shape
 from sfa_onnx.torch.checks import FLOATS, check_ints, check_traced, refuse
 from sfa_onnx.torch.float8 import as_float_attention
-from sfa_onnx.torch.form import Form
+from sfa_onnx.torch.form import Form, Result
 from sfa_onnx.torch.index import indexer_form
 from sfa_onnx.torch.index_float8 import select_float8
 from sfa_onnx.torch.index_golden import select_golden
@@ -37,9 +37,6 @@ __all__ = ["ROUNDINGS", "compute", "compute_float8", "form_of", "shapes_of", "us
 ROUNDINGS: Final = ("exact", "npu", "golden")
 # By name: comparing two contracts compares whole tables.
 _ATTENTIONS: Final = frozenset({SPARSE_FLASH_ATTENTION.name, SPARSE_FLASH_ATTENTION_ANTIQUANT.name})
-_FORMS: Final = dict.fromkeys(_ATTENTIONS, attention_form) | dict.fromkeys(
-    (LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name), indexer_form
-)
 
 
 def compute(
@@ -61,11 +58,11 @@ def compute(
         ContractError: the call breaks the contract.
     """
     tensors = usable(tensors, attributes, rounding)
-    if op is KV_CACHE_PACK:
-        return (_pack(op, tensors, attributes),)
     form = form_of(op, tensors, attributes, rounding)
     if form is not None:
         return form.run(tensors)
+    if op is KV_CACHE_PACK:
+        return (_pack(op, tensors, attributes),)
     if op is LIGHTNING_INDEXER and rounding == "golden":
         return select_golden(op, tensors, attributes)
     return _by_reference(op, tensors, attributes, rounding)
@@ -84,9 +81,11 @@ def form_of(
     """
     if op is QUANT_LIGHTNING_INDEXER and rounding == "golden":
         rounding = "npu"  # the vendors' checks of it round as its kernel does
-    make = _FORMS.get(op.name)
-    if make is None or rounding == "golden" or not _core_is_built():
+    if rounding == "golden" or not _core_is_built():
         return None
+    if op is KV_CACHE_PACK:
+        return _pack_form(op, tensors, attributes)
+    make = attention_form if op.name in _ATTENTIONS else indexer_form
     return make(op, tensors, attributes, rounding)
 
 
@@ -167,7 +166,7 @@ def _by_reference(
 def _pack(
     op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
 ) -> torch.Tensor:
-    """`sfa_onnx::KvCachePack`: checked by the definition on one row, computed by the core."""
+    """`sfa_onnx::KvCachePack` where the call has no form: a clip is known by its value only."""
     op.check_attributes(attributes)
     tile = attributes["tile_size"]
     clip = float(tensors["clip"]) if "clip" in tensors else None
@@ -175,25 +174,37 @@ def _pack(
     if not _core_is_built():
         rows = {name: as_numpy(t) for name, t in parts.items()}
         return as_torch(kv_cache.pack(**rows, clip=clip, tile_size=tile))
+    return _rows_form(parts, clip, tile).run(parts)[0]
+
+
+def _pack_form(
+    op: OpContract, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
+) -> Form | None:
+    if "clip" in tensors:
+        return None
+    op.check_attributes(attributes)
+    return _rows_form(tensors, None, attributes["tile_size"])
+
+
+def _rows_form(parts: Mapping[str, torch.Tensor], clip: float | None, tile: int) -> Form:
+    """Rows to be packed: checked by the definition on no row at all, computed by the core."""
     _check_rows(parts, clip, tile)
-    nope, rope, scale = (parts.get(n) for n in ("nope", "rope", "scale"))
-    assert nope is not None
+    nope, rope = parts["nope"], parts.get("rope")
     width = 0 if rope is None else rope.shape[-1]
     row = PackedRow(nope.shape[-1], width, tile, 2 if rope is None else rope.element_size())
-    out = nope.new_empty((*nope.shape[:-1], row.bytes), dtype=torch.int8)
-    params, error = PackParams(), Error()
-    params.struct_size = ctypes.sizeof(PackParams)
-    params.nope_dtype = DTYPES[str(nope.dtype).removeprefix("torch.")]
-    params.rope_dtype = DTYPES["bfloat16" if rope is None else str(rope.dtype)[6:]]
-    params.nope_dim, params.rope_dim, params.tile_size = nope.shape[-1], width, tile
-    params.clip, params.rows = 1.0 if clip is None else clip, nope.shape[:-1].numel()
-    params.nope, params.out = nope.data_ptr(), out.data_ptr()
-    params.rope = rope.data_ptr() if width and rope is not None else None
-    params.scale = None if scale is None else scale.data_ptr()
-    if params.rows:
-        status = core().sfa_core_pack(ctypes.byref(params), 0, params.rows, ctypes.byref(error))
-        refuse_if(status, error)
-    return out
+    params = PackParams(
+        struct_size=ctypes.sizeof(PackParams),
+        nope_dtype=DTYPES[str(nope.dtype).removeprefix("torch.")],
+        rope_dtype=DTYPES["bfloat16" if rope is None else str(rope.dtype).removeprefix("torch.")],
+        nope_dim=nope.shape[-1],
+        rope_dim=width,
+        tile_size=tile,
+        clip=1.0 if clip is None else clip,
+        rows=nope.shape[:-1].numel(),
+    )
+    read = tuple(n for n in ("nope", "rope", "scale") if n in parts and (n != "rope" or width))
+    out = Result("out", (*nope.shape[:-1], row.bytes), torch.int8)
+    return Form(PackParams, bytes(params), read, (out,))
 
 
 def _check_rows(parts: Mapping[str, torch.Tensor], clip: float | None, tile: int) -> None:

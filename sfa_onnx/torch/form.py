@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfa_onnx.runtime.core import Error, IndexerParams, Params, core, refuse_if
+from sfa_onnx.runtime.core import Error, IndexerParams, PackParams, Params, core, refuse_if
 
 __all__ = ["Form", "Result"]
 
@@ -30,9 +30,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Form:
-    """A checked call of the attention or of an indexer."""
+    """A checked call of the attention, of an indexer or of packing."""
 
-    kind: type[Params] | type[IndexerParams]
+    kind: type[Params] | type[IndexerParams] | type[PackParams]
     block: bytes
     inputs: tuple[str, ...]  # tensors that the core reads, by the names of their fields
     results: tuple[Result, ...]
@@ -43,26 +43,35 @@ class Form:
         Raises:
             ContractError: lengths, tables or indices break the contract.
         """
-        return self.run_at(tensors["query"], [tensors[name].data_ptr() for name in self.inputs])
+        return self.run_at(
+            tensors[self.inputs[0]], [tensors[name].data_ptr() for name in self.inputs]
+        )
 
-    def run_at(self, query: torch.Tensor, addresses: Iterable[int]) -> tuple[torch.Tensor, ...]:
-        """As `run`, on the addresses of the inputs; results are made like the query."""
+    def run_at(self, first: torch.Tensor, addresses: Iterable[int]) -> tuple[torch.Tensor, ...]:
+        """As `run`, on the addresses of the inputs; results are made like the first of them."""
         params = self.kind.from_buffer_copy(self.block)
         for name, address in zip(self.inputs, addresses, strict=True):
             setattr(params, name, address)
         made = []
         for result in self.results:
-            make = query.new_zeros if result.zeroed else query.new_empty
+            make = first.new_zeros if result.zeroed else first.new_empty
             out = make(result.shape, dtype=result.dtype)
             setattr(params, result.field, out.data_ptr())
             made.append(out)
         if not made[0].numel():
             return tuple(made)
-        library, error = core(), Error()
-        run = library.sfa_core_run_threads
-        if self.kind is IndexerParams:
-            run = library.sfa_core_indexer_run_threads
-        status = run(ctypes.byref(params), torch.get_num_threads(), ctypes.byref(error))
+        error = Error()
+        status = self._call(params, error)
         if status:
             refuse_if(status, error)
         return tuple(made)
+
+    def _call(self, params: Params | IndexerParams | PackParams, error: Error) -> int:
+        library = core()
+        if isinstance(params, PackParams):
+            whole = 0, params.rows
+            return int(library.sfa_core_pack(ctypes.byref(params), *whole, ctypes.byref(error)))
+        run = library.sfa_core_run_threads
+        if self.kind is IndexerParams:
+            run = library.sfa_core_indexer_run_threads
+        return int(run(ctypes.byref(params), torch.get_num_threads(), ctypes.byref(error)))

@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 from sfa_onnx.errors import MissingError
-from sfa_onnx.runtime.core import IndexerParams, Params, core
+from sfa_onnx.runtime.core import IndexerParams, PackParams, Params, core
 from sfa_onnx.runtime.ort import library_path
 from sfa_onnx.torch.form import Result
 from sfa_onnx.torch.vendor import Adapter, Known
@@ -55,6 +55,8 @@ _TORCH: Final = (
     *("aoti_torch_grad_mode_is_enabled", "torch_get_num_threads"),
 )
 _I32: Final = ctypes.c_int32
+_KINDS: Final = (Params, IndexerParams, PackParams)
+_RANK: Final = 4
 
 
 class _Api(ctypes.Structure):
@@ -73,12 +75,12 @@ class _Result(ctypes.Structure):
 
     _fields_ = [
         *((name, _I32) for name in ("field", "dtype", "itemsize", "rank", "zeroed", "reserved")),
-        ("sizes", ctypes.c_int64 * 4),
+        ("sizes", ctypes.c_int64 * _RANK),
     ]
 
 
 class _Block(ctypes.Union):
-    _fields_ = [("attention", Params), ("indexer", IndexerParams)]
+    _fields_ = [("attention", Params), ("indexer", IndexerParams), ("pack", PackParams)]
 
 
 class _Form(ctypes.Structure):
@@ -86,7 +88,7 @@ class _Form(ctypes.Structure):
 
     _fields_ = [
         ("struct_size", ctypes.c_uint32),
-        *((name, _I32) for name in ("indexer", "inputs", "results", "single", "reserved")),
+        *((name, _I32) for name in ("kind", "inputs", "results", "single", "reserved")),
         ("place", _I32 * 12),
         ("field", _I32 * 12),
         ("result", _Result * 3),
@@ -123,11 +125,13 @@ class _Native:
         return int(getattr(self.shim, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")())
 
     def keep(self, made: Any, key: bytes, known: Known, returned: tuple[Result, ...]) -> None:
-        """Tell a kernel of a form that was just computed."""
+        """Tell a kernel of a form that was just computed; none with more dimensions than it has."""
         core_form = known.core
+        if any(len(result.shape) > _RANK for result in returned):
+            return
         form = _Form(
             struct_size=ctypes.sizeof(_Form),
-            indexer=core_form.kind is IndexerParams,
+            kind=_KINDS.index(core_form.kind),
             inputs=len(known.places),
             results=len(returned),
             single=known.single,
