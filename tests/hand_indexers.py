@@ -26,7 +26,7 @@ CAUSAL = (  # query row i sees keys up to the one of its own position
     " h7 = Unsqueeze(h6, one)\n h8 = Range(nought, h2, unit)\n seen = LessOrEqual(h8, h7)\n"
 )
 _CONSTANTS = (
-    "<int64[1] one={1}, int64[1] two={2}, int64[1] last={-1}, int64[1] five={5},"
+    "<int64[1] none={0}, int64[1] one={1}, int64[1] two={2}, int64[1] last={-1}, int64[1] five={5},"
     " int64 nought={0}, int64 unit={1}, float zero={0.0}, float half={0.5}, float minus={-1.0},"
     " float low={-inf}, float high={inf}, float far={1e9}, float two0={2.0},"
     " float most={3.4028234663852886e+38}>"

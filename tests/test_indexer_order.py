@@ -1,4 +1,4 @@
-"""Which keys a TopK takes: the smallest of turned scores, along any axis."""
+"""Which keys a TopK takes: the smallest of turned scores, along any axis, the first of a sort."""
 
 from __future__ import annotations
 
@@ -81,3 +81,55 @@ def test_keys_may_lie_along_any_axis(axis: int, perm: list[int], mask: str, larg
 
 def test_a_selection_among_rows_is_none_of_keys() -> None:
     refused(placed(1, [0, 1, 2]), "")
+
+
+ALL = " z = Shape<start=1, end=2>(k)\n"
+SORTS = {
+    "sorted": " best, order = TopK(m, z)\n indices = Slice(order, none, five, two)\n",
+    "of turned scores": " n = Neg(m)\n best, order = TopK<largest=0>(n, z)\n"
+    " indices = Slice(order, none, five, last)\n",
+    "cast": " best, order = TopK(m, z)\n o = Cast<to=6>(order)\n"
+    " i = Slice(o, none, five, two)\n indices = Cast<to=7>(i)\n",
+}
+
+
+def sort(chosen: str, mask: str = CAUSAL, keys: str = "T") -> onnx.ModelProto:
+    hidden = f"{mask}{ALL} m = {'Where(seen, s, low)' if mask else 'Identity(s)'}\n"
+    return indexer(keys=keys, hidden=hidden, chosen=chosen)
+
+
+@pytest.mark.parametrize("kind", SORTS)
+@pytest.mark.parametrize("mask", [CAUSAL, ""], ids=["causal", "open"])
+def test_the_first_of_a_sort_are_selected(kind: str, mask: str) -> None:
+    model = sort(SORTS[kind], mask)
+    report = fused(model)
+    given = feeds(model, 2, 2, 3)  # fewer keys than are asked for
+    want, got = (runtime.run(m, given)["indices"] for m in (model, report.model))
+    assert want.shape == (2, 2, 3)
+    np.testing.assert_array_equal(want, got)
+
+
+def test_a_sort_of_fixed_sizes_is_cut_as_well() -> None:
+    fused(sort(SORTS["sorted"], keys="12"))
+
+
+NOT_THE_FIRST = {
+    "from the second on": " indices = Slice(order, one, five, two)\n",
+    "every second": " indices = Slice(order, none, five, two, two)\n",
+    "but the last": " indices = Slice(order, none, last, two)\n",
+    "of rows": " indices = Slice(order, none, two, one)\n",
+    "two cuts": " a = Slice(order, none, two, two)\n b = Slice(order, none, five, two)\n"
+    " indices = Concat<axis=2>(a, b)\n",
+    "read as a whole": " a = Slice(order, none, five, two)\n b = Slice(order, one, two, two)\n"
+    " c = ReduceMax<axes=[2]>(order)\n d = Add(a, c)\n indices = Add(d, b)\n",
+    "all": " indices = Identity(order)\n",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_THE_FIRST)
+def test_other_parts_of_a_sort_are_refused(kind: str) -> None:
+    refused(sort(f" best, order = TopK(m, z)\n{NOT_THE_FIRST[kind]}"), "")
+
+
+def test_keys_without_an_order_have_no_first_ones() -> None:
+    refused(sort(SORTS["sorted"].replace("TopK(", "TopK<sorted=0>(")), "how many keys")

@@ -245,3 +245,20 @@ def test_blocks_in_another_order_are_the_keys_of_that_order() -> None:
     """Indices count along what is joined, not along the tensor it was cut from."""
     before = " k0, k1, k2 = Split<axis=1>(k)\n"
     fused(blocks(before, block(0, "k2"), block(1, "k0"), block(2, "k1"), keys="12"))
+
+
+@pytest.mark.parametrize("starts", [(0, 4, 8), (8, 0, 4)])
+def test_blocks_written_into_a_buffer_are_joined(starts: tuple[int, ...]) -> None:
+    """x[..., a:b] = scores, as exporters write it: along the first axis, turned there and back."""
+    before = " k0, k1, k2 = Split<axis=1>(k)\n b0s = Shape<end=1>(q)\n"
+    before += " b1s = Shape<start=1, end=2>(q)\n twelve = Constant<value_ints=[12]>()\n"
+    before += " fours = Constant<value_ints=[4, 1]>()\n"
+    joined = " shape = Concat<axis=0>(twelve, b0s, b1s)\n u0 = ConstantOfShape(shape)\n"
+    for n, start in enumerate(starts):
+        numbers = ", ".join(map(str, range(start, start + 4)))
+        joined += f" g{n} = Constant<value_ints=[{numbers}]>()\n i{n} = Reshape(g{n}, fours)\n"
+        joined += f" v{n} = Transpose<perm=[2, 0, 1]>(t{n})\n"
+        joined += f" u{n + 1} = ScatterND(u{n}, i{n}, v{n})\n"
+    joined += " s = Transpose<perm=[1, 2, 0]>(u3)\n"
+    parts = [block(n, f"k{n}") for n in range(3)]
+    fused(blocks(before, *parts, keys="12", joined=joined))

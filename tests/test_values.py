@@ -13,7 +13,7 @@ from sfa_onnx import fuse
 from sfa_onnx.passes.axes.expr import Expr, Label
 from sfa_onnx.passes.axes.steps import Ref
 from sfa_onnx.passes.values.identity import Identity, Normal
-from sfa_onnx.passes.values.table import RELUS, TABLE, normal
+from sfa_onnx.passes.values.table import SCORES, TABLE, normal
 from sfa_onnx.passes.values.terms import FALSE, ONE, TRUE, Term, dot, element, index, number
 from tests.graphs import gathered
 
@@ -152,11 +152,11 @@ def same(left: Term, right: Term, seed: int) -> bool:
 
 def reads(row: Identity, *without: str) -> Normal:
     """What reads terms where the row holds."""
-    return normal(*without, relus=row in RELUS)
+    return normal(*without, scores_too=row in SCORES)
 
 
 def rows() -> list[Any]:
-    return [pytest.param(row, id=row.name) for row in (*TABLE, *RELUS)]
+    return [pytest.param(row, id=row.name) for row in (*TABLE, *SCORES)]
 
 
 @pytest.mark.parametrize("row", rows())
@@ -198,7 +198,7 @@ def test_above_a_low_is_where_the_mask_keeps() -> None:
 
 
 def test_every_name_stands_once() -> None:
-    assert len({row.name for row in (*TABLE, *RELUS)}) == len(TABLE) + len(RELUS)
+    assert len({row.name for row in (*TABLE, *SCORES)}) == len(TABLE) + len(SCORES)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_every_name_stands_once() -> None:
 )
 def test_spellings_of_a_relu_are_one(text: str) -> None:
     """But for a positive factor, which belongs to the weights."""
-    n = normal(relus=True)
+    n = normal(scores_too=True)
     left = n.again(read(text))
     plain = [n.again(read(x)) for x in ("max(0, dot)", "0.5 * max(0, 2 * dot)", "max(0, 3 * dot)")]
     assert left in plain
@@ -244,7 +244,7 @@ def test_spellings_of_a_relu_are_one(text: str) -> None:
     ],
 )
 def test_what_only_looks_like_a_relu_is_not(text: str) -> None:
-    n = normal(relus=True)
+    n = normal(scores_too=True)
     found = n.again(read(text))
     assert found not in (n.again(read("max(0, dot)")), n.again(read("max(0, 2 * dot)")))
     assert all(same(read(text), found, seed) for seed in range(9))

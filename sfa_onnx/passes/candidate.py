@@ -113,7 +113,8 @@ class Candidate:
     The replacement may read any operand and any value that `support` makes.
     `otherwise` binds the same attention with fewer assumptions, for when this view of it cannot be
     verified. `equal` pairs symbols that were taken for one size; `scales` are inputs that were
-    taken for scales, which are not negative.
+    taken for scales, which are not negative; `indices` is the output that lists what a selection
+    chose, where there is one.
     """
 
     graph: onnx.GraphProto
@@ -133,4 +134,5 @@ class Candidate:
     otherwise: Callable[[], Candidate | None] | None = None
     equal: tuple[tuple[str, str], ...] = ()
     scales: tuple[str, ...] = ()
+    indices: str = ""
     terms: tuple[str, ...] = ()

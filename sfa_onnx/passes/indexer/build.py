@@ -265,15 +265,17 @@ class Replacement:
             negative = e.emit("Less", [found, zero], "beyond", _T.BOOL)
             found = e.emit("Where", [negative, line, found], "listed", _T.INT32)
         if not site.constant_k:
-            bounds = [e.ints([0]), site.node.input[1], e.ints([-1])]
+            end = e.size([site.formula.keys]) if site.cut else site.node.input[1]
+            bounds = [e.ints([0]), end, e.ints([-1])]
             found = e.emit("Slice", [found, *bounds], "listed", _T.INT32)
-        found = e.cast(found, _T.INT64)
+        kind = e.elem_type(name)
+        found = e.cast(found, kind)
         axes: list[Group] = [[x] if x.size > 1 else [] for x in site.formula.rows]
         found = self._in_place(found, axes)
         if site.axis != len(axes):
             perm = list(range(len(axes)))
             perm.insert(site.axis, len(axes))
-            found = e.emit("Transpose", [found], "rows", _T.INT64, perm=perm)
+            found = e.emit("Transpose", [found], "rows", kind, perm=perm)
         e.finish(found, name)
 
     def deliver_rows(self, name: str, axes: Sequence[Group]) -> None:

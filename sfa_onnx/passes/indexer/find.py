@@ -74,13 +74,14 @@ def _candidate(
     index, node = tracer.index, tracer.index.nodes[region.node]
     del bound[1:]  # of an attempt before
     site = bind_selection(tracer, region, bound)
-    values, indices = node.output[0], node.output[1]
+    values, indices = node.output[0], site.indices
     stem = f"{tracer.stem}/sfa"
     rows = entries_of(site, read)
     made = build(site, stem)
     outputs = tuple(r.value for r in rows)
     covered = _delivered(site, made, rows, outputs)
-    if region.node not in covered.nodes:  # somebody reads the indices themselves
+    listed = region.node not in covered.nodes  # somebody reads the indices themselves
+    if listed:
         outputs = (*outputs, indices)
         made = build(site, stem)
         made.deliver_indices(indices)
@@ -111,6 +112,7 @@ def _candidate(
         layer=index.layer(region.node),
         notes=list(bound),
         equal=tracer.sizes.equal,
+        indices=indices if listed else "",
         scales=tuple(dict.fromkeys(n for f in site.formula.outside for n in f.assumed)),
         terms=tuple(tracer.terms or ()),
     )

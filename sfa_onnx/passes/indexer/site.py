@@ -15,6 +15,7 @@ from sfa_onnx.passes.bind.paths import State, deepen
 from sfa_onnx.passes.indexer.formula import Formula, read_formula
 from sfa_onnx.passes.indexer.masks import Masks, Prefix, sort_masks
 from sfa_onnx.passes.indexer.regions import SelectionRegion
+from sfa_onnx.passes.indexer.sorts import first_of_all
 from sfa_onnx.passes.shapes.form import Call
 from sfa_onnx.passes.shapes.size import form_of
 
@@ -42,6 +43,7 @@ class Selection:
         mode: the operator's sparse_mode.
         lengths: the prefixes that are given by lengths.
         by_row: whether every query row is a sequence of its own, with its own length.
+        cut: the first `count` of all keys in order, where the TopK sorts them all.
         bound: what was understood, in order.
     """
 
@@ -59,12 +61,18 @@ class Selection:
     mode: int = 0
     lengths: tuple[Prefix, ...] = ()
     by_row: bool = False
+    cut: str = ""
     bound: list[str] = field(default_factory=list)
 
     @property
     def node(self) -> onnx.NodeProto:
         """The TopK."""
         return self.tracer.index.nodes[self.region.node]
+
+    @property
+    def indices(self) -> str:
+        """What lists the selected keys: the TopK's output, or the part of it that is used."""
+        return self.cut or self.node.output[1]
 
     @property
     def axis(self) -> int:
@@ -104,11 +112,13 @@ def bind_selection(tracer: Tracer, region: SelectionRegion, bound: list[str]) ->
     tokens = [x for x in rows if x not in stored]
     _check_labels(formula, rows, batch)
     masks = sort_masks(tracer, formula.masks, rows, batch, formula.keys)
-    count, constant_k = _count(tracer, node)
+    cut = first_of_all(tracer, node, formula.keys)
+    count, constant_k = (cut.count, False) if cut is not None else _count(tracer, node)
     elem_type, query, key = _sides(tracer, formula)
     site = Selection(
         tracer, region, formula, batch, tokens, masks, elem_type, query, key, count, constant_k
     )
+    site.cut = cut.value if cut is not None else ""
     _order(site)
     bound.append(_told(site))
     site.bound = bound

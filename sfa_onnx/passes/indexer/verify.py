@@ -262,7 +262,7 @@ class _Run:
         self.candidate, (self.region, self.fused) = candidate, pair
         self.own = region
         node = index.nodes[candidate.anchor]
-        self.indices, a = node.output[1], attributes(node)
+        self.indices, a = candidate.indices, attributes(node)
         self.ordered = bool(a.get("sorted", 1))
         self.axis, self.sign = a.get("axis", -1), 1 if a.get("largest", 1) else -1
         self.failed = ""

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from sfa_onnx.passes.values import arithmetic, exponential, flags, logic, lonely, relu
+from sfa_onnx.passes.values import arithmetic, exponential, flags, logic, lonely, scores
 from sfa_onnx.passes.values.identity import Identity, Normal
 
-__all__ = ["RELUS", "TABLE", "normal"]
+__all__ = ["SCORES", "TABLE", "normal"]
 
 TABLE: Final[tuple[Identity, ...]] = (
     *(*arithmetic.ROWS, *exponential.ROWS),
     *(*lonely.ROWS, *flags.ROWS, *logic.ROWS),
 )
-# what only the scores of a selection are read by: attention has no relu
-RELUS: Final[tuple[Identity, ...]] = relu.ROWS
+# what only the scores of a selection are read by: attention has no relu, and joins chunks itself
+SCORES: Final[tuple[Identity, ...]] = scores.ROWS
 
 
-def normal(*without: str, relus: bool = False) -> Normal:
-    """A normaliser with the whole table, but for the rows named; `relus`: with `RELUS` as well."""
-    table = (*TABLE, *RELUS) if relus else TABLE
+def normal(*without: str, scores_too: bool = False) -> Normal:
+    """A normaliser with the whole table, and `scores_too`; the rows named are left out."""
+    table = (*TABLE, *SCORES) if scores_too else TABLE
     return Normal([row for row in table if row.name not in without])

@@ -1,7 +1,7 @@
-"""Identities of max(0, x), however it is written; they hold for every finite x.
+"""Identities of a selection's scores: max(0, x), however it is written, and blocks of keys.
 
-An infinite x may give NaN in one spelling and 0 in another (inf * 0, inf - inf): verification runs
-such scores and notes where they differ.
+Those of the former hold for every finite x. An infinite x may give NaN in one spelling and 0 in
+another (inf * 0, inf - inf): verification runs such scores and notes where they differ.
 """
 
 from __future__ import annotations
@@ -98,11 +98,32 @@ def _size(n: Normal, term: Term) -> Term | None:
     return n.make("max", (own, n.mul(number(-1), own)))
 
 
+def _pieces(n: Normal, term: Term) -> Term | None:
+    """Parts that are put together of parts: each number of the label once."""
+    label, ranges = term.ranges
+    found: list[tuple[int, int, Term]] = []
+    for (low, high), inner in zip(ranges, term.args, strict=True):
+        if inner.op != "pieces" or inner.ranges[0] != label:
+            found.append((low, high, inner))
+            continue
+        cut = zip(inner.ranges[1], inner.args, strict=True)
+        found += [(max(a, low), min(b, high), x) for (a, b), x in cut if a < high and low < b]
+    if len(found) == len(term.args) and all(
+        a[2] == b for a, b in zip(found, term.args, strict=True)
+    ):
+        return None
+    return n.make(
+        "pieces", tuple(x for *_, x in found), (label, tuple((a, b) for a, b, _ in found))
+    )
+
+
 def _numbers_first(term: Term) -> bool:
     return not term.is_number()
 
 
 ROWS: Final = (
+    # blocks of keys that are written into a buffer, one after the other
+    row("pieces of pieces", "pieces", "pieces(pieces(x, y), v)", "pieces(x, v)", _pieces),
     # what is above 0 is switched on
     row(
         *("switched on", "mul", "flag(0 < 2 * a) * a * b", "max(0, a) * b", _switched_on),
