@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+import sfa_onnx
 from sfa_onnx.passes.candidate import Candidate, Refusal
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.build import HIDDEN_WEIGHT
@@ -18,6 +19,7 @@ from sfa_onnx.passes.indexer.find import find_selections
 from sfa_onnx.passes.indexer.same import compare_entries, compare_indices
 from sfa_onnx.passes.indexer.verify import SelectionVerifier
 from sfa_onnx.report import VerifyRecord
+from tests.hand_indexers import CAUSAL, indexer, refused
 from tests.indexer_models import Spelling, spelt
 
 
@@ -137,3 +139,36 @@ def test_record_names_sizes_that_were_taken_for_equal() -> None:
     assert isinstance(record, VerifyRecord)
     equal = "the sizes batch and sequences are equal: discharged by nobody: the caller of the model"
     assert equal in record.assumptions
+
+
+def record(hidden: str) -> VerifyRecord:
+    (site,) = sfa_onnx.fuse(indexer(hidden=hidden)).selections
+    assert site.record is not None, site.reason
+    return site.record
+
+
+def test_scores_rounded_on_their_way_are_said_and_counted() -> None:
+    """Keys that only rounding makes equal are told apart by the operator: no run shows them all."""
+    plain = record(" m = Identity(s)\n")
+    assert not [a for a in plain.assumptions if "rounds" in a]
+    coarse = record(" m0 = Cast<to=10>(s)\n m = Cast<to=1>(m0)\n")
+    told = "the original rounds scores to float16: keys that this makes equal are told apart"
+    assert told in coarse.assumptions
+    assert any(a.startswith("in float16 the original itself selects") for a in coarse.assumptions)
+    assert coarse.own_rounding is not None
+    assert 0 < coarse.own_rounding < 0.01
+
+
+def test_what_hides_by_a_number_that_scores_may_meet_is_said() -> None:
+    by = " deep = Constant<value_float={}>()\n m = Where(seen, s, deep)\n"
+    told = [a for a in record(CAUSAL + by.format(-1e4)).assumptions if "score more than" in a]
+    assert told == ["keys that are seen score more than -10000, by which the original hides others"]
+    assert not [a for a in record(CAUSAL + by.format(-1e30)).assumptions if "more than" in a]
+
+
+def test_a_number_that_is_added_to_hide_is_refused_with_what_helps() -> None:
+    """Rows with fewer keys than are selected list hidden ones by what is left of their scores."""
+    added = " n = Neg(far)\n h = Where(seen, zero, n)\n m = Add(s, h)\n"
+    hint = refused(indexer(hidden=CAUSAL + added), "the original distinguishes hidden keys")
+    assert "-inf" in hint
+    assert "masked_fill" in hint

@@ -114,7 +114,7 @@ class Candidate:
     `otherwise` binds the same attention with fewer assumptions, for when this view of it cannot be
     verified. `equal` pairs symbols that were taken for one size; `scales` are inputs that were
     taken for scales, which are not negative; `indices` is the output that lists what a selection
-    chose, where there is one.
+    chose, where there is one; `said` is what the record says of it besides what was run.
     """
 
     graph: onnx.GraphProto
@@ -135,4 +135,5 @@ class Candidate:
     equal: tuple[tuple[str, str], ...] = ()
     scales: tuple[str, ...] = ()
     indices: str = ""
+    said: tuple[str, ...] = ()
     terms: tuple[str, ...] = ()

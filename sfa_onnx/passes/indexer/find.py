@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Final
+
+import onnx
 
 from sfa_onnx.operator.op import LIGHTNING_INDEXER
 from sfa_onnx.passes.axes.trace import Stop, Tracer
@@ -19,6 +23,9 @@ from sfa_onnx.passes.indexer.site import Selection, bind_selection
 from sfa_onnx.passes.shapes.concrete import Concrete
 
 __all__ = ["find_selections"]
+
+_T = onnx.TensorProto
+_DEEP: Final = -1e12  # what hides by less may be met by scores
 
 
 def find_selections(
@@ -56,6 +63,17 @@ def _one(tracer: Tracer, region: SelectionRegion, read: list[str]) -> Candidate 
     terms = tuple(tracer.terms or ())
     layer = index.layer(region.node)
     return RefusedSite(region.node, layer, refusal, tuple(bound), "indexer", terms)
+
+
+def _besides(tracer: Tracer, region: SelectionRegion) -> Iterator[str]:
+    """In what the operator's scores differ from the original's by design."""
+    kinds = {tracer.sizes.elem_type(value) for value in region.inner}
+    for kind in sorted(kinds & {_T.FLOAT16, _T.BFLOAT16}):
+        name = _T.DataType.Name(kind).lower()
+        yield f"the original rounds scores to {name}: keys that this makes equal are told apart"
+    low = max((x for x in tracer.lows if x > _DEEP), default=None)
+    if low is not None:
+        yield f"keys that are seen score more than {low:g}, by which the original hides others"
 
 
 def _delivered(
@@ -113,6 +131,7 @@ def _candidate(
         notes=list(bound),
         equal=tracer.sizes.equal,
         indices=indices if listed else "",
+        said=tuple(_besides(tracer, region)),
         scales=tuple(dict.fromkeys(n for f in site.formula.outside for n in f.assumed)),
         terms=tuple(tracer.terms or ()),
     )

@@ -9,10 +9,22 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Difference", "compare_entries", "compare_indices", "flat_rows", "margin_at"]
+__all__ = [
+    "ADDED",
+    "ORDERED",
+    "Difference",
+    "compare_entries",
+    "compare_indices",
+    "flat_rows",
+    "margin_at",
+]
 
 Array = NDArray[Any]
 _HIDDEN: Final = -4.5e3  # half of what hides a key at least
+ORDERED: Final = "the original distinguishes hidden keys, and somebody reads them"
+ADDED: Final = (
+    "hide keys by -inf, or choose (where, masked_fill): adding a number leaves their order"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ def compare_indices(
     if not ((ours > _HIDDEN) == seen).all():
         return Difference(0.0, "a hidden key stands before a visible one")
     if not (ours == theirs)[~seen].all():
-        return Difference(0.0, "the original distinguishes hidden keys, and somebody reads them")
+        return Difference(0.0, ORDERED)
     if not ordered:  # what is equal has no order
         got, want = (np.sort(np.where(seen, x, -1), -1) for x in (got, want))
     if exact and not (np.where(seen, got, 0) == np.where(seen, want, 0)).all():

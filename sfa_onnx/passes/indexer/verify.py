@@ -25,6 +25,8 @@ from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.indexer.draws import Question, draw
 from sfa_onnx.passes.indexer.runs import at_sizes
 from sfa_onnx.passes.indexer.same import (
+    ADDED,
+    ORDERED,
     Difference,
     compare_entries,
     compare_indices,
@@ -47,6 +49,7 @@ from sfa_onnx.report import ProbeResult, VerifyRecord
 
 __all__ = ["SelectionVerifier"]
 
+_T = onnx.TensorProto
 Array = NDArray[Any]
 BOUND: Final = 1e-9  # relative to the largest score of a row
 _WORK: Final = 4e8  # multiply-adds of one run
@@ -131,7 +134,7 @@ class SelectionVerifier:
                 "export with dynamic shapes: the selection is then verified at small sizes",
             )
         edges = [text for q in _EDGES if not slow and (text := run.edge(q, cases[0]))]
-        flips, share = ([], None) if slow else run.flips(cases)
+        flips, share = ([], None) if slow else run.flips(_wide(candidate, sizes) or cases)
         return VerifyRecord(
             probes=_merged(results),
             sizes=sized,
@@ -214,6 +217,17 @@ def _cases(candidate: Candidate, sizes: Concrete) -> list[_Case]:
     return kept
 
 
+def _wide(candidate: Candidate, sizes: Concrete) -> list[_Case]:
+    """Sizes at which most keys are left out, where that is no work: roundings show there."""
+    free = [n for n in sizes.symbols if n not in {s for _, s in sizes.equal}]
+    for by in (8, 4) if free else ():
+        every = dict.fromkeys(free, by * int(candidate.sizes["K"]))
+        case = _case(candidate, at_sizes(sizes, every))
+        if case is not None and case.work <= _WORK / 20 and 0 not in case.sizes.values():
+            return [case]
+    return []
+
+
 def _first(free: list[str], count: int) -> Iterator[dict[str, int]]:
     yield {name: (3, count + 4)[i % 2] for i, name in enumerate(free)}
     yield {name: (count + 4, 3)[i % 2] for i, name in enumerate(free)}
@@ -276,7 +290,8 @@ class _Run:
         if found.reason or not found.error <= BOUND:
             text = f"{question.reason} (probe {question.name!r}: "
             text += found.reason or f"scores differ by {found.error:.1e}"
-            return Refusal(f"{text}, sizes {case.sizes})", self.candidate.outputs[0])
+            hint = ADDED if found.reason == ORDERED else ""
+            return Refusal(f"{text}, sizes {case.sizes})", self.candidate.outputs[0], hint)
         return ProbeResult(question.name, found.error, BOUND)
 
     def edge(self, question: Question, case: _Case) -> str:
@@ -317,10 +332,18 @@ class _Run:
         """Rows with their keys along the last axis."""
         return np.moveaxis(array, self.axis, -1)
 
+    def _narrowest(self) -> str:
+        """The narrowest float type of the region, by name."""
+        kinds = [o.elem_type for o in self.candidate.operands if o.role is Role.QUERY]
+        casts = (n for n in self.own.graph.node if n.op_type == "Cast")
+        kinds += [int(attributes(n)["to"]) for n in casts]
+        narrow = [k for k in (_T.BFLOAT16, _T.FLOAT16) if k in kinds]
+        name: str = _T.DataType.Name((*narrow, kinds[0])[0])
+        return name.lower()
+
     def flips(self, cases: list[_Case]) -> tuple[list[str], float | None]:
         """How many selected keys are others in the model's own type."""
-        query = next(o.elem_type for o in self.candidate.operands if o.role is Role.QUERY)
-        name = onnx.TensorProto.DataType.Name(query).lower()
+        name = self._narrowest()
         best = max(cases, key=lambda c: ("many" in c.kinds(int(c.sizes["K"])), c.work))
         feeds = draw(self.candidate, best.shapes, best.sizes, _PROBES[0])
         narrow = in_own_types(self.candidate, feeds)

@@ -12,7 +12,7 @@ _NOBODY = "nobody: the caller of the model"
 
 
 def assumptions_of(index: GraphIndex, candidate: Candidate) -> tuple[str, ...]:
-    """Sizes that were taken for equal, then what operands are trusted to hold."""
+    """Sizes that were taken for equal, what operands are trusted to hold, what is said besides."""
     equal = assumed_equal(index, candidate) if candidate.equal else []
     sizes = [f"the sizes {a} and {b} are equal: discharged by {_NOBODY}" for a, b in equal]
     domains = (o.domain for o in candidate.operands)
@@ -21,4 +21,4 @@ def assumptions_of(index: GraphIndex, candidate: Candidate) -> tuple[str, ...]:
         for d in domains
         if d.assumption
     ]
-    return (*sizes, *trusted)
+    return (*sizes, *trusted, *candidate.said)
