@@ -121,10 +121,12 @@ def _torch_names() -> list[Probe]:
     if importlib.util.find_spec("torch") is None:
         return [Probe("torch names", "torch", "info", "not installed (optional)")]
     from sfa_onnx import torch as ours
+    from sfa_onnx.torch import native
 
     if not ours.owners():
         ours.enable_ascend_names()
-    probes = []
+    way = "in C" if native.in_use() else "in Python (C ones need torch 2.10 and a lock)"
+    probes = [Probe("torch names", "kernels", "info", way)]
     for package in ("torch_npu", "custom_ops"):
         if importlib.util.find_spec(package) is None:
             continue

@@ -17,7 +17,7 @@ import sfa_onnx.torch as sfa_torch  # noqa: E402
 from sfa_onnx.errors import ContractError, UsageError  # noqa: E402
 from sfa_onnx.operator import reference  # noqa: E402
 from sfa_onnx.operator.op import SPARSE_FLASH_ATTENTION, SPARSE_FLASH_ATTENTION_ANTIQUANT  # noqa: E402
-from sfa_onnx.torch import names  # noqa: E402
+from sfa_onnx.torch import names, native  # noqa: E402
 from sfa_onnx.torch.tensors import as_numpy, as_torch, check_usable  # noqa: E402
 from sfa_onnx.torch.vendor import vendor_operators, vendor_schemas  # noqa: E402
 from tests.attention_cases import BF16, LAYOUTS, make_case, softmax_reference  # noqa: E402
@@ -353,5 +353,6 @@ def test_doctor_says_whose_each_name_is():
     from sfa_onnx.doctor import examine
 
     found = {p.name: p.text for p in examine().probes if p.topic == "torch names"}
+    assert found.pop("kernels").startswith("in C" if native.in_use() else "in Python")
     assert found["custom.npu_sparse_flash_attention_antiquant"] == "sfa_onnx"
     assert len(found) == 19

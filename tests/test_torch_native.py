@@ -31,6 +31,7 @@ from tests.attention_cases import BF16, LAYOUTS, make_case  # noqa: E402
 from tests.indexer_cases import indexer_call  # noqa: E402
 
 pytestmark = pytest.mark.torch
+IN_C = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 SCHEMAS = {
     op.name: getattr(torch.ops.sfa_onnx, name).default._schema for name, op in OPERATORS.items()
 }
@@ -146,7 +147,7 @@ def test_a_known_form_is_never_taken_for_another(name):
             assert same(made(*args, **kwargs), want)
             before = adapter.runs
             assert same(made(*args, **kwargs), want)
-            assert adapter.runs == before
+            assert adapter.runs == before + (not IN_C)
     finally:
         torch.set_num_threads(threads)
 
@@ -331,7 +332,7 @@ def test_a_clip_is_read_each_time_and_many_dimensions_are_packed():
 def test_without_torchs_part_the_kernel_is_pythons(monkeypatch):
     packet, args, kwargs = plain()
     adapter = Counting(SPARSE_FLASH_ATTENTION_ANTIQUANT, packet.default._schema)
-    assert native.in_use()
+    assert native.in_use() == IN_C
     monkeypatch.delattr(torch._C._aoti, "alloc_tensor_by_stealing_from_void_ptr")
     native._native.cache_clear()
     try:

@@ -186,9 +186,7 @@ sfa_py* call_slow(const sfa_torch_api& api, sfa_py* self, const Description* d, 
   return done;
 }
 
-// What torch calls: METH_VARARGS | METH_KEYWORDS.
-sfa_py* call(sfa_py* self, sfa_py* args, sfa_py* kwargs) {
-  const sfa_torch_api& api = g_api;
+sfa_py* answer(const sfa_torch_api& api, sfa_py* self, sfa_py* args, sfa_py* kwargs) {
   Kernel* k = kernel_of(self);
   sfa_py* setting = api.PyTuple_GetItem(self, 2);
   if (setting != api.none) setting = api.PyList_GetItem(setting, 0);
@@ -203,6 +201,14 @@ sfa_py* call(sfa_py* self, sfa_py* args, sfa_py* kwargs) {
   api.Py_IncRef(setting);  // the list may be given another one meanwhile
   sfa_py* done = call_slow(api, self, plain ? &d : nullptr, setting, args, kwargs);
   api.Py_DecRef(setting);
+  return done;
+}
+
+// What torch calls: METH_VARARGS | METH_KEYWORDS. The name may be given up during the call.
+sfa_py* call(sfa_py* self, sfa_py* args, sfa_py* kwargs) {
+  g_api.Py_IncRef(self);
+  sfa_py* done = answer(g_api, self, args, kwargs);
+  g_api.Py_DecRef(self);
   return done;
 }
 

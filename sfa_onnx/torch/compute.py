@@ -37,6 +37,9 @@ __all__ = ["ROUNDINGS", "compute", "compute_float8", "form_of", "shapes_of", "us
 ROUNDINGS: Final = ("exact", "npu", "golden")
 # By name: comparing two contracts compares whole tables.
 _ATTENTIONS: Final = frozenset({SPARSE_FLASH_ATTENTION.name, SPARSE_FLASH_ATTENTION_ANTIQUANT.name})
+_FORMS: Final = dict.fromkeys(_ATTENTIONS, attention_form) | dict.fromkeys(
+    (LIGHTNING_INDEXER.name, QUANT_LIGHTNING_INDEXER.name), indexer_form
+)
 
 
 def compute(
@@ -85,8 +88,8 @@ def form_of(
         return None
     if op is KV_CACHE_PACK:
         return _pack_form(op, tensors, attributes)
-    make = attention_form if op.name in _ATTENTIONS else indexer_form
-    return make(op, tensors, attributes, rounding)
+    make = _FORMS.get(op.name)
+    return None if make is None else make(op, tensors, attributes, rounding)
 
 
 def compute_float8(
