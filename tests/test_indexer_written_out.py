@@ -52,8 +52,18 @@ def test_a_sum_of_heads_is_one_selection_over_views() -> None:
 
 @pytest.mark.parametrize(
     ("order", "weights"),
-    [([2, 0, 1], None), ([1, 2], None), ([0, 1, 2], [2, 0, 1]), ([0, 0, 2], [0, 1, 2])],
-    ids=["another order", "some heads", "other weights", "a head twice"],
+    [
+        ([2, 0, 1], None),
+        ([1, 2], None),
+        ([2, 0], None),
+        ([0, 1, 2], [2, 0, 1]),
+        ([0, 0, 2], [0, 1, 2]),
+        ([1, 1], [0, 2]),
+        ([0, 1, -1], None),
+        ([-1, -2, -3], [0, -2, 2]),
+        ([0, -1, 1], [0, 1, 2]),
+    ],
+    ids=lambda x: " ".join(map(str, x or ())),
 )
 def test_whatever_heads_are_added_up_keep_their_weights(
     order: list[int], weights: list[int] | None

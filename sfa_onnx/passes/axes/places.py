@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import Expr, Label, Quot, Rem
 from sfa_onnx.passes.axes.steps import Ref
 
-__all__ = ["axis_labels", "blocks", "is_view", "repeated", "single"]
+__all__ = ["axis_labels", "blocks", "chosen", "is_view", "repeated", "single"]
+
+
+def chosen(tracer: Tracing, ref: Ref, size: int) -> Expr:
+    """The place of an axis that an index says; a number below 0 counts from the end.
+
+    Args:
+        tracer: of the graph.
+        ref: the index.
+        size: of the axis; where that is open, `-1` stays what it is in every run.
+    """
+    at = tracer.index_value(ref, size)
+    return at + size if at.const < 0 and not at.terms and not tracer.open(size) else at
 
 
 def repeated(coordinate: Expr) -> Label | None:

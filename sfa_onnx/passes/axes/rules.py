@@ -13,6 +13,7 @@ from sfa_onnx.passes.axes.asking import Tracing
 from sfa_onnx.passes.axes.expr import ZERO, Expr, Label, fresh, merge, split
 from sfa_onnx.passes.axes.joined import join_parts
 from sfa_onnx.passes.axes.named import axis_of
+from sfa_onnx.passes.axes.places import chosen
 from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
 from sfa_onnx.passes.axes.writes import all_written, assigned_where, window
@@ -180,7 +181,7 @@ def _gather(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = axis_of(node, len(tracer.shape(node.input[0])))
     rank = len(tracer.shape(node.input[1]))
     own = ref.coords[axis : axis + rank]
-    at = tracer.index_value(Ref(node.input[1], own), tracer.shape(node.input[0])[axis])
+    at = chosen(tracer, Ref(node.input[1], own), tracer.shape(node.input[0])[axis])
     coords = (*ref.coords[:axis], at, *ref.coords[axis + rank :])
     return Move(Ref(node.input[0], coords))
 
@@ -189,7 +190,7 @@ def _gather_elements(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     axis = axis_of(node, len(ref.coords))
     tracer.same_rows(node.input[1], node.input[0], axis)
     coords, size = list(ref.coords), tracer.shape(node.input[0])[axis]
-    coords[axis] = tracer.index_value(Ref(node.input[1], ref.coords), size)
+    coords[axis] = chosen(tracer, Ref(node.input[1], ref.coords), size)
     return Move(Ref(node.input[0], tuple(coords)))
 
 
@@ -198,7 +199,7 @@ def _gather_nd(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step:
     data, indices = tracer.shape(node.input[0]), tracer.shape(node.input[1])
     outer = ref.coords[: len(indices) - 1]
     at = tuple(
-        tracer.index_value(Ref(node.input[1], (*outer, Expr(j))), data[batch + j])
+        chosen(tracer, Ref(node.input[1], (*outer, Expr(j))), data[batch + j])
         for j in range(indices[-1])
     )
     return Move(Ref(node.input[0], (*outer[:batch], *at, *ref.coords[len(indices) - 1 :])))

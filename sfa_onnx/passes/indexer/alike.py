@@ -51,7 +51,7 @@ def join_heads(reader: Reader, term: Term, keys: Label) -> Term | None:
 
     def one(refs: Sequence[Ref]) -> Ref | None:
         whole = join.same(refs)
-        if whole is not None and not any(c.reads for c in whole.coords):
+        if whole is not None and _has_view(tracer, whole):
             return whole
         if any(keys in r.labels for r in refs):
             return None
@@ -59,6 +59,13 @@ def join_heads(reader: Reader, term: Term, keys: Label) -> Term | None:
 
     body = _Alike(reader, one).term([parts[i] for i in order])
     return None if body is None else reader.n.make("sum", (body,), join.whole)
+
+
+def _has_view(tracer: Tracer, ref: Ref) -> bool:
+    """Whether an element can be taken from a tensor as its axes are: every second head cannot."""
+    if any(c.reads for c in ref.coords):
+        return False
+    return any(is_view(state.ref) for state in deepen(tracer, ref))
 
 
 def _relus(term: Term) -> list[Term]:
