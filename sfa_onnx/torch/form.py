@@ -43,18 +43,18 @@ class Form:
         Raises:
             ContractError: lengths, tables or indices break the contract.
         """
-        return self.run_at(
-            tensors[self.inputs[0]], [tensors[name].data_ptr() for name in self.inputs]
-        )
+        given = [tensors[name] for name in self.inputs]
+        like = tensors.get("query", given[0])  # packing has none, and says the type itself
+        return self.run_at(like, [tensor.data_ptr() for tensor in given])
 
-    def run_at(self, first: torch.Tensor, addresses: Iterable[int]) -> tuple[torch.Tensor, ...]:
-        """As `run`, on the addresses of the inputs; results are made like the first of them."""
+    def run_at(self, like: torch.Tensor, addresses: Iterable[int]) -> tuple[torch.Tensor, ...]:
+        """As `run`, on the addresses of the inputs; results are made like one of them."""
         params = self.kind.from_buffer_copy(self.block)
         for name, address in zip(self.inputs, addresses, strict=True):
             setattr(params, name, address)
         made = []
         for result in self.results:
-            make = first.new_zeros if result.zeroed else first.new_empty
+            make = like.new_zeros if result.zeroed else like.new_empty
             out = make(result.shape, dtype=result.dtype)
             setattr(params, result.field, out.data_ptr())
             made.append(out)
