@@ -150,8 +150,6 @@ def _weighed(s: Spelling, x: Any, w: Any) -> Any:
     w = w.float()
     if s.wrong == "per head":
         return x * w.unsqueeze(-1)
-    if s.wrong == "plain sum":
-        return x.sum(2)
     if s.weigh == "einsum":
         x = torch.einsum("bsht,bsh->bst", x, w)
     elif s.weigh in ("mul", "mean"):

@@ -95,7 +95,6 @@ WRONG = {
     "signed scale": "depends on the key",
     "signed divisor": "depends on the key, and k may be negative",
     "per head": "every head selects keys of its own",
-    "plain sum": "heads have no weights",
     "pooled": "keys are pooled by ReduceMean",
     "routing": "by another selection (group routing",
     "top-p": "the scores of the selected keys",

@@ -16,6 +16,7 @@ from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.places import chosen
 from sfa_onnx.passes.axes.reduced import reduced
 from sfa_onnx.passes.axes.steps import Dot, Move, Pieces, Product, Ref, Scaled, Step, is_float
+from sfa_onnx.passes.axes.vectors import vector_product
 from sfa_onnx.passes.axes.writes import all_written, assigned_where, window
 from sfa_onnx.passes.shapes.rules import einsum_terms, slice_bounds, sliced
 
@@ -268,9 +269,9 @@ def _tests_nan(tracer: Tracing, condition: str, value: str, holds: bool) -> bool
 
 
 def _matmul(tracer: Tracing, node: onnx.NodeProto, ref: Ref) -> Step | None:
-    flags, batch, (m, n) = attributes(node), ref.coords[:-2], ref.coords[-2:]
     if any(len(tracer.shape(name)) < 2 for name in node.input[:2]):
-        return None
+        return vector_product(tracer, node, ref)
+    flags, batch, (m, n) = attributes(node), ref.coords[:-2], ref.coords[-2:]
     a = tracer.shape(node.input[0])
     rows = 0 if flags.get("transBatchA") else -2
     label = fresh("d", a[rows] if flags.get("transA") else a[-1])

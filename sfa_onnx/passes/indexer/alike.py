@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import onnx
+
 from sfa_onnx.passes.axes.expr import Expr, Label, fresh
 from sfa_onnx.passes.axes.places import is_view
 from sfa_onnx.passes.axes.trace import Joined, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.joined import Join, starts
 from sfa_onnx.passes.bind.paths import deepen, one_element
+from sfa_onnx.passes.shapes.types import MANTISSA
 from sfa_onnx.passes.values.arithmetic import addends
 from sfa_onnx.passes.values.read import INNER, Reader
 from sfa_onnx.passes.values.terms import Term, dot, element
@@ -22,6 +25,7 @@ from sfa_onnx.passes.values.terms import Term, dot, element
 __all__ = ["join_blocks", "join_heads"]
 
 _MOST: Final = 256  # heads or blocks that are written out
+_WIDE: Final = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)  # hold what narrower types do
 _ANY_ORDER: Final = frozenset(("add", "and", "max", "min", "mul", "or"))
 
 _Element = Callable[[Sequence[Ref]], Ref | None]
@@ -110,10 +114,12 @@ def _equal(coords: list[Expr]) -> Expr | None:
 
 def _concat(tracer: Tracer, parts: Sequence[tuple[Ref, Label]], whole: Label) -> Ref | None:
     """An element of what a replacement joins: rows in front, columns behind."""
-    kinds = {tracer.sizes.elem_type(ref.value) for ref, _ in parts}
-    if len(kinds) != 1 or any(x.size > 1 and x not in r.labels for r, x in parts):
+    known = [_stored(tracer, ref) for ref, _ in parts]
+    kinds = set(known[0]).intersection(*known[1:])
+    if not kinds or any(x.size > 1 and x not in r.labels for r, x in parts):
         return None
-    stored = tuple((_stored(tracer, ref), x) for ref, x in parts)
+    kind = min(kinds, key=lambda k: MANTISSA.get(k, 0))
+    stored = tuple((own[kind], x) for own, (_, x) in zip(known, parts, strict=True))
     others = {x for ref, own in stored for x in ref.labels - {own}}
     ordered = sorted(others, key=lambda x: (len(x.name), x.name))
     last = tuple(x for x in ordered if x.name == INNER)
@@ -122,15 +128,17 @@ def _concat(tracer: Tracer, parts: Sequence[tuple[Ref, Label]], whole: Label) ->
     return Ref(name, tuple(map(Expr.of, (*rows, whole, *last))))
 
 
-def _stored(tracer: Tracer, ref: Ref) -> Ref:
-    """The last element behind views that is the same number, as long as it is a view itself."""
+def _stored(tracer: Tracer, ref: Ref) -> dict[int, Ref]:
+    """By type, the last element behind views that is the same number, and a view itself."""
     kind = tracer.sizes.elem_type(ref.value)
-    found = ref
+    found = {kind: ref}
     for state in deepen(tracer, ref):
-        own = tracer.sizes.elem_type(state.ref.value) == kind and state.factor == 1
-        if not own or not is_view(state.ref):
+        own = tracer.sizes.elem_type(state.ref.value)
+        wider = own in MANTISSA and kind in _WIDE and MANTISSA[own] <= MANTISSA[kind]
+        if not (own == kind or wider) or state.factor != 1 or not is_view(state.ref):
             break
-        found = state.ref
+        found[own] = state.ref
+        kind = own
     return found
 
 

@@ -123,7 +123,7 @@ class Replacement:
         """The product of all factors of a head's weight: [B, S1, Hi]."""
         e, factors = self.e, self.site.formula.weights
         padded = bool(self.site.masks.padding)
-        total = ""
+        total = "" if factors else e.constant(np.ones((1, 1, 1), np.float32))
         have: set[Label] = set()
         for factor in factors:
             own = e.arrange(factor.ref, groups, "weights")

@@ -31,7 +31,7 @@ def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Region:
     index = site.tracer.index
     wanted = list(outputs)
     inner, shaped = _upstream(index, [*wanted, *made.e.used], set(known))
-    for value in shaped:
+    for value in (*shaped, *_sized_by(index, made, inner)):
         known.setdefault(value, _shape_of(site, value))
     needed, _ = _upstream(index, list(made.e.used), set(known))
     removed = _dead(index, inner, wanted, needed)
@@ -40,6 +40,16 @@ def cover(site: Selection, made: Replacement, outputs: Iterable[str]) -> Region:
     return Region(
         tuple(sorted(removed)), tuple(sorted(inner - removed)), tuple(live), names.filled()
     )
+
+
+def _sized_by(index: GraphIndex, made: Replacement, inner: set[int]) -> list[str]:
+    """Tensors in front of the operands whose sizes the replacement reads, and nothing else does."""
+    nodes = [*made.e.nodes, *(index.nodes[i] for i in inner)]
+    told = {x.output[0] for x in nodes if x.op_type in ("Shape", "Size")}
+    read = {n for x in nodes if x.output[0] not in told for n in x.input}
+    own = {o for x in nodes for o in x.output} | set(index.initializers)
+    sized = dict.fromkeys(x.input[0] for x in nodes if x.output[0] in told)
+    return [n for n in sized if n not in read and n not in own]
 
 
 class _Names:

@@ -25,7 +25,7 @@ class Question:
         name: for the record.
         reason: what is so where the answers differ.
         kind: "random", "ties" (small whole numbers), "short" (few keys visible), "open" (all
-            visible), "nan" or "infinite" (some keys hold that).
+            visible), "nan" or "infinite" (some keys hold that), "lowest" (products of -inf).
         seed: of the generator.
     """
 
@@ -70,7 +70,22 @@ def _tensor(
     if operand.role is Role.INDEX_KEY and question.kind in ("nan", "infinite"):
         rows = found.reshape(-1, shape[-1])
         rows[:: max(2, len(rows) // 3)] = np.nan if question.kind == "nan" else 1e300
+    if question.kind == "lowest" and operand.role in (Role.QUERY, Role.INDEX_KEY):
+        return _lowest(operand, found)
     return found
+
+
+def _lowest(operand: Operand, drawn: Array) -> Array:
+    """The first column below 0 in every query, and infinite in some keys: a relu makes that 0."""
+    axis = next((i for i, name in enumerate(operand.axes) if name.startswith("Di")), None)
+    if axis is None:
+        return drawn
+    first = np.moveaxis(drawn, axis, -1)[..., 0]  # a view
+    if operand.role is Role.QUERY:
+        first[...] = -1 - np.abs(first)
+    else:
+        first[(first > 0.5) & (np.abs(first) < 2)] = np.inf
+    return drawn
 
 
 def _apart(operand: Operand, drawn: Array) -> Array:

@@ -74,7 +74,7 @@ class Formula:
     Attributes:
         parts: the products that are added up under the relu, side by side as columns.
         heads: labels that are summed over (none: one head).
-        weights: their product is a head's weight.
+        weights: their product is a head's weight (none: 1).
         rows: labels of the rows that select, one per axis of the scores but that of the keys
             (size 1: no axis).
         keys: runs over the keys.
@@ -310,12 +310,6 @@ class _Parts:
         """
         if not self.dots:
             raise Stop("no product of queries and keys is in the scores", self.region.scores)
-        if not self.weights:
-            raise Stop(
-                "heads have no weights: the scores are a plain sum",
-                self.region.scores,
-                "multiply each head's relu by its weight (ones, if need be)",
-            )
         first = self.dots[0][0]
         parts = []
         for (by, dot), beside in zip(self.dots, self.inside, strict=True):

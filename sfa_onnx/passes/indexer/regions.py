@@ -13,7 +13,8 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.find.products import is_product, operands
 from sfa_onnx.passes.find.regions import FOLLOWED
 from sfa_onnx.passes.graph.index import GraphIndex
-from sfa_onnx.passes.graph.kinds import PRODUCTS, is_foreign
+from sfa_onnx.passes.graph.kinds import PRODUCTS, VIEWS, is_foreign
+from sfa_onnx.passes.graph.walk import back
 from sfa_onnx.passes.graph.weights import is_weight
 
 __all__ = ["SelectionRegion", "selection_regions"]
@@ -86,8 +87,17 @@ def _follows(index: GraphIndex, i: int) -> bool:
     if is_foreign(node):
         return False
     if node.op_type in PRODUCTS:
-        return not any(is_weight(index, n) for n in node.input[:2])
+        return not any(is_weight(index, n) and not _is_vector(index, n) for n in node.input[:2])
     return node.op_type in FOLLOWED or node.op_type in _ACTIVATIONS | _SUMS
+
+
+def _is_vector(index: GraphIndex, value: str) -> bool:
+    """Whether a weight has one axis: it weighs heads, and makes nothing new of them."""
+    *_, source = back(index, value, VIEWS)
+    tensor = index.initializers.get(source)
+    array = index.constant(source) if tensor is None else None
+    dims = tensor.dims if tensor is not None else () if array is None else array.shape
+    return bool(dims) and sum(d != 1 for d in dims) <= 1
 
 
 def _region(index: GraphIndex, top: int, depends: dict[str, bool]) -> SelectionRegion | None:

@@ -18,6 +18,7 @@ from sfa_onnx.passes.indexer.regions import SelectionRegion
 from sfa_onnx.passes.indexer.sorts import first_of_all
 from sfa_onnx.passes.shapes.form import Call
 from sfa_onnx.passes.shapes.size import form_of
+from sfa_onnx.passes.shapes.types import MANTISSA
 
 __all__ = ["Selection", "bind_selection"]
 
@@ -25,7 +26,6 @@ _T = onnx.TensorProto
 _POOLS: Final = frozenset(
     ("AveragePool", "GlobalAveragePool", "LpPool", "MaxPool", "ReduceMax", "ReduceMean")
 )
-_MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
 
 
 @dataclass
@@ -228,7 +228,7 @@ def _sides(tracer: Tracer, formula: Formula) -> tuple[int, list[list[State]], li
             "the operator takes float32, float16 and bfloat16",
         )  # fmt: skip
     for kind, ref in zip(kinds, refs, strict=True):
-        if _MANTISSA.get(kind, 99) > _MANTISSA[own]:
+        if MANTISSA.get(kind, 99) > MANTISSA[own]:
             raise Stop(f"{ref.value} is {_T.DataType.Name(kind)}", ref.value)
     for path in paths[1::2]:
         _check_stored(tracer, path)
@@ -240,8 +240,8 @@ def _exact(tracer: Tracer, ref: Ref) -> list[State]:
     """The element and those behind it that are the same number, but for a positive factor."""
     kept: list[State] = []
     for state in deepen(tracer, ref):
-        bits = _MANTISSA.get(tracer.sizes.elem_type(state.ref.value), 0)
-        last = _MANTISSA[tracer.sizes.elem_type(kept[-1].ref.value)] if kept else bits
+        bits = MANTISSA.get(tracer.sizes.elem_type(state.ref.value), 0)
+        last = MANTISSA[tracer.sizes.elem_type(kept[-1].ref.value)] if kept else bits
         if not bits or bits > last or state.factor <= 0:
             break
         kept.append(state)
