@@ -55,6 +55,12 @@ def test_what_was_said_is_verified_and_written_down(hidden: str, tmp_path: Path)
     assert {p.key: p.value for p in report.model.metadata_props}[METADATA] == SAID
 
 
+def test_a_scale_may_stand_on_both_sides_of_the_relu() -> None:
+    inside = " b = Unsqueeze(key_scale, one)\n b4 = Unsqueeze(b, one)\n z = Mul(x, b4)\n"
+    behind = " m = Mul(s, b)\n"
+    fused(scaled(relu=f"{inside} r = Relu(z)\n", hidden=behind), assume=[SAID])
+
+
 def test_a_scale_of_heads_and_keys_is_none_of_keys() -> None:
     model = indexer(
         ", float[B,3,T] key_scale",

@@ -114,8 +114,8 @@ def _operands(site: Selection, made: Replacement, names: _Names) -> dict[str, Op
     for refs, role in ((made.query, Role.QUERY), (made.key, Role.INDEX_KEY)):
         for ref in refs:
             add(ref, role)
-    for part in site.formula.parts:
-        for scale in part.key_by:
+    for part in site.formula.parts:  # a scale on both sides of the relu is not negative
+        for scale in sorted(part.key_by, key=lambda by: not by.outside):
             add(
                 scale.ref,
                 Role.SCALE if scale.outside else Role.INDEX_WEIGHTS,
