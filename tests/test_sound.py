@@ -196,6 +196,28 @@ def test_bodies_have_what_their_node_gives_and_takes(op, sides, opset, right):
             assert not told or f"expected {right[0]}" in told or f"expected {right[1]}" in told
 
 
+@pytest.mark.parametrize(
+    ("equation", "told"),
+    [
+        *(
+            (text, "")
+            for text in ("ij,jk", "ij,jk->ik", " i j , ...jk -> ... ik ", "...,->", "iI,I->")
+        ),
+        *((text, "expected 2") for text in ("ij->i", "ij,jk,kl->il", "")),
+        *((text, "'...' for an operand") for text in ("i..j,j->i", "i......,i->", "i,j->...i...")),
+        *(
+            (text, "expected letters")
+            for text in ("ä,b->ä", "i1,j->i", "i,j->i->j", "i\n,j", "i.,j")
+        ),
+    ],
+)
+def test_equations_of_einsum(equation, told):
+    node = helper.make_node("Einsum", ["q", "q"], ["r"], equation=equation)
+    found = [*NodeRules({"": 17}).problems(node)]
+    assert len(found) == bool(told)
+    assert all(told in text for text in found)
+
+
 def test_axes_and_offsets_that_nothing_has():
     model = sound()
     model.graph.initializer.add(name="w", data_type=1, dims=[1] * 65, raw_data=bytes(4))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import zlib
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -26,11 +24,9 @@ def load_inputs(path: Path | None) -> dict[str, np.ndarray] | None:
         return None
     if not path.is_file():
         raise UsageError(f"{path}: no such file; --inputs takes an .npz with one array per input")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, BadZipFile, zlib.error) as error:
-        raise UsageError(f"{path}: not an .npz of plain arrays ({error or 'empty'})") from error
+    from sfa_onnx.files.arrays import stored_arrays
+
+    return stored_arrays(path)
 
 
 def compare(args: argparse.Namespace, console: Console) -> int:

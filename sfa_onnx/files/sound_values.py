@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -65,10 +66,24 @@ def _not_negative(_node: NodeProto, attribute: AttributeProto) -> str:
     return "" if bad is None else f"holds {bad}, expected no negative size"
 
 
+def _equation(node: NodeProto, attribute: AttributeProto) -> str:
+    if node.op_type != "Einsum":
+        return ""
+    terms, _, result = attribute.s.decode().replace(" ", "").partition("->")
+    given = terms.split(",")
+    if bad := next((term for term in (*given, result) if not _TERM.fullmatch(term)), ""):
+        return f"holds {bad[:20]!r}, expected letters, and at most one '...' for an operand"
+    if len(given) != len(node.input):
+        return f"speaks of {len(given)} operands, expected {len(node.input)}"
+    return ""
+
+
+_TERM: Final = re.compile(r"[A-Za-z]*(\.\.\.)?[A-Za-z]*")
 _RULES: Final[dict[str, Callable[[NodeProto, AttributeProto], str]]] = {
     **dict.fromkeys(("axis", "axes", "scan_input_axes", "scan_output_axes"), _axis),
     **dict.fromkeys(("to", "dtype", "output_dtype", "softmax_precision"), _kind),
     "batch_dims": _batch,
+    "equation": _equation,
     "perm": _permutation,
     "num_outputs": _parts,
     "num_scan_inputs": _scanned,

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.json_form import parsed
 from sfa_onnx.operator import kv_cache
 from sfa_onnx.operator.contract import PackedRow
 
@@ -129,7 +130,7 @@ def read_interface(model: onnx.ModelProto) -> Interface | None:
     if text is None:
         return None
     try:
-        raw = json.loads(text)
+        raw = parsed(text)
         caches = tuple(_entry(cache) for cache in raw["caches"])
         tokens = str(raw.get("tokens", ""))
         return Interface(raw["form"], int(raw["block_size"]), caches, tokens)

@@ -13,12 +13,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnx
 
 from sfa_onnx.errors import ModelError, UsageError, WeightsError
 from sfa_onnx.files.external import StorageReader, iter_tensors
+from sfa_onnx.files.json_form import form_problem, parsed
 from sfa_onnx.files.model import atomic_write, hash_message, load_model, paused_gc
 from sfa_onnx.files.weights_file import digest_of
 from sfa_onnx.guard.doors import door
@@ -58,6 +59,17 @@ class Snapshot:
     initializers: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     other: dict[str, str] = field(default_factory=dict)
+
+
+_FORM: Final = {  # what a reader of a certificate looks at
+    "difference": {str: None},
+    "added_nodes": {str: str},
+    "inlined": [(str, str)],
+    "?taken": [str],
+    "?joined": [str],
+    "materialized": [{"made": {str: str}}],
+    "sites": [{"?removed": [str]}],
+}
 
 
 @dataclass(frozen=True)
@@ -266,12 +278,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{path}: the certificate does not exist")
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
+        stated = parsed(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: not a certificate: {error}") from error
     if not isinstance(stated, dict) or stated.get("version") != _VERSION:
         raise UsageError(f"{path}: not a certificate of version {_VERSION}")
-    return stated
+    if problem := form_problem(stated, _FORM):
+        raise UsageError(f"{path}: not a certificate: {problem}; write it again with fuse")
+    return dict(stated)
 
 
 def _problems(stated: dict[str, Any], found: Changes, fused: Snapshot) -> list[str]:
@@ -284,8 +298,9 @@ def _problems(stated: dict[str, Any], found: Changes, fused: Snapshot) -> list[s
                 f"{name}: the certificate says {_short(claims.get(name))}, the files"
                 f" say {_short(value)}"
             )
-    for key, value in stated["added_nodes"].items():
-        if fused.nodes.get(key) != value:
+    hashes = stated["added_nodes"]
+    for key in dict.fromkeys((*hashes, *found.added_nodes)):
+        if key not in hashes or fused.nodes.get(key) != hashes[key]:
             problems.append(f"the fused node that makes {key!r} was changed after fusing")
     if found.moved_nodes:
         problems.append(f"{len(found.moved_nodes)} untouched nodes are in another order")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_onnx.errors import UsageError
+from sfa_onnx.files.json_form import form_problem, parsed
 from sfa_onnx.files.model import atomic_write
 from sfa_onnx.guard.doors import door
 from sfa_onnx.report import FuseReport
@@ -106,19 +107,17 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         raise UsageError(f"{source}: the plan file does not exist")
     try:
         text = source.read_text(encoding="utf-8")
-        document = json.loads(text) if text.lstrip().startswith("{") else _parse_yaml(text)
+        document = parsed(text) if text.lstrip().startswith("{") else _parse_yaml(text)
     except ValueError as error:
         raise UsageError(f"{source}: not a plan file: {error}") from error
     if not isinstance(document, dict) or document.get("version") != _VERSION:
         raise UsageError(
             f"{source}: plan version {document.get('version')!r}; this release reads {_VERSION}"
         )
-    chosen = []
-    for site in document.get("sites") or []:
-        if not isinstance(site.get("id"), str) or not isinstance(site.get("fuse", True), bool):
-            raise UsageError(f"{source}: a site needs an id (text) and fuse: true|false: {site}")
-        if site.get("fuse", True):
-            chosen.append(site["id"])
+    sites = document.get("sites") or []
+    if problem := form_problem(sites, [{"id": str, "?fuse": bool}], "sites"):
+        raise UsageError(f"{source}: a site needs an id (text) and fuse: true|false: {problem}")
+    chosen = [site["id"] for site in sites if site.get("fuse", True)]
     assume = document.get("assume") or ""
     if not isinstance(assume, str):
         raise UsageError(f"{source}: assume is text, entries apart by spaces: {assume!r}")

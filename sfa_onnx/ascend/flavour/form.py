@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -197,42 +197,48 @@ def feed_constant_outputs(model: ModelProto, names: Names, facts: Facts, opset: 
     size = scope.node("Size", [first], "constant_outputs/size", dtype=TensorProto.INT64)
     minus = scope.node("Sub", [size.output[0]] * 2, "constant_outputs/zero")
     graph.node.extend([size, minus])
-    for output in constants:
-        _feed(scope, output, minus.output[0])
-    return [o.name for o in constants]
+    inner = {o.name: _renamed(scope, o.name) for o in constants}
+    _rename_reads(graph, inner)
+    for name, made in inner.items():
+        _tie(scope, name, made, minus.output[0])
+    scope.changed()
+    return list(inner)
 
 
-def _feed(scope: Scope, output: onnx.ValueInfoProto, zero: str) -> None:
-    dtype = scope.dtype(output.name)
+def _renamed(scope: Scope, output: str) -> str:
+    """Give what makes a constant output another name; returns it."""
+    dtype = scope.dtype(output)
     if dtype in (TensorProto.UNDEFINED, TensorProto.STRING) or (
         dtype in (2, 3, 4, 5) and scope.opset < 14
     ):
         raise ModelError(
-            f"graph output {output.name!r} depends on constants only (CANN's parser drops it) and"
+            f"graph output {output!r} depends on constants only (CANN's parser drops it) and"
             f" its type {TensorProto.DataType.Name(dtype)} cannot be tied to an input; remove it"
         )
-    inner = scope.names.fresh(f"{output.name}/constant")
-    producer = scope.producer(output.name)
+    inner = scope.names.fresh(f"{output}/constant")
+    producer, tensor = scope.producer(output), scope.initializer(output)
     if producer is not None:
-        producer.output[list(producer.output).index(output.name)] = inner
-    else:
-        tensor = next(t for t in scope.graph.initializer if t.name == output.name)
+        producer.output[list(producer.output).index(output)] = inner
+    elif tensor is not None:
         tensor.name = inner
-    _rename_reads_top(scope.graph, output.name, inner)
-    like = scope.node("Cast", [zero], f"{output.name}/zero", dtype=dtype, to=dtype)
+    return inner
+
+
+def _tie(scope: Scope, output: str, inner: str, zero: str) -> None:
+    dtype = scope.dtype(output)
+    like = scope.node("Cast", [zero], f"{output}/zero", dtype=dtype, to=dtype)
     op = "Or" if dtype == TensorProto.BOOL else "Add"
-    tie = scope.node(op, [inner, like.output[0]], f"{output.name}/tied", outputs=[output.name])
+    tie = scope.node(op, [inner, like.output[0]], f"{output}/tied", outputs=[output])
     scope.graph.node.extend([like, tie])
-    scope.changed()
 
 
-def _rename_reads_top(graph: GraphProto, old: str, new: str) -> None:
+def _rename_reads(graph: GraphProto, new: Mapping[str, str]) -> None:
     for node in graph.node:
         for i, name in enumerate(node.input):
-            if name == old:
-                node.input[i] = new
+            if name in new:
+                node.input[i] = new[name]
         for inner in inner_graphs(node):
-            _rename_reads_top(inner, old, new)
+            _rename_reads(inner, new)
 
 
 def _from_inputs(graph: GraphProto) -> set[str]:

@@ -31,6 +31,7 @@ from sfa_onnx.ascend.flavour.scatters import readable_scatters
 from sfa_onnx.ascend.flavour.scope import Facts, Names, apply, inner_graphs
 from sfa_onnx.ascend.flavour.sinks import sinks_behind
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.json_form import parsed
 from sfa_onnx.files.model import load_model, paused_gc
 from sfa_onnx.guard.doors import door
 from sfa_onnx.guard.guarded import inline
@@ -313,7 +314,7 @@ def _seal(model: ModelProto, source: int, target: int, binding: str, *, portable
 def _story(model: ModelProto) -> dict[str, Any]:
     text = next((p.value for p in model.metadata_props if p.key == FLAVOUR_KEY), "{}")
     try:
-        story = json.loads(text)
+        story = parsed(text)
     except ValueError:
         return {}
     return story if isinstance(story, dict) else {}

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from sfa_onnx.errors import ModelError, UsageError
+from sfa_onnx.files.json_form import form_problem, parsed
 from sfa_onnx.files.writing import atomic_stream, atomic_write
 
 __all__ = ["read_arrays", "write_inputs", "write_output_names"]
@@ -28,6 +29,7 @@ _NARROW: dict[int, str] = {  # older onnx calls these float32
     TensorProto.FLOAT8E5M2: "float8_e5m2",
 }
 _CARRIERS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+_LISTING: Final = [{"name": str, "file": str, "dtype": str, "numpy": str, "shape": [None]}]
 
 
 def _file(index: int, name: str, suffix: str) -> str:
@@ -97,18 +99,32 @@ def read_arrays(folder: Path, listing: str) -> dict[str, Array]:
     """Read what `listing` (inputs.json, outputs.json) names, with the types of the graph.
 
     Raises:
-        UsageError: the listing or one of its files is missing.
+        UsageError: the listing or one of its files is missing, or not of its form.
     """
     path = folder / listing
     if not path.is_file():
         raise UsageError(f"{path}: not found; expected the folder that run_om.py filled")
-    arrays = {}
-    for entry in json.loads(path.read_text()):
-        data = folder / entry["file"]
-        if not data.is_file():
-            raise UsageError(f"{data}: not found, though {listing} names it")
-        dtype: Any = getattr(ml_dtypes, entry["dtype"], entry["dtype"])
-        flat = np.fromfile(data, dtype=entry["numpy"]).view(dtype)
-        known = all(isinstance(d, int) for d in entry["shape"])
-        arrays[entry["name"]] = flat.reshape(entry["shape"]) if known else flat
-    return arrays
+    try:
+        entries = parsed(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path}: not a listing of arrays: {error}") from error
+    if problem := form_problem(entries, _LISTING, "the listing"):
+        raise UsageError(f"{path}: not a listing of arrays: {problem}; run run_om.py again")
+    return {entry["name"]: _read_array(folder, listing, entry) for entry in entries}
+
+
+def _read_array(folder: Path, listing: str, entry: dict[str, Any]) -> Array:
+    data = folder / entry["file"]
+    if data.parent != folder or "\0" in entry["file"]:
+        raise UsageError(f"{listing}: {entry['file']!r} is no file name; run run_om.py again")
+    if not data.is_file():
+        raise UsageError(f"{data}: not found, though {listing} names it")
+    try:
+        kind = entry["dtype"]
+        dtype = np.dtype(getattr(ml_dtypes, kind) if kind in _CARRIERS else kind)
+        stored = np.dtype(entry["numpy"])
+        flat: Array = np.fromfile(data, dtype=stored).view(dtype)
+        known = all(type(d) is int for d in entry["shape"])
+        return flat.reshape(entry["shape"]) if known else flat
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{data}: is not what {listing} says of it: {error}") from error

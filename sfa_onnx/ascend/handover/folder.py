@@ -43,6 +43,7 @@ from sfa_onnx.ascend.handover.report import HandoverReport
 from sfa_onnx.ascend.handover.scope import cut, parse_scope
 from sfa_onnx.ascend.handover.staging import Staging
 from sfa_onnx.errors import SfaError, UsageError
+from sfa_onnx.files.json_form import parsed
 from sfa_onnx.files.model import atomic_write, load_model, save_model
 from sfa_onnx.files.weights import external_files
 from sfa_onnx.guard.doors import door
@@ -238,7 +239,7 @@ def _model_path(path: Path, folder: Path, scope: str | None, external: bool) -> 
 def _written_before(folder: Path) -> str:
     """The model file that this folder's hand-over speaks of; "" when there is none yet."""
     try:
-        known = json.loads((folder / "mapping.json").read_text(encoding="utf-8"))
+        known = parsed((folder / "mapping.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     return str(known.get("model", "")) if isinstance(known, dict) else ""

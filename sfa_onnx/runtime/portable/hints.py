@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from onnx import NodeProto
 
+from sfa_onnx.files.json_form import parsed
+
 __all__ = ["read_hint", "write_hint"]
 
 _MARK: Final = "sfa_onnx body: "
@@ -26,7 +28,7 @@ def read_hint(node: NodeProto) -> dict[str, Any] | None:
     if not node.doc_string.startswith(_MARK):
         return None
     try:
-        told = json.loads(node.doc_string[len(_MARK) :])
+        told = parsed(node.doc_string[len(_MARK) :])
     except ValueError:
         return None
     return told if isinstance(told, dict) else None
