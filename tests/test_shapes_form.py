@@ -68,6 +68,13 @@ def test_a_text_gives_back_the_form(f: Form, sizes: dict[str, int]) -> None:
     assert is_open(read) == (not f.fixed)
 
 
+def test_what_is_no_size_stands_for_none() -> None:
+    assert size_of("0", {}) == 0
+    assert size_of(f"{(1 << 63) - 1}", {}) == (1 << 63) - 1
+    for text in ("-1", "3 - 4", "s - 4", f"{1 << 63}", "1//0", "9**9", "'x'", "s[0]", "__import__"):
+        assert size_of(text, {"s": 3}) is None
+
+
 def test_min_and_max_are_neither_argument_unless_that_is_certain() -> None:
     total = A.plus(B)
     assert str(smallest(Form(const=8), total)) == "Min(8, a + b)"

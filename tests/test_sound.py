@@ -218,6 +218,30 @@ def test_equations_of_einsum(equation, told):
     assert all(told in text for text in found)
 
 
+def test_functions_name_what_they_take_and_make_it():
+    opsets = [helper.make_opsetid("", 17)]
+    relu = [helper.make_node("Relu", ["x"], ["y"])]
+    for inputs, outputs, told in (
+        (["x", "x"], ["y"], ""),
+        (["", "x"], ["y"], "an input or output of function local::F has no name"),
+        (["x"], ["y", ""], "an input or output of function local::F has no name"),
+        (["x"], ["y", "x"], "output 'x' of function local::F is its input"),
+    ):
+        model = sound()
+        function = helper.make_function("local", "F", inputs, outputs, relu, opsets)
+        model.functions.append(function)
+        found = problems(model)
+        assert len(found) == bool(told)
+        assert all(told in text for text in found)
+
+
+def test_opsets_are_numbers_of_32_bits():
+    for version, bad in ((1, 0), ((1 << 31) - 1, 0), (1 << 31, 1), ((1 << 63) - 1, 1), (0, 1)):
+        model = sound()
+        model.opset_import[0].version = version
+        assert sum("imports opset" in text for text in problems(model)) == bad
+
+
 def test_axes_and_offsets_that_nothing_has():
     model = sound()
     model.graph.initializer.add(name="w", data_type=1, dims=[1] * 65, raw_data=bytes(4))

@@ -9,12 +9,14 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 
 import sfa_onnx
 from sfa_onnx.ascend.handover.data import read_arrays
+from sfa_onnx.cli.show import save_npz
 from sfa_onnx.errors import BudgetError, FaultError, SfaError, UsageError
 from sfa_onnx.files.arrays import stored_arrays
 from sfa_onnx.files.json_form import form_problem, parsed
@@ -201,3 +203,18 @@ def test_forms_name_the_place_that_does_not_fit():
     assert form_problem([], form) == "it is [], expected an object"
     with pytest.raises(ValueError, match="nested too deeply"):
         parsed('{"a":' * 100_000)
+
+
+def test_outputs_of_any_name_and_type_are_stored_without_pickles(tmp_path):
+    arrays = {
+        "file": np.arange(3),
+        "a/b:0": np.float32([1.5]),
+        "narrow": np.array([1.5], ml_dtypes.bfloat16),
+        "texts": np.array(["a", "bc"], object),
+    }
+    save_npz(tmp_path / "o.npz", arrays)
+    found = stored_arrays(tmp_path / "o.npz")
+    assert list(found) == list(arrays)
+    assert found["narrow"].dtype == np.float32
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, arrays[name])

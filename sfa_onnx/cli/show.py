@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 from rich.text import Text
@@ -46,17 +47,21 @@ def spread(values: np.ndarray[Any, Any]) -> str:
 
 
 def save_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]], *, force: bool = False) -> None:
-    """Write an .npz atomically; bfloat16 is stored as float32, which .npz can hold.
+    """Write an .npz atomically, without pickled objects: any name, numbers and texts.
+
+    What NumPy has no type for (bfloat16, float8) is stored as float32.
 
     Raises:
         UsageError: the file exists and `force` is not set, or is no regular file.
     """
-    plain = {
-        name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-        for name, array in arrays.items()
-    }
-    with atomic_stream(path, force=force) as stream:
-        np.savez(stream, **plain)  # type: ignore[arg-type]
+    with (
+        atomic_stream(path, force=force) as stream,
+        ZipFile(stream, "w", allowZip64=True) as archive,  # np.savez takes no array called "file"
+    ):
+        for name, array in arrays.items():
+            plain = array.astype({"V": np.float32, "O": np.str_}.get(array.dtype.kind, array.dtype))
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, plain, allow_pickle=False)
 
 
 def summary(console: Console, path: Path, found: Summary) -> None:

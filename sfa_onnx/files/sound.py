@@ -28,6 +28,7 @@ __all__ = ["assert_sound", "problems"]
 
 _SHOWN: Final = 3  # problems named in one message
 _SMALL: Final = 1 << 25  # bytes of a model that may be copied as a whole, which is faster
+_OPSETS: Final = 1 << 31  # onnx and onnxruntime keep the version in 32 bits
 _ENOUGH: Final = 50  # problems after which nobody looks further
 
 
@@ -91,9 +92,11 @@ class _Reader:
 
     def _opsets(self, opsets: dict[str, int], what: str) -> None:
         for domain, version in opsets.items():
-            if version < 1:
+            if not 1 <= version < _OPSETS:
                 name = domain or "ai.onnx"
-                self.found.append(f"{what} imports opset {version} of {name}, expected 1 or more")
+                self.found.append(
+                    f"{what} imports opset {version} of {name}, expected 1 to {_OPSETS - 1}"
+                )
 
     def _function(self, function: FunctionProto, outer: dict[str, int]) -> None:
         where = f" of function {function.domain}::{function.name}"
@@ -101,6 +104,12 @@ class _Reader:
         self._opsets(opsets, where.removeprefix(" of "))
         rules = NodeRules(opsets)
         values = dict.fromkeys(function.input, "an input")
+        if "" in (*function.input, *function.output):
+            self.found.append(f"an input or output{where} has no name")
+        if through := [name for name in function.output if name in values]:
+            self.found.append(
+                f"output {through[0]!r}{where} is its input, expected a node between (Identity)"
+            )
         fields = Fields.of(NodeProto, (node.SerializeToString() for node in function.node))
         free = self._nodes(function.node, fields, values, function.output, rules, where)
         self._unmade(free, where)

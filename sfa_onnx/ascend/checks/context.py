@@ -100,10 +100,13 @@ class Context:
         """The scope as the rewriting rules of the ATC flavour see it (for asking, not writing)."""
         if scope not in self._rewrite_scopes:
             outer = None if scope.parent is None else self.rewrite_scope(scope.parent)
-            names = Names(self.view.model)
-            made = RewriteScope(scope.graph, names, self.facts, self.view.opset, outer)
+            made = RewriteScope(scope.graph, self._names, self.facts, self.view.opset, outer)
             self._rewrite_scopes[scope] = made
         return self._rewrite_scopes[scope]
+
+    @cached_property
+    def _names(self) -> Names:
+        return Names(self.view.model)
 
     @cached_property
     def facts(self) -> Facts:

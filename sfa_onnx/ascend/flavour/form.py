@@ -198,7 +198,7 @@ def feed_constant_outputs(model: ModelProto, names: Names, facts: Facts, opset: 
     minus = scope.node("Sub", [size.output[0]] * 2, "constant_outputs/zero")
     graph.node.extend([size, minus])
     inner = {o.name: _renamed(scope, o.name) for o in constants}
-    _rename_reads(graph, inner)
+    _rename_top(graph, inner)
     for name, made in inner.items():
         _tie(scope, name, made, minus.output[0])
     scope.changed()
@@ -232,13 +232,14 @@ def _tie(scope: Scope, output: str, inner: str, zero: str) -> None:
     scope.graph.node.extend([like, tie])
 
 
-def _rename_reads(graph: GraphProto, new: Mapping[str, str]) -> None:
+def _rename_top(graph: GraphProto, new: Mapping[str, str]) -> None:
+    """As `_rename_reads`, but the outputs keep their names."""
     for node in graph.node:
         for i, name in enumerate(node.input):
             if name in new:
                 node.input[i] = new[name]
         for inner in inner_graphs(node):
-            _rename_reads(inner, new)
+            _rename_top(inner, new)
 
 
 def _from_inputs(graph: GraphProto) -> set[str]:
@@ -276,8 +277,9 @@ def refuse_unfit(model: ModelProto, opset: int) -> None:
     """
     if not model.graph.output:
         raise ModelError("the graph has no output; CANN's parser needs one (E16001)")
+    made: dict[int, set[str]] = {}
     for scope in scopes(model.graph, Names(model), Facts(), opset):
-        _refuse_missing(scope)
+        _refuse_missing(scope, made)
         if scope.parent is not None:
             _refuse_gaps(scope.graph.node)
     refuse_short(iter_tensors(model))
@@ -294,20 +296,25 @@ def refuse_short(tensors: Iterable[TensorProto]) -> None:
             _refuse_short(tensor)
 
 
-def _refuse_missing(scope: Scope) -> None:
-    known: set[str] = {""}
-    at: Scope | None = scope
-    while at is not None:
-        known.update(v.name for v in (*at.graph.input, *at.graph.initializer))
-        known.update(out for node in at.graph.node for out in node.output)
-        at = at.parent
-    for node in scope.graph.node:
+def _refuse_missing(scope: Scope, made: dict[int, set[str]]) -> None:
+    """`made`: what each scope makes, by its identity; it grows by this one."""
+    graph = scope.graph
+    own = {v.name for v in (*graph.input, *graph.initializer)}
+    own.update(out for node in graph.node for out in node.output)
+    made[id(scope)] = own
+    for node in graph.node:
         for name in node.input:
-            if name not in known:
+            if name and not _is_known(scope, name, made):
                 raise ModelError(
                     f"node {node.name!r} reads {name!r}, which nothing produces; CANN's parser"
                     " would leave that input open without a word"
                 )
+
+
+def _is_known(scope: Scope | None, name: str, made: dict[int, set[str]]) -> bool:
+    while scope is not None and name not in made[id(scope)]:
+        scope = scope.parent
+    return scope is not None
 
 
 def _refuse_gaps(nodes: Sequence[NodeProto]) -> None:

@@ -30,6 +30,7 @@ class Names:
 
     def __init__(self, model: ModelProto) -> None:
         self._used: set[str] = set()
+        self._last: dict[str, int] = {}  # the number that a base was given last
         self._collect(model.graph)
 
     def _collect(self, graph: GraphProto) -> None:
@@ -43,11 +44,12 @@ class Names:
 
     def fresh(self, base: str) -> str:
         """`base`, or `base_1`, `base_2` ... : the first that nothing in the model carries."""
-        name, n = base, 0
+        name, n = base, self._last.get(base, 0)
         while not name or name in self._used:
             n += 1
             name = f"{base}_{n}"
         self._used.add(name)
+        self._last[base] = n
         return name
 
 

@@ -13,6 +13,7 @@ from sfa_onnx.passes.shapes.size import broadcast, greatest, least
 
 __all__ = ["size_of", "text_of", "write_numbers"]
 
+_ENDLESS = 1 << 63  # no dim is so large
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -31,7 +32,7 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {
 
 
 def size_of(text: str | None, symbols: Mapping[str, int]) -> int | None:
-    """The size a dim_param such as "seq", "s27 + 1" or "Min(8, seq)" stands for."""
+    """The size a dim_param such as "seq", "s27 + 1" or "Min(8, seq)" stands for; None: of none."""
     if not text:
         return None
     if text in symbols:
@@ -39,9 +40,10 @@ def size_of(text: str | None, symbols: Mapping[str, int]) -> int | None:
     if len(text) > 200:
         return None
     try:
-        return _evaluate(ast.parse(text, mode="eval").body, symbols)
+        size = _evaluate(ast.parse(text, mode="eval").body, symbols)
     except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, TypeError):
         return None
+    return None if type(size) is int and not 0 <= size < _ENDLESS else size
 
 
 def _evaluate(tree: ast.expr, symbols: Mapping[str, int]) -> int:
