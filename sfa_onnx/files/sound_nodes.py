@@ -80,7 +80,8 @@ class NodeRules:
     """The schemas of one scope of opset imports, looked up once per operator."""
 
     def __init__(self, opsets: Mapping[str, int]) -> None:
-        self._opset = opsets.get("", opsets.get("ai.onnx", onnx.defs.onnx_opset_version()))
+        newest = onnx.defs.onnx_opset_version()
+        self._opset = min(opsets.get("", opsets.get("ai.onnx", newest)), newest)
         self._rules: dict[str, _Rule | None] = {}
 
     def problems(self, node: NodeProto) -> Iterator[str]:
