@@ -166,6 +166,18 @@ def test_a_cache_and_new_keys_scored_apart_are_joined(hidden: str) -> None:
         np.testing.assert_array_equal(want, got)
 
 
+@pytest.mark.parametrize("new", ["past, k", "k, past"])
+def test_one_new_key_scored_apart_is_a_block(new: str) -> None:
+    """A step of decoding: the axis of the new key has size 1."""
+    names = new.split(", ")
+    model = blocks("", *(block(n, key) for n, key in enumerate(names)), more=PAST, keys="1")
+    report = sfa_onnx.fuse(model)
+    assert [s.reason for s in report.selections] == [""]
+    given = feeds(model, 2, 3, 1, P=9)
+    want, got = (runtime.run(m, given)["indices"] for m in (model, report.model))
+    np.testing.assert_array_equal(want, got)
+
+
 def test_blocks_that_are_masked_one_by_one_are_masked_together() -> None:
     more = f"{PAST}, bool[B,P] kept0, bool[B,T] kept1"
     own = " p{n} = Unsqueeze(kept{n}, one)\n m{n} = Where(p{n}, t{n}, low)\n"
@@ -235,7 +247,7 @@ def test_scales_of_blocks_are_joined_as_their_keys_are(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "float16"])
 def test_a_scale_of_one_block_that_may_be_negative_is_found(kind: str) -> None:
     said = ["not-negative:old_scale", "not-negative:new_scale"]
-    refused(scaled(kind, "Sub(old_scale, half)"), "depends on the key", assume=said)
+    refused(scaled(kind, "Sub(old_scale, half)"), "the weight by0 depends on", assume=said)
 
 
 UNLIKE = {

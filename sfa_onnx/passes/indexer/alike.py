@@ -22,7 +22,7 @@ from sfa_onnx.passes.values.arithmetic import addends
 from sfa_onnx.passes.values.read import INNER, Reader
 from sfa_onnx.passes.values.terms import Term, dot, element
 
-__all__ = ["join_blocks", "join_heads"]
+__all__ = ["join_blocks", "join_heads", "written"]
 
 _MOST: Final = 256  # heads or blocks that are written out
 _WIDE: Final = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)  # hold what narrower types do
@@ -91,7 +91,7 @@ def join_blocks(reader: Reader, term: Term, keys: Label) -> Term:
         if found is not None and not any(c.reads for c in found.coords):
             return found
         own = [fresh("block", high - low) for low, high in ranges]
-        if any(keys not in r.labels for r in refs):
+        if any(x.size > 1 and keys not in r.labels for r, x in zip(refs, own, strict=True)):
             return None
         swaps = [{keys: Expr.of(x) + low} for x, (low, _) in zip(own, ranges, strict=True)]
         parts = [(r.substitute(s), x) for r, s, x in zip(refs, swaps, own, strict=True)]
@@ -99,6 +99,13 @@ def join_blocks(reader: Reader, term: Term, keys: Label) -> Term:
 
     joined = _Alike(reader, one).term(args)
     return term if joined is None else joined
+
+
+def written(tracer: Tracer, value: str) -> str:
+    """The tensor of the graph that a message may name: the first of those that would be joined."""
+    while (made := tracer.joined.get(value)) is not None and made.parts:
+        value = made.parts[0][0].value
+    return value
 
 
 def _covers(term: Term, keys: Label) -> bool:

@@ -15,7 +15,7 @@ from sfa_onnx.passes.axes.expr import Expr, Label, fresh
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Literal, Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
-from sfa_onnx.passes.indexer.alike import join_blocks, join_heads
+from sfa_onnx.passes.indexer.alike import join_blocks, join_heads, written
 from sfa_onnx.passes.indexer.regions import SelectionRegion
 from sfa_onnx.passes.indexer.signs import given_signs, stored_narrow
 from sfa_onnx.passes.values.arithmetic import LOW, addends, coefficient, factors
@@ -257,12 +257,13 @@ class _Parts:
         self.outside.append(replace(factor, outside=True, assumed=assumed, said=said))
 
     def _by_key(self, ref: Ref, given: Sequence[str] = ()) -> Stop:
+        name = written(self.reader.tracer, ref.value)
         why = f", and {given[0]} may be negative" if given else ""
         hint = "the operator has one weight per query row and head; a scale of keys that cannot be"
         hint += " negative belongs to the keys"
         if given and all(map(self.reader.tracer.index.is_given, given)):
             hint += f"; if it never is, say so: {' '.join(f'--assume {SCALES}:{n}' for n in given)}"
-        return Stop(f"the weight {ref.value} depends on the key{why}", ref.value, hint)
+        return Stop(f"the weight {name} depends on the key{why}", name, hint)
 
     def _activated(self, term: Term) -> None:
         """Max(0, c <q, k>)."""

@@ -25,6 +25,7 @@ from sfa_onnx.passes.axes.places import single
 from sfa_onnx.passes.axes.trace import Ref, Stop, Tracer
 from sfa_onnx.passes.bind.literals import Visible
 from sfa_onnx.passes.bind.mask import additive, boolean
+from sfa_onnx.passes.indexer.alike import written
 from sfa_onnx.passes.indexer.runs import evaluated, of_sizes, reach, samples
 from sfa_onnx.passes.shapes.form import Form
 from sfa_onnx.passes.shapes.size import form_of
@@ -172,7 +173,7 @@ def _views(tracer: Tracer, ref: Ref) -> Iterator[Ref]:
 
 
 def _unknown(tracer: Tracer, literal: Visible) -> Stop:
-    value = literal.ref.value
+    value = written(tracer, literal.ref.value)
     made = tracer.index.maker(value)
     given = "a table of the file" if value in tracer.index.initializers else "a graph input"
     op = given if made is None else f"made by {made.op_type}"
