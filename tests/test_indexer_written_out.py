@@ -1,4 +1,4 @@
-"""Indexers written out: a term per head added up, a block of keys after the other joined."""
+"""Indexers written out: a term per head added up, blocks of keys or of rows joined."""
 
 from __future__ import annotations
 
@@ -284,3 +284,72 @@ def test_blocks_written_into_a_buffer_are_joined(starts: tuple[int, ...]) -> Non
     joined += " s = Transpose<perm=[1, 2, 0]>(u3)\n"
     parts = [block(n, f"k{n}") for n in range(3)]
     fused(blocks(before, *parts, keys="12", joined=joined))
+
+
+def sequence(n: int, *, of: int | None = None, by: str = "", mask: str = "") -> str:
+    """Scores s{n} [1, S, T] of sequence n, with the keys of sequence `of`."""
+    own = n if of is None else of
+    text = f" n{n} = Constant<value_int={n}>()\n o{n} = Constant<value_int={own}>()\n"
+    text += f" q{n} = Gather<axis=0>(q, n{n})\n k{n} = Gather<axis=0>(k, o{n})\n"
+    text += f" w{n} = Gather<axis=0>(w, n{n})\n v{n} = Unsqueeze(w{n}, last)\n"
+    text += f" b{n} = Transpose<perm=[1,0]>(k{n})\n x{n} = MatMul(q{n}, b{n})\n r{n} = Relu(x{n})\n"
+    text += f" y{n} = Mul(r{n}, v{n})\n t{n} = ReduceSum<keepdims=0>(y{n}, one)\n"
+    text += f" z{n} = {f'Mul(t{n}, {by})' if by else f'Identity(t{n})'}\n"
+    text += f" m{n} = {f'Where({mask}, z{n}, low)' if mask else f'Identity(z{n})'}\n"
+    return f"{text} s{n} = Unsqueeze(m{n}, none)\n"
+
+
+def by_sequence(*parts: str, before: str = "", more: str = "") -> onnx.ModelProto:
+    names = ", ".join(f"s{n}" for n in range(len(parts)))
+    text = f"{before}{''.join(parts)} s = Concat<axis=0>({names})\n"
+    model = indexer(more, products=text, relu="", weighed="", summed="")
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = len(parts)
+    return model
+
+
+KEPT = " d0, d1, d2 = Split<axis=0>(kept)\n"  # [1, T] each: one for all rows of a sequence
+
+
+@pytest.mark.parametrize("kind", ["open", "causal", "padding", "keys of others"])
+def test_a_loop_over_sequences_is_one_selection(kind: str) -> None:
+    before = CAUSAL if kind == "causal" else KEPT if kind == "padding" else ""
+    masks = {"causal": "seen", "padding": "d{n}"}
+    parts = [
+        sequence(n, of=(n + 1) % 3 if "others" in kind else None,
+                 mask=masks.get(kind, "").format(n=n))
+        for n in range(3)
+    ]  # fmt: skip
+    model = by_sequence(*parts, before=before, more=", bool[B,T] kept" * (kind == "padding"))
+    report = sfa_onnx.fuse(model)
+    assert [s.reason for s in report.selections] == [""]
+    assert "MatMul" not in {n.op_type for n in report.model.graph.node}
+    for rows, keys in ((3, 12), (1, 7)):
+        given = feeds(model, 3, rows, keys)
+        want, got = (runtime.run(m, given)["indices"] for m in (model, report.model))
+        np.testing.assert_array_equal(want, got)
+
+
+@pytest.mark.parametrize(
+    "other", [{"by": "half"}, {"by": "minus"}, {"mask": "seen"}], ids=["scaled", "turned", "masked"]
+)
+def test_sequences_that_are_not_alike_are_refused(other: dict[str, str]) -> None:
+    refused(by_sequence(sequence(0), sequence(1, **other), sequence(2), before=CAUSAL), "")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_in_chunks_are_all_rows(order: tuple[int, int]) -> None:
+    """Long prompts are scored some rows at a time; causal rows are masked at the end."""
+    text = " w4 = Unsqueeze(w, last)\n q0, q1 = Split<axis=1>(q)\n w0, w1 = Split<axis=1>(w4)\n"
+    for n, own in enumerate(order):
+        part = block(n, "k", weight=f"w{own}")
+        text += part.replace("MatMul(q,", f"MatMul(q{own},")
+    text += " s = Concat<axis=1>(t0, t1)\n"
+    hidden = f"{CAUSAL} m = Where(seen, s, low)\n"
+    steps = {"products": text, "relu": "", "weighed": "", "summed": "", "hidden": hidden}
+    model = indexer(rows="6", **steps)
+    report = sfa_onnx.fuse(model)
+    assert [s.reason for s in report.selections] == [""]
+    given = feeds(model, 2, 6, 9)
+    want, got = (runtime.run(m, given)["indices"] for m in (model, report.model))
+    np.testing.assert_array_equal(want, got)

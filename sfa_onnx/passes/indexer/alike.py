@@ -1,4 +1,4 @@
-"""Scores written out head by head, or block of keys by block: one term for all of them.
+"""Scores written out head by head, or by blocks of keys or of rows: one term for all of them.
 
 Terms that are built alike differ in the elements they read. Where those are elements of one tensor
 at positions that the head (or the key) decides, they are one element; else the replacement joins
@@ -76,12 +76,18 @@ def _relus(term: Term) -> list[Term]:
     return [t for t in term.walk() if t.op == "max" and any(a.is_number(0.0) for a in t.args)]
 
 
-def join_blocks(reader: Reader, term: Term, keys: Label) -> Term:
-    """A term without pieces along the keys; pieces that are not built alike stay."""
+def join_blocks(reader: Reader, term: Term, along: Label) -> Term:
+    """A term without pieces along one label; pieces that are not built alike stay.
+
+    Args:
+        reader: of the scores.
+        term: of an element of them.
+        along: runs over the keys, over the sequences of a batch, or over other rows.
+    """
     if not any(t.op == "pieces" for t in term.walk()):
         return term
-    args = tuple(join_blocks(reader, a, keys) for a in term.args)
-    if term.op != "pieces" or not _covers(term, keys) or len(args) > _MOST:
+    args = tuple(join_blocks(reader, a, along) for a in term.args)
+    if term.op != "pieces" or not _covers(term, along) or len(args) > _MOST:
         return reader.n.make(term.op, args, term.data) if term.args else term
     ranges = term.ranges[1]
     tracer = reader.tracer
@@ -91,11 +97,15 @@ def join_blocks(reader: Reader, term: Term, keys: Label) -> Term:
         if found is not None and not any(c.reads for c in found.coords):
             return found
         own = [fresh("block", high - low) for low, high in ranges]
-        if any(x.size > 1 and keys not in r.labels for r, x in zip(refs, own, strict=True)):
+        if any(x.size > 1 and along not in r.labels for r, x in zip(refs, own, strict=True)):
             return None
-        swaps = [{keys: Expr.of(x) + low} for x, (low, _) in zip(own, ranges, strict=True)]
-        parts = [(r.substitute(s), x) for r, s, x in zip(refs, swaps, own, strict=True)]
-        return _concat(tracer, parts, keys)
+        swaps = [{along: Expr.of(x) + low} for x, (low, _) in zip(own, ranges, strict=True)]
+        moved = [r.substitute(s) for r, s in zip(refs, swaps, strict=True)]
+        join = Join(tracer, own, [low for low, _ in ranges], "", "block")
+        whole = join.same(moved)
+        if whole is not None and _has_view(tracer, whole):
+            return whole.substitute({join.whole: Expr.of(along)})
+        return _concat(tracer, list(zip(moved, own, strict=True)), along)
 
     joined = _Alike(reader, one).term(args)
     return term if joined is None else joined
@@ -108,11 +118,11 @@ def written(tracer: Tracer, value: str) -> str:
     return value
 
 
-def _covers(term: Term, keys: Label) -> bool:
-    """Whether pieces follow each other from the first key to the last."""
+def _covers(term: Term, along: Label) -> bool:
+    """Whether pieces follow each other from the first number to the last."""
     label, ranges = term.ranges
     ends = [0, *(high for _, high in ranges)]
-    return label == keys and [low for low, _ in ranges] == ends[:-1] and ends[-1] == keys.size
+    return label == along and [low for low, _ in ranges] == ends[:-1] and ends[-1] == along.size
 
 
 def _equal(coords: list[Expr]) -> Expr | None:

@@ -127,7 +127,8 @@ def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
     term = reader.term(Ref(region.scores, coords))
     if region.sign < 0:  # of equal scores the first is taken either way
         term = reader.n.mul(number(-1), term)
-    term = join_blocks(reader, term, keys)
+    for label in (keys, *rows):
+        term = join_blocks(reader, term, label)
     if tracer.terms is not None:
         tracer.terms[:] = [f"{region.scores} = {term}", *map(str, reader.n.fired)]
     conditions, scores, masks = _hidden(term)
