@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
 import sfa_onnx
 from sfa_onnx import runtime
-from tests.indexer_models import Spelling, arrays, layer, layer_inputs
+from tests.indexer_models import K, Spelling, arrays, layer, layer_inputs
 from tests.zoo import kin
+from tests.zoo.base import export, quiet
 from tests.zoo.kin import Kin
 
 BETWEEN = {"TopK", "ScatterElements", "GatherElements", "Relu", "Softmax"}
@@ -112,3 +116,56 @@ def test_scores_that_are_returned_hold_a_selection_back() -> None:
     (site,) = report.selections
     assert site.status == "refused"
     assert "as an output of the graph" in site.reason
+
+
+class Apart(nn.Module):
+    """A layer whose indexer is written out: heads one by one, or a cache and new keys apart."""
+
+    def __init__(self, kind: str, order: str) -> None:
+        super().__init__()
+        self.kind, self.order = kind, order
+
+    def scores(self, q: Any, past: Any, new: Any, w: Any) -> Any:
+        if self.kind == "heads":
+            keys, total = torch.cat([past, new], 1).transpose(1, 2), 0
+            for i in range(q.shape[2]):
+                total = total + torch.relu(q[:, :, i] @ keys) * w[:, :, i, None]
+            return total
+        parts = (torch.relu(torch.einsum("bshd,btd->bsht", q, k)) for k in (past, new))
+        return torch.cat([(x * w.unsqueeze(-1)).sum(2) for x in parts], -1)
+
+    def forward(self, q: Any, past: Any, new: Any, w: Any, query: Any, old: Any, own: Any) -> Any:
+        latent = torch.cat([old, own], 1)
+        total, rows = latent.shape[1], q.shape[1]
+        seen = torch.arange(total)[None, :] <= (torch.arange(rows) + (total - rows))[:, None]
+        x = self.scores(q, past, new, w).masked_fill(~seen, -torch.inf)
+        turned = -x if self.order == "smallest" else x
+        idx = turned.topk(K, -1, largest=self.order == "largest")[1]
+        kept = torch.full(x.shape, -torch.inf).scatter(-1, idx, 0.0)
+        scores = torch.einsum("bsnc,btc->bsnt", query, latent) * 0.3 + kept.unsqueeze(2)
+        scores = scores.masked_fill(~seen[None, :, None], -torch.inf)
+        return torch.einsum("bsnt,btc->bsnc", torch.softmax(scores, -1), latent)
+
+
+@pytest.mark.parametrize(("kind", "order"), [("heads", "largest"), ("blocks", "smallest")])
+def test_attention_takes_rows_of_an_indexer_that_is_written_out(kind: str, order: str) -> None:
+    def given(batch: int, rows: int, past: int) -> dict[str, Any]:
+        make = torch.Generator().manual_seed(past)
+        shapes = {"q": (rows, 3, 8), "past": (past, 8), "new": (rows, 8), "w": (rows, 3)}
+        shapes |= {"query": (rows, 2, 16), "old": (past, 16), "own": (rows, 16)}
+        return {n: torch.randn(batch, *s, generator=make) for n, s in shapes.items()}
+
+    first = given(2, 5, 7)
+    axes = {n: {0: "b", 1: "p" if n in ("past", "old") else "s"} for n in first}
+    with quiet():
+        model = export(
+            Apart(kind, order).eval(), first, ("out",), exporter="ts", opset=17, dynamic=axes
+        )
+    report = sfa_onnx.fuse(model, expect_sites=1)
+    assert [s.reason for s in (*report.selections, *report.sites)] == ["", ""]
+    kinds = {n.op_type for n in report.model.graph.node}
+    assert not {"TopK", "ScatterElements", "Relu", "Softmax"} & kinds
+    for batch, rows, past in ((2, 5, 7), (3, 1, 12), (1, 2, 4)):
+        feeds = {n: t.numpy() for n, t in given(batch, rows, past).items()}
+        want, got = (runtime.run(m, feeds)["out"] for m in (model, report.model))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -353,3 +353,22 @@ def test_rows_in_chunks_are_all_rows(order: tuple[int, int]) -> None:
     given = feeds(model, 2, 6, 9)
     want, got = (runtime.run(m, given)["indices"] for m in (model, report.model))
     np.testing.assert_array_equal(want, got)
+
+
+def test_sizes_that_exporters_name_apart_are_one_where_the_mask_meets_the_scores() -> None:
+    """A cache and new keys of the indexer (P, T), and those of the attention (U, V)."""
+    more = f"{PAST}, float[B,U,4] latent, float[B,V,4] latent_new"
+    seen = " a0 = Shape<start=1, end=2>(latent)\n a1 = Shape<start=1, end=2>(latent_new)\n"
+    seen += " all = Add(a0, a1)\n" + CAUSAL.replace("Shape<start=1, end=2>(k)", "Identity(all)")
+    hidden = f"{seen} m = Where(seen, s, low)\n"
+    for parts, joined in (
+        ([block(0, "past"), block(1, "k")], ""),
+        ([" ka = Concat<axis=1>(past, k)\n", block(0, "ka")], " s = Identity(t0)\n"),
+    ):
+        model = blocks("", *parts, more=more, hidden=hidden, joined=joined)
+        report = sfa_onnx.fuse(model)
+        assert [s.reason for s in report.selections] == [""]
+        for batch, rows, new, past in ((2, 3, 3, 9), (3, 1, 1, 20)):
+            given = feeds(model, batch, rows, new, P=past, U=past, V=new)
+            want, got = (runtime.run(m, given)["indices"] for m in (model, report.model))
+            np.testing.assert_array_equal(want, got)

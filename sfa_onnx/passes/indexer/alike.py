@@ -17,6 +17,7 @@ from sfa_onnx.passes.axes.places import is_view
 from sfa_onnx.passes.axes.trace import Joined, Ref, Stop, Tracer
 from sfa_onnx.passes.bind.joined import Join, starts
 from sfa_onnx.passes.bind.paths import deepen, one_element
+from sfa_onnx.passes.shapes.size import is_open
 from sfa_onnx.passes.shapes.types import MANTISSA
 from sfa_onnx.passes.values.arithmetic import addends
 from sfa_onnx.passes.values.read import INNER, Reader
@@ -87,7 +88,7 @@ def join_blocks(reader: Reader, term: Term, along: Label) -> Term:
     if not any(t.op == "pieces" for t in term.walk()):
         return term
     args = tuple(join_blocks(reader, a, along) for a in term.args)
-    if term.op != "pieces" or not _covers(term, along) or len(args) > _MOST:
+    if term.op != "pieces" or not _covers(reader.tracer, term, along) or len(args) > _MOST:
         return reader.n.make(term.op, args, term.data) if term.args else term
     ranges = term.ranges[1]
     tracer = reader.tracer
@@ -118,11 +119,19 @@ def written(tracer: Tracer, value: str) -> str:
     return value
 
 
-def _covers(term: Term, along: Label) -> bool:
-    """Whether pieces follow each other from the first number to the last."""
+def _covers(tracer: Tracer, term: Term, along: Label) -> bool:
+    """Whether pieces follow each other from the first number to the last.
+
+    Raises:
+        UnifyError: they do where symbols are equal.
+    """
     label, ranges = term.ranges
     ends = [0, *(high for _, high in ranges)]
-    return label == along and [low for low, _ in ranges] == ends[:-1] and ends[-1] == along.size
+    if label != along or [low for low, _ in ranges] != ends[:-1]:
+        return False
+    if ends[-1] != along.size and is_open(ends[-1]) and is_open(along.size):
+        tracer.unify(ends[-1], along.size)
+    return ends[-1] == along.size
 
 
 def _equal(coords: list[Expr]) -> Expr | None:

@@ -255,6 +255,8 @@ def _case(candidate: Candidate, sizes: Concrete) -> _Case | None:
             if shape is None:
                 return None
             shapes[operand.value] = tuple(int(d) for d in shape)
+            if min(shapes[operand.value], default=0) < 0:  # a difference of sizes
+                return None
             for axis, size in zip(operand.axes, shape, strict=True):
                 plain = axis not in ("", "1") and "*" not in axis
                 if plain and named.setdefault(axis, int(size)) != size:
