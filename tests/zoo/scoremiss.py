@@ -121,12 +121,13 @@ class Linear(Steps):
 
 
 class Indexer(Steps):
-    """Index scores and their best keys, and nothing that attends to them."""
+    """Scores of keys that no indexer gives, their best keys, and nothing that attends to them."""
 
     def build(self) -> onnx.ModelProto:
         g = Graph(self.opset)
         x = g.op(
-            "Relu", g.op("MatMul", "query", g.unsqueeze(g.op("Transpose", "kv", perm=[0, 2, 1]), 1))
+            "Sigmoid",
+            g.op("MatMul", "query", g.unsqueeze(g.op("Transpose", "kv", perm=[0, 2, 1]), 1)),
         )
         score = g.reduce("ReduceSum", g.op("Mul", x, number(g, np.ones((N, 1)))), 2, 0)
         best = g.op("TopK", score, g.ints(K), outputs=2, axis=-1)
