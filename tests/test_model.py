@@ -1,11 +1,14 @@
 """Opening and saving models: the weights stay where they are and are never read."""
 
+import gzip
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from google.protobuf import json_format, text_format
 from onnx import TensorProto, helper, numpy_helper
 
 from sfa_onnx.errors import ModelError, UsageError, WeightsError
@@ -321,3 +324,21 @@ def test_files_that_stand_for_other_things_are_named(tmp_path, head, told):
     path.write_bytes(head)
     with pytest.raises(ModelError, match=told):
         load_model(path)
+
+
+def test_what_is_often_taken_for_a_model_is_named(tmp_path):
+    model, _ = _model("w.bin")
+    del model.graph.initializer[:]
+    place = tmp_path / "m.onnx"
+    for data, told in (
+        (gzip.compress(model.SerializeToString()), "packed by gzip"),
+        (b"PK\x03\x04" + bytes(40), "a zip archive"),
+        (json_format.MessageToJson(model).encode(), "text \\(JSON\\)"),
+        (text_format.MessageToString(model).encode(), "text_format.Parse"),
+        (b"<!DOCTYPE html><html></html>", "onnx's own syntax"),
+        (pickle.dumps({"a": 1}), "a Python pickle"),
+        (b"\x7fELF" + bytes(40), "a program or library"),
+    ):
+        place.write_bytes(data)
+        with pytest.raises(ModelError, match=told):
+            load_model(place)

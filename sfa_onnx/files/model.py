@@ -40,6 +40,18 @@ __all__ = [
 
 _log = logging.getLogger("sfa_onnx")
 _HEAD = 256  # bytes that identify other formats
+_OTHERS = {  # none of these begins a binary model, whose first byte is a small tag
+    b"\x1f\x8b": "packed by gzip; unpack it (gunzip) and take the .onnx file",
+    b"PK\x03\x04": "a zip archive (.npz, .pt, .zip), no model; unpack it, or export to ONNX",
+    b"{": "text (JSON); convert it with google.protobuf.json_format.Parse and onnx.save",
+    b"ir_version": "text; convert it with google.protobuf.text_format.Parse and onnx.save",
+    b"<": "text; a model in onnx's own syntax is converted by onnx.parser.parse_model",
+    **{
+        bytes([0x80, protocol]): "a Python pickle, no model; export it to ONNX"
+        for protocol in range(2, 6)
+    },
+    b"\x7fELF": "a program or library, no model",
+}
 _NAMES_LIMIT = 1 << 28  # bytes of a model in memory that is serialised to look at its names
 _PROTO_LIMIT = (1 << 31) - 1  # protobuf's own limit for one message
 
@@ -136,7 +148,7 @@ def _refuse_others(path: Path, head: bytes) -> None:
     """Name what is often taken for an ONNX model and is none.
 
     Raises:
-        ModelError: the file is a Git LFS pointer, or onnxruntime's own format.
+        ModelError: the file is a Git LFS pointer, onnxruntime's own format, packed, or text.
     """
     if is_lfs_pointer(head):
         raise ModelError(
@@ -148,6 +160,9 @@ def _refuse_others(path: Path, head: bytes) -> None:
             f"{path}: a model in onnxruntime's own format (.ort), which cannot be rewritten; take"
             " the .onnx file that it was converted from"
         )
+    for sign, told in _OTHERS.items():
+        if head.startswith(sign):
+            raise ModelError(f"{path}: {told}")
 
 
 def _named(
