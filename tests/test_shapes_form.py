@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sfa_onnx.passes.graph.index import GraphIndex
+from sfa_onnx.passes.shapes import size as size_module
 from sfa_onnx.passes.shapes.concrete import Concrete, SizesMeetError
 from sfa_onnx.passes.shapes.dims import size_of
 from sfa_onnx.passes.shapes.fold_open import numbers_of
@@ -73,6 +74,22 @@ def test_what_is_no_size_stands_for_none() -> None:
     assert size_of(f"{(1 << 63) - 1}", {}) == (1 << 63) - 1
     for text in ("-1", "3 - 4", "s - 4", f"{1 << 63}", "1//0", "9**9", "'x'", "s[0]", "__import__"):
         assert size_of(text, {"s": 3}) is None
+
+
+def test_thousands_of_symbols_are_told_apart(monkeypatch) -> None:
+    asked, prime = [], size_module._prime
+    monkeypatch.setattr(size_module, "_prime", lambda n: asked.append(n) or prime(n))
+    home = StandIns()
+    numbers = [int(home.symbol(f"s{i}")) for i in range(2000)]
+    assert len(set(numbers)) == 2000
+    assert all(n % d for n in numbers for d in (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41))
+    few = numbers[:100]
+    assert len({a - b for a in few for b in few}) == 100 * 99 + 1  # all differences of two
+    behind = sum(n > few[-1] for n in asked)
+    assert behind < 30 * 1900  # of the numbers there, one in seven or eight is prime
+    assert [n for n in range(19, 3000, 2) if prime(n)] == [
+        n for n in range(19, 3000, 2) if all(n % d for d in range(3, n, 2))
+    ]
 
 
 def test_min_and_max_are_neither_argument_unless_that_is_certain() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ _APART: Final = 8  # sizes that are nearer to each other than this are taken for
 _SMALLEST: Final = 10_007  # for Min: below every symbol, as Min(8, keys) is never above the keys
 _SYMBOLS: Final = 14_009
 _LARGEST: Final = 60_000  # for Max
+_CAREFUL: Final = 100  # stand-ins of one kind that are chosen by all sums and differences
+_GAP: Final = 1 << 11
 _KEPT: Final = 90_000  # for what a mask keeps
 
 
@@ -209,7 +212,11 @@ class StandIns:
 
 
 def _line(first: int, start: int) -> Iterator[int]:
-    """Primes whose sums of two, and differences of two, are all different."""
+    """Primes whose sums of two, and differences of two, are all different.
+
+    That is so for the first `_CAREFUL` of them, and costs the fourth power of their number. The
+    others lie apart as if by chance; whoever meets a collision of theirs raises CollisionError.
+    """
     chosen: list[int] = []
     apart: set[int] = set()
     for n in itertools.count(first + 2 * start * 997 | 1, 2):
@@ -219,7 +226,24 @@ def _line(first: int, start: int) -> Iterator[int]:
         apart |= own
         chosen.append(n)
         yield n
+        if len(chosen) == _CAREFUL:
+            break
+    gaps = random.Random(first + start)
+    n = chosen[-1]
+    while True:
+        n = next(m for m in itertools.count(n + 2 * gaps.randint(_APART, _GAP), 2) if _prime(m))
+        yield n
 
 
 def _prime(n: int) -> bool:
-    return all(n % d for d in range(3, math.isqrt(n) + 1, 2))
+    """Whether an odd number above 17 and below 3e14 is prime (Miller and Rabin's test)."""
+    odd, twos = n - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    return all(_passes(n, pow(base, odd, n), twos) for base in (2, 3, 5, 7, 11, 13, 17))
+
+
+def _passes(n: int, power: int, twos: int) -> bool:
+    if power in (1, n - 1):
+        return True
+    return any((power := power * power % n) == n - 1 for _ in range(twos - 1))
