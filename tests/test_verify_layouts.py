@@ -260,3 +260,15 @@ def test_only_exact_packing_is_verified():
     ):
         with pytest.raises(ContractError, match="only exact packing"):
             Judge()._pack({"tile_size": 32}, inputs)
+
+
+@pytest.mark.parametrize("handle", [0, -1, 3, 1 << 40])
+def test_rows_that_were_never_packed_are_refused(handle):
+    judge = Judge()
+    packed = judge._pack(
+        {"tile_size": 32}, [np.ones((1, 2, 1, 32), np.int8), None, np.ones((1, 2, 1, 1))]
+    )
+    packed[0, 1, 0, :8] = np.array([handle]).view(np.int8)
+    query, indices = np.ones((1, 1, 1, 32)), np.zeros((1, 1, 1, 2), np.int32)
+    with pytest.raises(ContractError, match="KvCachePack did not make"):
+        judge._antiquant({"tile_size": 32}, [query, packed, packed, indices])
