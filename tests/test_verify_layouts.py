@@ -15,6 +15,7 @@ from sfa_onnx.passes.verify import Verifier
 from sfa_onnx.passes.verify.execute import _stages
 from sfa_onnx.passes.verify.geometry import and_mask
 from sfa_onnx.passes.verify.judge import Judge
+from sfa_onnx.passes.verify.ordinary import ranked
 from sfa_onnx.passes.verify.packed_rows import row_layout
 from sfa_onnx.report import VerifyRecord
 from tests.hand_sites import FLOAT, INT32, INT64, TOPK, candidate_of, changed, model_of
@@ -272,3 +273,10 @@ def test_rows_that_were_never_packed_are_refused(handle):
     query, indices = np.ones((1, 1, 1, 32)), np.zeros((1, 1, 1, 2), np.int32)
     with pytest.raises(ContractError, match="KvCachePack did not make"):
         judge._antiquant({"tile_size": 32}, [query, packed, packed, indices])
+
+
+def test_ranked_scores_fall_along_the_last_axis():
+    scores = ranked((4, 6))
+    assert scores.shape == (4, 6)
+    assert (np.diff(scores, axis=-1) < 0).all()
+    assert not (np.diff(scores, axis=0) < 0).all()
