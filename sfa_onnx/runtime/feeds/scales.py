@@ -44,9 +44,14 @@ def _codes(graph: GraphProto) -> set[str]:
     """Values that hold the numbers of inputs in eight bits or fewer, whatever their type."""
     found = {v.name for v in graph.input if v.type.tensor_type.elem_type in _NARROW}
     for node in graph.node:
-        if node.op_type in _VIEWS and node.input[0] in found:
+        if _is_view(node) and node.input[0] in found:
             found.add(node.output[0])
     return found
+
+
+def _is_view(node: NodeProto) -> bool:
+    """Whether a node lays numbers out anew; one of another domain may have any inputs."""
+    return node.op_type in _VIEWS and node.domain in ("", "ai.onnx")
 
 
 def _scales(name: str, readers: dict[str, list[NodeProto]], codes: set[str]) -> bool:
@@ -60,7 +65,7 @@ def _scales(name: str, readers: dict[str, list[NodeProto]], codes: set[str]) -> 
                 return True
             if node.op_type == "Mul" and any(n in codes for n in node.input):
                 return True
-            if node.op_type in _VIEWS and node.output[0] not in seen:
+            if _is_view(node) and node.output[0] not in seen:
                 seen.add(node.output[0])
                 stack.append(node.output[0])
     return False
