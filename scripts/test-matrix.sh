@@ -13,7 +13,7 @@ work=${WORK:-$(mktemp -d)}
 # row | interpreter | pinned packages | tests | those of them (a pytest expression; default: all)
 operators="test_ort_versions test_ort_ops test_ort_pack test_ort_refusals test_ort_untrusted test_ort_indexer test_ort_cache_write"
 road="test_reference test_schema test_model test_fuse_api test_kv_convert test_compare test_portable test_flavour test_handover"
-exports="test_road test_examples test_torch_ops"
+exports="test_road test_examples test_torch_ops test_torch_native"
 rows() {
   for v in 1.20.1 1.22.1 1.23.2 1.24.4 1.27.0; do echo "ort-$v|python3|onnxruntime==$v|$operators"; done
   echo "ort-newest|python3|onnxruntime|$operators"
