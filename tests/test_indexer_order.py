@@ -109,6 +109,11 @@ def test_the_first_of_a_sort_are_selected(kind: str, mask: str) -> None:
     np.testing.assert_array_equal(want, got)
 
 
+def test_the_first_of_a_sort_may_be_gathered() -> None:
+    numbers = " g = Constant<value_ints=[0, 1, 2, 3, 4]>()\n"
+    fused(sort(f" best, order = TopK(m, z)\n{numbers} indices = Gather<axis=-1>(order, g)\n"))
+
+
 def test_a_sort_of_fixed_sizes_is_cut_as_well() -> None:
     fused(sort(SORTS["sorted"], keys="12"))
 
@@ -116,6 +121,9 @@ def test_a_sort_of_fixed_sizes_is_cut_as_well() -> None:
 NOT_THE_FIRST = {
     "from the second on": " indices = Slice(order, one, five, two)\n",
     "every second": " indices = Slice(order, none, five, two, two)\n",
+    "gathered otherwise": " g = Constant<value_ints=[0, 2, 1]>()\n"
+    " indices = Gather<axis=2>(order, g)\n",
+    "gathered rows": " g = Constant<value_ints=[0, 1]>()\n indices = Gather<axis=1>(order, g)\n",
     "but the last": " indices = Slice(order, none, last, two)\n",
     "of rows": " indices = Slice(order, none, two, one)\n",
     "two cuts": " a = Slice(order, none, two, two)\n b = Slice(order, none, five, two)\n"

@@ -9,6 +9,7 @@ import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.expr import Label
+from sfa_onnx.passes.axes.named import axis_of
 from sfa_onnx.passes.axes.trace import Stop, Tracer
 from sfa_onnx.passes.shapes.size import form_of
 
@@ -59,7 +60,9 @@ def first_of_all(tracer: Tracer, node: onnx.NodeProto, keys: Label) -> Cut | Non
 
 
 def _first(tracer: Tracer, node: onnx.NodeProto, value: str, axis: int) -> int | None:
-    """How many a Slice keeps from the first one on; None: it is something else."""
+    """How many a Slice or a Gather keeps from the first one on; None: it is something else."""
+    if node.op_type == "Gather" and node.input[0] == value:
+        return _counted(tracer, node, axis)
     if node.op_type != "Slice" or node.input[0] != value or len(node.input) < 4:
         return None
     given = [tracer.index.constant(n) for n in node.input[1:] if n]
@@ -69,3 +72,12 @@ def _first(tracer: Tracer, node: onnx.NodeProto, value: str, axis: int) -> int |
     rank = len(tracer.shape(value))
     first = start == 0 and end > 0 and along % rank == axis and step in ([], [1])
     return end if first and end < 2**31 - 1 else None
+
+
+def _counted(tracer: Tracer, node: onnx.NodeProto, axis: int) -> int | None:
+    """How many of the numbers 0, 1, .. a Gather takes along the keys; None: others."""
+    given = tracer.index.constant(node.input[1])
+    if given is None or given.ndim != 1 or not given.size:
+        return None
+    along = axis_of(node, len(tracer.shape(node.input[0])))
+    return given.size if along == axis and given.tolist() == list(range(given.size)) else None
