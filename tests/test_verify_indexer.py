@@ -141,8 +141,8 @@ def test_record_names_sizes_that_were_taken_for_equal() -> None:
     assert equal in record.assumptions
 
 
-def record(hidden: str) -> VerifyRecord:
-    (site,) = sfa_onnx.fuse(indexer(hidden=hidden)).selections
+def record(hidden: str, **steps: str) -> VerifyRecord:
+    (site,) = sfa_onnx.fuse(indexer(hidden=hidden, **steps)).selections
     assert site.record is not None, site.reason
     return site.record
 
@@ -163,6 +163,9 @@ def test_what_hides_by_a_number_that_scores_may_meet_is_said() -> None:
     by = " deep = Constant<value_float={}>()\n m = Where(seen, s, deep)\n"
     told = [a for a in record(CAUSAL + by.format(-1e4)).assumptions if "score more than" in a]
     assert told == ["keys that are seen score more than -10000, by which the original hides others"]
+    turned = f"{CAUSAL} n = Neg(s)\n" + by.format(1e4).replace("seen, s,", "seen, n,")
+    smallest = " best, indices = TopK<largest=0>(m, five)\n"
+    assert told[0] in record(turned, chosen=smallest).assumptions
     assert not [a for a in record(CAUSAL + by.format(-1e30)).assumptions if "more than" in a]
 
 

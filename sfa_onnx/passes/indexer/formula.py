@@ -122,6 +122,7 @@ def read_formula(tracer: Tracer, region: SelectionRegion) -> Formula:
     rows = tuple(fresh("row", size) for i, size in enumerate(shape) if i != axis)
     keys = fresh("t", shape[axis])
     reader = Reader(tracer, normal(scores_too=True), region.inner)
+    reader.turned = region.sign < 0
     tracer.seen = None
     coords = tuple(Expr.of(label) for label in (*rows[:axis], keys, *rows[axis:]))
     term = reader.term(Ref(region.scores, coords))

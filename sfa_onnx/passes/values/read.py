@@ -56,6 +56,7 @@ class Reader:
         self.products: dict[Term, list[str]] = {}
         self.opaque: dict[str, str] = {}
         self.known: dict[Ref, Term] = {}
+        self.turned = False  # the smallest are selected: large numbers hide as well
 
     def term(self, ref: Ref) -> Term:
         """What the element `ref` is.
@@ -155,8 +156,9 @@ class Reader:
 
     def hiding(self, fill: float) -> None:
         """Note a number that hides keys: rows that see none are NaN where it is -inf."""
-        if fill < LOW:
-            self.tracer.lows.add(fill)
+        low = -abs(fill) if self.turned else fill
+        if low < LOW:
+            self.tracer.lows.add(low)
 
     def is_bool(self, value: str) -> bool:
         """Whether a tensor holds conditions."""
