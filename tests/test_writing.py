@@ -190,6 +190,7 @@ _OTHER_WRITERS = {
     "ascend/handover/build_om.py": "stands alone on the device; writes beside, then renames",
     "ascend/handover/run_om.py": "stands alone on the device; writes beside, then renames",
     "ascend/handover/package_tables.py": "writes two tables of this repository",
+    "cli/show.py": "puts arrays into an archive whose stream is the door's",
     "files/weights_file.py": "streams into a temporary file",
     "files/writing.py": "the door itself",
     "guard/serve.py": "tells the kernel who may be killed first",
