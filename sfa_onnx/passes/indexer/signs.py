@@ -12,14 +12,11 @@ from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.axes.trace import Move, Ref, Tracer
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.concrete import Concrete
+from sfa_onnx.passes.shapes.types import NARROW
 
 __all__ = ["assumed_positive", "given_signs", "stored_narrow"]
 
 _T = onnx.TensorProto
-_NARROW: Final = frozenset(
-    (_T.INT8, _T.UINT8, _T.INT4, _T.FLOAT8E4M3FN, _T.FLOAT8E4M3FNUZ, _T.FLOAT8E5M2,
-     _T.FLOAT8E5M2FNUZ)
-)  # fmt: skip
 _NEVER: Final = frozenset(
     ("Abs", "Exp", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Relu", "Sigmoid", "Softmax",
      "Softplus", "Sqrt")
@@ -137,7 +134,7 @@ def stored_narrow(tracer: Tracer, ref: Ref) -> bool:
     if (made := tracer.joined.get(ref.value)) is not None:
         return all(stored_narrow(tracer, part) for part, _ in made.parts)
     for _ in range(_MOST_STEPS):
-        if tracer.sizes.elem_type(ref.value) in _NARROW:
+        if tracer.sizes.elem_type(ref.value) in NARROW:
             return True
         step = tracer.step(ref)
         if not isinstance(step, Move) or any(c.reads for c in step.ref.coords):

@@ -38,14 +38,14 @@ def first_of_all(tracer: Tracer, node: onnx.NodeProto, keys: Label) -> Cut | Non
         return None
     cuts: list[Cut] = []
     stack = [node.output[1]]
-    axis = int(attributes(node).get("axis", -1)) % len(tracer.shape(node.input[0]))
+    axis = axis_of(node, len(tracer.shape(node.input[0])), -1)
     while stack:
         value = stack.pop()
         if tracer.index.is_graph_output(value):
             return None
         for user, _ in tracer.index.uses(value):
             made = tracer.index.nodes[user]
-            if made.op_type in _ALIKE and made.domain in ("", "ai.onnx"):
+            if made.op_type in _ALIKE:
                 stack.append(made.output[0])
             elif (count := _first(tracer, made, value, axis)) is not None:
                 cuts.append(Cut(made.output[0], count))

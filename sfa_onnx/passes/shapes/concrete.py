@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from sfa_onnx.files.onnx_attrs import attributes
+from sfa_onnx.files.sound_tensors import RANK
 from sfa_onnx.operator.op import INT64_MAX
 from sfa_onnx.passes.graph.index import GraphIndex
 from sfa_onnx.passes.shapes.dims import size_of
@@ -157,7 +158,7 @@ class Concrete:
         return None if any(s is None for s in sizes) else tuple(s or 0 for s in sizes)
 
     def _store(self, value: str, shape: Shape | None) -> None:
-        if len(shape or ()) > _FEW:  # positions of an open axis, taken for sizes
+        if len(shape or ()) > RANK:  # positions of an open axis, taken for sizes
             shape = None
         self._home.seen(shape or ())
         self._shapes[value] = shape

@@ -9,11 +9,15 @@ import onnx
 from sfa_onnx.files.onnx_attrs import attributes
 from sfa_onnx.passes.graph.index import GraphIndex
 
-__all__ = ["MANTISSA", "type_step"]
+__all__ = ["MANTISSA", "NARROW", "type_step"]
 
 _T = onnx.TensorProto
 # Bits of a number that each float type keeps.
 MANTISSA: Final[dict[int, int]] = {_T.BFLOAT16: 8, _T.FLOAT16: 11, _T.FLOAT: 24, _T.DOUBLE: 53}
+# Types of eight bits or fewer that caches keep numbers in, beside scales.
+NARROW: Final = frozenset(
+    (_T.INT8, _T.UINT8, _T.INT4, _T.FLOAT8E4M3FN, _T.FLOAT8E4M3FNUZ, _T.FLOAT8E5M2)
+) | {_T.FLOAT8E5M2FNUZ}
 _BOOL_OPS = frozenset(
     ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not")
 )

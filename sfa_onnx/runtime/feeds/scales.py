@@ -7,15 +7,13 @@ from typing import Final
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from sfa_onnx.passes.assume import SCALES, assumed_inputs
+from sfa_onnx.passes.axes.steps import is_float
+from sfa_onnx.passes.graph.kinds import ONNX_DOMAINS
+from sfa_onnx.passes.shapes.types import NARROW
 
 __all__ = ["scale_inputs"]
 
-_T = TensorProto
-_FLOATS: Final = (_T.FLOAT, _T.FLOAT16, _T.BFLOAT16, _T.DOUBLE)
-_NARROW: Final = frozenset(
-    (_T.INT8, _T.UINT8, _T.INT4, _T.UINT4, _T.FLOAT8E4M3FN, _T.FLOAT8E4M3FNUZ, _T.FLOAT8E5M2,
-     _T.FLOAT8E5M2FNUZ)
-)  # fmt: skip
+_CODES: Final = NARROW | {TensorProto.UINT4}
 _VIEWS: Final = frozenset(
     ("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "ScatterElements",
      "ScatterND", "Slice", "Squeeze", "Transpose", "Unsqueeze")
@@ -31,7 +29,7 @@ def scale_inputs(model: ModelProto, fused: ModelProto | None = None) -> frozense
         fused: the same model after fusing, which carries what was assumed of them.
     """
     said = assumed_inputs(fused or model, SCALES)
-    floats = [v.name for v in model.graph.input if v.type.tensor_type.elem_type in _FLOATS]
+    floats = [v.name for v in model.graph.input if is_float(v.type.tensor_type.elem_type)]
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -42,7 +40,7 @@ def scale_inputs(model: ModelProto, fused: ModelProto | None = None) -> frozense
 
 def _codes(graph: GraphProto) -> set[str]:
     """Values that hold the numbers of inputs in eight bits or fewer, whatever their type."""
-    found = {v.name for v in graph.input if v.type.tensor_type.elem_type in _NARROW}
+    found = {v.name for v in graph.input if v.type.tensor_type.elem_type in _CODES}
     for node in graph.node:
         if _is_view(node) and node.input[0] in found:
             found.add(node.output[0])
@@ -51,7 +49,7 @@ def _codes(graph: GraphProto) -> set[str]:
 
 def _is_view(node: NodeProto) -> bool:
     """Whether a node lays numbers out anew; one of another domain may have any inputs."""
-    return node.op_type in _VIEWS and node.domain in ("", "ai.onnx")
+    return node.op_type in _VIEWS and node.domain in ONNX_DOMAINS
 
 
 def _scales(name: str, readers: dict[str, list[NodeProto]], codes: set[str]) -> bool:
